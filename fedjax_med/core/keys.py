@@ -1,0 +1,33 @@
+"""Random keys from names and counters, never from a carried split.
+
+A key depends only on (base seed, stream, counters), so 5+5 rounds equal 10, the layout of
+clients does not change a draw, and a resumed run repeats the same noise for the same step.
+"""
+
+import enum
+
+import jax
+
+
+class Stream(enum.IntEnum):
+  """One stream for each use of randomness; numbers are part of the run format and never change."""
+
+  INIT = 0
+  SAMPLE = 1  # which examples a local step draws
+  NOISE = 2  # Gaussian noise of a private step
+  PARTICIPATION = 3  # which clients take part in a round
+  DROPOUT = 4
+  SHUFFLE = 5  # order of a non-private epoch
+
+
+def base_key(seed: int | jax.Array) -> jax.Array:
+  """Threefry key of a seed. Threefry only: vmapped rbg draws ignored the client's key."""
+  return jax.random.key(seed, impl="threefry2x32")
+
+
+def key_for(base: jax.Array, stream: Stream, *counters: int | jax.Array) -> jax.Array:
+  """Folds the stream and each counter (client, round, step ...) into ``base``, in order."""
+  key = jax.random.fold_in(base, int(stream))
+  for counter in counters:
+    key = jax.random.fold_in(key, counter)
+  return key

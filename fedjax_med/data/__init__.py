@@ -1,0 +1,1 @@
+"""From image files or phantoms to hospitals: sources, splits, partitions."""

@@ -1,0 +1,108 @@
+"""What a data source returns and what a split and a partition make of it (host arrays, NumPy)."""
+
+import dataclasses
+
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+  """All examples of one source, in a fixed order that does not depend on the machine.
+
+  Attributes:
+    inputs: [N, H, W, 1] uint8 images.
+    labels: [N] int32 class numbers, 0 .. len(class_names) - 1; with two classes 1 is the positive.
+    names: N file names relative to the source, for reports and errors.
+    class_names: name of each class.
+    sites: [N] int32 hospital or scanner of origin, or None where the source does not say.
+    site_names: name of each site (empty without sites).
+    patients: [N] int32 patient number, or None where the source does not say.
+    skipped: (name, reason) of every file left out.
+    notes: sentences that must stand beside every result on these data (leakage, licence).
+    tumour_masks: [N, H, W] bool ground truth of the phantoms, else None.
+  """
+
+  inputs: np.ndarray
+  labels: np.ndarray
+  names: tuple[str, ...]
+  class_names: tuple[str, ...]
+  sites: np.ndarray | None = None
+  site_names: tuple[str, ...] = ()
+  patients: np.ndarray | None = None
+  skipped: tuple[tuple[str, str], ...] = ()
+  notes: tuple[str, ...] = ()
+  tumour_masks: np.ndarray | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+  """Train and test examples of a dataset, and the units that were kept together.
+
+  Attributes:
+    train: [n_train] int32 example numbers, ascending.
+    test: [n_test] int32 example numbers, ascending.
+    units: [N] int32; examples of one unit (near-duplicate group or patient) never stand on
+      two sides nor in two hospitals. Under the paper's random split every example is its own unit.
+    scheme: 'grouped' or 'paper'.
+    num_duplicate_groups: near-duplicate groups of two or more examples found in the dataset.
+    num_in_duplicate_groups: examples that belong to such a group.
+    num_test_with_duplicate_in_train: test examples with a near-duplicate in train.
+  """
+
+  train: np.ndarray
+  test: np.ndarray
+  units: np.ndarray
+  scheme: str
+  num_duplicate_groups: int
+  num_in_duplicate_groups: int
+  num_test_with_duplicate_in_train: int
+
+
+@dataclasses.dataclass(frozen=True)
+class ClientTable:
+  """Who holds what: rows of example numbers, one row a client (design: clients are index rows).
+
+  Attributes:
+    indices: [K, n_max] int32 example numbers; slots at or past ``counts`` hold 0.
+    counts: [K] int32 examples of each client.
+  """
+
+  indices: np.ndarray
+  counts: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Hospitals:
+  """A dataset split and partitioned: everything the simulation needs of the data.
+
+  Attributes:
+    dataset: the examples.
+    split: train and test sides.
+    names: K hospital names.
+    train: training table of the K hospitals.
+    test: test table of the K hospitals; its rows together are the global test set.
+    num_moved: examples moved from large to small clients to reach the minimum client size.
+  """
+
+  dataset: Dataset
+  split: Split
+  names: tuple[str, ...]
+  train: ClientTable
+  test: ClientTable
+  num_moved: int = 0
+
+
+def client_table(rows: list[np.ndarray]) -> ClientTable:
+  """Packs K ragged rows of example numbers into a ClientTable."""
+  counts = np.array([len(row) for row in rows], np.int32)
+  indices = np.zeros((len(rows), max(1, counts.max(initial=0))), np.int32)
+  for client, row in enumerate(rows):
+    indices[client, : len(row)] = row
+  return ClientTable(indices, counts)
+
+
+def client_rows(table: ClientTable) -> list[np.ndarray]:
+  """Inverse of ``client_table``: the K ragged rows."""
+  return [
+    row[:count] for row, count in zip(table.indices, table.counts, strict=True)
+  ]

@@ -1,0 +1,1 @@
+"""Host side of a run: build, train loop, checkpoints, progress, report."""

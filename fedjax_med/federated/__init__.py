@@ -1,0 +1,1 @@
+"""Federated algorithms as tuples of pure functions."""

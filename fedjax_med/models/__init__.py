@@ -1,0 +1,1 @@
+"""Flax networks behind Model(init, apply), and the operations they are lowered to."""

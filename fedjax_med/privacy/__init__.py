@@ -1,0 +1,1 @@
+"""Clipping, sampling, noise and accounting: the mechanism and its ε from one object."""

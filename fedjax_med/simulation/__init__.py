@@ -1,0 +1,1 @@
+"""The compiled program: clients on one axis, rounds on another."""
