@@ -1,0 +1,24 @@
+"""SE-ResNeXt-50 on Br35H brain MRI, five hospitals, Dirichlet 0.5, no privacy; needs data.path."""
+
+from fedjax_med.core.config import (
+  ClientConfig,
+  Config,
+  DataConfig,
+  EvalConfig,
+  ModelConfig,
+  PartitionConfig,
+  ServerConfig,
+)
+
+
+def get_config() -> Config:
+  return Config(
+    data=DataConfig(source="br35h", path="data/Br35H", image_size=64),
+    partition=PartitionConfig(scheme="dirichlet", num_clients=5, alpha=0.5, min_client_size=32),
+    model=ModelConfig(name="se_resnext50_32x4d"),
+    client=ClientConfig(
+      optimizer="momentum", learning_rate=0.02, batch_size=16, num_local_epochs=1.0
+    ),
+    server=ServerConfig(num_rounds=12),
+    eval=EvalConfig(every=1),
+  )

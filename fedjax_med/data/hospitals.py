@@ -1,0 +1,133 @@
+"""From a dataset to hospitals: near-duplicate groups, train and test sides, who holds what."""
+
+import numpy as np
+
+from fedjax_med.core.config import DataConfig, PartitionConfig
+from fedjax_med.core.errors import require
+from fedjax_med.data import partitions, splits
+from fedjax_med.data.dataset import Dataset, Hospitals, Split, client_table
+from fedjax_med.data.duplicates import join_groups, near_duplicate_groups
+
+
+def build_hospitals(dataset: Dataset, data: DataConfig, partition: PartitionConfig) -> Hospitals:
+  """Splits and partitions a dataset; a function of the arguments alone (``data.seed``).
+
+  Every example stands in exactly one row of the train or the test table. Under
+  ``data.split='grouped'`` no near-duplicate group and no patient stands on two sides or in two
+  hospitals. Every hospital has ``partition.min_client_size`` training examples; it has a test
+  example where there are as many test units as hospitals and the scheme is not ``site``.
+
+  Raises:
+    UserError: a class is missing on one side, or the request does not fit the data.
+  """
+  split = split_with_duplicates(dataset, data, by_site=partition.scheme == "site")
+  numbers = np.unique(split.units, return_inverse=True)[1]
+  if partition.scheme == "site":
+    names, owner_train, owner_test = _by_site(dataset, split, numbers, partition)
+    num_moved = 0
+  else:
+    names = tuple(f"hospital {client + 1}" for client in range(partition.num_clients))
+    owner_train, owner_test, num_moved = _by_shares(dataset, split, numbers, partition, data.seed)
+  return Hospitals(
+    dataset=dataset,
+    split=split,
+    names=names,
+    train=client_table([split.train[owner_train == k] for k in range(len(names))]),
+    test=client_table([split.test[owner_test == k] for k in range(len(names))]),
+    num_moved=num_moved,
+  )
+
+
+def split_with_duplicates(dataset: Dataset, data: DataConfig, by_site: bool = False) -> Split:
+  """Finds near-duplicates, splits, and counts what leaks from train to test.
+
+  Args:
+    dataset: the examples.
+    data: ``split``, ``test_fraction`` and ``seed`` are read.
+    by_site: keep the test share within every site too (``data.split='grouped'`` only).
+  """
+  groups = near_duplicate_groups(dataset.inputs)
+  if data.split == "paper":
+    units = np.arange(len(groups), dtype=np.int32)
+  else:
+    units = groups if dataset.patients is None else join_groups(groups, dataset.patients)
+  train, test = splits.split_dataset(
+    dataset.labels,
+    units,
+    len(dataset.class_names),
+    data.test_fraction,
+    data.split,
+    data.seed,
+    dataset.sites if by_site else None,
+  )
+  sizes = np.bincount(groups)
+  return Split(
+    train=train,
+    test=test,
+    units=units,
+    scheme=data.split,
+    num_duplicate_groups=int((sizes > 1).sum()),
+    num_in_duplicate_groups=int(sizes[sizes > 1].sum()),
+    num_test_with_duplicate_in_train=int(np.isin(groups[test], groups[train]).sum()),
+  )
+
+
+def _by_shares(
+  dataset: Dataset, split: Split, numbers: np.ndarray, partition: PartitionConfig, seed: int
+) -> tuple[np.ndarray, np.ndarray, int]:
+  """Clients of the train examples, of the test examples, and how many train examples moved."""
+  num_classes, num_clients = len(dataset.class_names), partition.num_clients
+  require(num_clients >= 1, f"partition.num_clients={num_clients} is under 1", "use two or more")
+  num_train_units = len(np.unique(numbers[split.train]))
+  partitions.require_clients_fit(
+    num_clients, num_train_units, len(split.train), partition.min_client_size
+  )
+  rng = np.random.default_rng([seed, 2])
+  shares = partitions.proportions(
+    partition.scheme,
+    num_classes,
+    num_clients,
+    partition.alpha,
+    partition.classes_per_client,
+    rng,
+  )
+  owners, moved = [], []
+  for side, min_size in ((split.train, partition.min_client_size), (split.test, 1)):
+    units = np.unique(numbers[side], return_inverse=True)[1]
+    classes = splits.unit_classes(dataset.labels[side], units, num_classes)
+    sizes = np.bincount(units)
+    owner = partitions.apportion(classes, sizes, shares, rng)
+    if len(sizes) >= num_clients:  # fewer test units than hospitals: some test sets stay empty
+      owner, num_moved = partitions.repair(owner, classes, sizes, shares, min_size)
+      moved.append(num_moved)
+    owners.append(owner[units])
+  return owners[0], owners[1], moved[0]
+
+
+def _by_site(
+  dataset: Dataset, split: Split, numbers: np.ndarray, partition: PartitionConfig
+) -> tuple[tuple[str, ...], np.ndarray, np.ndarray]:
+  """Names and clients of ``scheme='site'``: whole units at the site that holds most of them."""
+  require(
+    dataset.sites is not None,
+    "partition.scheme='site' needs a dataset that says where each example comes from, which this"
+    " one does not",
+    "use partition.scheme=dirichlet or a source with sites",
+  )
+  assert dataset.sites is not None
+  num_sites = len(dataset.site_names)
+  require(
+    partition.num_clients in (0, num_sites),
+    f"partition.num_clients={partition.num_clients} contradicts the {num_sites} sites",
+    f"use 0 or {num_sites} with partition.scheme=site",
+  )
+  home = splits.unit_classes(dataset.sites, numbers, num_sites)[numbers]
+  counts = np.bincount(home[split.train], minlength=num_sites)
+  smallest = int(counts.argmin())
+  require(
+    bool(counts[smallest] >= max(1, partition.min_client_size)),
+    f"site '{dataset.site_names[smallest]}' has {counts[smallest]} training examples, under"
+    f" partition.min_client_size={partition.min_client_size}",
+    "lower it (1 is the least), leave the site out, or use another partition.scheme",
+  )
+  return dataset.site_names, home[split.train], home[split.test]

@@ -1,0 +1,57 @@
+"""What federation is measured against: each hospital alone, and one model on pooled data."""
+
+import pathlib
+from typing import Any
+
+from rich.console import Console
+
+from fedjax_med.experiment import console as terminal, workdir as files
+from fedjax_med.experiment.build import Experiment, alone, pooled
+from fedjax_med.experiment.loop import train_rounds
+
+
+def _curve(folder: pathlib.Path) -> list[dict[str, Any]]:
+  return [line for line in files.read_metrics(folder) if line["split"] == "test"]
+
+
+def _overall(line: dict[str, Any]) -> dict[str, Any]:
+  return {key: value for key, value in line.items() if key not in ("clients", "seconds", "split")}
+
+
+def run_baselines(federation: Experiment, folder: pathlib.Path, console: Console) -> dict[str, Any]:
+  """Trains the baselines under ``folder``/baselines, each resumable like any run.
+
+  Returns:
+    'curves': test metrics at every log point, for baselines.json; 'summary': the last ones.
+  """
+  runs = [(f"alone-{k + 1}", run) for k, run in enumerate(alone(federation))]
+  runs.append(("pooled", pooled(federation)))
+  curves: dict[str, list[dict[str, Any]]] = {}
+  for name, run in runs:
+    place = folder / "baselines" / name
+    files.prepare(place)
+    title = f"{run.names[0]} alone" if name != "pooled" else "pooled data"
+    with terminal.progress(console, title, run.config.server.num_rounds) as listen:
+      train_rounds(run, place, listen)
+    curves[name] = _curve(place)
+
+  names = federation.hospitals.names
+  solo = []
+  for k, hospital in enumerate(names):
+    curve = [
+      {"round": line["round"], "own": line["clients"][k], "all": _overall(line)}
+      for line in curves[f"alone-{k + 1}"]
+    ]
+    solo.append({"name": hospital, "curve": curve})
+  together = [
+    {"round": line["round"], "all": _overall(line), "clients": line["clients"]}
+    for line in curves["pooled"]
+  ]
+  last = [entry["curve"][-1] for entry in solo]
+  return {
+    "curves": {"alone": solo, "pooled": {"curve": together}},
+    "summary": {
+      "alone": [{"own": point["own"], "all": point["all"]} for point in last],
+      "pooled": together[-1]["all"],
+    },
+  }

@@ -1,0 +1,348 @@
+"""From a validated config to everything a run needs: data, model, mechanisms, compiled functions."""
+
+import dataclasses
+import hashlib
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fedjax_med.core.config import Config, fingerprint, to_dict
+from fedjax_med.core.keys import Stream, base_key, key_for
+from fedjax_med.data.dataset import ClientTable, Dataset, Hospitals, client_rows, client_table
+from fedjax_med.data.hospitals import build_hospitals
+from fedjax_med.data.sources import load_dataset
+from fedjax_med.federated.algorithm import Client, FederatedAlgorithm, Hyper, Pool
+from fedjax_med.federated.local import cross_entropy, local_training, plain_gradient, private_gradient
+from fedjax_med.federated.optimizers import client_optimizer, schedule, server_optimizer
+from fedjax_med.federated.registry import create_algorithm
+from fedjax_med.models.model import Model
+from fedjax_med.models.registry import create_model
+from fedjax_med.privacy.accounting import resolve_deltas
+from fedjax_med.privacy.clipping import resolve_method
+from fedjax_med.privacy.mechanism import PoissonGaussian, plan_mechanisms
+from fedjax_med.simulation.evaluation import make_predict
+from fedjax_med.simulation.plan import Plan, choose_layout, choose_lowering
+from fedjax_med.simulation.rounds import Block, SimulationState, init_state, make_block, make_round
+
+
+class Program(NamedTuple):
+  """The compiled side of a run: it knows shapes, not data.
+
+  Attributes:
+    model, algorithm, plan: as their types say.
+    initial: SimulationState before round 0, made anew at each call.
+    block: a jitted block of rounds.
+    predict: class probabilities of given pool rows.
+  """
+
+  model: Model
+  algorithm: FederatedAlgorithm
+  plan: Plan
+  initial: Callable[[], SimulationState]
+  block: Block
+  predict: Callable[..., np.ndarray]
+
+
+class Experiment(NamedTuple):
+  """One training run, ready to start: the federation itself or one of its baselines.
+
+  Attributes:
+    config: the validated config.
+    hospitals: the data; its test table is what every run is measured on.
+    names: names of the training clients.
+    clients: stacked Client records of the training clients.
+    mechanisms: privacy mechanism of each training client, or None without privacy.
+    deltas: δ of each training client (empty without privacy).
+    steps: [K] int64 local steps a round of each training client.
+    hyper: traced hyperparameters.
+    pool: all examples on the device.
+    program: compiled functions.
+    run_id: fingerprint of all that shapes the trajectory; a checkpoint of another one is refused.
+  """
+
+  config: Config
+  hospitals: Hospitals
+  names: tuple[str, ...]
+  clients: Client
+  mechanisms: tuple[PoissonGaussian, ...] | None
+  deltas: tuple[float, ...]
+  steps: np.ndarray
+  hyper: Hyper
+  pool: Pool
+  program: Program
+  run_id: str
+
+
+def local_steps(config: Config, counts: np.ndarray) -> np.ndarray:
+  """[K] local steps a round: as configured, or epochs · n / batch size, at least 1."""
+  client = config.client
+  if client.num_local_steps:
+    return np.full(len(counts), client.num_local_steps, np.int64)
+  batches = client.num_local_epochs * counts / client.batch_size
+  # Without privacy an epoch ends with a partial batch; a Poisson epoch is 1/q expected draws.
+  steps = np.ceil(batches) if config.privacy.mechanism == "none" else np.round(batches)
+  return np.maximum(1, steps).astype(np.int64)
+
+
+def load_hospitals(config: Config) -> Hospitals:
+  """Reads the data and deals them to the hospitals; raises UserError for anything amiss."""
+  return build_hospitals(load_dataset(config.data), config.data, config.partition)
+
+
+def _mechanisms(
+  config: Config, counts: np.ndarray, steps: np.ndarray
+) -> tuple[tuple[PoissonGaussian, ...] | None, tuple[float, ...]]:
+  privacy = config.privacy
+  if privacy.mechanism == "none":
+    return None, ()
+  mechanisms = plan_mechanisms(
+    counts,
+    config.client.batch_size,
+    steps=steps * config.server.num_rounds,
+    clip_norm=privacy.clip_norm,
+    batch_cap=privacy.batch_cap,
+    noise_multiplier=privacy.noise_multiplier,
+    target_epsilon=privacy.target_epsilon,
+    delta=privacy.delta,
+  )
+  return mechanisms, resolve_deltas(counts, privacy.delta)
+
+
+def _run_id(config: Config, hospitals: Hospitals, rows: ClientTable, names: tuple[str, ...]) -> str:
+  """Fingerprint of the trajectory: equal ids mean equal weights after equal rounds."""
+  values: dict[str, Any] = to_dict(config)
+  # Neither what is measured, nor the layout, nor where files lie changes the trajectory.
+  for section, name in (("data", "path"), ("data", "cache_dir"), ("data", "strict")):
+    del values[section][name]
+  del values["execution"], values["eval"]
+  calibrated = config.privacy.target_epsilon > 0 and config.privacy.noise_multiplier == 0
+  if config.client.schedule == "constant" and not calibrated:
+    del values["server"]["num_rounds"]  # so that 5 rounds and 5 more equal 10
+  if not calibrated:
+    del values["privacy"]["target_epsilon"]  # a budget: it ends a run, it does not change it
+  sha = hashlib.sha256()
+  for array in (hospitals.dataset.inputs, hospitals.dataset.labels, rows.indices, rows.counts):
+    sha.update(np.ascontiguousarray(array).tobytes())
+  return fingerprint({"config": values, "data": sha.hexdigest(), "names": names})
+
+
+def make_program(
+  config: Config,
+  dataset: Dataset,
+  *,
+  num_clients: int,
+  max_examples: int,
+  shared_steps: int | None,
+  batch_cap: int,
+) -> Program:
+  """Builds model, algorithm and compiled functions for K clients of at most ``max_examples``.
+
+  Args:
+    config: validated config.
+    dataset: gives image shape and classes.
+    num_clients: K.
+    max_examples: slots of a client's index row.
+    shared_steps: local steps a round where all clients take the same number, else None.
+    batch_cap: slots of a truncated Poisson batch (private runs).
+  """
+  lowering, lowering_reason = choose_lowering(config.execution.lowering)
+  model = create_model(config.model, len(dataset.class_names), lowering)
+  image = jax.ShapeDtypeStruct((1, *dataset.inputs.shape[1:]), jnp.float32)
+  cohort_cap = _cohort_cap(config, num_clients)
+  layout, chunk, layout_reason = choose_layout(
+    config.execution.layout, config.execution.chunk_size, cohort_cap or num_clients
+  )
+  reasons = [layout_reason, lowering_reason]
+  loss = cross_entropy(config.client.label_smoothing)
+  shape = {"max_examples": max_examples, "normalisation": config.data.normalisation}
+  if config.privacy.mechanism == "none":
+    clipping = "none"
+    gradient = plain_gradient(model, loss, batch_size=config.client.batch_size, **shape)
+  else:
+    params, state = jax.eval_shape(model.init, base_key(0), image)
+    clipping, reason = resolve_method(
+      config.privacy.clipping, model.uncovered(params, state, image)
+    )
+    reasons.append(reason)
+    gradient = private_gradient(model, loss, clipping=clipping, batch_cap=batch_cap, **shape)
+  client, server = config.client, config.server
+  train = local_training(
+    gradient,
+    client_optimizer(client.optimizer, client.momentum, client.weight_decay),
+    schedule(client.schedule, server.num_rounds, client.warmup_rounds),
+    shared_steps,
+  )
+  algorithm = create_algorithm(
+    server.algorithm,
+    train,
+    server_optimizer(server.optimizer, server.momentum),
+    average=server.ema_decay > 0,
+  )
+
+  @jax.jit
+  def initial(key):
+    params, state = model.init(key_for(key, Stream.INIT), jnp.zeros(image.shape, image.dtype))
+    return init_state(algorithm, params, state, num_clients)
+
+  run_round = make_round(algorithm, num_clients=num_clients, cohort_cap=cohort_cap, chunk=chunk)
+  return Program(
+    model,
+    algorithm,
+    Plan(layout, chunk, lowering, clipping, tuple(reasons)),
+    lambda: initial(base_key(config.seed)),
+    make_block(run_round, num_clients),
+    make_predict(
+      model, batch_size=config.eval.batch_size, normalisation=config.data.normalisation
+    ),
+  )
+
+
+def _cohort_cap(config: Config, num_clients: int) -> int | None:
+  """Most clients of a Poisson cohort (expected + 5 standard deviations), None for all clients."""
+  if config.server.participation == "full":
+    return None
+  expected = num_clients * config.server.participation_rate
+  spread = math.sqrt(expected * (1 - config.server.participation_rate))
+  return min(num_clients, math.ceil(expected + 5 * spread))
+
+
+def _hyper(config: Config) -> Hyper:
+  return Hyper(
+    *(
+      jnp.asarray(value, jnp.float32)
+      for value in (
+        config.client.learning_rate,
+        config.server.learning_rate,
+        config.server.proximal_weight,
+        config.privacy.clip_norm,
+        config.server.ema_decay,
+        config.server.participation_rate,
+      )
+    )
+  )
+
+
+def _stack_clients(
+  config: Config,
+  rows: ClientTable,
+  numbers: np.ndarray,
+  steps: np.ndarray,
+  mechanisms: tuple[PoissonGaussian, ...] | None,
+) -> Client:
+  num_clients = len(rows.counts)
+  weights = rows.counts if config.server.weighting == "examples" else np.ones(num_clients)
+  private = mechanisms or ()
+  absent = [0.0] * (0 if private else num_clients)
+  return Client(
+    number=jnp.asarray(numbers, jnp.int32),
+    indices=jnp.asarray(rows.indices, jnp.int32),
+    count=jnp.asarray(rows.counts, jnp.int32),
+    weight=jnp.asarray(weights / weights.sum(), jnp.float32),
+    num_steps=jnp.asarray(steps, jnp.int32),
+    sampling_probability=jnp.asarray(
+      [m.sampling_probability for m in private] or absent, jnp.float32
+    ),
+    expected_batch_size=jnp.asarray(
+      [m.expected_batch_size for m in private] or absent, jnp.float32
+    ),
+    noise_multiplier=jnp.asarray([m.noise_multiplier for m in private] or absent, jnp.float32),
+  )
+
+
+def build(config: Config, hospitals: Hospitals) -> Experiment:
+  """The federation itself: every hospital is a client."""
+  dataset = hospitals.dataset
+  pool = Pool(jnp.asarray(dataset.inputs), jnp.asarray(dataset.labels))
+  counts = hospitals.train.counts.astype(np.int64)
+  numbers = np.arange(len(counts))
+  steps = local_steps(config, counts)
+  return _assemble(config, hospitals, hospitals.names, hospitals.train, numbers, steps, pool)
+
+
+def _assemble(
+  config: Config,
+  hospitals: Hospitals,
+  names: tuple[str, ...],
+  rows: ClientTable,
+  numbers: np.ndarray,
+  steps: np.ndarray,
+  pool: Pool,
+) -> Experiment:
+  mechanisms, deltas = _mechanisms(config, rows.counts.astype(np.int64), steps)
+  program = make_program(
+    config,
+    hospitals.dataset,
+    num_clients=len(names),
+    max_examples=rows.indices.shape[1],
+    shared_steps=int(steps[0]) if (steps == steps[0]).all() else None,
+    batch_cap=_batch_cap(mechanisms),
+  )
+  return Experiment(
+    config,
+    hospitals,
+    names,
+    _stack_clients(config, rows, numbers, steps, mechanisms),
+    mechanisms,
+    deltas,
+    steps,
+    _hyper(config),
+    pool,
+    program,
+    _run_id(config, hospitals, rows, names),
+  )
+
+
+def _batch_cap(mechanisms: tuple[PoissonGaussian, ...] | None) -> int:
+  return max((mechanism.batch_cap for mechanism in mechanisms or ()), default=0)
+
+
+def _baseline_config(config: Config) -> Config:
+  """A single client needs no server optimiser and takes part in every round."""
+  server = dataclasses.replace(
+    config.server, optimizer="sgd", learning_rate=1.0, participation="full", proximal_weight=0.0
+  )
+  return dataclasses.replace(config, server=server)
+
+
+def pooled(federation: Experiment) -> Experiment:
+  """One model on everyone's data in one place, with as many local steps a round as all together."""
+  hospitals = federation.hospitals
+  rows = client_table([np.concatenate(client_rows(hospitals.train))])
+  number, steps = np.array([len(hospitals.names)]), np.array([federation.steps.sum()])
+  config = _baseline_config(federation.config)
+  return _assemble(config, hospitals, ("pooled",), rows, number, steps, federation.pool)
+
+
+def alone(federation: Experiment) -> list[Experiment]:
+  """Each hospital by itself, with its own draws, steps and ε; all share one compiled program."""
+  hospitals, config = federation.hospitals, _baseline_config(federation.config)
+  table = hospitals.train
+  program = make_program(
+    config,
+    hospitals.dataset,
+    num_clients=1,
+    max_examples=table.indices.shape[1],
+    shared_steps=None,
+    batch_cap=_batch_cap(federation.mechanisms),
+  )
+
+  def run(k: int) -> Experiment:
+    clients = jax.tree.map(lambda leaf: leaf[k : k + 1], federation.clients)
+    rows = ClientTable(table.indices[k : k + 1], table.counts[k : k + 1])
+    names = (hospitals.names[k],)
+    return federation._replace(
+      config=config,
+      names=names,
+      clients=clients._replace(weight=jnp.ones((1,), jnp.float32)),
+      mechanisms=federation.mechanisms and federation.mechanisms[k : k + 1],
+      deltas=federation.deltas[k : k + 1],
+      steps=federation.steps[k : k + 1],
+      program=program,
+      run_id=_run_id(config, hospitals, rows, names),
+    )
+
+  return [run(k) for k in range(len(hospitals.names))]

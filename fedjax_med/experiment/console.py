@@ -1,0 +1,168 @@
+"""What a run says on the terminal: what will happen, live progress, the result per hospital."""
+
+import contextlib
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.progress import (
+  BarColumn,
+  MofNCompleteColumn,
+  Progress,
+  TextColumn,
+  TimeRemainingColumn,
+)
+from rich.table import Table
+
+from fedjax_med.experiment.build import Experiment
+from fedjax_med.experiment.loop import Listener, Outcome
+
+MOST_ROWS = 20  # hospitals in a table on the terminal; files and report hold all of them
+
+
+def make_console() -> Console:
+  """Colours and a live bar on a terminal, plain lines of fixed width elsewhere."""
+  console = Console(highlight=False)
+  return console if console.is_terminal else Console(highlight=False, width=110)
+
+
+def number(value: float | None, digits: int = 3) -> str:
+  """A metric for people: a dash where it is undefined."""
+  return "–" if value is None else f"{value:.{digits}f}"
+
+
+def describe(
+  console: Console, experiment: Experiment, planned: tuple[float, ...], num_parameters: int
+) -> None:
+  """Prints what will run: data, hospitals, model, plan and the ε that all rounds would spend."""
+  config, hospitals = experiment.config, experiment.hospitals
+  dataset, split = hospitals.dataset, hospitals.split
+  height, width = dataset.inputs.shape[1:3]
+  console.print(
+    f"[bold]{len(hospitals.names)} hospitals[/] share {len(dataset.labels)} images"
+    f" ({config.data.source}, {height}x{width}, classes {', '.join(dataset.class_names)});"
+    f" {len(split.train)} train, {len(split.test)} test, split '{split.scheme}',"
+    f" partition '{config.partition.scheme}'"
+  )
+  if split.num_test_with_duplicate_in_train:
+    console.print(
+      f"[yellow]{split.num_test_with_duplicate_in_train} of {len(split.test)} test images have a"
+      " near-duplicate in train: the score will be optimistic[/]"
+    )
+  if dataset.skipped:
+    console.print(f"[yellow]{len(dataset.skipped)} files left out, for example"
+                  f" {dataset.skipped[0][0]}: {dataset.skipped[0][1]}[/]")
+  console.print(
+    f"Model {config.model.name} (norm {config.model.norm}, {num_parameters:,} parameters);"
+    f" {config.server.num_rounds} rounds of {config.server.algorithm};"
+    f" clipping {experiment.program.plan.clipping}"
+  )
+  for reason in experiment.program.plan.reasons:
+    console.print(f"  plan: {reason}")
+  console.print(_hospital_table(experiment, planned))
+  if experiment.mechanisms:
+    console.print(
+      f"Privacy: one record of one hospital, zero-out adjacency, DP-SGD; all"
+      f" {config.server.num_rounds} rounds would spend ε = {max(planned):.3f} at the worst hospital"
+    )
+  else:
+    console.print("Privacy: none (privacy.mechanism=none)")
+
+
+def _hospital_table(experiment: Experiment, planned: tuple[float, ...]) -> Table:
+  hospitals = experiment.hospitals
+  table = Table(title="Who trains", title_justify="left")
+  table.add_column("hospital")
+  columns = ["train", "test", "steps/round"]
+  columns += ["q", "batch cap", "σ", "δ", "ε planned"] if experiment.mechanisms else []
+  for column in columns:
+    table.add_column(column, justify="right")
+  for k, name in enumerate(hospitals.names[:MOST_ROWS]):
+    row = [name, str(hospitals.train.counts[k]), str(hospitals.test.counts[k])]
+    row.append(str(experiment.steps[k]))
+    if experiment.mechanisms:
+      mechanism = experiment.mechanisms[k]
+      row += [f"{mechanism.sampling_probability:.4f}", str(mechanism.batch_cap)]
+      row += [f"{mechanism.noise_multiplier:.3f}", f"{experiment.deltas[k]:.1e}"]
+      row.append(f"{planned[k]:.3f}")
+    table.add_row(*row)
+  _add_rest(table, len(hospitals.names))
+  return table
+
+
+def _add_rest(table: Table, total: int) -> None:
+  if total > MOST_ROWS:
+    table.caption = f"and {total - MOST_ROWS} more hospitals (all in the report)"
+
+
+@contextlib.contextmanager
+def progress(console: Console, name: str, num_rounds: int) -> Iterator[Listener]:
+  """A listener for ``train_rounds``: a live bar on a terminal, a line a log point elsewhere."""
+  started: list[tuple[float, int]] = []  # (time, round) of the first log point of this process
+
+  def status(test: dict[str, Any], spent: float | None) -> str:
+    parts = [f"accuracy {number(test['accuracy'])}", f"AUROC {number(test['auroc'])}"]
+    if spent is not None:
+      parts.append(f"ε {spent:.3f}")
+    return "  ".join(parts)
+
+  def time_left(done: int) -> str:
+    if not started:
+      started.append((time.monotonic(), done))
+    begin, first = started[0]
+    if done <= first:
+      return ""
+    left = (time.monotonic() - begin) / (done - first) * (num_rounds - done)
+    return f"  {left:.0f} s left"
+
+  if not console.is_terminal:
+
+    def line(done: int, test: dict[str, Any], spent: float | None) -> None:
+      console.print(f"{name}: round {done}/{num_rounds}  {status(test, spent)}{time_left(done)}")
+
+    yield line
+    return
+
+  columns = (
+    TextColumn("{task.description}"),
+    BarColumn(),
+    MofNCompleteColumn(),
+    TextColumn("{task.fields[status]}"),
+    TimeRemainingColumn(),
+  )
+  with Progress(*columns, console=console) as bar:
+    task = bar.add_task(name, total=num_rounds, status="compiling")
+
+    def update(done: int, test: dict[str, Any], spent: float | None) -> None:
+      bar.update(task, completed=done, status=status(test, spent))
+
+    yield update
+
+
+def results(console: Console, experiment: Experiment, outcome: Outcome) -> None:
+  """Prints the final table: a line a hospital and one for all test images together."""
+  table = Table(title=f"Test results after {outcome.rounds} rounds", title_justify="left")
+  table.add_column("hospital")
+  names = ["n test", "accuracy", "AUROC", "sensitivity", "specificity", "F1"]
+  for column in [*names, *(["ε"] if outcome.epsilons else [])]:
+    table.add_column(column, justify="right")
+
+  def add(name: str, line: dict[str, Any], spent: float | None) -> None:
+    values = [line[key] for key in ("accuracy", "auroc", "recall", "specificity", "f1")]
+    row = [name, str(line["n"]), *map(number, values)]
+    table.add_row(*row, *([number(spent)] if outcome.epsilons else []))
+
+  for k, line in enumerate(outcome.clients[:MOST_ROWS]):
+    add(line["name"], line, outcome.epsilons[k] if outcome.epsilons else None)
+  table.add_section()
+  add("all", outcome.test, float(np.max(outcome.epsilons)) if outcome.epsilons else None)
+  _add_rest(table, len(outcome.clients))
+  console.print(table)
+  if outcome.stopped == "budget":
+    budget = experiment.config.privacy.target_epsilon
+    console.print(
+      f"[yellow]Stopped after round {outcome.rounds}: the next round would cross"
+      f" privacy.target_epsilon={budget:g}[/]"
+    )

@@ -1,0 +1,257 @@
+"""One self-contained report.html from the files of a workdir, so that it can be redone anytime.
+
+Nothing but those files enters it, no time and no network: the same workdir gives the same bytes.
+"""
+
+import base64
+import json
+import math
+import pathlib
+from typing import Any
+
+import numpy as np
+
+from fedjax_med.core.errors import UserError, require
+from fedjax_med.core.metrics import METRICS
+from fedjax_med.experiment import figures
+
+# The shape a file must have: {key: shape}, [shape of every element] or an isinstance type.
+NUMBER = int | float | None
+VALUES = dict.fromkeys(METRICS, NUMBER)
+CLIENT = {"name": str, **VALUES}
+SHAPES: dict[str, Any] = {
+  "config.json": {
+    "run_id": str, "command": str, "versions": dict, "config": dict, "notes": [str],
+  },
+  "hospitals.json": {
+    "class_names": [str],
+    "split": {
+      "scheme": str, "num_train": int, "num_test": int, "num_duplicate_groups": int,
+      "num_in_duplicate_groups": int, "num_test_with_duplicate_in_train": int,
+    },
+    "num_moved": int,
+    "skipped": [list],
+    "hospitals": [{"name": str, "train": [int], "test": [int]}],
+  },
+  "privacy.json": {"mechanism": str, "epsilon_max": NUMBER},
+  "summary.json": {
+    "run_id": str, "config_name": str, "rounds": int, "stopped": str, "test": VALUES,
+    "clients": [CLIENT], "epsilon_max": NUMBER, "confusion": [[int]],
+    "seconds": {"compile": NUMBER, "train": NUMBER, "total": NUMBER}, "num_parameters": int,
+    "plan": {"layout": str, "clipping": str, "lowering": str, "reason": [str]},
+    "model_finite": bool,
+  },
+}  # fmt: skip
+PRIVATE = {
+  "unit": str, "adjacency": str, "accountant": dict, "not_covered": [str],
+  "hospitals": [
+    {"name": str, "n": int, "sampling_probability": NUMBER, "batch_cap": int,
+     "noise_multiplier": NUMBER, "clip_norm": NUMBER, "steps": int, "delta": NUMBER,
+     "epsilon": NUMBER},
+  ],
+}  # fmt: skip
+LINES = {
+  "test": {"round": int, "epsilon_max": NUMBER, "clients": [CLIENT], **VALUES},
+  "train": {"round": int, "loss": NUMBER},
+}
+POINT = {"round": int, "all": VALUES}
+BASELINES = {
+  "alone": [{"name": str, "curve": [{**POINT, "own": VALUES}]}],
+  "pooled": {"curve": [{**POINT, "clients": [VALUES]}]},
+}
+STOPPED = {
+  "completed": "all rounds were run",
+  "budget": "stopped before the next rounds would have exceeded the privacy budget",
+}
+
+
+def write_report(workdir: pathlib.Path) -> pathlib.Path:
+  """Draws WORKDIR/figures/*.png and writes WORKDIR/report.html; returns its path.
+
+  Raises:
+    UserError: a file is missing, is not JSON, lacks a field, or two files disagree on the hospitals.
+  """
+  import jinja2
+
+  run = load(workdir)
+  view = {
+    **run,
+    "images": _draw(workdir, run),
+    "rows": _rows(run),
+    "delta_max": max((h["delta"] for h in run["privacy"].get("hospitals", [])), default=None),
+    "stopped": STOPPED.get(run["summary"]["stopped"], run["summary"]["stopped"]),
+    "max_bars": figures.MAX_BARS,
+  }
+  environment = jinja2.Environment(
+    loader=jinja2.PackageLoader("fedjax_med.experiment"),
+    autoescape=True,
+    undefined=jinja2.StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+  )
+  environment.filters.update(
+    fixed=_fixed, epsilon=figures.round_up, duration=_duration, mean=_mean, worst=_worst
+  )
+  path = workdir / "report.html"
+  path.write_text(environment.get_template("report.html").render(view), encoding="utf-8")
+  return path
+
+
+def load(workdir: pathlib.Path) -> dict[str, Any]:
+  """Reads and checks a workdir: config, hospitals, privacy, summary, log and baselines (or None).
+
+  Raises:
+    UserError: see ``write_report``.
+  """
+  require(workdir.is_dir(), f"workdir={workdir} is not a folder", "give the folder of a run")
+  run: dict[str, Any] = {name.removesuffix(".json"): _read(workdir / name) for name in SHAPES}
+  for name, shape in SHAPES.items():
+    _check(run[name.removesuffix(".json")], shape, workdir / name)
+  if run["privacy"]["mechanism"] != "none":
+    _check(run["privacy"], PRIVATE, workdir / "privacy.json")
+
+  log_path = workdir / "metrics.jsonl"
+  lines = _text(log_path).splitlines()
+  log = [_parse(line, f"{log_path}, line {number}") for number, line in enumerate(lines, 1)]
+  for number, line in enumerate(log, 1):
+    where = f"{log_path}, line {number}"
+    _check(line, {"split": str}, where)
+    _check(line, LINES.get(line["split"], LINES["train"]), where)
+  require(
+    any(line["split"] == "test" for line in log),
+    f"{log_path} holds no line with split=test",
+    "run at least one round up to a log point",
+  )
+  baselines = None
+  if (workdir / "baselines.json").exists():
+    baselines = _read(workdir / "baselines.json")
+    _check(baselines, BASELINES, workdir / "baselines.json")
+
+  names = [hospital["name"] for hospital in run["hospitals"]["hospitals"]]
+  _same_hospitals(names, run["summary"]["clients"], workdir / "summary.json")
+  if run["privacy"]["mechanism"] != "none":
+    _same_hospitals(names, run["privacy"]["hospitals"], workdir / "privacy.json")
+  if baselines is not None:
+    _same_hospitals(names, baselines["alone"], workdir / "baselines.json")
+  return {**run, "log": log, "baselines": baselines}
+
+
+def _text(path: pathlib.Path) -> str:
+  try:
+    return path.read_text(encoding="utf-8")
+  except (OSError, UnicodeDecodeError) as error:
+    raise UserError(
+      f"{path} cannot be read ({error}); give the folder of a run that reached its end"
+    ) from error
+
+
+def _read(path: pathlib.Path) -> Any:
+  return _parse(_text(path), path)
+
+
+def _parse(text: str, where: object) -> Any:
+  try:
+    return json.loads(text)
+  except json.JSONDecodeError as error:
+    raise UserError(
+      f"{where} is not JSON ({error}); restore it or run the experiment again"
+    ) from error
+
+
+def _check(value: Any, shape: Any, where: object) -> None:
+  """Raises UserError unless ``value`` has the ``shape``; ``where`` names it in the message."""
+  if isinstance(shape, dict):
+    _check(value, dict, where)
+    for key, inner in shape.items():
+      require(key in value, f"{where} lacks '{key}'", "restore it or run the experiment again")
+      _check(value[key], inner, f"{where}: {key}")
+  elif isinstance(shape, list):
+    _check(value, list, where)
+    for number, item in enumerate(value):
+      _check(item, shape[0], f"{where}[{number}]")
+  else:
+    name = getattr(shape, "__name__", str(shape)).replace(" | None", " or null")
+    require(
+      isinstance(value, shape),
+      f"{where} is {json.dumps(value)[:60]}, which must be {name}",
+      "restore it or run the experiment again",
+    )
+
+
+def _same_hospitals(names: list[str], rows: list[dict[str, Any]], where: pathlib.Path) -> None:
+  found = [row["name"] for row in rows]
+  require(
+    found == names,
+    f"{where} names {len(found)} hospitals that are not the {len(names)} of hospitals.json, in order",
+    "give a folder that holds the files of one run",
+  )
+
+
+def _draw(workdir: pathlib.Path, run: dict[str, Any]) -> dict[str, dict[str, Any]]:
+  """Draws the figures; returns PNGs and widths by name, with the run's own examples.png if any."""
+  folder = workdir / "figures"
+  hospitals, summary, baselines = run["hospitals"], run["summary"], run["baselines"]
+  figures.draw_partition(folder / "partition.png", hospitals)
+  figures.draw_rounds(folder / "rounds.png", run["log"], baselines, hospitals["split"]["scheme"])
+  figures.draw_hospitals(folder / "hospitals.png", summary, hospitals, baselines)
+  figures.draw_confusion(folder / "confusion.png", summary, hospitals)
+  images = {}
+  for name in ("partition", "rounds", "hospitals", "confusion", "examples"):
+    if (folder / f"{name}.png").exists():
+      png = (folder / f"{name}.png").read_bytes()
+      pixels = int.from_bytes(png[16:20], "big")  # width in the IHDR chunk
+      width = round(pixels * 100 / figures.DPI)
+      images[name] = {"data": base64.b64encode(png).decode("ascii"), "width": width}
+  return images
+
+
+def _rows(run: dict[str, Any]) -> list[dict[str, Any]]:
+  """Everything known of each hospital in one record, in the order of hospitals.json."""
+  count = len(run["hospitals"]["hospitals"])
+  privacy = run["privacy"].get("hospitals") or [None] * count
+  alone = run["baselines"]["alone"] if run["baselines"] else [None] * count
+  return [
+    {
+      "name": holds["name"],
+      "train": holds["train"],
+      "test": holds["test"],
+      "metrics": metrics,
+      "privacy": spent,
+      "alone": local["curve"][-1] if local else None,
+    }
+    for holds, metrics, spent, local in zip(
+      run["hospitals"]["hospitals"], run["summary"]["clients"], privacy, alone, strict=True
+    )
+  ]
+
+
+def _fixed(value: float | None, digits: int = 3) -> Any:
+  """HTML of a number: rounded to read, exact in the ``value`` attribute; an en dash for None."""
+  import markupsafe
+
+  if value is None or math.isnan(value):
+    return "–"
+  exact = json.dumps(value)
+  return markupsafe.Markup(f'<data value="{exact}">{value:,.{digits}f}</data>')
+
+
+def _duration(seconds: float | None) -> str:
+  if seconds is None:
+    return "–"
+  minutes, rest = divmod(seconds, 60)
+  return f"{minutes:.0f} min {rest:.0f} s" if minutes else f"{rest:.1f} s"
+
+
+def _defined(values: list[float | None]) -> list[float]:
+  return [value for value in values if value is not None and not math.isnan(value)]
+
+
+def _mean(values: list[float | None]) -> float | None:
+  """Unweighted mean over the hospitals where the value is defined."""
+  known = _defined(values)
+  return float(np.mean(known)) if known else None
+
+
+def _worst(values: list[float | None], metric: str) -> float | None:
+  """The highest loss or the lowest of any other metric."""
+  return (max if metric == "loss" else min)(_defined(values), default=None)

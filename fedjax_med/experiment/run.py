@@ -1,0 +1,196 @@
+"""A whole run in a workdir: train or resume, baselines, and every file a user gets."""
+
+import importlib.metadata
+import pathlib
+import platform
+import time
+from typing import Any
+
+import jax
+import numpy as np
+
+from fedjax_med import __version__
+from fedjax_med.core.config import Config, to_dict
+from fedjax_med.core.metrics import confusion_matrix
+from fedjax_med.data.dataset import ClientTable, Hospitals, client_rows
+from fedjax_med.experiment import console as terminal, figures, workdir as files
+from fedjax_med.experiment.baselines import run_baselines
+from fedjax_med.experiment.build import Experiment, build, load_hospitals
+from fedjax_med.experiment.checkpoints import digest
+from fedjax_med.experiment.loop import Outcome, evaluated_params, spent, test_rows, train_rounds
+from fedjax_med.experiment.report import write_report
+from fedjax_med.privacy.accounting import privacy_report
+
+PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "dp-accounting", "numpy")
+
+
+def num_parameters(experiment: Experiment) -> int:
+  """Trained weights of the model."""
+  params = jax.eval_shape(experiment.program.initial).server.params
+  return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(params))
+
+
+def _config_record(experiment: Experiment, command: str) -> dict[str, Any]:
+  versions = {name: importlib.metadata.version(name) for name in PACKAGES}
+  versions |= {"fedjax_med": __version__, "python": platform.python_version()}
+  return {
+    "run_id": experiment.run_id,
+    "command": command,
+    "device": f"{jax.devices()[0].device_kind} x {jax.device_count()}",
+    "versions": versions,
+    "notes": list(experiment.hospitals.dataset.notes),
+    "config": to_dict(experiment.config),
+  }
+
+
+def _hospital_record(hospitals: Hospitals) -> dict[str, Any]:
+  dataset, split = hospitals.dataset, hospitals.split
+  classes = len(dataset.class_names)
+
+  def per_class(table: ClientTable, k: int) -> list[int]:
+    rows = table.indices[k, : table.counts[k]]
+    return np.bincount(dataset.labels[rows], minlength=classes).tolist()
+
+  return {
+    "class_names": list(dataset.class_names),
+    "split": {
+      "scheme": split.scheme,
+      "num_train": len(split.train),
+      "num_test": len(split.test),
+      "num_duplicate_groups": split.num_duplicate_groups,
+      "num_in_duplicate_groups": split.num_in_duplicate_groups,
+      "num_test_with_duplicate_in_train": split.num_test_with_duplicate_in_train,
+    },
+    "num_moved": hospitals.num_moved,
+    "skipped": [list(item) for item in dataset.skipped],
+    "hospitals": [
+      {"name": name, "train": per_class(hospitals.train, k), "test": per_class(hospitals.test, k)}
+      for k, name in enumerate(hospitals.names)
+    ],
+  }
+
+
+def privacy_record(experiment: Experiment, steps: np.ndarray) -> dict[str, Any]:
+  """What privacy.json says after ``steps`` [K] executed local steps."""
+  if not experiment.mechanisms:
+    return {"mechanism": "none", "epsilon_max": None, "hospitals": []}
+  return privacy_report(
+    experiment.names, experiment.mechanisms, [int(count) for count in steps], experiment.deltas
+  )
+
+
+def _summary(
+  experiment: Experiment, outcome: Outcome, name: str, baselines: dict[str, Any] | None
+) -> dict[str, Any]:
+  """Results only, no times: an interrupted and an unbroken run write the same bytes."""
+  labels = experiment.hospitals.dataset.labels[test_rows(experiment)]
+  plan = experiment.program.plan
+  summary = {
+    "run_id": experiment.run_id,
+    "config_name": name,
+    "rounds": outcome.rounds,
+    "stopped": outcome.stopped,
+    "epsilon_max": max(outcome.epsilons, default=None),
+    "test": outcome.test,
+    "clients": outcome.clients,
+    "confusion": confusion_matrix(outcome.probabilities, labels).tolist(),
+    "num_parameters": num_parameters(experiment),
+    "split": experiment.hospitals.split.scheme,
+    "plan": {**plan._asdict(), "reasons": list(plan.reasons)},
+    "weights_sha256": digest(evaluated_params(outcome.state)),
+  }
+  return summary if baselines is None else {**summary, "baselines": baselines["summary"]}
+
+
+def planned_epsilons(experiment: Experiment) -> tuple[float, ...]:
+  """ε of each hospital if all rounds run; empty without privacy."""
+  return spent(experiment, experiment.steps * experiment.config.server.num_rounds)
+
+
+def dry_run(config: Config) -> None:
+  """Prints config, hospitals, plan, memory estimate and planned ε; trains nothing."""
+  console = terminal.make_console()
+  console.print_json(data=to_dict(config))
+  experiment = build(config, load_hospitals(config))
+  terminal.describe(console, experiment, planned_epsilons(experiment), num_parameters(experiment))
+  memory = memory_estimate(experiment)
+  console.print(
+    "Memory estimate of the compiled rounds: "
+    + ", ".join(f"{name} {size / 2**20:,.0f} MiB" for name, size in memory.items())
+  )
+
+
+def memory_estimate(experiment: Experiment) -> dict[str, int]:
+  """Bytes the compiled block needs, as the compiler reports them (compiles the block)."""
+  state = jax.eval_shape(experiment.program.initial)
+  key = jax.eval_shape(lambda: jax.random.key(0))
+  rounds = jax.ShapeDtypeStruct((), np.int32)
+  arguments = (experiment.clients, experiment.pool, experiment.hyper, key, rounds)
+  analysis = experiment.program.block.lower(state, *arguments).compile().memory_analysis()
+  data = sum(leaf.nbytes for leaf in jax.tree.leaves(experiment.pool))
+  return {
+    "data": data,
+    "model and server state": analysis.argument_size_in_bytes - data,
+    "working memory": analysis.temp_size_in_bytes,
+  }
+
+
+def run(config: Config, folder: pathlib.Path, name: str, command: str) -> None:
+  """Trains as configured, or resumes, and leaves every result in ``folder``.
+
+  Args:
+    config: validated config.
+    folder: the workdir.
+    name: name of the config for the summary.
+    command: the command line, for the report.
+
+  Raises:
+    UserError: whatever the user can put right, always before a finished round is lost.
+  """
+  console = terminal.make_console()
+  started = time.monotonic()
+  files.prepare(folder)
+  experiment = build(config, load_hospitals(config))
+  files.claim(folder, experiment.run_id)
+  terminal.describe(console, experiment, planned_epsilons(experiment), num_parameters(experiment))
+  files.write_json(folder / "config.json", _config_record(experiment, command))
+  files.write_json(folder / "hospitals.json", _hospital_record(experiment.hospitals))
+
+  with terminal.progress(console, "federation", config.server.num_rounds) as listen:
+    outcome = train_rounds(experiment, folder, listen)
+  files.write_json(
+    folder / "privacy.json", privacy_record(experiment, np.asarray(outcome.state.steps))
+  )
+  baselines = None
+  if config.eval.local_baselines:
+    baselines = run_baselines(experiment, folder, console)
+    files.write_json(folder / "baselines.json", baselines["curves"])
+  files.write_json(folder / "summary.json", _summary(experiment, outcome, name, baselines))
+  seconds = {**outcome.seconds, "total": time.monotonic() - started}
+  files.write_json(folder / "timing.json", {k: round(v, 3) for k, v in seconds.items()})
+
+  terminal.results(console, experiment, outcome)
+  _draw_examples(experiment, folder)
+  report = write_report(folder)
+  console.print(f"Report: {report}   (compile {seconds['compile']:.1f} s, train"
+                f" {seconds['train']:.1f} s, all {time.monotonic() - started:.1f} s)")
+
+
+def _draw_examples(experiment: Experiment, folder: pathlib.Path) -> None:
+  """Train images of each hospital and class, so that a reader sees what was learned from."""
+  hospitals = experiment.hospitals
+  dataset = hospitals.dataset
+  shown = min(len(hospitals.names), 8)
+  classes = range(min(len(dataset.class_names), 4))
+
+  def first_two(k: int, label: int) -> list[np.ndarray | None]:
+    rows = client_rows(hospitals.train)[k]
+    found = [dataset.inputs[row, :, :, 0] for row in rows[dataset.labels[rows] == label][:2]]
+    return [*found, *[None] * (2 - len(found))]
+
+  figures.draw_examples(
+    folder / "figures" / "examples.png",
+    [[image for label in classes for image in first_two(k, label)] for k in range(shown)],
+    hospitals.names[:shown],
+    [dataset.class_names[label] for label in classes for _ in range(2)],
+  )

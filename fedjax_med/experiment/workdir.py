@@ -1,0 +1,74 @@
+"""The folder of a run: made, checked, and written so that a kill never leaves half a file."""
+
+import json
+import os
+import pathlib
+from typing import Any
+
+from fedjax_med.core.errors import UserError, require
+
+
+def prepare(workdir: pathlib.Path) -> None:
+  """Makes the folder and proves that it can be written; raises UserError if it cannot."""
+  try:
+    (workdir / "figures").mkdir(parents=True, exist_ok=True)
+    probe = workdir / ".write_test"
+    probe.write_text("")
+    probe.unlink()
+  except OSError as error:
+    raise UserError(
+      f"--workdir={workdir} cannot be written ({error.strerror}); choose a folder you may write to"
+    ) from error
+
+
+def write_json(path: pathlib.Path, value: Any) -> None:
+  """Writes JSON whole or not at all: to a neighbour first, then renamed over ``path``."""
+  temporary = path.with_name(path.name + ".tmp")
+  temporary.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n")
+  os.replace(temporary, path)
+
+
+def read_metrics(workdir: pathlib.Path) -> list[dict[str, Any]]:
+  """Lines of metrics.jsonl in order; a line cut short by a kill is left out."""
+  path = workdir / "metrics.jsonl"
+  if not path.exists():
+    return []
+  lines = []
+  for text in path.read_text().splitlines():
+    try:
+      lines.append(json.loads(text))
+    except json.JSONDecodeError:
+      continue
+  return lines
+
+
+def keep_metrics_to(workdir: pathlib.Path, round_number: int) -> None:
+  """Drops lines past ``round_number``: they belong to rounds that a resumed run does again."""
+  kept = [line for line in read_metrics(workdir) if line["round"] <= round_number]
+  temporary = workdir / "metrics.jsonl.tmp"
+  temporary.write_text("".join(json.dumps(line, allow_nan=False) + "\n" for line in kept))
+  os.replace(temporary, workdir / "metrics.jsonl")
+
+
+def append_metrics(workdir: pathlib.Path, lines: list[dict[str, Any]]) -> None:
+  """Appends log lines and makes sure that they reached the disk."""
+  with (workdir / "metrics.jsonl").open("a") as file:
+    file.writelines(json.dumps(line, allow_nan=False) + "\n" for line in lines)
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def claim(workdir: pathlib.Path, run_id: str) -> None:
+  """Refuses a folder that holds another run: its files would be mixed with this one's."""
+  path = workdir / "config.json"
+  if not path.exists():
+    return
+  try:
+    found = json.loads(path.read_text()).get("run_id")
+  except (json.JSONDecodeError, AttributeError):
+    found = "unreadable"
+  require(
+    found == run_id,
+    f"--workdir={workdir} holds run {found}, this configuration is run {run_id}",
+    "use another --workdir, or the flags and data of the first start to resume it",
+  )

@@ -1,0 +1,145 @@
+"""What a federated algorithm is: records for what moves between server and clients, four functions."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+Tree = Any  # a pytree of arrays
+
+
+class Pool(NamedTuple):
+  """Every example of every client, once, on the device; clients refer to it by row number.
+
+  Attributes:
+    inputs: [N, H, W, C] uint8.
+    labels: [N] int32.
+  """
+
+  inputs: jax.Array
+  labels: jax.Array
+
+
+class Client(NamedTuple):
+  """One client as the program sees it; stacked over K clients every field gains a leading axis.
+
+  Attributes:
+    number: int32, names the client in random keys.
+    indices: [n_max] int32 rows of the pool; slots at or past ``count`` are padding.
+    count: int32 n, examples the client holds.
+    weight: float32 share of the client in the average.
+    num_steps: int32 local steps a round.
+    sampling_probability: float32 q of the Poisson draw (private runs).
+    expected_batch_size: float32 q·n, the fixed denominator (private runs).
+    noise_multiplier: float32 σ (private runs).
+  """
+
+  number: jax.Array
+  indices: jax.Array
+  count: jax.Array
+  weight: jax.Array
+  num_steps: jax.Array
+  sampling_probability: jax.Array
+  expected_batch_size: jax.Array
+  noise_multiplier: jax.Array
+
+
+class Hyper(NamedTuple):
+  """Traced hyperparameters, float32 scalars: changing one compiles nothing.
+
+  Attributes:
+    client_learning_rate: peak local learning rate.
+    server_learning_rate: server learning rate.
+    proximal_weight: FedProx μ (Li et al. 2020, eq. 2).
+    clip_norm: C, bound on one example's gradient norm.
+    ema_decay: decay of the evaluated average over rounds.
+    participation_rate: probability that a client takes part in a round.
+  """
+
+  client_learning_rate: jax.Array
+  server_learning_rate: jax.Array
+  proximal_weight: jax.Array
+  clip_norm: jax.Array
+  ema_decay: jax.Array
+  participation_rate: jax.Array
+
+
+class ClientDelta(NamedTuple):
+  """What a client sends: local minus received weights, and the same for non-trained state."""
+
+  params: Tree
+  state: Tree
+
+
+class ServerState(NamedTuple):
+  """The global model and what the server keeps between rounds.
+
+  Attributes:
+    params: trained weights, float32.
+    state: non-trained model state (batch statistics), {} for most models.
+    opt_state: state of the server optimiser.
+    average: exponential moving average of params over rounds, {} when it is off.
+    round: int32 finished rounds.
+  """
+
+  params: Tree
+  state: Tree
+  opt_state: Tree
+  average: Tree
+  round: jax.Array
+
+
+class RoundMetrics(NamedTuple):
+  """Sums over the local steps of one client's round; divide by the last two for means.
+
+  Attributes:
+    loss: summed over examples.
+    correct: correctly classified examples.
+    norm: per-example gradient norms, summed (private runs, else 0).
+    clipped: examples whose gradient was scaled down (private runs, else 0).
+    examples: examples seen.
+    steps: local steps executed.
+    finite: whether every weight the client sends is finite.
+  """
+
+  loss: jax.Array
+  correct: jax.Array
+  norm: jax.Array
+  clipped: jax.Array
+  examples: jax.Array
+  steps: jax.Array
+  finite: jax.Array
+
+
+def no_metrics(shape: tuple[int, ...] = ()) -> RoundMetrics:
+  """RoundMetrics of nothing done, every field of the given shape: the zero of add_metrics."""
+  zero = jnp.zeros(shape, jnp.float32)
+  return RoundMetrics(
+    zero, zero, zero, zero, zero, jnp.zeros(shape, jnp.int32), jnp.ones(shape, bool)
+  )
+
+
+def add_metrics(a: RoundMetrics, b: RoundMetrics) -> RoundMetrics:
+  """Sums of both; finite only where both are."""
+  sums = [x + y for x, y in zip(a[:-1], b[:-1], strict=True)]
+  return RoundMetrics(*sums, finite=a.finite & b.finite)
+
+
+class FederatedAlgorithm(NamedTuple):
+  """A federated algorithm as pure functions; every one passes tests/federated/test_conformance.py.
+
+  Attributes:
+    init_server: (params, state) -> ServerState.
+    init_client: (params, state) -> what one client keeps between rounds, () for most algorithms.
+    client_update: (server, kept, client, pool, hyper, key) -> (ClientDelta, kept, RoundMetrics).
+      Runs under vmap over clients; random keys come from (client.number, server.round, step).
+    server_update: (server, mean ClientDelta, hyper) -> ServerState.
+  """
+
+  init_server: Callable[[Tree, Tree], ServerState]
+  init_client: Callable[[Tree, Tree], Tree]
+  client_update: Callable[
+    [ServerState, Tree, Client, Pool, Hyper, jax.Array], tuple[ClientDelta, Tree, RoundMetrics]
+  ]
+  server_update: Callable[[ServerState, ClientDelta, Hyper], ServerState]

@@ -1,0 +1,61 @@
+"""FedAvg (McMahan et al. 2017) with any optax server optimiser; FedProx through local training."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from fedjax_med.federated.algorithm import (
+  ClientDelta,
+  FederatedAlgorithm,
+  Hyper,
+  ServerState,
+  Tree,
+)
+from fedjax_med.federated.optimizers import descend
+
+
+def fedavg(
+  train: Callable, optimizer: optax.GradientTransformation, *, average: bool
+) -> FederatedAlgorithm:
+  """Clients train from the global weights; the server steps along the mean of their deltas.
+
+  Args:
+    train: a local_training function.
+    optimizer: direction of the server step (identity is FedAvg; Reddi et al. 2021 for others).
+    average: also keep an exponential moving average of the weights over rounds.
+  """
+
+  def init_server(params: Tree, state: Tree) -> ServerState:
+    # A copy: the state is donated, and one buffer must not be donated twice.
+    kept = jax.tree.map(jnp.copy, params) if average else {}
+    return ServerState(params, state, optimizer.init(params), kept, jnp.zeros((), jnp.int32))
+
+  def client_update(server, kept, client, pool, hyper, key):
+    params, state, metrics = train(
+      server.params, server.state, client, pool, hyper, key, server.round
+    )
+    delta = ClientDelta(
+      jax.tree.map(jnp.subtract, params, server.params),
+      jax.tree.map(jnp.subtract, state, server.state),
+    )
+    return delta, kept, metrics
+
+  def server_update(server: ServerState, delta: ClientDelta, hyper: Hyper) -> ServerState:
+    # optax minimises: the pseudo-gradient is the negative mean delta (Reddi et al. 2021, alg. 1).
+    direction, opt_state = optimizer.update(
+      jax.tree.map(jnp.negative, delta.params), server.opt_state, server.params
+    )
+    params = descend(server.params, direction, hyper.server_learning_rate)
+    done = server.round + 1
+    # Early rounds weigh more, else the initial weights dominate a short run.
+    count = done.astype(jnp.float32)
+    decay = jnp.minimum(hyper.ema_decay, (1 + count) / (10 + count))
+    kept = jax.tree.map(
+      lambda old, new: decay * old + (1 - decay) * new, server.average, params if average else {}
+    )
+    state = jax.tree.map(jnp.add, server.state, delta.state)
+    return ServerState(params, state, opt_state, kept, done)
+
+  return FederatedAlgorithm(init_server, lambda params, state: (), client_update, server_update)

@@ -1,0 +1,322 @@
+"""Command line of the entry points: flags, --help from the config docstrings, one-line errors.
+
+An entry point is three lines: ``define_config()`` at module level, a ``main`` that calls
+``load_config()``, and ``run_main(main)``. Whatever the user can put right is answered with one
+sentence on stderr and exit code 2; only our own bugs print a traceback.
+"""
+
+import dataclasses
+import difflib
+import inspect
+import os
+import pathlib
+import re
+import runpy
+import sys
+import textwrap
+import traceback
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+from absl import flags
+from ml_collections import config_flags
+
+from fedjax_med.core.config import Config, validate
+from fedjax_med.core.errors import UserError, nearest, require
+
+_HELP = ("--help", "-help", "-h", "--helpfull", "--helpshort")
+_WIDTH = 100
+_PASS_A_PRESET = "start with a preset: --config=configs/quickstart.py"
+_KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+
+flags.DEFINE_bool("debug", False, "Print the traceback of an error too.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Field:
+  """One ``--config.section.field``.
+
+  Attributes:
+    section: name of the section; empty for a field of ``Config`` itself.
+    kind: declared type: str, int, float or bool.
+    default: value of the dataclass; a preset may set another.
+    meaning: the sentence of the dataclass docstring; empty where it has none.
+  """
+
+  section: str
+  kind: type
+  default: Any
+  meaning: str
+
+
+def define_config() -> None:
+  """Defines --config (with every --config.section.field) and --workdir."""
+  config_flags.DEFINE_config_file(
+    "config", None, "Python file whose get_config() returns a Config, such as configs/quickstart.py"
+  )
+  flags.DEFINE_string("workdir", None, "Folder of the run: results, checkpoints, report.")
+
+
+def load_config() -> Config:
+  """The Config of the command line, checked; call it inside ``main``.
+
+  Raises:
+    UserError: --config is missing, or a value breaks a rule of ``core.config.validate``.
+  """
+  config = flags.FLAGS["config"].value
+  if config is None:
+    raise UserError(f"--config is missing; {_PASS_A_PRESET}")
+  _check_values(config)
+  validate(config)
+  return config
+
+
+def run_main(main: Callable[[list[str]], None]) -> None:
+  """Parses the command line and runs ``main`` with what is left of it (program name first).
+
+  Exits with code 2 after a UserError or a wrong command line (one line on stderr, with --debug
+  the traceback as well), 130 after Ctrl-C, 0 after --help. Other exceptions are bugs and pass.
+  """
+  if any(argument in _HELP for argument in sys.argv[1:]):
+    try:
+      print(help_text(main), flush=True)
+    except BrokenPipeError:  # "--help | head" closed the pipe: nothing more can be written
+      os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return
+  try:
+    main(_parse(sys.argv))
+  except UserError as error:
+    if flags.FLAGS["debug"].value or "--debug" in sys.argv:  # the latter if parsing failed
+      traceback.print_exc()
+    _fail(f"error: {error}", 2)
+  except KeyboardInterrupt:
+    _fail("interrupted", 130)
+
+
+def config_fields() -> dict[str, Field]:
+  """Every field of the configuration by its dotted path, in declaration order."""
+  fields = {}
+  for outer in dataclasses.fields(Config):
+    value = getattr(Config(), outer.name)
+    if not dataclasses.is_dataclass(value):
+      fields[outer.name] = Field("", type(value), value, _meanings(Config).get(outer.name, ""))
+      continue
+    meanings = _meanings(type(value))
+    for inner in dataclasses.fields(value):
+      default = getattr(value, inner.name)
+      meaning = meanings.get(inner.name, "")
+      fields[f"{outer.name}.{inner.name}"] = Field(outer.name, type(default), default, meaning)
+  return fields
+
+
+def help_text(main: Callable[[list[str]], None]) -> str:
+  """What --help prints: the module docstring of ``main``, its flags, every config field."""
+  module = inspect.getmodule(main)
+  spec = getattr(module, "__spec__", None)
+  command = f"python -m {spec.name}" if spec else f"python {sys.argv[0]}"
+  required = "--config=FILE " if "config" in flags.FLAGS else ""
+  doc = inspect.cleandoc(getattr(module, "__doc__", None) or "")
+  lines = [f"Usage: {command} {required}[flags]", "", doc]
+  lines += ["", "Flags:"]
+  for name, flag in _own_flags().items():
+    value = "" if flag.boolean else "=..."
+    lines += [f"  --{name}{value}", *_indented(flag.help)]
+  lines += ["  --help", *_indented("This text.")]
+  if "config" not in flags.FLAGS:
+    return "\n".join(lines)
+
+  lines += [
+    "",
+    "Fields of the configuration, with the default that a preset in configs/ may replace.",
+    "Give them after --config, for example --config.server.num_rounds=5:",
+  ]
+  section = None
+  for path, field in config_fields().items():
+    if field.section not in ("", section):
+      section = field.section
+      doc = inspect.getdoc(type(getattr(Config(), section))) or ""
+      lines += ["", f"{section}: {doc.splitlines()[0]}"]
+    lines += [f"  --config.{path}={field.default}  ({field.kind.__name__})"]
+    lines += _indented(field.meaning)
+  return "\n".join(lines)
+
+
+def _indented(text: str) -> list[str]:
+  indent = " " * 6
+  return textwrap.wrap(
+    text, _WIDTH, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False
+  )
+
+
+def _meanings(record: type) -> dict[str, str]:
+  """Field meanings from the ``Attributes:`` of a docstring, else from its ``name`` sentences."""
+  doc = inspect.getdoc(record) or ""
+  meanings = dict(re.findall(r"``(\w+)`` (\w[^.]*\.)", doc))
+  _, _, attributes = doc.partition("Attributes:\n")
+  for name, text in re.findall(r"^  (\w+): (.*(?:\n    .*)*)", attributes, flags=re.MULTILINE):
+    meanings[name] = " ".join(text.replace("``", "").split())
+  return meanings
+
+
+def _own_flags() -> dict[str, flags.Flag]:
+  """Flags defined by this package or the script that runs, not by the libraries it imports."""
+  own = {}
+  for module, found in flags.FLAGS.flags_by_module_dict().items():
+    if module.startswith("fedjax_med") or module == sys.argv[0]:
+      own |= {flag.name: flag for flag in found if "." not in flag.name}
+  return own
+
+
+def _parse(argv: list[str]) -> list[str]:
+  """Parses absl flags; every way to get them wrong is a UserError with the remedy."""
+  _check_config_names(argv)
+  path = _config_path(argv)
+  if path is not None:
+    _check_config_file(path)
+  try:
+    program, *arguments = flags.FLAGS(argv)
+  except flags.UnrecognizedFlagError as error:
+    name = f"--{error.flagname}"
+    known = [f"--{flag}" for flag in _own_flags()]
+    raise UserError(f"{name} is unknown; {nearest(name, [*known, '--help'])}") from None
+  except flags.IllegalFlagValueError as error:
+    raise UserError(_bad_value(str(error))) from None
+  except flags.Error as error:
+    raise UserError(f"{' '.join(str(error).split())}; see --help") from None
+  require(
+    not arguments or "config" not in flags.FLAGS,
+    f"'{' '.join(arguments)}' is not a flag",
+    "pass a preset as --config=configs/quickstart.py; see --help",
+  )
+  return [program, *arguments]
+
+
+def _bad_value(message: str) -> str:
+  """absl's ``flag --config.seed=x: reason``, with the type a config field should have."""
+  message = message.removeprefix("flag ")
+  match = re.match(r"--config\.([\w.]+)=(.*?): ", message)
+  if match is None:
+    return f"{message}; see --help"
+  path, value = match.groups()
+  field = config_fields()[path]
+  return f"--config.{path}={value} must be {_KINDS[field.kind]}; its default is {field.default}"
+
+
+def _check_config_names(argv: list[str]) -> None:
+  """Names the nearest field for a --config.section.field that does not exist."""
+  if "config" not in flags.FLAGS:
+    return
+  known = config_fields()
+  has_config = False
+  for argument in _flags_of(argv):
+    has_config |= re.match(r"--?config(=|$)", argument) is not None
+    match = re.match(r"--?(?:no)?config\.([^=]*)", argument)
+    if match is None:
+      continue
+    name = match[1]
+    require(has_config, f"--config.{name} needs a --config before it", _PASS_A_PRESET)
+    if name in known:
+      continue
+    inside = [f"--config.{path}" for path, field in known.items() if name and field.section == name]
+    require(not inside, f"--config.{name} is a section", f"set its fields: {', '.join(inside)}")
+    raise UserError(f"--config.{name} is unknown; {_nearest_field(name, known)}")
+
+
+def _nearest_field(name: str, known: dict[str, Field]) -> str:
+  """A right field in a wrong or missing section wins over a similar spelling of the whole."""
+  section, _, leaf = name.rpartition(".")
+  leaves = {path.rpartition(".")[2] for path in known}
+  close = [other for other in leaves if leaf and other.startswith(leaf)]
+  close = close or difflib.get_close_matches(leaf, leaves, 1, 0.7)
+  same = [path for path in known if path.rpartition(".")[2] in close]
+  if not section and len(same) > 1:
+    return f"choose one of {', '.join(f'--config.{path}' for path in same)}"
+  similar = difflib.get_close_matches(name, same or known, 1, 0.5)
+  return f"did you mean '--config.{similar[0]}'?" if similar else "see --help for all fields"
+
+
+def _flags_of(argv: list[str]) -> list[str]:
+  """Arguments before a bare ``--``, where absl stops looking for flags."""
+  return argv[1 : argv.index("--")] if "--" in argv else argv[1:]
+
+
+def _config_path(argv: list[str]) -> str | None:
+  """Value of --config=FILE or --config FILE; the last one counts."""
+  path = None
+  arguments = _flags_of(argv)
+  for index, argument in enumerate(arguments):
+    if argument in ("--config", "-config") and index + 1 < len(arguments):
+      path = arguments[index + 1]
+    elif re.match(r"--?config=", argument):
+      path = argument.partition("=")[2]
+  return path
+
+
+def _check_config_file(argument: str) -> None:
+  """Runs the config file once by itself, so that whatever is wrong in it has its own sentence."""
+  name, *get_config_arguments = argument.split(":", 1)
+  path = pathlib.Path(name)
+  if not path.is_file():
+    folder = path.parent if path.parent.is_dir() and path.parent != pathlib.Path() else "configs"
+    presets = [str(preset) for preset in pathlib.Path(folder).glob("*.py")]
+    remedy = nearest(name, presets) if presets else "give the path of a preset, a .py file"
+    raise UserError(f"--config={argument} is not a file; {remedy}")
+  try:
+    functions = runpy.run_path(name, run_name="config")
+    require(
+      callable(functions.get("get_config")),
+      f"{name} has no get_config()",
+      "define get_config() so that it returns a fedjax_med.core.config.Config",
+    )
+    config = functions["get_config"](*get_config_arguments)
+  except UserError:
+    raise
+  except SyntaxError as error:
+    where = f"{name}, line {error.lineno}"
+    raise UserError(f"{where}: {error.msg}; correct the config file") from error
+  except Exception as error:
+    frames = traceback.extract_tb(error.__traceback__)
+    line = next((frame.lineno for frame in reversed(frames) if frame.filename == name), None)
+    where = f"{name}, line {line}" if line else name
+    text = " ".join(f"{type(error).__name__}: {error}".split())
+    raise UserError(f"{where}: {text}; correct the config file") from error
+  require(
+    isinstance(config, Config),
+    f"get_config() of {name} returned {type(config).__name__}, not Config",
+    "return a fedjax_med.core.config.Config",
+  )
+
+
+def _check_values(config: Config) -> None:
+  """Config files assign freely: refuses unknown names and wrong types, makes int floats float."""
+  known = config_fields()
+  sections = {"": config} | {field.section: None for field in known.values()}
+  for section in sections:
+    record = getattr(config, section) if section else config
+    sections[section] = record
+    expected = type(getattr(Config(), section)) if section else Config
+    require(
+      isinstance(record, expected),
+      f"{section} is {type(record).__name__}, not {expected.__name__}",
+      "assign to its fields instead of replacing it",
+    )
+    names = {field.name for field in dataclasses.fields(record)}
+    for name in vars(record).keys() - names:
+      path = f"{section}.{name}".lstrip(".")
+      raise UserError(f"{path}, set by the config file, is unknown; {_nearest_field(path, known)}")
+  for path, field in known.items():
+    record, name = sections[field.section], path.rpartition(".")[2]
+    value = getattr(record, name)
+    if field.kind is float and type(value) is int:
+      value = float(value)
+      setattr(record, name, value)
+    require(
+      isinstance(value, field.kind) and not (field.kind is int and isinstance(value, bool)),
+      f"{path}={value!r} is {type(value).__name__}",
+      f"give {_KINDS[field.kind]} such as {field.default!r}",
+    )
+
+
+def _fail(message: str, code: int) -> NoReturn:
+  print(message, file=sys.stderr)
+  sys.exit(code)

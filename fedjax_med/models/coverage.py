@@ -1,0 +1,328 @@
+"""Proof from the traced program that norm taps see every parameter of every example (fail closed).
+
+The program is traced with each tapped layer marked. Taps are exact if every parameter goes into at
+most one marked layer and nowhere else, and if no operation mixes the examples of a batch. Examples
+are followed by shape: two traces at two batch sizes tell the example axis of every array apart, and
+each operation must pass on exactly that axis. An operation that is not known counts as mixing.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+from jax.extend import core
+
+from fedjax_med.models.taps import Layer
+
+_MARK = "fedjax_med_tapped_layer"
+_BATCHES = (5, 7)
+
+# Value by value, operands of one shape: examples stay where they are.
+_ELEMENTWISE = frozenset(
+  [
+    "abs",
+    "acos",
+    "acosh",
+    "add",
+    "add_any",
+    "and",
+    "asin",
+    "asinh",
+    "atan",
+    "atan2",
+    "atanh",
+    "bitcast_convert_type",
+    "cbrt",
+    "ceil",
+    "clamp",
+    "convert_element_type",
+    "copy",
+    "copy_p",
+    "cos",
+    "cosh",
+    "digamma",
+    "div",
+    "eq",
+    "erf",
+    "erf_inv",
+    "erfc",
+    "exp",
+    "exp2",
+    "expm1",
+    "floor",
+    "ge",
+    "gt",
+    "integer_pow",
+    "is_finite",
+    "le",
+    "lgamma",
+    "log",
+    "log1p",
+    "logistic",
+    "lt",
+    "max",
+    "min",
+    "mul",
+    "ne",
+    "neg",
+    "not",
+    "optimization_barrier",
+    "or",
+    "pow",
+    "reduce_precision",
+    "rem",
+    "round",
+    "rsqrt",
+    "select_n",
+    "shift_left",
+    "shift_right_arithmetic",
+    "shift_right_logical",
+    "sign",
+    "sin",
+    "sinh",
+    "sqrt",
+    "square",
+    "stop_gradient",
+    "sub",
+    "tan",
+    "tanh",
+    "xor",
+  ]
+)
+# Losing, doubling or resizing the example axis shows in the shape of the result.
+_SEEN_BY_SHAPE = frozenset(
+  [
+    "argmax",
+    "argmin",
+    "broadcast_in_dim",
+    "concatenate",
+    "dot_general",
+    "dynamic_slice",
+    "expand_dims",
+    "iota",
+    "reduce_and",
+    "reduce_max",
+    "reduce_min",
+    "reduce_or",
+    "reduce_prod",
+    "reduce_sum",
+    "slice",
+    "split",
+    "squeeze",
+    "transpose",
+  ]
+)
+_CALLS = frozenset(
+  [
+    "jit",
+    "pjit",
+    "closed_call",
+    "core_call",
+    "checkpoint",
+    "remat",
+    "remat2",
+    "custom_jvp_call",
+    "custom_vjp_call",
+  ]
+)
+
+# A parameter as a variable of the traced program: its name and how often the program runs.
+Origins = dict[core.Var, tuple[str, int]]
+
+
+def marked(layer: Layer, inputs: jax.Array) -> jax.Array:
+  """Runs ``layer`` as one operation that ``problems`` recognises in the traced program."""
+
+  def run(inputs, params, constants):
+    return layer.forward(params, constants, inputs)
+
+  run.__name__ = _MARK
+  return jax.jit(run)(inputs, layer.params, layer.constants)
+
+
+def problems(
+  marked_apply: Callable[..., jax.Array],  # (params, state, inputs, key) -> logits
+  params: Any,
+  state: Any,
+  inputs: Any,  # [any, ...], only shape and dtype are read
+) -> tuple[str, ...]:
+  """Phrases that say why taps would miss part of a gradient; empty if they see all of it."""
+  leaves = jax.tree_util.tree_flatten_with_path(params)[0]
+  names = ["/".join(str(getattr(key, "key", key)) for key in path) for path, _ in leaves]
+  traces = [
+    jax.make_jaxpr(marked_apply)(
+      params,
+      state,
+      jax.ShapeDtypeStruct((batch, *inputs.shape[1:]), inputs.dtype),
+      jax.random.key(0),
+    ).jaxpr
+    for batch in _BATCHES
+  ]
+  origins: Origins = {var: (name, 1) for var, name in zip(traces[0].invars, names, strict=False)}
+  walk = _Walk()
+  walk.program(traces[0], traces[1], origins)
+  for first, second in zip(traces[0].outvars, traces[1].outvars, strict=True):
+    if _example_axes(first, second) != [0]:
+      walk.found["the logits do not have one row an example"] = None
+  for name, count in walk.uses.items():
+    if count > 1:
+      walk.found[f"{name} is used {'twice' if count == 2 else f'{count} times'}"] = None
+  return tuple(walk.found)
+
+
+class _Walk:
+  """What one pass over the program collects: uses of each parameter, and problems in order."""
+
+  def __init__(self):
+    self.uses: Counter[str] = Counter()
+    self.found: dict[str, None] = {}
+
+  def program(self, first: Any, second: Any, origins: Origins) -> None:
+    """Follows parameters and the example axis through both traces, inner programs included."""
+    if len(first.eqns) != len(second.eqns):
+      self.found["the program depends on the batch size"] = None
+      return
+    for var in first.outvars:
+      if _origin(var, origins):
+        self.found[f"{origins[var][0]} is handed on by an inner program"] = None
+    for eqn, twin in _live(first, second):
+      if eqn.primitive.name != twin.primitive.name:
+        self.found["the program depends on the batch size"] = None
+        return
+      self.equation(eqn, twin, origins)
+
+  def equation(self, eqn: Any, twin: Any, origins: Origins) -> None:
+    name = eqn.primitive.name
+    if name in ("jit", "pjit") and eqn.params["name"] == _MARK:
+      self.layer(eqn, twin, origins)
+    elif name in _CALLS:
+      self.call(eqn, twin, origins)
+    elif name == "scan":
+      self.scan(eqn, twin, origins)
+    elif name == "cond":
+      self.outside(eqn, eqn.invars[:1], origins)
+      for one, two in zip(eqn.params["branches"], twin.params["branches"], strict=True):
+        self.program(one.jaxpr, two.jaxpr, _inner(eqn.invars[1:], one.jaxpr.invars, origins))
+    else:
+      self.outside(eqn, eqn.invars, origins)
+      if not _keeps_examples_apart(eqn, twin):
+        self.found[f"{_place(eqn)} may mix examples ({name})"] = None
+
+  def layer(self, eqn: Any, twin: Any, origins: Origins) -> None:
+    """A tapped layer: examples on axis 0 of inputs and outputs, parameters straight in."""
+    rows = [(eqn.invars[0], twin.invars[0]), (eqn.outvars[0], twin.outvars[0])]
+    if any(_example_axes(one, two) != [0] for one, two in rows):
+      self.found[f"{_place(eqn)} does not have one row an example"] = None
+    for var, pair in zip(eqn.invars[1:], twin.invars[1:], strict=True):
+      origin = _origin(var, origins)
+      if origin:
+        self.uses[origin[0]] += origin[1]
+      if _example_axes(var, pair):
+        self.found[f"{_place(eqn)} has weights that depend on the examples"] = None
+
+  def call(self, eqn: Any, twin: Any, origins: Origins) -> None:
+    one, two = (_called(e) for e in (eqn, twin))
+    if eqn.primitive.name in ("jit", "pjit"):
+      # A jitted part may be a cached trace from before the layers were tapped.
+      self.outside(eqn, eqn.invars, origins)
+      origins = {}
+    self.program(one, two, _inner(eqn.invars, one.invars, origins))
+
+  def scan(self, eqn: Any, twin: Any, origins: Origins) -> None:
+    consts, carry = eqn.params["num_consts"], eqn.params["num_carry"]
+    one, two = eqn.params["jaxpr"].jaxpr, twin.params["jaxpr"].jaxpr
+    self.outside(eqn, eqn.invars[consts : consts + carry], origins)
+    outputs = list(zip(eqn.outvars, twin.outvars, strict=True))[carry:]
+    for var, pair in list(zip(eqn.invars, twin.invars, strict=True))[consts + carry :] + outputs:
+      if 0 in _example_axes(var, pair):
+        self.found[f"{_place(eqn)} goes through the examples one by one"] = None
+    inner = _inner(eqn.invars, one.invars, origins)
+    for var in one.invars[:consts]:
+      if var in inner:  # the same weights in every turn of the loop
+        inner[var] = (inner[var][0], inner[var][1] * eqn.params["length"])
+    self.program(one, two, {v: o for v, o in inner.items() if v not in one.invars[consts:][:carry]})
+
+  def outside(self, eqn: Any, used: Any, origins: Origins) -> None:
+    for var in used:
+      origin = _origin(var, origins)
+      if origin:
+        self.found[f"{origin[0]} is used outside the layers that are covered"] = None
+
+
+def _live(first: Any, second: Any) -> Iterator[tuple[Any, Any]]:
+  """Pairs of operations whose results matter, in order."""
+  needed = {var for var in first.outvars if isinstance(var, core.Var)}
+  kept = []
+  for eqn, twin in reversed(list(zip(first.eqns, second.eqns, strict=True))):
+    if needed.intersection(eqn.outvars):
+      needed.update(var for var in eqn.invars if isinstance(var, core.Var))
+      kept.append((eqn, twin))
+  return reversed(kept)
+
+
+def _called(eqn: Any) -> Any:
+  program = eqn.params["jaxpr"] if "jaxpr" in eqn.params else eqn.params["call_jaxpr"]
+  return program.jaxpr if isinstance(program, core.ClosedJaxpr) else program
+
+
+def _origin(var: Any, origins: Origins) -> tuple[str, int] | None:
+  return origins.get(var) if isinstance(var, core.Var) else None
+
+
+def _inner(outer: Any, inner: Any, origins: Origins) -> Origins:
+  """The origins of an inner program's arguments."""
+  pairs = ((var, _origin(arg, origins)) for arg, var in zip(outer, inner, strict=True))
+  return {var: origin for var, origin in pairs if origin}
+
+
+def _place(eqn: Any) -> str:
+  return str(eqn.source_info.name_stack) or "the model"
+
+
+def _example_axes(first: Any, second: Any) -> list[int]:
+  """Axes that follow the batch size; -1 stands for one that does but is not the batch size."""
+  sizes = zip(first.aval.shape, second.aval.shape, strict=True)
+  return [axis if pair == _BATCHES else -1 for axis, pair in enumerate(sizes) if pair[0] != pair[1]]
+
+
+def _keeps_examples_apart(eqn: Any, twin: Any) -> bool:
+  """Whether each result row depends on the operand rows of the same example only."""
+  operands = [_example_axes(*pair) for pair in zip(eqn.invars, twin.invars, strict=True)]
+  results = [_example_axes(*pair) for pair in zip(eqn.outvars, twin.outvars, strict=True)]
+  if not any(operands):
+    return all(len(axes) <= 1 and -1 not in axes for axes in results)
+  if any(len(axes) > 1 or -1 in axes for axes in operands):
+    return False
+  if any(len(axes) != 1 or -1 in axes for axes in results):
+    return False
+  name, params, axes = eqn.primitive.name, eqn.params, [a[0] if a else None for a in operands]
+  if name in _ELEMENTWISE or name in _SEEN_BY_SHAPE:
+    return True
+  axis, shape = axes[0], eqn.invars[0].aval.shape
+  if name == "reshape":
+    # As many values before the example axis as there were: the axis was not cut and re-formed.
+    return math.prod(shape[:axis]) == math.prod(eqn.outvars[0].aval.shape[: results[0][0]])
+  if name == "rev":
+    return axis not in params["dimensions"]
+  if name in ("cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp"):
+    return axis != params["axis"]
+  if name == "sort":
+    return params["dimension"] not in axes
+  if name == "top_k":
+    return axis != len(shape) - 1
+  if name == "pad":
+    return axis is not None and tuple(params["padding_config"][axis]) == (0, 0, 0)
+  if name.startswith("reduce_window"):
+    return axis is not None and params["window_dimensions"][axis] == 1
+  if name == "conv_general_dilated":
+    numbers = params["dimension_numbers"]
+    return axes == [numbers.lhs_spec[0], None] and results[0] == [numbers.out_spec[0]]
+  if name == "gather":
+    numbers = params["dimension_numbers"]
+    within = (
+      axis in numbers.operand_batching_dims or params["slice_sizes"][axis or 0] == _BATCHES[0]
+    )
+    return axis is None or within
+  return False

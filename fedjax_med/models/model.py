@@ -1,0 +1,299 @@
+"""A Flax Linen module as plain functions, its convolutions and norms lowered for many clients.
+
+Stock layers are computed by this package's operations through ``nn.intercept_methods``, so a user's
+own Flax model works unchanged; everything outside ``models/`` sees only ``Model``.
+"""
+
+import inspect
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.linen import meta
+from jax import lax
+
+from fedjax_med.models import coverage, ops, taps
+
+Params = Any
+State = dict[str, Any]
+
+
+class Model(NamedTuple):
+  """A network as pure functions.
+
+  Attributes:
+    init: (key, inputs [1, ...]) -> (params, state); state holds the collections that are not
+      trained (stored statistics), {} where there are none.
+    apply: (params, state, inputs [B, ...], *, key=None, train=False) -> (logits [B, classes], new
+      state). ``key`` draws dropout; without training the state comes back as it went in.
+    tapped_apply: (params, state, inputs [B, ...], taps [B], *, key=None) -> logits [B, classes] of
+      a training pass. The cotangent of ``taps`` is the squared l2 norm of each example's gradient
+      of the parameters, provided that ``uncovered`` is empty. The state stays as it is.
+    uncovered: (params, state, inputs) -> why the taps cannot be trusted, one phrase a reason, empty
+      if they can. ``inputs`` needs a shape [any, ...] and a dtype only.
+
+  Logits are float32, or float64 where the network computes so.
+  """
+
+  init: Callable[..., tuple[Params, State]]
+  apply: Callable[..., tuple[jax.Array, State]]
+  tapped_apply: Callable[..., jax.Array]
+  uncovered: Callable[..., tuple[str, ...]]
+
+
+def from_flax(module: nn.Module, lowering: ops.Lowering = "matmul") -> Model:
+  """Wraps a Linen module whose ``__call__`` takes inputs [B, ...] and returns logits [B, classes].
+
+  ``train=`` is passed if ``__call__`` has such an argument; the random stream is 'dropout'.
+  ``lowering`` says how convolutions run: 'matmul' (fast when clients are vmapped) or 'native'.
+  """
+  takes_train = "train" in inspect.signature(type(module).__call__).parameters
+
+  def train_argument(train: bool) -> dict[str, Any]:
+    return {"train": train} if takes_train else {}
+
+  def init(key, inputs):
+    keys = {"params": key, "dropout": jax.random.fold_in(key, 1)}
+    variables = meta.unbox(module.init(keys, inputs, **train_argument(False)))
+    state = {name: variables[name] for name in variables if name not in ("params", "intermediates")}
+    return variables.get("params", {}), state
+
+  def run(call, params, state, inputs, key, train):
+    rngs = {} if key is None else {"dropout": key}
+    mutable = list(state) if train else []
+    with nn.intercept_methods(_interceptor(call, lowering)):
+      logits, changed = module.apply(
+        {"params": params, **state}, inputs, rngs=rngs, mutable=mutable, **train_argument(train)
+      )
+    logits = logits.astype(taps.at_least_float32(logits.dtype))
+    return logits, {**state, **changed}
+
+  def apply(params, state, inputs, *, key=None, train=False):
+    return run(_plain, params, state, inputs, key, train)
+
+  def tapped_apply(params, state, inputs, norm_taps, *, key=None):
+    def call(layer, layer_inputs):
+      return taps.tapped(layer, layer_inputs, norm_taps)
+
+    return run(call, params, state, inputs, key, True)[0]
+
+  def uncovered(params, state, inputs):
+    def marked_apply(params, state, inputs, key):
+      return run(coverage.marked, params, state, inputs, key, True)[0]
+
+    return coverage.problems(marked_apply, params, state, inputs)
+
+  return Model(init, apply, tapped_apply, uncovered)
+
+
+def _plain(layer: taps.Layer, inputs: jax.Array) -> jax.Array:
+  return layer.forward(layer.params, layer.constants, inputs)
+
+
+def _interceptor(
+  call: Callable[[taps.Layer, jax.Array], jax.Array], lowering: ops.Lowering
+) -> Callable[..., Any]:
+  """Runs the layers known here through ``call`` and leaves every other method alone."""
+
+  def intercept(next_method, args, kwargs, context):
+    module = context.module
+    # The exact type: a subclass may compute something else.
+    known = _LAYERS.get(type(module)) if context.method_name == "__call__" else None
+    layer = known(module, lowering, *args, **kwargs) if known and args else None
+    return next_method(*args, **kwargs) if layer is None else call(layer, args[0])
+
+  return intercept
+
+
+def _conv(module: nn.Conv, lowering: ops.Lowering, inputs: jax.Array) -> taps.Layer | None:
+  padding, batch_and_size = module.padding, inputs.shape[:-1]
+  stock = (
+    inputs.ndim != 4
+    or isinstance(module.kernel_size, int)
+    or len(module.kernel_size) != 2
+    or _pair(module.input_dilation) != (1, 1)
+    or (isinstance(padding, str) and padding not in ("SAME", "VALID"))
+    or module.mask is not None
+    or module.precision is not None
+    or module.conv_general_dilated is not None
+    or module.conv_general_dilated_cls is not None
+    or _own_promotion(module)
+  )
+  params = _params(module, kernel=True, bias=module.use_bias)
+  if stock or params is None:
+    return None
+  _, height, width = batch_and_size
+  window, strides, dilation = map(
+    _pair, (module.kernel_size, module.strides, module.kernel_dilation)
+  )
+  return taps.conv_layer(
+    params,
+    strides=strides,
+    padding=_pixels(padding, (height, width), window, strides, dilation),
+    dilation=dilation,
+    groups=module.feature_group_count,
+    dtype=_result_dtype(module, inputs, params),
+    lowering=lowering,
+  )
+
+
+def _dense(module: nn.Dense, lowering: ops.Lowering, inputs: jax.Array) -> taps.Layer | None:
+  del lowering
+  params = _params(module, kernel=True, bias=module.use_bias)
+  own_product = module.dot_general is not None or module.dot_general_cls is not None
+  if params is None or inputs.ndim < 2 or own_product or _own_promotion(module):
+    return None
+  dtype = _result_dtype(module, inputs, params)
+  return taps.dense_layer(params, dtype=dtype, precision=module.precision)
+
+
+def _group_norm(
+  module: nn.GroupNorm, lowering: ops.Lowering, inputs: jax.Array, *, mask: Any = None
+) -> taps.Layer | None:
+  del lowering
+  params = _params(module, scale=module.use_scale, bias=module.use_bias)
+  if params is None or inputs.ndim < 2 or mask is not None or _unusual_statistics(module):
+    return None
+  if module.reduction_axes is not None or (module.num_groups is None) == (
+    module.group_size is None
+  ):
+    return None
+  num_groups = module.num_groups or inputs.shape[-1] // (module.group_size or 1)
+  dtype = _result_dtype(module, inputs, params)
+
+  def normalise(constants, inputs):
+    del constants
+    return ops.group_norm(inputs, None, None, num_groups=num_groups, epsilon=module.epsilon)
+
+  def forward(params, constants, inputs):
+    del constants
+    inputs = inputs.astype(np.promote_types(inputs.dtype, dtype))
+    return ops.group_norm(
+      inputs,
+      params.get("scale"),
+      params.get("bias"),
+      num_groups=num_groups,
+      epsilon=module.epsilon,
+    ).astype(dtype)
+
+  return taps.norm_layer(params, (), normalise, dtype=dtype, forward=forward)
+
+
+def _layer_norm(
+  module: nn.LayerNorm, lowering: ops.Lowering, inputs: jax.Array, *, mask: Any = None
+) -> taps.Layer | None:
+  del lowering
+  params = _params(module, scale=module.use_scale, bias=module.use_bias)
+  last = (-1, inputs.ndim - 1)
+  other_axes = module.reduction_axes not in last or module.feature_axes not in last
+  if params is None or inputs.ndim < 2 or mask is not None or other_axes:
+    return None
+  if _unusual_statistics(module):
+    return None
+
+  def normalise(constants, inputs):
+    del constants
+    inputs = _at_least_float32(inputs)
+    mean = inputs.mean(-1, keepdims=True)
+    variance = jnp.square(inputs).mean(-1, keepdims=True) - jnp.square(mean)
+    return (inputs - mean) * lax.rsqrt(jnp.maximum(variance, 0) + module.epsilon)
+
+  return taps.norm_layer(params, (), normalise, dtype=_result_dtype(module, inputs, params))
+
+
+def _frozen_batch_norm(
+  module: nn.BatchNorm,
+  lowering: ops.Lowering,
+  inputs: jax.Array,
+  use_running_average: bool | None = None,
+  *,
+  mask: Any = None,
+) -> taps.Layer | None:
+  del lowering, mask  # stored statistics do not depend on the mask
+  params = _params(module, scale=module.use_scale, bias=module.use_bias)
+  frozen = _merged(module.use_running_average, use_running_average)
+  mean, variance = (module.get_variable("batch_stats", name) for name in ("mean", "var"))
+  other_axis = module.axis not in (-1, inputs.ndim - 1)
+  if params is None or not frozen or mean is None or inputs.ndim < 2 or other_axis:
+    return None
+  if not module.force_float32_reductions:
+    return None
+
+  def normalise(constants, inputs):
+    inputs = _at_least_float32(inputs)
+    mean, inverse = (
+      value.astype(inputs.dtype).reshape((1,) * (inputs.ndim - 1) + (-1,))
+      for value in (constants[0], lax.rsqrt(constants[1] + module.epsilon))
+    )
+    return (inputs - mean) * inverse
+
+  dtype = _result_dtype(module, inputs, params)
+  return taps.norm_layer(params, (mean, variance), normalise, dtype=dtype)
+
+
+_LAYERS: dict[type, Callable[..., taps.Layer | None]] = {
+  nn.Conv: _conv,
+  nn.Dense: _dense,
+  nn.GroupNorm: _group_norm,
+  nn.LayerNorm: _layer_norm,
+  nn.BatchNorm: _frozen_batch_norm,
+}
+
+
+def _params(module: nn.Module, **used: bool) -> taps.Params | None:
+  """The named parameters of a bound layer, or None if one is missing (the stock layer says so)."""
+  params = {name: module.get_variable("params", name) for name, use in used.items() if use}
+  return None if any(value is None for value in params.values()) else meta.unbox(params)
+
+
+def _result_dtype(module: Any, inputs: jax.Array, params: taps.Params) -> Any:
+  """Flax's rule: the layer's dtype, else what inputs and parameters promote to."""
+  if module.dtype is not None:
+    return module.dtype
+  dtype = inputs.dtype
+  for value in params.values():
+    dtype = np.promote_types(dtype, value.dtype)
+  return dtype
+
+
+def _merged(attribute: bool | None, argument: bool | None) -> bool:
+  """Whether a choice made at construction or at the call is true (Flax refuses both or neither)."""
+  return bool(argument if attribute is None else attribute)
+
+
+def _own_promotion(module: Any) -> bool:
+  return module.promote_dtype is not type(module).promote_dtype
+
+
+def _unusual_statistics(module: Any) -> bool:
+  return not (
+    module.axis_name is None and module.use_fast_variance and module.force_float32_reductions
+  )
+
+
+def _at_least_float32(x: jax.Array) -> jax.Array:
+  return x.astype(taps.at_least_float32(x.dtype))
+
+
+def _pair(value: Any) -> ops.Pair:
+  """Flax's spelling of two numbers: a pair, one number for both, or None for 1."""
+  if value is None or isinstance(value, int):
+    value = (1, 1) if value is None else (value, value)
+  first, second = value
+  return first, second
+
+
+def _pixels(
+  padding: Any, size: ops.Pair, window: ops.Pair, strides: ops.Pair, dilation: ops.Pair
+) -> ops.Padding:
+  """Flax's spelling of padding as (before, after) pixels of both dimensions."""
+  if isinstance(padding, str):
+    reach = [(k - 1) * d + 1 for k, d in zip(window, dilation, strict=True)]
+    sides = lax.padtype_to_pads(size, reach, strides, padding)
+  else:
+    sides = (padding, padding) if isinstance(padding, int) else padding
+  first, second = map(_pair, sides)
+  return first, second

@@ -1,0 +1,53 @@
+"""Networks by name, and the way from a model config to a network."""
+
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from fedjax_med.core.config import ModelConfig
+from fedjax_med.core.errors import require, require_choice
+from fedjax_med.models import cnn, ops, se_resnext
+from fedjax_med.models.layers import NORMS
+from fedjax_med.models.model import Model, from_flax
+
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+
+# name: constructor(num_classes, *, norm, dropout, dtype)
+MODELS: dict[str, Callable[..., nn.Module]] = {
+  "se_resnext50_32x4d": se_resnext.se_resnext50_32x4d,
+  "se_resnext_tiny": se_resnext.se_resnext_tiny,
+  "se_resnext_micro": se_resnext.se_resnext_micro,
+  "cnn_small": cnn.cnn_small,
+  "mlp": cnn.mlp,
+  "linear": cnn.linear,
+}
+
+
+def register(name: str, constructor: Callable[..., nn.Module]) -> None:
+  """Adds a network that configs can name; UserError if the name is taken by another one.
+
+  ``constructor(num_classes, norm=..., dropout=..., dtype=...)`` returns a Linen module that maps
+  inputs [B, ...] to logits [B, num_classes].
+  """
+  require(
+    MODELS.get(name, constructor) is constructor,
+    f"a model named '{name}' is registered already",
+    "choose another name",
+  )
+  MODELS[name] = constructor
+
+
+def create_module(config: ModelConfig, num_classes: int) -> nn.Module:
+  """The Linen module a config names; UserError with the nearest name if there is none."""
+  require_choice("model.name", config.name, MODELS)
+  require_choice("model.norm", config.norm, NORMS)
+  require_choice("model.dtype", config.dtype, DTYPES)
+  return MODELS[config.name](
+    num_classes, norm=config.norm, dropout=config.dropout, dtype=DTYPES[config.dtype]
+  )
+
+
+def create_model(config: ModelConfig, num_classes: int, lowering: ops.Lowering = "matmul") -> Model:
+  """The network a config names as plain functions, its layers lowered as ``lowering`` says."""
+  return from_flax(create_module(config, num_classes), lowering=lowering)

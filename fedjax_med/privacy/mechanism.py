@@ -1,0 +1,160 @@
+"""The private mechanism of one hospital: one object gives the sampler and the accounted event.
+
+Everything a local step does that matters to privacy stands in ``PoissonGaussian``: the device
+sampler is called with its numbers, and the accountant sees nothing but its ``event``.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from fedjax_med.core.errors import require
+
+if TYPE_CHECKING:
+  import dp_accounting
+
+# jax.random.uniform in float32 returns whole multiples of this.
+UNIFORM_STEP = 2.0**-23
+
+
+@dataclasses.dataclass(frozen=True)
+class PoissonGaussian:
+  """One local step of DP-SGD at a hospital: truncated Poisson batch, clipped sum, Gaussian noise.
+
+  Attributes:
+    num_examples: n, records of the hospital (public), at least 1.
+    sampling_probability: q, probability that a record enters the batch, above 0 and at most 1.
+    batch_cap: records a batch holds at most; a larger draw is cut to a uniform subset. It must be
+      at least n, or the expected size plus 2 standard deviations.
+    noise_multiplier: σ, noise standard deviation on the sum over ``clip_norm``; 0 is no noise.
+    clip_norm: C, largest l2 norm of one record's contribution.
+
+  Raises:
+    UserError: a value breaks its rule.
+  """
+
+  num_examples: int
+  sampling_probability: float
+  batch_cap: int
+  noise_multiplier: float
+  clip_norm: float
+
+  def __post_init__(self) -> None:
+    n, q, cap = self.num_examples, self.sampling_probability, self.batch_cap
+    require_whole("num_examples", n, 1, "give the hospital at least one training example")
+    require(
+      0 < q <= 1, f"sampling_probability={q} must be above 0 and at most 1", "use batch_size / n"
+    )
+    require_whole("batch_cap", cap, 1, "use 0 in the configuration to let it be chosen")
+    sigma, clip_norm = self.noise_multiplier, self.clip_norm
+    require(
+      0 <= sigma < math.inf, f"noise_multiplier={sigma} must be finite and at least 0", "use 1"
+    )
+    require(0 < clip_norm < math.inf, f"clip_norm={clip_norm} must be finite and above 0", "use 1")
+    lowest = min(n, batch_size_bound(n, q, 2))
+    require(
+      cap >= lowest,
+      f"batch_cap={cap} is under {lowest}, the expected batch size {q * n:.6g} plus 2 standard"
+      " deviations, where records pushed out of the batch already raise ε by about a half",
+      f"raise it to {min(n, batch_size_bound(n, q, 5))} (5 standard deviations, nearly free)",
+    )
+
+  @property
+  def expected_batch_size(self) -> float:
+    """q·n, the fixed denominator of every step, whatever the size of the batch drawn."""
+    return self.sampling_probability * self.num_examples
+
+  @property
+  def drawn_probability(self) -> float:
+    """Probability that the device's ``uniform < float32(q)`` holds; at most 1.8e-7 from q."""
+    return math.ceil(float(np.float32(self.sampling_probability)) / UNIFORM_STEP) * UNIFORM_STEP
+
+  def event(self) -> "dp_accounting.TruncatedSubsampledGaussianDpEvent":
+    """The accounted event of one step (Ganesh, arXiv 2508.15089).
+
+    With batch_cap ≥ n nothing is ever cut and this is the Poisson-sampled Gaussian; with q = 1 as
+    well, the plain Gaussian.
+    """
+    import dp_accounting
+
+    return dp_accounting.TruncatedSubsampledGaussianDpEvent(
+      dataset_size=self.num_examples,
+      sampling_probability=self.drawn_probability,
+      truncated_batch_size=self.batch_cap,
+      noise_multiplier=self.noise_multiplier,
+    )
+
+
+def plan_mechanisms(
+  counts: Sequence[int] | np.ndarray,
+  batch_size: int,
+  *,
+  steps: Sequence[int] | np.ndarray,
+  clip_norm: float,
+  batch_cap: int = 0,
+  noise_multiplier: float = 0.0,
+  target_epsilon: float = 0.0,
+  delta: float = 0.0,
+) -> tuple[PoissonGaussian, ...]:
+  """The mechanism of each hospital.
+
+  Args:
+    counts: [K] records of each hospital.
+    batch_size: expected batch size; q_i = min(1, batch_size / n_i).
+    steps: [K] local steps each hospital will take in all; used to calibrate σ.
+    clip_norm: C.
+    batch_cap: one static cap for all hospitals; 0 means the expected size plus 5 standard
+      deviations at the hospital where that is largest. Never more than the largest hospital.
+    noise_multiplier: σ of every hospital; 0 means calibrate.
+    target_epsilon: with ``noise_multiplier=0`` the ε that each hospital's σ is calibrated to.
+    delta: δ; 0 means 1 / (10 n_i). Refused from 1/n_i on.
+
+  Raises:
+    UserError: a value breaks its rule, or the target cannot be reached.
+  """
+  # accounting is built on this module's PoissonGaussian.
+  from fedjax_med.privacy import accounting
+
+  require_whole("batch_size", batch_size, 1, "use 32")
+  require(len(counts) > 0, "there is no hospital", "use at least one")
+  require(
+    len(steps) == len(counts),
+    f"steps has {len(steps)} entries for {len(counts)} hospitals",
+    "give one number of steps for each hospital",
+  )
+  require(
+    noise_multiplier != 0 or target_epsilon > 0,
+    f"noise_multiplier={noise_multiplier} and target_epsilon={target_epsilon} leave σ open",
+    "set one of them above 0",
+  )
+  for count in counts:
+    require_whole("num_examples", count, 1, "give every hospital at least one training example")
+  sizes = [int(count) for count in counts]
+  deltas = accounting.resolve_deltas(sizes, delta)
+  rates = [min(1.0, batch_size / n) for n in sizes]
+  largest = max(min(n, batch_size_bound(n, q, 5)) for n, q in zip(sizes, rates, strict=True))
+  cap = min(batch_cap or largest, max(sizes))
+  mechanisms = []
+  for n, q, num_steps, hospital_delta in zip(sizes, rates, steps, deltas, strict=True):
+    sigma = float(noise_multiplier) or accounting.calibrate_noise(
+      n, q, cap, int(num_steps), hospital_delta, target_epsilon
+    )
+    mechanisms.append(PoissonGaussian(n, q, cap, sigma, clip_norm))
+  return tuple(mechanisms)
+
+
+def batch_size_bound(num_examples: int, sampling_probability: float, num_stds: float) -> int:
+  """Expected Poisson batch size plus ``num_stds`` standard deviations, rounded up."""
+  expected = num_examples * sampling_probability
+  std = math.sqrt(expected * (1 - sampling_probability))
+  return math.ceil(expected + num_stds * std - 1e-9)
+
+
+def require_whole(name: str, value: int | np.integer, lowest: int, remedy: str) -> None:
+  """Raises UserError unless ``value`` is a whole number of at least ``lowest``."""
+  whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
+  rule = f"{name}={value} must be a whole number of at least {lowest}"
+  require(whole and bool(value >= lowest), rule, remedy)

@@ -1,0 +1,54 @@
+"""Gaussian noise of a private step, always drawn and added in float32."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+Tree = Any  # a pytree of arrays
+
+
+def gaussian_noise_like(key: jax.Array, tree: Tree, stddev: jax.Array | float) -> Tree:
+  """Independent N(0, stddev²) noise in the shapes of ``tree``, float32 whatever its dtypes.
+
+  Each leaf has its own key (its position folded in), so equal leaves get different noise. bfloat16
+  is never drawn: its normals take 128 distinct values. Simulation-grade: float32 normals stop at
+  |z| = 5.42 and threefry is no certified generator.
+  """
+  leaves, structure = jax.tree.flatten(tree)
+  scale = jnp.asarray(stddev, jnp.float32)
+  noise = [
+    scale * jax.random.normal(jax.random.fold_in(key, position), jnp.shape(leaf), jnp.float32)
+    for position, leaf in enumerate(leaves)
+  ]
+  return jax.tree.unflatten(structure, noise)
+
+
+def private_mean(
+  clipped_sum: Tree,
+  key: jax.Array,
+  noise_multiplier: jax.Array | float,
+  clip_norm: jax.Array | float,
+  expected_batch_size: jax.Array | float,
+) -> Tree:
+  """(clipped_sum + σ·C·z) / (q·n) with z ~ N(0, I): the noisy mean gradient (Abadi et al. 2016).
+
+  The noise is on the sum, whose sensitivity is C, and the denominator is public and fixed: an empty
+  batch gives pure noise, and σ = 0 gives exactly clipped_sum / (q·n).
+
+  Args:
+    clipped_sum: pytree of the sum of clipped per-example gradients.
+    key: key of this client and step.
+    noise_multiplier: [] σ; may be traced.
+    clip_norm: [] C; may be traced.
+    expected_batch_size: [] q·n, never the size of the batch drawn; may be traced.
+
+  Returns:
+    float32 pytree of ``clipped_sum``'s structure.
+  """
+  stddev = jnp.asarray(noise_multiplier, jnp.float32) * jnp.asarray(clip_norm, jnp.float32)
+  denominator = jnp.asarray(expected_batch_size, jnp.float32)
+  noise = gaussian_noise_like(key, clipped_sum, stddev)
+  return jax.tree.map(
+    lambda leaf, z: (jnp.asarray(leaf).astype(jnp.float32) + z) / denominator, clipped_sum, noise
+  )

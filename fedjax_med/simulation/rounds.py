@@ -1,0 +1,182 @@
+"""The compiled program: a block of federated rounds, clients on one axis, in chunks."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from fedjax_med.core.keys import Stream, key_for
+from fedjax_med.federated.algorithm import (
+  Client,
+  ClientDelta,
+  FederatedAlgorithm,
+  Hyper,
+  Pool,
+  RoundMetrics,
+  ServerState,
+  Tree,
+  add_metrics,
+  no_metrics,
+)
+from fedjax_med.privacy.sampling import poisson_batch
+
+NEVER = jnp.iinfo(jnp.int32).max
+
+
+class SimulationState(NamedTuple):
+  """Everything a run carries from round to round; a checkpoint is exactly this.
+
+  Attributes:
+    server: the server's state.
+    kept: what each client keeps, leading axis K.
+    steps: [K] int32 local steps executed so far by each client: the privacy ledger's counts.
+  """
+
+  server: ServerState
+  kept: Tree
+  steps: jax.Array
+
+
+class BlockMetrics(NamedTuple):
+  """What a block of rounds reports, summed over its rounds.
+
+  Attributes:
+    clients: RoundMetrics with a leading [K] axis.
+    first_bad_round: [K] int32 round in which a client first sent a non-finite weight, or NEVER.
+  """
+
+  clients: RoundMetrics
+  first_bad_round: jax.Array
+
+
+Block = Callable[
+  [SimulationState, Client, Pool, Hyper, jax.Array, jax.Array],
+  tuple[SimulationState, BlockMetrics],
+]
+
+
+def init_state(
+  algorithm: FederatedAlgorithm, params: Tree, state: Tree, num_clients: int
+) -> SimulationState:
+  """State before round 0; every client keeps a copy of its own."""
+  kept = jax.tree.map(
+    lambda leaf: jnp.repeat(leaf[None], num_clients, axis=0), algorithm.init_client(params, state)
+  )
+  return SimulationState(
+    algorithm.init_server(params, state), kept, jnp.zeros((num_clients,), jnp.int32)
+  )
+
+
+def _reduce(
+  total: Tree, deltas: Tree, weights: jax.Array
+) -> Tree:
+  """total + Σ_client weight · delta over the leading client axis; a zero weight adds exactly 0."""
+
+  def add(accumulated, leaf):
+    column = weights.reshape((-1,) + (1,) * (leaf.ndim - 1))
+    return accumulated + jnp.where(column > 0, column * leaf, 0).sum(0)
+
+  return jax.tree.map(add, total, deltas)
+
+
+def make_round(
+  algorithm: FederatedAlgorithm, *, num_clients: int, cohort_cap: int | None, chunk: int
+) -> Callable:
+  """Builds one round: ``(SimulationState, clients, pool, hyper, key) -> (state, metrics [K])``.
+
+  Args:
+    algorithm: the federated algorithm.
+    num_clients: K.
+    cohort_cap: most clients a Poisson-sampled cohort can hold, or None for full participation.
+    chunk: clients trained at once; K is vmap, 1 is a scan. Deltas are folded into a weighted sum
+      chunk by chunk, so memory grows with the chunk, not with K.
+  """
+  cohort = num_clients if cohort_cap is None else cohort_cap
+  num_chunks = -(-cohort // chunk)
+
+  def draw_cohort(key, round, rate):
+    if cohort_cap is None:
+      return jnp.arange(num_clients), jnp.ones((num_clients,), bool)
+    return poisson_batch(
+      key_for(key, Stream.PARTICIPATION, round),
+      jnp.asarray(num_clients, jnp.int32),
+      rate,
+      max_examples=num_clients,
+      batch_cap=cohort_cap,
+    )
+
+  def run_round(state: SimulationState, clients: Client, pool: Pool, hyper: Hyper, key: jax.Array):
+    server = state.server
+    numbers, present = draw_cohort(key, server.round, hyper.participation_rate)
+    padding = num_chunks * chunk - cohort
+    # Absent slots point past the table: reads clip to a real client, writes are dropped.
+    numbers = jnp.pad(jnp.where(present, numbers, num_clients), (0, padding), constant_values=num_clients)
+
+    def update(kept, client):
+      return algorithm.client_update(server, kept, client, pool, hyper, key)
+
+    def run_chunk(total, numbers):
+      def take(leaf):
+        return jnp.take(leaf, numbers, axis=0, mode="clip")
+
+      client, kept = jax.tree.map(take, clients), jax.tree.map(take, state.kept)
+      present = numbers < num_clients
+      client = client._replace(num_steps=jnp.where(present, client.num_steps, 0))
+      if chunk == 1:  # no vmap at all: a batch axis of one costs convolutions dearly
+        first = jax.tree.map(lambda leaf: leaf[0], (kept, client))
+        result = jax.tree.map(lambda leaf: leaf[None], update(*first))
+      else:
+        result = jax.vmap(update)(kept, client)
+      delta, kept, metrics = result
+      weights = jnp.where(present, client.weight, 0)
+      return _reduce(total, delta, weights), (kept, metrics, weights.sum())
+
+    zeros = ClientDelta(
+      jax.tree.map(jnp.zeros_like, server.params), jax.tree.map(jnp.zeros_like, server.state)
+    )
+    total, (kept, metrics, weight) = jax.lax.scan(
+      run_chunk, zeros, numbers.reshape(num_chunks, chunk)
+    )
+
+    def scatter(old, new):
+      return old.at[numbers].set(new.reshape((-1, *new.shape[2:])), mode="drop")
+
+    kept = jax.tree.map(scatter, state.kept, kept)
+    metrics = jax.tree.map(scatter, no_metrics((num_clients,)), metrics)
+    # An empty cohort leaves the model where it is.
+    scale = 1 / jnp.where(weight.sum() > 0, weight.sum(), 1)
+    mean = jax.tree.map(lambda leaf: leaf * scale, total)
+    server = algorithm.server_update(server, mean, hyper)
+    return SimulationState(server, kept, state.steps + metrics.steps), metrics
+
+  return run_round
+
+
+def make_block(run_round: Callable, num_clients: int) -> Block:
+  """Builds ``block(state, clients, pool, hyper, key, num_rounds)``, jitted, state donated.
+
+  ``num_rounds`` is traced: blocks of any length share one compiled program. The block ends early
+  after a round in which some client sent a non-finite weight.
+  """
+
+  def block(state, clients, pool, hyper, key, num_rounds):
+    metrics = BlockMetrics(
+      no_metrics((num_clients,)), jnp.full((num_clients,), NEVER, jnp.int32)
+    )
+
+    def healthy(carry):
+      i, _, metrics = carry
+      return (i < num_rounds) & metrics.clients.finite.all()
+
+    def body(carry):
+      i, state, metrics = carry
+      round = state.server.round
+      state, new = run_round(state, clients, pool, hyper, key)
+      bad = jnp.where(new.finite, metrics.first_bad_round, round)
+      return i + 1, state, BlockMetrics(add_metrics(metrics.clients, new), bad)
+
+    _, state, metrics = jax.lax.while_loop(healthy, body, (jnp.zeros((), jnp.int32), state, metrics))
+    return state, metrics
+
+  return jax.jit(block, donate_argnums=0)

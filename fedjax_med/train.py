@@ -1,0 +1,40 @@
+"""Trains one model across hospitals: python -m fedjax_med.train --config=configs/NAME.py --workdir=DIR."""
+
+import pathlib
+import shlex
+import sys
+
+from absl import flags
+from ml_collections import config_flags
+
+from fedjax_med.core.errors import require
+from fedjax_med.flags import define_config, load_config, run_main
+
+define_config()
+flags.DEFINE_bool(
+  "dry_run", False, "Print config, hospitals, plan, memory and the ε to be spent; train nothing."
+)
+
+
+def main(_: list[str]) -> None:
+  config = load_config()
+  values = flags.FLAGS
+  require(
+    bool(values.workdir) or values.dry_run,
+    "--workdir is missing",
+    "name the folder for results, such as --workdir=runs/first",
+  )
+  from fedjax_med.experiment import run  # after the flags: a typo must not wait for jax
+  from fedjax_med.experiment.cache import use_compilation_cache
+
+  use_compilation_cache(config.execution.compilation_cache)
+  if values.dry_run:
+    run.dry_run(config)
+    return
+  name = pathlib.Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
+  command = shlex.join(["python", "-m", "fedjax_med.train", *sys.argv[1:]])
+  run.run(config, pathlib.Path(values.workdir).expanduser(), name, command)
+
+
+if __name__ == "__main__":
+  run_main(main)

@@ -1,0 +1,75 @@
+"""Package metadata; tool settings are in pyproject.toml."""
+
+import pathlib
+import re
+
+from setuptools import find_packages, setup
+
+ROOT = pathlib.Path(__file__).resolve().parent
+VERSION = re.search(
+  r'^__version__ = "([^"]+)"',
+  (ROOT / "fedjax_med" / "__init__.py").read_text("utf-8"),
+  re.MULTILINE,
+)
+assert VERSION is not None, "fedjax_med/__init__.py defines no __version__"
+README = ROOT / "README.md"
+
+# Tried on Python 3.11 with jax 0.10.2 and flax 0.12.8. The lower bounds are a judgement, not
+# tested; an upper bound is the next version that may break an API.
+INSTALL = [
+  "absl-py>=2.1,<3",
+  "array_record>=0.8,<0.9; platform_system != 'Windows'",
+  "chex>=0.1.90,<0.2",
+  "dp-accounting>=0.6,<0.7",
+  "flax>=0.12,<0.13",
+  "importlib_resources>=6",  # used by tensorflow-datasets, which does not declare it
+  "jax>=0.10,<0.12",
+  "jinja2>=3.1,<4",
+  "matplotlib>=3.9,<4",
+  "ml_collections>=1.0,<2",
+  "numpy>=2.0,<3",
+  "optax>=0.2.5,<0.3",
+  "orbax-checkpoint>=0.11.30,<0.13",
+  "pillow>=10",
+  "rich>=13.7,<16",
+  "scipy>=1.13,<2",
+  "tensorflow-datasets>=4.9.10,<5",
+]
+TEST = [
+  "hypothesis>=6.100,<7",
+  "pytest>=8.3,<10",
+  "pytest-xdist>=3.6,<4",
+  "scikit-learn>=1.5,<2",
+]
+# The one place where the versions of the tools stand: git hook, make and CI all use them.
+TOOLS = [
+  "pre-commit==4.7.0",
+  "pyright[nodejs]==1.1.414",  # with Node.js from PyPI: nothing else to install or download
+  "ruff==0.17.6",
+]
+
+setup(
+  name="fedjax_med",
+  version=VERSION[1],
+  description="Federated learning across hospitals with exact DP-SGD, simulated in JAX.",
+  long_description=README.read_text("utf-8") if README.exists() else "",
+  long_description_content_type="text/markdown",
+  license="Apache-2.0",
+  license_files=["LICENSE"],
+  python_requires=">=3.11",
+  packages=find_packages(include=["fedjax_med", "fedjax_med.*"]),
+  package_data={"fedjax_med": ["experiment/templates/*"]},
+  install_requires=INSTALL,
+  extras_require={
+    "test": TEST,
+    "dev": TEST + TOOLS,
+    "gpu": ["jax[cuda12]>=0.10,<0.12"],
+    "tpu": ["jax[tpu]>=0.10,<0.12"],
+  },
+  classifiers=[
+    "Intended Audience :: Science/Research",
+    "Programming Language :: Python :: 3 :: Only",
+    "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    "Topic :: Scientific/Engineering :: Medical Science Apps.",
+  ],
+)

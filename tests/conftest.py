@@ -1,0 +1,34 @@
+"""Settings every test runs under: eight CPU devices, strict types and shapes, cached compiles."""
+
+import os
+import pathlib
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+
+# Read by jax and matplotlib when they are imported, so set before anything imports them.
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = " ".join(
+  [os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8"]
+).strip()
+os.environ["MPLBACKEND"] = "Agg"
+
+import jax  # noqa: E402
+import pytest  # noqa: E402
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+# Compiled programs are kept between test runs: a rerun compiles only what changed.
+_cache = os.environ.get("FEDJAX_MED_TEST_CACHE", "~/.cache/fedjax_med/xla_tests")
+jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(_cache).expanduser()))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
+@pytest.fixture(scope="session")
+def real_data() -> pathlib.Path:
+  """The folder that holds Br35H/ and SARS-CoV-2-CT/; the test is skipped where it is absent."""
+  default = ROOT.parent / "shared" / "data"
+  folder = pathlib.Path(os.environ.get("FEDJAX_MED_DATA", default)).expanduser()
+  if not folder.is_dir():
+    pytest.skip(f"real data: {folder} is absent; set FEDJAX_MED_DATA to the downloaded folder")
+  return folder

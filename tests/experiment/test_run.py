@@ -1,0 +1,238 @@
+"""A whole run in a workdir: its files, its resumption, its refusals."""
+
+import contextlib
+import json
+import os
+import pathlib
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from configs.smoke import get_config
+from fedjax_med.core.errors import UserError
+from fedjax_med.experiment import run as runs
+from fedjax_med.experiment.build import load_hospitals
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+
+
+def run(folder: pathlib.Path, **changes):
+  """Runs the smoke config with changes such as server__num_rounds=4; returns the summary."""
+  config = get_config()
+  for path, value in changes.items():
+    section, _, name = path.partition("__")
+    setattr(getattr(config, section) if name else config, name or section, value)
+  runs.run(config, folder, "smoke", "test")
+  return json.loads((folder / "summary.json").read_text())
+
+
+def metrics(folder: pathlib.Path) -> list[dict]:
+  return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("finished")
+  run(folder)
+  return folder
+
+
+def test_a_run_leaves_every_promised_file(finished):
+  for name in (
+    "config.json",
+    "metrics.jsonl",
+    "privacy.json",
+    "summary.json",
+    "hospitals.json",
+    "timing.json",
+    "report.html",
+    "figures/partition.png",
+    "figures/rounds.png",
+    "figures/hospitals.png",
+    "figures/confusion.png",
+    "figures/examples.png",
+  ):
+    assert (finished / name).stat().st_size > 0, name
+  assert any((finished / "checkpoints").iterdir())
+
+
+def test_metrics_hold_a_line_a_log_point_with_every_hospital(finished):
+  lines = metrics(finished)
+  test = [line for line in lines if line["split"] == "test"]
+  assert [line["round"] for line in test] == [0, 2, 4, 6]
+  keys = {"loss", "accuracy", "precision", "recall", "specificity", "f1", "auroc", "epsilon_max"}
+  for line in test:
+    assert keys <= line.keys()
+    assert len(line["clients"]) == 3
+    assert all((keys - {"epsilon_max"}) | {"epsilon"} <= client.keys() for client in line["clients"])
+  epsilons = [line["epsilon_max"] for line in test]
+  assert epsilons[0] == 0
+  assert epsilons == sorted(epsilons)
+  assert [line["round"] for line in lines if line["split"] == "train"] == [2, 4, 6]
+
+
+def test_privacy_file_states_the_mechanism_that_ran(finished):
+  record = json.loads((finished / "privacy.json").read_text())
+  assert {"unit", "adjacency", "accountant", "epsilon_max"} <= record.keys()
+  for hospital in record["hospitals"]:
+    assert hospital["steps"] == 6 * 2
+    assert hospital["sampling_probability"] == pytest.approx(min(1, 16 / hospital["n"]))
+    assert hospital["delta"] < 1 / hospital["n"]
+  assert record["epsilon_max"] == max(hospital["epsilon"] for hospital in record["hospitals"])
+  assert record["epsilon_max"] == metrics(finished)[-1]["epsilon_max"]
+
+
+def test_summary_agrees_with_its_own_parts(finished):
+  summary = json.loads((finished / "summary.json").read_text())
+  confusion = np.array(summary["confusion"])
+  assert confusion.sum() == summary["test"]["n"] == sum(c["n"] for c in summary["clients"])
+  assert summary["test"]["accuracy"] == pytest.approx(np.trace(confusion) / confusion.sum())
+
+
+def test_three_rounds_and_three_more_equal_six(finished, tmp_path):
+  run(tmp_path, server__num_rounds=3)
+  assert run(tmp_path) == json.loads((finished / "summary.json").read_text())
+
+
+def test_a_finished_run_started_again_changes_nothing(finished, tmp_path):
+  folder = shutil.copytree(finished, tmp_path / "copy")
+  before = (folder / "metrics.jsonl").read_bytes()
+  assert run(folder) == json.loads((finished / "summary.json").read_text())
+  assert (folder / "metrics.jsonl").read_bytes() == before
+
+
+def test_layouts_change_results_by_rounding_only(finished, tmp_path):
+  reference = json.loads((finished / "summary.json").read_text())["test"]
+  vmapped = run(tmp_path / "vmap", execution__layout="vmap")["test"]
+  chunked = run(tmp_path / "chunk", execution__layout="chunk", execution__chunk_size=2)["test"]
+  for other in (vmapped, chunked):
+    assert other["loss"] == pytest.approx(reference["loss"], rel=1e-4)
+    assert other["auroc"] == pytest.approx(reference["auroc"], abs=0.02)
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments_and_rerun_equals_the_unbroken_run(tmp_path):
+  command = [sys.executable, "-m", "fedjax_med.train", "--config=configs/smoke.py"]
+  command += ["--config.server.num_rounds=300", "--config.eval.every=5"]
+  environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+
+  def start(name):
+    return subprocess.Popen(
+      [*command, f"--workdir={tmp_path / name}"], cwd=ROOT, env=environment,
+      stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+    )
+
+  whole = start("whole")
+  assert whole.wait(300) == 0, whole.stderr.read()
+  chance = random.Random(3)
+  kills = 0
+  for _ in range(4):
+    process = start("broken")
+    with contextlib.suppress(subprocess.TimeoutExpired):
+      lines = tmp_path / "broken" / "metrics.jsonl"
+      seen = lines.stat().st_size if lines.exists() else 0
+      while process.poll() is None and not (lines.exists() and lines.stat().st_size > seen + 500):
+        time.sleep(0.02)
+      process.wait(chance.uniform(0, 1.0))
+    if process.poll() is None:
+      process.send_signal(signal.SIGKILL)
+      kills += 1
+    process.communicate()
+  last = start("broken")
+  assert last.wait(300) == 0, last.stderr.read()
+  assert kills >= 2
+  for name in ("summary.json", "privacy.json", "hospitals.json"):
+    assert (tmp_path / "broken" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+  def lines_of(name):
+    return [{**line, "seconds": 0} for line in metrics(tmp_path / name)]
+
+  assert lines_of("broken") == lines_of("whole")
+
+
+def test_another_configuration_is_refused_in_the_same_workdir(finished):
+  with pytest.raises(UserError, match=r"holds run \w+, this configuration is run \w+; use another"):
+    run(finished, client__learning_rate=0.25)
+
+
+def newest_checkpoint(folder: pathlib.Path) -> pathlib.Path:
+  return max((folder / "checkpoints").iterdir(), key=lambda path: int(path.name))
+
+
+def test_a_damaged_checkpoint_is_refused_with_its_reason(finished, tmp_path):
+  folder = shutil.copytree(finished, tmp_path / "copy")
+  for path in newest_checkpoint(folder).rglob("*"):
+    if path.is_file() and path.stat().st_size > 1000:
+      data = bytearray(path.read_bytes())
+      data[len(data) // 2 :] = b"\0" * (len(data) - len(data) // 2)
+      path.write_bytes(bytes(data))
+  with pytest.raises(UserError, match="checkpoint .* (cannot be read|was altered).*; delete"):
+    run(folder)
+
+
+def test_a_foreign_checkpoint_is_refused(finished, tmp_path):
+  run(tmp_path / "other", seed=5)
+  shutil.rmtree(tmp_path / "other" / "checkpoints")
+  shutil.copytree(finished / "checkpoints", tmp_path / "other" / "checkpoints")
+  with pytest.raises(UserError, match="belongs to run"):
+    run(tmp_path / "other", seed=5)
+
+
+def test_a_loss_that_breaks_stops_with_round_and_hospital_and_keeps_the_checkpoint(tmp_path):
+  changes = {"privacy__mechanism": "none", "privacy__noise_multiplier": 0.0}
+  run(tmp_path, **changes, server__num_rounds=2)
+  checkpoint = newest_checkpoint(tmp_path)
+  # The same run with a weight blown up half-way, as a bad learning rate would.
+  with pytest.raises(UserError, match=r"round 1: the loss at 'hospital \d' became NaN.*lower"):
+    run(tmp_path / "hot", **changes, client__learning_rate=1e30)
+  assert checkpoint.exists()
+  assert not (tmp_path / "hot" / "summary.json").exists()
+
+
+def test_the_run_stops_before_the_budget_is_crossed(tmp_path):
+  budget = 4.0
+  summary = run(tmp_path, privacy__target_epsilon=budget, server__num_rounds=200)
+  assert summary["stopped"] == "budget"
+  assert summary["epsilon_max"] <= budget
+  assert 0 < summary["rounds"] < 200
+  more = run(tmp_path / "more", server__num_rounds=summary["rounds"] + 1)
+  assert more["epsilon_max"] > budget
+
+
+def test_a_target_epsilon_is_met_at_every_hospital(tmp_path):
+  summary = run(tmp_path, privacy__noise_multiplier=0.0, privacy__target_epsilon=3.0)
+  record = json.loads((tmp_path / "privacy.json").read_text())
+  for hospital in record["hospitals"]:
+    assert 0.98 * 3 <= hospital["epsilon"] <= 3
+  assert summary["stopped"] == "completed"
+
+
+def test_baselines_train_each_hospital_alone_and_pooled(tmp_path):
+  summary = run(tmp_path, eval__local_baselines=True, server__num_rounds=2)
+  curves = json.loads((tmp_path / "baselines.json").read_text())
+  assert [entry["name"] for entry in curves["alone"]] == [f"hospital {k}" for k in (1, 2, 3)]
+  assert [point["round"] for point in curves["alone"][0]["curve"]] == [0, 2]
+  assert len(curves["pooled"]["curve"][-1]["clients"]) == 3
+  assert summary["baselines"]["pooled"]["accuracy"] is not None
+  privacy = json.loads((tmp_path / "privacy.json").read_text())
+  alone = curves["alone"][1]["curve"][-1]["all"]["epsilon_max"]
+  assert alone == pytest.approx(privacy["hospitals"][1]["epsilon"])
+
+
+def test_an_unwritable_workdir_is_a_sentence(tmp_path):
+  (tmp_path / "file").write_text("")
+  with pytest.raises(UserError, match=r"--workdir=.* cannot be written .*; choose"):
+    run(tmp_path / "file" / "run")
+
+
+def test_more_clients_than_examples_is_a_sentence(tmp_path):
+  config = get_config()
+  config.partition.num_clients = 1000
+  with pytest.raises(UserError, match=";"):
+    load_hospitals(config)

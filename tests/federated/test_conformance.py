@@ -1,0 +1,131 @@
+"""What every federated algorithm promises, checked for each name of the registry."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fedjax_med.federated.registry import ALGORITHMS
+from fedjax_med.simulation.rounds import make_block
+from tests.federated.toy import KEY, make_clients, make_federation, make_hyper, make_pool
+
+CASES = [(name, private) for name in ALGORITHMS for private in (False, True)]
+every = pytest.mark.parametrize(("name", "private"), CASES)
+POOL = make_pool()
+
+
+def rounds(federation, num_rounds, state=None, clients=None, hyper=None, pool=POOL):
+  initial, block, _ = federation
+  return block(
+    initial() if state is None else state,
+    make_clients() if clients is None else clients,
+    pool,
+    make_hyper() if hyper is None else hyper,
+    KEY,
+    jnp.asarray(num_rounds),
+  )
+
+
+@every
+def test_five_rounds_and_five_more_equal_ten_bit_for_bit(name, private):
+  federation = make_federation(name, private=private)
+  whole, _ = rounds(federation, 10)
+  half, _ = rounds(federation, 5)
+  resumed, _ = rounds(federation, 5, state=half)
+  chex.assert_trees_all_equal(whole, resumed)
+
+
+@every
+def test_layouts_agree_to_rounding(name, private):
+  results = [
+    rounds(make_federation(name, private=private, chunk=chunk, shared_steps=steps), 3)
+    for chunk, steps in ((3, None), (2, None), (1, None), (3, 2), (1, 2))
+  ]
+  for result in results[1:]:
+    chex.assert_trees_all_close(results[0], result, rtol=2e-5, atol=1e-6)
+
+
+@every
+def test_compiled_equals_interpreted(name, private):
+  initial, block, run_round = make_federation(name, private=private, chunk=1, shared_steps=1)
+  clients, hyper = make_clients((1, 1, 1)), make_hyper()
+  compiled, _ = block(initial(), clients, POOL, hyper, KEY, jnp.asarray(1))
+  with jax.disable_jit():
+    plain, _ = run_round(initial(), clients, POOL, hyper, KEY)
+  chex.assert_trees_all_close(compiled.server, plain.server, rtol=1e-5, atol=1e-6)
+
+
+@every
+def test_block_lengths_hyperparameters_and_seeds_share_one_trace(name, private):
+  chex.clear_trace_counter()
+  initial, _, run_round = make_federation(name, private=private)
+  block = make_block(chex.assert_max_traces(run_round, n=1), 3)
+  for length, rate, seed in ((1, 0.5, 0), (3, 0.1, 1), (2, 0.2, 2)):
+    key = jax.random.key(seed, impl="threefry2x32")
+    hyper = make_hyper(client_learning_rate=rate, clip_norm=rate)
+    clients = make_clients((1, length, 2), sigma=rate)
+    block(initial(), clients, POOL, hyper, key, jnp.asarray(length))
+
+
+@every
+def test_what_lies_in_padding_changes_no_bit(name, private):
+  federation = make_federation(name, private=private)
+  clean, _ = rounds(federation, 2)
+  clients = make_clients()
+  slots = jnp.arange(clients.indices.shape[1])[None] >= clients.count[:, None]
+  garbage = clients._replace(indices=jnp.where(slots, 24, clients.indices))
+  dirty, _ = rounds(federation, 2, clients=garbage)
+  chex.assert_trees_all_equal(clean, dirty)
+
+
+@every
+def test_an_absent_cohort_changes_nothing(name, private):
+  federation = make_federation(name, private=private, cohort_cap=2, chunk=2)
+  initial = federation[0]()
+  state, metrics = rounds(federation, 3, hyper=make_hyper(participation_rate=0.0))
+  chex.assert_trees_all_equal(state.server.params, initial.server.params)
+  assert int(state.steps.sum()) == 0
+  assert int(metrics.clients.steps.sum()) == 0
+
+
+@every
+def test_a_cohort_of_everyone_equals_full_participation(name, private):
+  full, _ = rounds(make_federation(name, private=private), 3)
+  cohort, _ = rounds(make_federation(name, private=private, cohort_cap=3, chunk=2), 3)
+  chex.assert_trees_all_close(full, cohort, rtol=2e-5, atol=1e-6)
+
+
+@every
+def test_steps_are_counted_for_the_clients_that_took_them(name, private):
+  state, metrics = rounds(make_federation(name, private=private), 4, clients=make_clients((1, 3, 2)))
+  np.testing.assert_array_equal(state.steps, [4, 12, 8])
+  np.testing.assert_array_equal(metrics.clients.steps, [4, 12, 8])
+
+
+@every
+def test_learns_the_toy_task(name, private):
+  federation = make_federation(name, private=private)
+  _, first = rounds(federation, 1)
+  trained, _ = rounds(federation, 30)
+  _, last = rounds(federation, 5, state=trained)
+  before = float(first.clients.loss.sum() / first.clients.examples.sum())
+  after = float(last.clients.loss.sum() / last.clients.examples.sum())
+  assert after < 0.5 * before
+  assert float(last.clients.correct.sum() / last.clients.examples.sum()) > 0.9
+
+
+@every
+def test_a_client_that_breaks_is_named_and_ends_the_block(name, private):
+  federation = make_federation(name, private=private)
+  clients = make_clients()._replace(
+    noise_multiplier=jnp.array([0.5, jnp.inf, 0.5]), num_steps=jnp.array([2, 2, 2])
+  )
+  pool = POOL
+  hyper = make_hyper() if private else make_hyper(client_learning_rate=float("inf"))
+  state, metrics = rounds(federation, 5, clients=clients, hyper=hyper, pool=pool)
+  bad = np.asarray(metrics.first_bad_round)
+  assert bad[1] == 0
+  if private:
+    assert bad[0] == bad[2] == np.iinfo(np.int32).max
+  assert int(state.server.round) == 1

@@ -1,0 +1,291 @@
+"""ε against closed forms, integration, a second bound and the library; σ and steps for an ε."""
+
+import dataclasses
+import importlib.metadata
+import math
+
+import dp_accounting
+import numpy as np
+import pytest
+from dp_accounting import pld, rdp
+from scipy import optimize, stats
+
+from fedjax_med.core.errors import UserError
+from fedjax_med.privacy import accounting
+from fedjax_med.privacy.accounting import (
+  affordable_steps,
+  calibrate_noise,
+  check_delta,
+  default_delta,
+  discretization_interval,
+  epsilon,
+  privacy_report,
+)
+from fedjax_med.privacy.mechanism import PoissonGaussian, batch_size_bound
+
+ZERO_OUT = dp_accounting.NeighboringRelation.REPLACE_SPECIAL
+
+
+def mechanism(n=300, batch_size=30, sigma=2.0, num_stds=5.0, clip_norm=1.0):
+  q = min(1.0, batch_size / n)
+  return PoissonGaussian(n, q, min(n, batch_size_bound(n, q, num_stds)), sigma, clip_norm)
+
+
+def gaussian_delta(eps, mu):
+  """δ of μ-Gaussian DP at ε, Balle and Wang 2018, theorem 8."""
+  return stats.norm.cdf(mu / 2 - eps / mu) - math.exp(eps) * stats.norm.cdf(-eps / mu - mu / 2)
+
+
+def gaussian_epsilon(mu, delta):
+  return optimize.root_scalar(lambda eps: gaussian_delta(eps, mu) - delta, bracket=(0, 200)).root
+
+
+@pytest.mark.parametrize(("sigma", "steps"), [(0.7, 1), (1.5, 1), (5.0, 1), (5.0, 25), (20.0, 400)])
+def test_full_batches_match_the_analytic_gaussian_mechanism(sigma, steps):
+  m = PoissonGaussian(50, 1.0, 50, sigma, 1.0)
+  exact = gaussian_epsilon(math.sqrt(steps) / sigma, 1e-3)
+  assert exact <= epsilon(m, steps, 1e-3) <= 1.005 * exact
+
+
+def mixture(parts, grid, sigma):
+  return sum(weight * stats.norm.pdf(grid, mean, sigma) for mean, weight in parts.items())
+
+
+def outcome(n, q, cap, value, *, keeps_slot):
+  """{sum: probability} of a batch where one record is ``value`` and the other n - 1 are -1.
+
+  ``keeps_slot``: the record is drawn and pushes others out even if its value is 0; otherwise it is
+  not there at all.
+  """
+  parts = {}
+
+  def add(total, weight):
+    parts[total] = parts.get(total, 0.0) + weight
+
+  for k in range(n):
+    weight = stats.binom.pmf(k, n - 1, q)
+    if not keeps_slot:
+      add(-min(k, cap), weight)
+      continue
+    kept = q * min(1.0, cap / (k + 1))
+    add(value - min(k, cap - 1), weight * kept)
+    add(-min(k, cap), weight * (1 - kept))
+  return parts
+
+
+def exact_delta(n, q, cap, sigma, eps):
+  """Largest hockey-stick divergence of one step on the data of ``outcome``, by integration."""
+  grid = np.linspace(-cap - 9 * sigma, 9 * sigma + 1, 40_001)
+  present = mixture(outcome(n, q, cap, 1, keeps_slot=True), grid, sigma)
+  deltas = []
+  for keeps_slot in (True, False):
+    nothing = mixture(outcome(n, q, cap, 0, keeps_slot=keeps_slot), grid, sigma)
+    for p, r in ((present, nothing), (nothing, present)):
+      deltas.append(np.trapezoid(np.maximum(p - math.exp(eps) * r, 0), grid))
+  return max(deltas)
+
+
+def event_of(n, q, cap):
+  return dp_accounting.TruncatedSubsampledGaussianDpEvent(n, q, cap, 0.7)
+
+
+@pytest.mark.parametrize("compute", [accounting._pld_epsilon, accounting._rdp_epsilon])
+@pytest.mark.parametrize(("q", "cap"), [(0.5, 29), (0.5, 23), (0.5, 21), (0.5, 16), (0.9, 5)])
+def test_epsilon_bounds_the_exact_divergence_of_a_truncated_step(compute, q, cap):
+  for delta in (1e-2, 1e-3, 1e-5):
+    eps = compute(event_of(30, q, cap), 1, delta)
+    assert exact_delta(30, q, cap, 0.7, eps) <= delta
+
+
+def test_accounting_for_plain_poisson_sampling_would_not_bound_a_tight_cap():
+  eps = accounting._pld_epsilon(event_of(30, 0.9, 30), 1, 1e-5)
+  assert exact_delta(30, 0.9, 30, 0.7, eps) <= 1e-5
+  assert exact_delta(30, 0.9, 5, 0.7, eps) > 1e-5
+
+
+def test_epsilon_is_the_librarys_for_the_self_composed_event():
+  m = mechanism()
+  accountant = pld.PLDAccountant(ZERO_OUT, discretization_interval(m))
+  accountant.compose(dp_accounting.SelfComposedDpEvent(m.event(), 200))
+  assert epsilon(m, 200, 1e-4) == pytest.approx(accountant.get_epsilon(1e-4), rel=1e-6)
+
+
+@pytest.mark.parametrize("adjacency", ["REPLACE_SPECIAL", "ADD_OR_REMOVE_ONE"])
+def test_without_truncation_epsilon_is_that_of_poisson_sampling(adjacency):
+  m = mechanism(num_stds=100)
+  assert m.batch_cap == m.num_examples
+  event = dp_accounting.PoissonSampledDpEvent(
+    m.drawn_probability, dp_accounting.GaussianDpEvent(m.noise_multiplier)
+  )
+  relation = dp_accounting.NeighboringRelation[adjacency]
+  accountant = pld.PLDAccountant(relation, discretization_interval(m)).compose(event, 300)
+  assert epsilon(m, 300, 1e-4) == pytest.approx(accountant.get_epsilon(1e-4), rel=1e-6)
+  renyi = rdp.RdpAccountant(accounting.RDP_ORDERS, relation).compose(event, 300)
+  assert epsilon(m, 300, 1e-4, "rdp") == pytest.approx(renyi.get_epsilon(1e-4), rel=1e-3)
+
+
+@pytest.mark.parametrize(
+  ("n", "batch_size", "sigma", "steps", "num_stds"),
+  [(300, 30, 2.0, 1, 5), (300, 30, 2.0, 500, 5), (300, 30, 2.0, 500, 2), (60, 30, 3.0, 50, 3)],
+)
+def test_pld_is_at_most_rdp(n, batch_size, sigma, steps, num_stds):
+  m = mechanism(n, batch_size, sigma, num_stds)
+  tight, loose = epsilon(m, steps, 1e-4), epsilon(m, steps, 1e-4, "rdp")
+  assert tight <= loose
+  if num_stds == 5:
+    assert loose <= 2 * tight
+
+
+def test_the_grid_costs_under_half_a_percent():
+  for m, steps in ((mechanism(), 300), (mechanism(n=10_000, sigma=4.0), 1000)):
+    fine = pld.PLDAccountant(ZERO_OUT, discretization_interval(m) / 8)
+    fine.compose(m.event(), steps)
+    exact = fine.get_epsilon(1e-5)
+    assert exact <= epsilon(m, steps, 1e-5) <= 1.005 * exact
+
+
+def test_epsilon_rises_with_steps_and_rate_and_falls_with_noise_and_delta():
+  def rises(values):
+    return all(np.diff(values) > 0)
+
+  assert rises([epsilon(mechanism(), steps, 1e-4) for steps in (1, 2, 10, 100, 1000)])
+  assert rises([epsilon(mechanism(batch_size=b), 50, 1e-4) for b in (5, 10, 30, 100, 300)])
+  assert rises([epsilon(mechanism(sigma=s), 50, 1e-4) for s in (8.0, 4.0, 2.0, 1.0)])
+  assert rises([epsilon(mechanism(), 50, delta) for delta in (1e-3, 1e-4, 1e-6, 1e-9)])
+
+
+def test_a_cap_at_5_standard_deviations_is_nearly_free_and_at_2_is_not():
+  free, five, three, two = (
+    epsilon(mechanism(sigma=1.5, num_stds=k), 300, 1e-4) for k in (100, 5, 3, 2)
+  )
+  assert free <= five <= 1.005 * free
+  assert three > 1.01 * free
+  assert two > 1.1 * free
+
+
+def test_epsilon_ignores_the_clip_norm():
+  assert epsilon(mechanism(clip_norm=9.0), 7, 1e-4) == epsilon(mechanism(), 7, 1e-4)
+
+
+@pytest.mark.parametrize("accountant", ["pld", "rdp"])
+def test_no_steps_cost_nothing_and_no_noise_costs_everything(accountant):
+  assert epsilon(mechanism(), 0, 1e-4, accountant) == 0
+  assert epsilon(mechanism(sigma=0.0), 0, 1e-4, accountant) == 0
+  assert epsilon(mechanism(sigma=0.0), 1, 1e-4, accountant) == math.inf
+
+
+@pytest.mark.parametrize(
+  ("arguments", "message"),
+  [
+    ((-1, 1e-4), "steps=-1 must be a whole number of at least 0"),
+    ((1.5, 1e-4), "steps=1.5 must be"),
+    ((math.nan, 1e-4), "steps=nan must be"),
+    ((1, 0.0), "delta=0.0 must be"),
+    ((1, -1e-5), "delta=-1e-05 must be"),
+    ((1, 1 / 300), "under 1/n=0.00333; use"),
+    ((1, math.nan), "delta=nan must be"),
+    ((1, 1e-4, "pdl"), "did you mean 'pld'"),
+  ],
+)
+def test_epsilon_fails_closed(arguments, message):
+  with pytest.raises(UserError, match=message):
+    epsilon(mechanism(), *arguments)
+
+
+def test_default_delta_is_a_tenth_of_one_over_n():
+  assert default_delta(250) == 1 / 2500
+  assert accounting.resolve_deltas([10, 1000], 0.0) == (0.01, 0.0001)
+  assert accounting.resolve_deltas([10, 1000], 1e-5) == (1e-5, 1e-5)
+  check_delta(default_delta(1), 1)
+  with pytest.raises(UserError, match=r"under 1/n=0\.001"):
+    accounting.resolve_deltas([10, 1000], 1e-3)
+
+
+@pytest.mark.parametrize(
+  ("n", "batch_size", "steps", "target"),
+  [(300, 30, 500, 8.0), (300, 30, 500, 0.5), (20, 32, 50, 3.0), (500, 10, 1, 1.0)],
+)
+def test_calibrated_noise_spends_99_to_100_percent_of_the_target(n, batch_size, steps, target):
+  m = mechanism(n, batch_size)
+  delta = default_delta(n)
+  sigma = calibrate_noise(n, m.sampling_probability, m.batch_cap, steps, delta, target)
+  reached = epsilon(dataclasses.replace(m, noise_multiplier=sigma), steps, delta)
+  assert 0.99 * target <= reached <= target
+
+
+def test_a_target_out_of_reach_is_refused_with_the_remedy():
+  with pytest.raises(UserError, match=r"target_epsilon=1e-08 cannot .*; raise target_epsilon"):
+    calibrate_noise(20, 1.0, 20, 10_000, 1e-9, 1e-8)
+  for target in (0.0, -1.0, math.nan, math.inf):
+    with pytest.raises(UserError, match="target_epsilon="):
+      calibrate_noise(20, 1.0, 20, 10, 1e-3, target)
+
+
+@pytest.mark.parametrize(("sigma", "budget"), [(2.0, 3.0), (1.0, 1.5), (4.0, 0.5)])
+def test_affordable_steps_stop_right_before_the_budget(sigma, budget):
+  m = mechanism(sigma=sigma)
+  steps = affordable_steps(m, 1e-4, budget)
+  assert steps > 1
+  assert epsilon(m, steps, 1e-4) <= budget < epsilon(m, steps + 1, 1e-4)
+
+
+def test_affordable_steps_are_0_where_one_step_is_too_much():
+  assert affordable_steps(mechanism(sigma=0.5), 1e-4, 0.1) == 0
+  assert affordable_steps(mechanism(sigma=0.0), 1e-4, 1e6) == 0
+  with pytest.raises(UserError, match="budget=nan must be"):
+    affordable_steps(mechanism(), 1e-4, math.nan)
+
+
+def test_a_calibrated_run_affords_the_steps_it_was_calibrated_for():
+  m = mechanism()
+  sigma = calibrate_noise(300, m.sampling_probability, m.batch_cap, 200, 1e-4, 2.0)
+  steps = affordable_steps(dataclasses.replace(m, noise_multiplier=sigma), 1e-4, 2.0)
+  assert 200 <= steps <= 204
+
+
+def test_report_has_every_hospital_and_the_largest_epsilon():
+  mechanisms = [mechanism(), mechanism(n=60, clip_norm=0.5)]
+  report = privacy_report(["North", "South"], mechanisms, np.array([100, 20]), [1e-4, 1e-3])
+  expected = [epsilon(mechanisms[0], 100, 1e-4), epsilon(mechanisms[1], 20, 1e-3)]
+  assert report["epsilon_max"] == max(expected)
+  assert [hospital["epsilon"] for hospital in report["hospitals"]] == expected
+  assert report["hospitals"][1] == {
+    "name": "South",
+    "n": 60,
+    "sampling_probability": 0.5,
+    "batch_cap": mechanisms[1].batch_cap,
+    "noise_multiplier": 2.0,
+    "clip_norm": 0.5,
+    "steps": 20,
+    "delta": 1e-3,
+    "epsilon": expected[1],
+  }
+  assert report["unit"] == "record"
+  assert report["adjacency"].startswith("zero-out")
+  assert report["accountant"]["name"] == "PLD"
+  assert report["accountant"]["version"] == importlib.metadata.version("dp-accounting")
+  assert report["accountant"]["value_discretization_interval"] <= 2**-8
+  topics = ("loss", "normalisation", "validation", "tuning", "float32", "threefry")
+  text = " ".join(report["not_covered"]).lower()
+  assert [topic for topic in topics if topic not in text] == []
+
+
+@pytest.mark.parametrize(
+  ("names", "steps", "deltas"),
+  [
+    (["A"], [1, 1], [1e-4]),
+    ([], [], []),
+    (["A"], [-1], [1e-4]),
+    (["A"], [math.nan], [1e-4]),
+    (["A"], [1], [math.nan]),
+    (["A"], [1], [0.5]),
+  ],
+)
+def test_report_fails_closed(names, steps, deltas):
+  with pytest.raises(UserError):
+    privacy_report(names, [mechanism()] * len(names), steps, deltas)
+
+
+def test_report_says_infinite_without_noise():
+  report = privacy_report(["A", "B"], [mechanism(), mechanism(sigma=0.0)], [1, 1], [1e-4, 1e-4])
+  assert report["epsilon_max"] == math.inf
