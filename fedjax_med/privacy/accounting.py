@@ -198,6 +198,7 @@ def privacy_report(
     f"names, mechanisms, steps and deltas have lengths {lengths}",
     "give one of each for every hospital, at least one hospital",
   )
+  spent = [epsilon(*each) for each in zip(mechanisms, steps, deltas, strict=True)]
   hospitals = [
     {
       "name": name,
@@ -208,9 +209,11 @@ def privacy_report(
       "clip_norm": mechanism.clip_norm,
       "steps": int(count),
       "delta": float(delta),
-      "epsilon": epsilon(mechanism, count, delta),
+      "epsilon": value,
     }
-    for name, mechanism, count, delta in zip(names, mechanisms, steps, deltas, strict=True)
+    for name, mechanism, count, delta, value in zip(
+      names, mechanisms, steps, deltas, spent, strict=True
+    )
   ]
   intervals = [discretization_interval(m) for m in mechanisms if m.noise_multiplier > 0]
   return {
@@ -223,7 +226,7 @@ def privacy_report(
       "value_discretization_interval": max(intervals, default=0.0),
     },
     "mechanism": MECHANISM,
-    "epsilon_max": max(hospital["epsilon"] for hospital in hospitals),
+    "epsilon_max": max(spent),
     "hospitals": hospitals,
     "not_covered": list(NOT_COVERED),
   }

@@ -58,8 +58,8 @@ class PoissonGaussian:
     require(
       cap >= lowest,
       f"batch_cap={cap} is under {lowest}, the expected batch size {q * n:.6g} plus 2 standard"
-      " deviations, where records pushed out of the batch already raise ε by about a half",
-      f"raise it to {min(n, batch_size_bound(n, q, 5))} (5 standard deviations, nearly free)",
+      " deviations, where records pushed out of the batch raise ε by 4% to several times",
+      f"raise it to {min(n, batch_size_bound(n, q, 5))} (5 standard deviations: under 2%)",
     )
 
   @property

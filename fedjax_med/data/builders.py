@@ -1,0 +1,226 @@
+"""tensorflow-datasets builders of Br35H and SARS-CoV-2-CT, prepared and read without TensorFlow."""
+
+import contextlib
+import functools
+import hashlib
+import io
+import json
+import logging
+import pathlib
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from fedjax_med.core.errors import UserError, require
+from fedjax_med.data.dataset import Dataset
+from fedjax_med.data.images import gather, list_folder, read_image, resize
+
+
+class Source(NamedTuple):
+  """What distinguishes one of the two public sets.
+
+  Attributes:
+    class_names: class folders, the positive one last.
+    description: one sentence.
+    homepage: where a person downloads it.
+    citation: its reference.
+    notes: sentences that must stand beside every result.
+  """
+
+  class_names: tuple[str, str]
+  description: str
+  homepage: str
+  citation: str
+  notes: tuple[str, ...]
+
+
+SOURCES = {
+  "br35h": Source(
+    ("no", "yes"),
+    "Br35H: brain MRI slices with and without a tumour, 1500 each.",
+    "https://www.kaggle.com/datasets/ahmedhamada0/brain-tumor-detection",
+    "A. Hamada. Br35H :: Brain Tumor Detection 2020. Kaggle, 2020.",
+    (
+      "Br35H holds many near-duplicates (mirrored, contrast-changed, re-cropped copies of one"
+      " slice) and names no patients: a random split puts copies on both sides and flatters every"
+      " model; only the grouped split is meaningful, and it cannot separate different slices of"
+      " one patient.",
+    ),
+  ),
+  "sars_cov2_ct": Source(
+    ("non-COVID", "COVID"),
+    "SARS-CoV-2-CT: lung CT slices, 1252 with and 1229 without COVID-19.",
+    "https://www.kaggle.com/datasets/plameneduardo/sarscov2-ctscan-dataset",
+    "E. Soares et al. SARS-CoV-2 CT-scan dataset. medRxiv 2020.04.24.20078584, 2020.",
+    (
+      "SARS-CoV-2-CT names no patients and holds adjacent slices of one scan: they leak between"
+      " train and test under every split, so scores are optimistic.",
+      "Licence CC BY-NC-SA 4.0 (by a third-party readme); not redistributed here.",
+    ),
+  ),
+}
+
+MIN_STORED = 1  # builders keep every readable picture; data.min_size applies when they are read
+
+
+@functools.cache  # tfds refuses to register one name twice
+def _builder_class(name: str) -> Any:
+  """The tfds builder of a source; made on demand, for importing tfds takes most of a second."""
+  import tensorflow_datasets as tfds
+
+  source = SOURCES[name]
+
+  def info(self):
+    features = tfds.features.FeaturesDict(
+      {
+        "image": tfds.features.Image(shape=(None, None, 1), dtype=np.uint8, encoding_format="png"),
+        "label": tfds.features.ClassLabel(names=list(source.class_names)),
+        "name": tfds.features.Text(),
+      }
+    )
+    return self.dataset_info_from_configs(
+      features=features,
+      description=source.description,
+      homepage=source.homepage,
+      citation=source.citation,
+      supervised_keys=("image", "label"),
+      metadata=tfds.core.MetadataDict(),
+    )
+
+  def split_generators(self, download_manager):
+    listing = list_folder(pathlib.Path(download_manager.manual_dir))
+    return {"train": self._generate_examples(listing)}
+
+  def generate_examples(self, listing) -> Iterator[tuple[str, dict[str, Any]]]:
+    skipped = []
+    for path, name, label in listing.files:
+      image = read_image(path, MIN_STORED)
+      if isinstance(image, str):
+        skipped.append([name, listing.class_names[label], image])
+        continue
+      png = io.BytesIO()
+      image.save(png, "PNG")
+      yield name, {"image": png.getvalue(), "label": listing.class_names[label], "name": name}
+    self.info.metadata["skipped"] = json.dumps(skipped)
+
+  return type(
+    "".join(part.capitalize() for part in name.split("_")),
+    (tfds.core.GeneratorBasedBuilder,),
+    {
+      "__module__": __name__,
+      "name": name,
+      "VERSION": tfds.core.Version("1.0.0"),
+      "MANUAL_DOWNLOAD_INSTRUCTIONS": (
+        f"Download {source.homepage} and unpack it: the folder must hold"
+        f" {' and '.join(source.class_names)}."
+      ),
+      "_info": info,
+      "_split_generators": split_generators,
+      "_generate_examples": generate_examples,
+    },
+  )
+
+
+def _class_root(name: str, path: pathlib.Path) -> pathlib.Path:
+  """The folder that holds the class folders: ``path`` or the one folder below it that does."""
+  wanted = SOURCES[name].class_names
+  require(
+    path.is_dir(),
+    f"data.path={path} is not a folder",
+    f"download {SOURCES[name].homepage} by hand and point --config.data.path at the unpacked"
+    f" folder with {' and '.join(wanted)}",
+  )
+  for root in (path, *sorted(p for p in path.iterdir() if p.is_dir())):
+    if all((root / folder).is_dir() for folder in wanted):
+      return root
+  raise UserError(
+    f"data.path={path} holds no folders {' and '.join(wanted)}, which data.source='{name}' needs;"
+    " point data.path at the unpacked download, or use data.source=folder for other class folders"
+  )
+
+
+def _content_key(root: pathlib.Path) -> str:
+  """Fingerprint of the files' names, sizes and times: a changed folder is prepared anew."""
+  sha = hashlib.sha256()
+  for path, name, _ in list_folder(root).files:
+    stat = path.stat()
+    sha.update(f"{name}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
+  return sha.hexdigest()[:16]
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+  """Keeps tfds's announcements (preparation, PIL instead of OpenCV) off the terminal."""
+  log = logging.getLogger("absl")
+  level = log.level
+  log.setLevel(logging.ERROR)
+  try:
+    with contextlib.redirect_stdout(io.StringIO()):
+      yield
+  finally:
+    log.setLevel(level)
+
+
+def prepare(name: str, root: pathlib.Path, cache: pathlib.Path) -> Any:
+  """The tfds builder of ``name``, its records prepared from ``root`` below ``cache``."""
+  import tensorflow_datasets as tfds
+
+  tfds.disable_progress_bar()
+  builder = _builder_class(name)(data_dir=str(cache / _content_key(root)))
+  with _quiet():
+    builder.download_and_prepare(
+      file_format="array_record",
+      download_config=tfds.download.DownloadConfig(manual_dir=str(root), try_download_gcs=False),
+    )
+  return builder
+
+
+def load_builder(
+  name: str,
+  path: pathlib.Path,
+  cache: pathlib.Path,
+  *,
+  image_size: int,
+  min_size: int,
+  strict: bool,
+  patient_pattern: str,
+) -> Dataset:
+  """Reads ``br35h`` or ``sars_cov2_ct`` from a hand-downloaded folder, by way of tfds.
+
+  Raises:
+    UserError: the folder is missing or lacks the class folders; with ``strict`` any unusable file.
+  """
+  root = _class_root(name, path)
+  builder = prepare(name, root, cache)
+  source = SOURCES[name]
+  results: list[tuple[str, int, np.ndarray | str]] = []
+  with _quiet():
+    records = list(builder.as_data_source(split="train"))
+  for record in records:
+    pixels = record["image"]
+    # tfds does not hold records to the declared shape: one channel, or the label may leak.
+    if pixels.ndim != 3 or pixels.shape[-1] != 1 or pixels.dtype != np.uint8:
+      raise UserError(
+        f"{record['name']} in {cache} is {pixels.dtype}{pixels.shape}, not one uint8 channel;"
+        " delete that cache folder"
+      )
+    height, width = pixels.shape[:2]
+    image: np.ndarray | str = f"{width}x{height} pixels, under data.min_size={min_size}"
+    if min(height, width) >= min_size:
+      image = resize(Image.fromarray(pixels[..., 0]), image_size)
+    file_name = record["name"]
+    file_name = file_name.decode() if isinstance(file_name, bytes) else str(file_name)
+    results.append((file_name, int(record["label"]), image))
+  for file_name, class_name, reason in json.loads(builder.info.metadata["skipped"]):
+    results.append((file_name, source.class_names.index(class_name), reason))
+  results.sort(key=lambda result: (result[1], result[0]))  # tfds shuffles; files have an order
+  return gather(
+    results,
+    source.class_names,
+    root=root,
+    strict=strict,
+    patient_pattern=patient_pattern,
+    notes=source.notes,
+  )
