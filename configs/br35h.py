@@ -17,7 +17,12 @@ def get_config() -> Config:
     partition=PartitionConfig(scheme="dirichlet", num_clients=5, alpha=0.5, min_client_size=32),
     model=ModelConfig(name="se_resnext50_32x4d"),
     client=ClientConfig(
-      optimizer="momentum", learning_rate=0.02, batch_size=16, num_local_epochs=1.0
+      optimizer="adam",
+      learning_rate=5e-4,
+      schedule="cosine",
+      warmup_rounds=1,
+      batch_size=16,
+      num_local_epochs=1.0,
     ),
     server=ServerConfig(num_rounds=12),
     eval=EvalConfig(every=1),

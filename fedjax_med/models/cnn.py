@@ -37,7 +37,7 @@ class CNN(nn.Module):
       x = ops.max_pool(nn.relu(x), (2, 2), (2, 2))
     x = nn.Dropout(self.dropout, deterministic=not train)(x.mean(axis=(1, 2)))
     logits = nn.Dense(self.num_classes, dtype=self.dtype, name="head")(x)
-    return logits.astype(jnp.promote_types(self.dtype, jnp.float32))
+    return logits.astype(ops.accumulator(self.dtype))
 
 
 class MLP(nn.Module):
@@ -63,7 +63,7 @@ class MLP(nn.Module):
       x = nn.relu(nn.Dense(size, dtype=self.dtype, name=f"hidden{index}")(x))
     x = nn.Dropout(self.dropout, deterministic=not train)(x)
     logits = nn.Dense(self.num_classes, dtype=self.dtype, name="head")(x)
-    return logits.astype(jnp.promote_types(self.dtype, jnp.float32))
+    return logits.astype(ops.accumulator(self.dtype))
 
 
 def cnn_small(num_classes: int, **kwargs: Any) -> CNN:

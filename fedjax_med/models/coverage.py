@@ -20,110 +20,30 @@ _MARK = "fedjax_med_tapped_layer"
 _BATCHES = (5, 7)
 
 # Value by value, operands of one shape: examples stay where they are.
-_ELEMENTWISE = frozenset(
-  [
-    "abs",
-    "acos",
-    "acosh",
-    "add",
-    "add_any",
-    "and",
-    "asin",
-    "asinh",
-    "atan",
-    "atan2",
-    "atanh",
-    "bitcast_convert_type",
-    "cbrt",
-    "ceil",
-    "clamp",
-    "convert_element_type",
-    "copy",
-    "copy_p",
-    "cos",
-    "cosh",
-    "digamma",
-    "div",
-    "eq",
-    "erf",
-    "erf_inv",
-    "erfc",
-    "exp",
-    "exp2",
-    "expm1",
-    "floor",
-    "ge",
-    "gt",
-    "integer_pow",
-    "is_finite",
-    "le",
-    "lgamma",
-    "log",
-    "log1p",
-    "logistic",
-    "lt",
-    "max",
-    "min",
-    "mul",
-    "ne",
-    "neg",
-    "not",
-    "optimization_barrier",
-    "or",
-    "pow",
-    "reduce_precision",
-    "rem",
-    "round",
-    "rsqrt",
-    "select_n",
-    "shift_left",
-    "shift_right_arithmetic",
-    "shift_right_logical",
-    "sign",
-    "sin",
-    "sinh",
-    "sqrt",
-    "square",
-    "stop_gradient",
-    "sub",
-    "tan",
-    "tanh",
-    "xor",
-  ]
-)
+# fmt: off
+_ELEMENTWISE = frozenset([
+  "abs", "acos", "acosh", "add", "add_any", "and", "asin", "asinh", "atan", "atan2", "atanh",
+  "bitcast_convert_type", "cbrt", "ceil", "clamp", "convert_element_type", "copy", "copy_p",
+  "cos", "cosh", "digamma", "div", "eq", "erf", "erf_inv", "erfc", "exp", "exp2", "expm1",
+  "floor", "ge", "gt", "integer_pow", "is_finite", "le", "lgamma", "log", "log1p", "logistic",
+  "lt", "max", "min", "mul", "ne", "neg", "not", "optimization_barrier", "or", "pow",
+  "reduce_precision", "rem", "round", "rsqrt", "select_n", "shift_left",
+  "shift_right_arithmetic", "shift_right_logical", "sign", "sin", "sinh", "sqrt", "square",
+  "stop_gradient", "sub", "tan", "tanh", "xor",
+])
 # Losing, doubling or resizing the example axis shows in the shape of the result.
-_SEEN_BY_SHAPE = frozenset(
-  [
-    "argmax",
-    "argmin",
-    "broadcast_in_dim",
-    "concatenate",
-    "dot_general",
-    "dynamic_slice",
-    "reduce_and",
-    "reduce_max",
-    "reduce_min",
-    "reduce_or",
-    "reduce_prod",
-    "reduce_sum",
-    "slice",
-    "split",
-    "squeeze",
-    "transpose",
-  ]
-)
-_CALLS = frozenset(
-  [
-    "jit",
-    "pjit",
-    "closed_call",
-    "core_call",
-    "checkpoint",
-    "remat",
-    "remat2",
-    "custom_jvp_call",
-  ]
-)
+# fmt: off
+_SEEN_BY_SHAPE = frozenset([
+  "argmax", "argmin", "broadcast_in_dim", "concatenate", "dot_general", "dynamic_slice",
+  "reduce_and", "reduce_max", "reduce_min", "reduce_or", "reduce_prod", "reduce_sum", "slice",
+  "split", "squeeze", "transpose",
+])
+# fmt: on
+# fmt: off
+_CALLS = frozenset([
+  "jit", "pjit", "closed_call", "core_call", "checkpoint", "remat", "remat2", "custom_jvp_call",
+])
+# fmt: on
 
 # A parameter as a variable of the traced program: its name and how often the program runs.
 Origins = dict[core.Var, tuple[str, int]]

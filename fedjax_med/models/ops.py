@@ -2,14 +2,14 @@
 
 Shapes: B images of H x W pixels and C channels; H' x W' output positions. Sizes, strides, dilations
 are (height, width); padding is ((top, bottom), (left, right)), in pixels. Everything is a pure
-function that may be vmapped, differentiated and rematerialised. No array here has more than six
+function that may be vmapped and differentiated. No array here has more than six
 axes: XLA's CPU backend crashes on products reduced over seven or more (jax issues 39257, 40412),
 and vmaps over clients and sweeps add two.
 """
 
 import math
 from collections.abc import Iterator
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,11 @@ NO_PADDING: Padding = ((0, 0), (0, 0))
 # Groups narrower than this are merged, two 8-channel groups into one 16-channel product with zeros
 # off the diagonal: wasted multiplications, but twice as fast on a CPU as 32 very thin products.
 _MERGED_WIDTH = 16
+
+
+def accumulator(dtype: Any) -> Any:
+  """float32, or ``dtype`` where that is wider (jnp.promote_types refuses under strict promotion)."""
+  return dtype if jnp.finfo(dtype).bits >= 32 else jnp.float32
 
 
 def output_size(
@@ -108,23 +113,19 @@ def conv(
     )
   window = (kernel.shape[0], kernel.shape[1])
 
-  def product(inputs: jax.Array, kernel: jax.Array) -> jax.Array:
-    blocks = _kernel_blocks(kernel, groups)  # [G, kh * kw * c, p]
-    count, _, width_out = blocks.shape
-    batch, height, width, _ = inputs.shape
-    grouped = inputs.reshape(batch, height, width, count, -1).transpose(3, 0, 1, 2, 4)
-    grouped = grouped.reshape(count * batch, height, width, -1)
-    columns = patches(grouped, window, strides, padding, dilation)
-    _, height, width, fan_in = columns.shape
-    out = _einsum("gtd,gdp->gtp", columns.reshape(count, -1, fan_in), blocks)
-    out = out.reshape(count, batch, height, width, width_out).transpose(1, 2, 3, 0, 4)
-    return out.reshape(batch, height, width, -1)
-
   if window == (1, 1) and groups == 1:
     ((_, _, view),) = shifted_views(inputs, window, strides, padding)
     return _einsum("byxc,cp->byxp", view, kernel[0, 0])
-  # Patches are kh * kw times the activations; making them again in the backward pass costs little.
-  return jax.checkpoint(product)(inputs, kernel)
+  blocks = _kernel_blocks(kernel, groups)  # [G, kh * kw * c, p]
+  count, fan_in, width_out = blocks.shape
+  batch, height, width, _ = inputs.shape
+  grouped = inputs.reshape(batch, height, width, count, -1).transpose(3, 0, 1, 2, 4)
+  grouped = grouped.reshape(count * batch, height, width, -1)
+  columns = patches(grouped, window, strides, padding, dilation)
+  _, height, width, _ = columns.shape
+  out = _einsum("gtd,gdp->gtp", columns.reshape(count, -1, fan_in), blocks)
+  out = out.reshape(count, batch, height, width, width_out).transpose(1, 2, 3, 0, 4)
+  return out.reshape(batch, height, width, count * width_out)
 
 
 def group_norm(
@@ -141,7 +142,7 @@ def group_norm(
   the only full-size step is one scale-and-shift; a channel's mean may exceed its standard deviation
   a hundredfold before float32 cancellation shows in the third digit.
   """
-  dtype = jnp.promote_types(inputs.dtype, jnp.float32)
+  dtype = accumulator(inputs.dtype)
   batch, channels = inputs.shape[0], inputs.shape[-1]
   x = inputs.astype(dtype).reshape(batch, -1, channels)
   width = channels // num_groups
@@ -206,6 +207,6 @@ def _kernel_blocks(kernel: jax.Array, groups: int) -> jax.Array:
 
 def _einsum(equation: str, left: jax.Array, right: jax.Array) -> jax.Array:
   """Einsum summed in at least float32, in the dtype of ``left``."""
-  accumulated = jnp.promote_types(left.dtype, jnp.float32)
+  accumulated = accumulator(left.dtype)
   out = jnp.einsum(equation, left, right, preferred_element_type=accumulated)
   return out.astype(left.dtype)

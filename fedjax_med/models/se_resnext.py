@@ -130,7 +130,7 @@ class SEResNeXt(nn.Module):
     x = x.mean(axis=(1, 2))
     x = nn.Dropout(self.dropout, deterministic=not train)(x)
     logits = nn.Dense(self.num_classes, dtype=self.dtype, name="head")(x)
-    return logits.astype(jnp.promote_types(self.dtype, jnp.float32))
+    return logits.astype(ops.accumulator(self.dtype))
 
 
 def _ceil_max_pool(x: jax.Array) -> jax.Array:
@@ -163,7 +163,10 @@ def se_resnext50_32x4d(num_classes: int, **kwargs: Any) -> SEResNeXt:
 
 
 def se_resnext_tiny(num_classes: int, **kwargs: Any) -> SEResNeXt:
-  """One block a stage for 32 to 64 pixels on a CPU: 8 groups, three stages, 70 thousand weights."""
+  """Three stages of one block and 8 groups for 32 to 64 pixels on a CPU, 75 thousand parameters.
+
+  The stem's max pool is kept: without it a step takes 4.5 times as long.
+  """
   return SEResNeXt(
     num_classes,
     stage_blocks=(1, 1, 1),
@@ -173,13 +176,13 @@ def se_resnext_tiny(num_classes: int, **kwargs: Any) -> SEResNeXt:
     reduction=8,
     stem_features=16,
     stem_kernel=3,
-    stem_pool=False,
+    stem_pool=True,
     **kwargs,
   )
 
 
 def se_resnext_micro(num_classes: int, **kwargs: Any) -> SEResNeXt:
-  """Every kind of layer of the large network in three thousand weights, for tests at 8 pixels."""
+  """Every kind of layer of the large network in 3,462 parameters, for tests at 8 pixels."""
   return SEResNeXt(
     num_classes,
     stage_blocks=(1, 1),

@@ -1,0 +1,210 @@
+"""Lowered operations against XLA's own and against NumPy."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import jax.test_util
+import numpy as np
+import pytest
+from jax import lax
+
+from fedjax_med.models import ops
+
+ONE = ((1, 1), (1, 1))
+
+# name: (H, W), C_in, C_out, window, strides, padding, dilation, groups
+CONVS = {
+  "1x1": ((4, 5), 3, 4, (1, 1), (1, 1), ops.NO_PADDING, (1, 1), 1),
+  "1x1_strided": ((5, 4), 3, 4, (1, 1), (2, 2), ops.NO_PADDING, (1, 1), 1),
+  "1x1_padded": ((3, 3), 2, 3, (1, 1), (2, 1), ONE, (1, 1), 1),
+  "1x1_grouped": ((3, 3), 8, 4, (1, 1), (1, 1), ops.NO_PADDING, (1, 1), 4),
+  "3x3": ((5, 5), 3, 4, (3, 3), (1, 1), ONE, (1, 1), 1),
+  "stem_7x7": ((10, 9), 1, 4, (7, 7), (2, 2), ((3, 3), (3, 3)), (1, 1), 1),
+  "merged_groups": ((4, 4), 32, 32, (3, 3), (1, 1), ONE, (1, 1), 8),
+  "merged_strided": ((5, 5), 24, 12, (3, 3), (2, 2), ONE, (1, 1), 6),
+  "wide_groups": ((3, 3), 40, 6, (3, 3), (1, 1), ONE, (1, 1), 2),
+  "depthwise": ((4, 4), 6, 12, (3, 3), (2, 1), ONE, (1, 1), 6),
+  "dilated_uneven": ((8, 9), 6, 9, (3, 2), (1, 2), ((2, 0), (0, 3)), (2, 3), 3),
+}
+
+
+def conv_case(name, clients):
+  """Options, inputs [clients, 2, H, W, C_in], kernels and output cotangents, float64."""
+  size, channels_in, channels_out, window, strides, padding, dilation, groups = CONVS[name]
+  options = {"strides": strides, "padding": padding, "dilation": dilation, "groups": groups}
+  rng = np.random.default_rng(0)
+  inputs = rng.normal(size=(clients, 2, *size, channels_in))
+  kernel = rng.normal(size=(clients, *window, channels_in // groups, channels_out))
+  out = ops.output_size(size, window, strides, padding, dilation)
+  return options, inputs, kernel, rng.normal(size=(clients, 2, *out, channels_out))
+
+
+def value_and_gradients(options, lowering):
+  def run(inputs, kernel, cotangent):
+    out, pull = jax.vjp(lambda x, k: ops.conv(x, k, lowering=lowering, **options), inputs, kernel)
+    return out, *pull(cotangent)
+
+  return run
+
+
+@pytest.mark.parametrize("double", [False, True], ids=["float32", "float64"])
+@pytest.mark.parametrize("name", CONVS)
+def test_matmul_conv_equals_native_in_value_and_gradient_under_client_vmap(name, double):
+  options, *arrays = conv_case(name, clients=2)
+  tolerance = 1e-11 if double else 2e-5
+  with jax.enable_x64(double):
+    arrays = [jnp.asarray(x, jnp.float64 if double else jnp.float32) for x in arrays]
+    lowered = jax.jit(jax.vmap(value_and_gradients(options, "matmul")))(*arrays)
+    native = jax.jit(value_and_gradients(options, "native"))
+    for client in range(2):
+      expected = native(*(x[client] for x in arrays))
+      for ours, theirs in zip(lowered, expected, strict=True):
+        assert ours.dtype == theirs.dtype
+        error = jnp.abs(ours[client] - theirs).max() / jnp.abs(theirs).max()
+        assert error < tolerance
+
+
+@pytest.mark.parametrize("lowering", ["matmul", "native"])
+def test_conv_equals_loops_over_every_index(lowering):
+  options, inputs, kernel, _ = conv_case("dilated_uneven", clients=1)
+  inputs, kernel = inputs[0], kernel[0]
+  (top, bottom), (left, right) = options["padding"]
+  padded = np.pad(inputs, ((0, 0), (top, bottom), (left, right), (0, 0)))
+  out = ops.conv(jnp.float32(inputs), jnp.float32(kernel), lowering=lowering, **options)
+  width_in, width_out = kernel.shape[2], kernel.shape[3] // options["groups"]
+  expected = np.zeros(out.shape)
+  for b, y, x, o in np.ndindex(*out.shape):
+    first = o // width_out * width_in
+    for i, j, c in np.ndindex(*kernel.shape[:3]):
+      row = y * options["strides"][0] + i * options["dilation"][0]
+      column = x * options["strides"][1] + j * options["dilation"][1]
+      expected[b, y, x, o] += padded[b, row, column, first + c] * kernel[i, j, c, o]
+  np.testing.assert_allclose(out, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("axes", [1, 2], ids=["clients", "sweep_and_clients"])
+def test_narrow_groups_survive_a_client_axis_of_one(axes):
+  # 8-channel groups merged by a product with an identity crashed XLA's CPU backend at these shapes.
+  options = {"padding": ONE, "groups": 32}
+  shapes = ((8, 8, 8, 256), (3, 3, 8, 256), (8, 8, 8, 256))
+  arrays = [jnp.ones((1,) * axes + shape) for shape in shapes]
+  run = value_and_gradients(options, "matmul")
+  for _ in range(axes):
+    run = jax.vmap(run)
+  out, d_inputs, d_kernel = jax.jit(run)(*arrays)
+  assert out.reshape(shapes[0])[0, 1, 1, 0] == 72  # 9 shifts x 8 channels of ones
+  assert d_inputs.reshape(shapes[0])[0, 1, 1, 0] == 72
+  assert d_kernel.reshape(shapes[1])[1, 1, 0, 0] == 512  # 8 images x 64 positions
+
+
+@pytest.mark.parametrize("window", [(1, 1), (3, 3)])
+def test_bfloat16_conv_sums_in_float32(window):
+  inputs = jnp.ones((1, 3, 3, 1024), jnp.bfloat16)
+  kernel = jnp.ones((*window, 1024, 1), jnp.bfloat16)
+  out, pull = jax.vjp(lambda x, k: ops.conv(x, k), inputs, kernel)
+  assert out.dtype == jnp.bfloat16
+  # A running sum in bfloat16 stops at 256, where adding 1 no longer changes it.
+  assert float(out[0, 0, 0, 0]) == 1024 * window[0] * window[1]
+  assert [g.dtype for g in pull(out)] == [jnp.bfloat16, jnp.bfloat16]
+
+
+def test_native_bfloat16_conv_has_gradients():
+  inputs, kernel = jnp.ones((1, 3, 3, 4), jnp.bfloat16), jnp.ones((3, 3, 2, 4), jnp.bfloat16)
+  run = lambda x, k: ops.conv(x, k, padding=ONE, groups=2, lowering="native")  # noqa: E731
+  out, pull = jax.vjp(run, inputs, kernel)
+  assert [x.dtype for x in (out, *pull(out))] == [jnp.bfloat16] * 3
+
+
+def test_patches_follow_the_order_of_kernel_axes():
+  inputs = np.arange(2 * 5 * 6 * 3, dtype=np.float32).reshape(2, 5, 6, 3)
+  found = ops.patches(jnp.asarray(inputs), (3, 2), (2, 1), ((1, 1), (0, 0)), (1, 3))
+  padded = np.pad(inputs, ((0, 0), (1, 1), (0, 0), (0, 0)))
+  assert found.shape == (2, 3, 3, 18)
+  for y, x in itertools.product(range(3), range(3)):
+    covered = padded[:, 2 * y : 2 * y + 3, [x, x + 3]]  # [B, 3, 2, C]
+    np.testing.assert_array_equal(found[:, y, x], covered.reshape(2, -1))
+
+
+def norm_reference(x, scale, bias, num_groups, epsilon):
+  """Wu and He (2018), equations 1 to 8, one example and one group at a time."""
+  out = np.empty(x.shape)
+  width = x.shape[-1] // num_groups
+  for b, g in np.ndindex(x.shape[0], num_groups):
+    part = x[b, ..., g * width : (g + 1) * width]
+    standard = np.sqrt(((part - part.mean()) ** 2).mean() + epsilon)
+    out[b, ..., g * width : (g + 1) * width] = (part - part.mean()) / standard
+  return out * scale + bias
+
+
+@pytest.mark.parametrize("shape", [(3, 4, 5, 12), (3, 7, 12), (2, 12)])
+@pytest.mark.parametrize("num_groups", [1, 3, 6])
+def test_group_norm_equals_its_equations(shape, num_groups):
+  rng = np.random.default_rng(1)
+  x, scale, bias = rng.normal(1, 2, shape), rng.normal(size=12), rng.normal(size=12)
+  arrays = [jnp.float32(a) for a in (x, scale, bias)]
+  out = ops.group_norm(*arrays, num_groups=num_groups, epsilon=1e-3)
+  expected = norm_reference(x, scale, bias, num_groups, 1e-3)
+  np.testing.assert_allclose(out, expected, rtol=1e-4, atol=1e-4)
+  plain = ops.group_norm(arrays[0], None, None, num_groups=num_groups, epsilon=1e-3)
+  np.testing.assert_allclose(plain, norm_reference(x, 1, 0, num_groups, 1e-3), rtol=1e-4, atol=1e-4)
+
+
+def test_group_norm_gradients_equal_finite_differences():
+  rng = np.random.default_rng(2)
+  with jax.enable_x64(True):
+    arrays = [jnp.asarray(rng.normal(size=s)) for s in ((2, 3, 2, 6), (6,), (6,))]
+    run = lambda *a: ops.group_norm(*a, num_groups=3, epsilon=1e-5)  # noqa: E731
+    jax.test_util.check_grads(run, arrays, order=1, modes=["rev"], rtol=1e-6, atol=1e-6)
+
+
+def test_group_norm_of_one_example_ignores_the_others():
+  x = jax.random.normal(jax.random.key(0), (4, 3, 3, 8))
+  norm = jax.jit(lambda x: ops.group_norm(x, None, None, num_groups=4, epsilon=1e-5))
+  np.testing.assert_array_equal(norm(x)[1:], norm(x.at[0].set(jnp.nan))[1:])
+
+
+def test_group_norm_keeps_two_digits_at_a_mean_of_a_hundred_deviations():
+  x = np.random.default_rng(3).normal(100, 1, (2, 8, 8, 8))
+  out = ops.group_norm(jnp.float32(x), None, None, num_groups=2, epsilon=1e-5)
+  np.testing.assert_allclose(out, norm_reference(x, 1, 0, 2, 1e-5), rtol=5e-3, atol=5e-3)
+
+
+def test_bfloat16_group_norm_has_float32_statistics():
+  # Their bfloat16 sum is 256 short of half the pixels; the variance would be far off.
+  x = jnp.tile(jnp.array([1.0, 3.0], jnp.bfloat16)[:, None], (2048, 2))[None]
+  out = ops.group_norm(x, None, None, num_groups=1, epsilon=0.0)
+  assert out.dtype == jnp.bfloat16
+  np.testing.assert_array_equal(np.unique(out), [-1, 1])
+
+
+@pytest.mark.parametrize("values", ["distinct", "tied"])
+@pytest.mark.parametrize(
+  ("window", "strides", "padding"),
+  [
+    ((3, 3), (2, 2), ((0, 1), (0, 1))),
+    ((2, 2), (2, 2), ops.NO_PADDING),
+    ((3, 2), (1, 2), ((1, 1), (1, 0))),
+  ],
+)
+def test_max_pool_equals_reduce_window_in_value_and_gradient(values, window, strides, padding):
+  rng = np.random.default_rng(4)
+  shape = (2, 8, 6, 3)
+  pixels = rng.permutation(288.0) if values == "distinct" else rng.integers(0, 3, 288)
+  x = jnp.float32(pixels).reshape(shape) - 100  # a fill of 0 in place of -inf would win
+
+  def reference(x):
+    sizes = ((1, *window, 1), (1, *strides, 1), ((0, 0), *padding, (0, 0)))
+    return lax.reduce_window(x, -jnp.inf, lax.max, *sizes)
+
+  out, pull = jax.vjp(lambda x: ops.max_pool(x, window, strides, padding), x)
+  expected, pull_expected = jax.vjp(reference, x)
+  np.testing.assert_array_equal(out, expected)
+  cotangent = jnp.float32(rng.integers(1, 9, out.shape))  # whole numbers: sums have no rounding
+  np.testing.assert_array_equal(pull(cotangent)[0], pull_expected(cotangent)[0])
+
+
+@pytest.mark.parametrize("place", [0, 1, 2, 3])
+def test_max_pool_passes_nan_on(place):
+  x = jnp.arange(4.0).at[place].set(jnp.nan).reshape(1, 2, 2, 1)
+  assert jnp.isnan(ops.max_pool(x, (2, 2), (2, 2))).all()
