@@ -20,10 +20,9 @@ def get_config() -> Config:
       optimizer="adam",
       learning_rate=5e-4,
       schedule="cosine",
-      warmup_rounds=1,
       batch_size=16,
       num_local_epochs=1.0,
     ),
-    server=ServerConfig(num_rounds=12),
+    server=ServerConfig(num_rounds=8),
     eval=EvalConfig(every=1),
   )

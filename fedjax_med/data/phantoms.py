@@ -51,16 +51,16 @@ class Scanner(NamedTuple):
 
 
 SCANNERS = (
-  Scanner("Ahorn (T1)", 0.26, 0.50, 0.10, 0.42, 0.64, 0.85, 0.24, 0.95, 0.34, 1.0, 0.20, 0.04,
+  Scanner("Ahorn (T1)", 0.26, 0.50, 0.10, 0.36, 0.50, 0.70, 0.22, 1.00, 0.30, 1.0, 0.20, 0.03,
           0.004, 0, False, 1.00),
-  Scanner("Birke (T2)", 0.23, 0.45, 0.95, 0.60, 0.38, 0.25, 0.80, 1.00, 0.72, 0.9, 0.30, 0.05,
-          0.010, 8, True, 0.95),
-  Scanner("Clara (FLAIR)", 0.20, 0.55, 0.08, 0.52, 0.42, 0.60, 0.78, 1.00, 0.66, 1.2, 0.25, 0.06,
+  Scanner("Birke (T2)", 0.23, 0.45, 0.60, 0.46, 0.28, 0.25, 0.85, 1.00, 0.66, 0.9, 0.25, 0.04,
+          0.006, 8, True, 0.95),
+  Scanner("Clara (FLAIR)", 0.20, 0.55, 0.08, 0.44, 0.34, 0.50, 0.82, 1.00, 0.66, 1.2, 0.25, 0.05,
           0.006, -6, False, 1.06),
-  Scanner("Doria (T1 contrast)", 0.17, 0.48, 0.12, 0.38, 0.54, 0.80, 0.20, 1.00, 0.32, 0.8, 0.40,
-          0.05, 0.008, 180, False, 1.00),
-  Scanner("Erlen (low field)", 0.14, 0.52, 0.70, 0.58, 0.46, 0.45, 0.84, 1.00, 0.70, 1.0, 0.35,
-          0.08, 0.016, 3, True, 0.90),
+  Scanner("Doria (T1 contrast)", 0.17, 0.48, 0.12, 0.34, 0.46, 0.66, 0.20, 1.00, 0.28, 0.8, 0.35,
+          0.04, 0.008, 180, False, 1.00),
+  Scanner("Erlen (low field)", 0.14, 0.52, 0.50, 0.46, 0.36, 0.40, 0.88, 1.00, 0.68, 1.0, 0.30,
+          0.06, 0.010, 3, True, 0.92),
 )  # fmt: skip
 CHUNK = 256  # images drawn at once
 
@@ -116,14 +116,16 @@ def _draw_anatomy(rng: np.random.Generator, n: int) -> dict[str, np.ndarray]:
   return {
     "width": rng.uniform(0.34, 0.40, n),
     "height": rng.uniform(0.41, 0.46, n),
-    "wobble": rng.normal(0, 0.012, (n, 3)),
-    "ventricle": rng.uniform(0.7, 1.4, n),
+    "wobble": rng.normal(0, 0.015, (n, 3)),
+    "ventricle_width": rng.uniform(0.5, 1.5, n),
+    "ventricle_height": rng.uniform(0.6, 1.3, n),
+    "ventricle_v": rng.uniform(-0.16, 0.08, n),
     "texture_seed": rng.integers(0, 2**31, n),
     "tumour_x": radius * np.cos(angle),
     "tumour_y": radius * np.sin(angle),
-    "tumour_size": rng.uniform(0.17, 0.32, n),
+    "tumour_size": rng.uniform(0.22, 0.40, n),
     "tumour_wobble": rng.normal(0, 0.07, (n, 4)),
-    "tumour_strength": rng.uniform(0.65, 1.0, n),
+    "tumour_strength": rng.uniform(0.8, 1.0, n),
   }
 
 
@@ -169,16 +171,17 @@ def _draw(
     r = r * (1 + column(anatomy["wobble"][:, harmonic]) * np.cos((harmonic + 2) * angle))
 
   folds = _textures(anatomy["texture_seed"], size)
-  white = _edge(r - 0.66 - 0.10 * folds, 0.04)
-  brain, inner = _edge(r - 0.86, 0.012), _edge(r - 0.92, 0.012)
+  white = _edge(r - 0.62 - 0.24 * folds, 0.05)
+  brain, inner = _edge(r - 0.89, 0.012), _edge(r - 0.93, 0.012)
   image = scanner("skull") * _edge(r - 1.0, 0.012)
   image += inner * (scanner("csf") - image)
   image += brain * (scanner("grey") + white * (scanner("white") - scanner("grey")) - image)
-  image += brain * 0.035 * folds
+  image += brain * 0.05 * folds
 
-  stretch = column(anatomy["ventricle"] * rng.normal(1, 0.08, n))
+  wide = 0.075 * column(anatomy["ventricle_width"] * rng.normal(1, 0.08, n))
+  tall, middle = 0.27 * column(anatomy["ventricle_height"]), column(anatomy["ventricle_v"])
   for side in (-1, 1):
-    shape = np.hypot((u - side * (0.11 + 0.1 * np.abs(v))) / (0.075 * stretch), (v + 0.04) / 0.27)
+    shape = np.hypot((u - side * (0.11 + 0.1 * np.abs(v))) / wide, (v - middle) / tall)
     image += _edge(shape - 1, 0.12) * (scanner("csf") - image)
   image = _distract(rng, image, u, v, brain, scanner)
 
@@ -209,7 +212,7 @@ def _distract(rng, image, u, v, brain, scanner) -> np.ndarray:
   """Vessels (tiny, bright) and cysts (small, smooth, like liquid) in healthy and ill alike."""
   n = len(image)
   for kind, chance, low, high in (("vessel", 0.6, 0.03, 0.05), ("vessel", 0.6, 0.03, 0.05),
-                                  ("cyst", 0.5, 0.07, 0.12)):  # fmt: skip
+                                  ("cyst", 0.4, 0.06, 0.10)):  # fmt: skip
     there = (rng.random(n) < chance)[:, None, None]
     angle, far = rng.uniform(0, 2 * np.pi, n), rng.uniform(0.2, 0.75, n)
     du = u - (far * np.cos(angle)).astype(np.float32)[:, None, None]

@@ -32,14 +32,12 @@ _ELEMENTWISE = frozenset([
   "stop_gradient", "sub", "tan", "tanh", "xor",
 ])
 # Losing, doubling or resizing the example axis shows in the shape of the result.
-# fmt: off
 _SEEN_BY_SHAPE = frozenset([
   "argmax", "argmin", "broadcast_in_dim", "concatenate", "dot_general", "dynamic_slice",
   "reduce_and", "reduce_max", "reduce_min", "reduce_or", "reduce_prod", "reduce_sum", "slice",
   "split", "squeeze", "transpose",
 ])
-# fmt: on
-# fmt: off
+# Inner programs that run once, argument by argument. Not custom_vjp: its backward pass is hidden.
 _CALLS = frozenset([
   "jit", "pjit", "closed_call", "core_call", "checkpoint", "remat", "remat2", "custom_jvp_call",
 ])

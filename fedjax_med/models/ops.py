@@ -2,9 +2,9 @@
 
 Shapes: B images of H x W pixels and C channels; H' x W' output positions. Sizes, strides, dilations
 are (height, width); padding is ((top, bottom), (left, right)), in pixels. Everything is a pure
-function that may be vmapped and differentiated. No array here has more than six
-axes: XLA's CPU backend crashes on products reduced over seven or more (jax issues 39257, 40412),
-and vmaps over clients and sweeps add two.
+function that may be vmapped and differentiated. No product that is summed has more than four axes:
+XLA's CPU backend in jaxlib 0.10.2 and 0.11.0 crashes on float32 sums of products with seven or more
+(jax issues 39257, 40412), and vmaps over clients and sweeps add two.
 """
 
 import math
@@ -27,7 +27,7 @@ _MERGED_WIDTH = 16
 
 
 def accumulator(dtype: Any) -> Any:
-  """float32, or ``dtype`` where that is wider (jnp.promote_types refuses under strict promotion)."""
+  """float32, or ``dtype`` if wider; jnp.promote_types would refuse under strict promotion."""
   return dtype if jnp.finfo(dtype).bits >= 32 else jnp.float32
 
 

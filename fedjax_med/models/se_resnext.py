@@ -110,7 +110,7 @@ class SEResNeXt(nn.Module):
     x = normalise(x, self.norm, train=train, dtype=self.dtype, name="stem_norm")
     x = nn.relu(x)
     if self.stem_pool:
-      x = _ceil_max_pool(x)
+      x = ceil_max_pool(x)
     shapes = zip(self.stage_blocks, self.widths, self.features, strict=True)
     for stage, (blocks, width, features) in enumerate(shapes, start=1):
       block = functools.partial(
@@ -133,7 +133,7 @@ class SEResNeXt(nn.Module):
     return logits.astype(ops.accumulator(self.dtype))
 
 
-def _ceil_max_pool(x: jax.Array) -> jax.Array:
+def ceil_max_pool(x: jax.Array) -> jax.Array:
   """3x3 max pool of stride 2 that pads only below and right, as the published weights expect.
 
   The Caffe original and Cadene's port round the output size up (``ceil_mode``) in place of

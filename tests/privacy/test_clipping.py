@@ -338,6 +338,24 @@ def test_over_the_clip_norm_each_contribution_has_norm_clip_norm(name, method):
     assert clip_norm * (1 - 1e-6) <= norm <= clip_norm * (1 + 1e-6)
 
 
+@pytest.mark.parametrize(("method", "slack"), [("two_pass", 0.01), ("reference", 1e-6)])
+def test_bfloat16_carries_a_contribution_past_the_clip_norm_by_its_rounding_only(method, slack):
+  module = Head((conv(8, 3, dtype=jnp.bfloat16), nn.GroupNorm(4, dtype=jnp.bfloat16)))
+  model = from_flax(module)
+  inputs = jax.random.normal(jax.random.key(0), (4, 6, 6, 2))
+  # Stock normalisation promotes bfloat16 with float32, which strict promotion forbids.
+  with jax.numpy_dtype_promotion("standard"):
+    params, state = jax.jit(model.init)(jax.random.key(1), inputs[:1])
+    run = jax.jit(functools.partial(clipped_sum, method, model, loss))
+    for row in range(4):
+      mask = jnp.arange(4) == row
+      total, metrics = run(params, state, inputs, jnp.zeros(4, jnp.int32), mask, 0.01, None)
+      assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(total))
+      assert metrics.norm[row] > 0.01
+      norm = norms_of([jax.tree.map(np.float64, total)])[0]
+      assert 0.01 * (1 - slack) <= norm <= 0.01 * (1 + slack)
+
+
 def test_a_zero_gradient_stays_zero_and_finite():
   model = from_flax(nn.Dense(NUM_CLASSES))
   params, state = model.init(jax.random.key(0), jnp.ones((1, 4)))
