@@ -1,17 +1,24 @@
-"""Five hospitals with different scanners train a small SE-ResNeXt on brain-MRI phantoms, ε ≤ 8."""
+"""Five hospitals with unlike scanners train a small SE-ResNeXt on brain-MRI phantoms at ε ≤ 8."""
 
 from fedjax_med.core.config import (
-  ClientConfig, Config, DataConfig, EvalConfig, ModelConfig, PartitionConfig, PrivacyConfig, ServerConfig,
+  ClientConfig,
+  Config,
+  DataConfig,
+  EvalConfig,
+  ModelConfig,
+  PartitionConfig,
+  PrivacyConfig,
+  ServerConfig,
 )
 
 
 def get_config() -> Config:
   return Config(
-    data=DataConfig(source="phantoms", image_size=48, num_examples=5000),
+    data=DataConfig(source="phantoms", image_size=32, num_examples=5000),
     partition=PartitionConfig(scheme="site", num_clients=5),
     model=ModelConfig(name="se_resnext_tiny"),
-    client=ClientConfig(optimizer="sgd", learning_rate=1.0, batch_size=64, num_local_steps=4),
-    server=ServerConfig(num_rounds=20),
+    client=ClientConfig(optimizer="momentum", learning_rate=0.5, batch_size=128, num_local_steps=4),
+    server=ServerConfig(num_rounds=16),
     privacy=PrivacyConfig(mechanism="dp_sgd", target_epsilon=8.0, clip_norm=1.0),
     eval=EvalConfig(every=2),
   )

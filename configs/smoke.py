@@ -1,4 +1,4 @@
-"""The smallest real run: three hospitals, tiny phantoms, a tiny network, private; seconds on a CPU."""
+"""The smallest real run: three hospitals, tiny phantoms, a tiny network, private; seconds."""
 
 from fedjax_med.core.config import (
   ClientConfig,

@@ -1,4 +1,7 @@
-"""Trains one model across hospitals: python -m fedjax_med.train --config=configs/NAME.py --workdir=DIR."""
+"""Trains one model across hospitals, privately if asked; a run that was stopped is resumed.
+
+Example: python -m fedjax_med.train --config=configs/quickstart.py --workdir=runs/first
+"""
 
 import pathlib
 import shlex

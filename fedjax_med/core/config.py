@@ -155,7 +155,7 @@ class PrivacyConfig:
     delta: δ; 0 means 1 / (10 n) at each hospital. It must be under 1/n.
     batch_cap: examples a truncated Poisson batch holds at most; 0 means 5 standard deviations
       above the expected size.
-    clipping: auto, book_keeping, two_pass or reference; all exact.
+    clipping: auto, two_pass or reference (one example at a time, any model); all exact.
   """
 
   mechanism: str = "none"
@@ -201,7 +201,11 @@ class EvalConfig:
 
 @dataclasses.dataclass
 class Config:
-  """A whole run. ``seed`` drives initial weights, sampling, noise and participation."""
+  """A whole run.
+
+  Attributes:
+    seed: drives initial weights, sampling, noise and participation.
+  """
 
   seed: int = 0
   data: DataConfig = dataclasses.field(default_factory=DataConfig)
@@ -227,7 +231,7 @@ CHOICES = {
   "server.weighting": ("examples", "uniform"),
   "server.participation": ("full", "poisson"),
   "privacy.mechanism": ("none", "dp_sgd"),
-  "privacy.clipping": ("auto", "book_keeping", "two_pass", "reference"),
+  "privacy.clipping": ("auto", "two_pass", "reference"),
   "execution.layout": ("auto", "vmap", "chunk", "scan"),
   "execution.lowering": ("auto", "matmul", "native"),
 }
@@ -235,6 +239,8 @@ CHOICES = {
 # field: (lowest, highest, lowest itself allowed, remedy)
 RANGES: dict[str, tuple[float, float, bool, str]] = {
   "data.image_size": (8, 4096, True, "use 64 to 224; the paper uses 192"),
+  "seed": (0, 2**31 - 1, True, "use 0"),
+  "data.seed": (0, 2**31 - 1, True, "use 0"),
   "data.min_size": (1, 4096, True, "use 32"),
   "data.test_fraction": (0, 0.9, False, "use 0.2"),
   "data.num_examples": (50, 10_000_000, True, "use 4000"),
@@ -304,8 +310,9 @@ def validate(config: Config) -> None:
   for path, (low, high, low_allowed, remedy) in RANGES.items():
     value = get_field(config, path)
     inside = (value >= low if low_allowed else value > low) and value <= high
+    inside = inside and value != float("inf")
     rule = f"{'at least' if low_allowed else 'above'} {low:g}"
-    rule += "" if high == float("inf") else f" and at most {high:g}"
+    rule += " and finite" if high == float("inf") else f" and at most {high:g}"
     require(inside, f"{path}={value} must be {rule}", remedy)
 
   data, partition, privacy = config.data, config.partition, config.privacy
@@ -343,4 +350,10 @@ def validate(config: Config) -> None:
     "model.norm='batch' mixes the examples of a batch, so clipping one example's gradient does"
     " not bound its influence",
     "use model.norm=group or model.norm=frozen_batch with privacy.mechanism=dp_sgd",
+  )
+  require(
+    config.model.dtype == "float32",
+    f"model.dtype='{config.model.dtype}' rounds a clipped gradient to up to 1.003 C, above the"
+    " sensitivity that ε is computed from",
+    "use model.dtype=float32 with privacy.mechanism=dp_sgd",
   )

@@ -162,7 +162,7 @@ def gather(
   patient_pattern: str,
   notes: tuple[str, ...] = (),
 ) -> Dataset:
-  """Puts (name, label, picture or why not) together; raises UserError where strict forbids a gap."""
+  """Puts (name, label, picture or why not) together; UserError where ``strict`` forbids a gap."""
   skipped = tuple((name, result) for name, _, result in results if isinstance(result, str))
   if strict and skipped:
     raise UserError(

@@ -51,15 +51,15 @@ class Scanner(NamedTuple):
 
 
 SCANNERS = (
-  Scanner("Ahorn (T1)", 0.26, 0.50, 0.10, 0.36, 0.50, 0.70, 0.22, 1.00, 0.30, 1.0, 0.20, 0.03,
+  Scanner("Ahorn (T1)", 0.26, 0.50, 0.10, 0.34, 0.46, 0.66, 0.16, 1.00, 0.24, 1.0, 0.20, 0.03,
           0.004, 0, False, 1.00),
-  Scanner("Birke (T2)", 0.23, 0.45, 0.60, 0.46, 0.28, 0.25, 0.85, 1.00, 0.66, 0.9, 0.25, 0.04,
+  Scanner("Birke (T2)", 0.23, 0.45, 0.60, 0.46, 0.30, 0.25, 0.78, 0.95, 0.58, 0.9, 0.25, 0.04,
           0.006, 8, True, 0.95),
-  Scanner("Clara (FLAIR)", 0.20, 0.55, 0.08, 0.44, 0.34, 0.50, 0.82, 1.00, 0.66, 1.2, 0.25, 0.05,
+  Scanner("Clara (FLAIR)", 0.20, 0.55, 0.08, 0.44, 0.34, 0.50, 0.76, 0.95, 0.58, 1.2, 0.25, 0.05,
           0.006, -6, False, 1.06),
-  Scanner("Doria (T1 contrast)", 0.17, 0.48, 0.12, 0.34, 0.46, 0.66, 0.20, 1.00, 0.28, 0.8, 0.35,
+  Scanner("Doria (T1 contrast)", 0.17, 0.48, 0.12, 0.32, 0.42, 0.62, 0.14, 1.00, 0.22, 0.8, 0.35,
           0.04, 0.008, 180, False, 1.00),
-  Scanner("Erlen (low field)", 0.14, 0.52, 0.50, 0.46, 0.36, 0.40, 0.88, 1.00, 0.68, 1.0, 0.30,
+  Scanner("Erlen (low field)", 0.14, 0.52, 0.50, 0.46, 0.36, 0.40, 0.80, 0.95, 0.60, 1.0, 0.30,
           0.06, 0.010, 3, True, 0.92),
 )  # fmt: skip
 CHUNK = 256  # images drawn at once
@@ -123,7 +123,7 @@ def _draw_anatomy(rng: np.random.Generator, n: int) -> dict[str, np.ndarray]:
     "texture_seed": rng.integers(0, 2**31, n),
     "tumour_x": radius * np.cos(angle),
     "tumour_y": radius * np.sin(angle),
-    "tumour_size": rng.uniform(0.22, 0.40, n),
+    "tumour_size": rng.uniform(0.19, 0.34, n),
     "tumour_wobble": rng.normal(0, 0.07, (n, 4)),
     "tumour_strength": rng.uniform(0.8, 1.0, n),
   }
@@ -237,5 +237,5 @@ def _grow_tumour(rng, anatomy, image, u, v, brain, ill, scanner, column):
   there = column(ill & True) * brain * column(anatomy["tumour_strength"])
   image = image + there * 0.8 * _edge(distance - 1.35, 0.12) * (scanner("oedema") - image)
   image = image + there * _edge(distance - 1.0, 0.05) * (scanner("rim") - image)
-  image = image + there * _edge(distance - 0.72, 0.06) * (scanner("core") - image)
+  image = image + there * _edge(distance - 0.62, 0.06) * (scanner("core") - image)
   return (distance < 1) & (brain > 0.5) & ill[:, None, None], image

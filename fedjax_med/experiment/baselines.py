@@ -5,7 +5,8 @@ from typing import Any
 
 from rich.console import Console
 
-from fedjax_med.experiment import console as terminal, workdir as files
+from fedjax_med.experiment import console as terminal
+from fedjax_med.experiment import workdir as files
 from fedjax_med.experiment.build import Experiment, alone, pooled
 from fedjax_med.experiment.loop import train_rounds
 

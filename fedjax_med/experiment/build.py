@@ -1,4 +1,4 @@
-"""From a validated config to everything a run needs: data, model, mechanisms, compiled functions."""
+"""From a validated config to what a run needs: data, model, mechanisms, compiled functions."""
 
 import dataclasses
 import hashlib
@@ -16,7 +16,12 @@ from fedjax_med.data.dataset import ClientTable, Dataset, Hospitals, client_rows
 from fedjax_med.data.hospitals import build_hospitals
 from fedjax_med.data.sources import load_dataset
 from fedjax_med.federated.algorithm import Client, FederatedAlgorithm, Hyper, Pool
-from fedjax_med.federated.local import cross_entropy, local_training, plain_gradient, private_gradient
+from fedjax_med.federated.local import (
+  cross_entropy,
+  local_training,
+  plain_gradient,
+  private_gradient,
+)
 from fedjax_med.federated.optimizers import client_optimizer, schedule, server_optimizer
 from fedjax_med.federated.registry import create_algorithm
 from fedjax_med.models.model import Model
@@ -26,7 +31,7 @@ from fedjax_med.privacy.clipping import resolve_method
 from fedjax_med.privacy.mechanism import PoissonGaussian, plan_mechanisms
 from fedjax_med.simulation.evaluation import make_predict
 from fedjax_med.simulation.plan import Plan, choose_layout, choose_lowering
-from fedjax_med.simulation.rounds import Block, SimulationState, init_state, make_block, make_round
+from fedjax_med.simulation.rounds import SimulationState, init_state, make_block, make_round
 
 
 class Program(NamedTuple):
@@ -43,7 +48,7 @@ class Program(NamedTuple):
   algorithm: FederatedAlgorithm
   plan: Plan
   initial: Callable[[], SimulationState]
-  block: Block
+  block: jax.stages.Wrapped
   predict: Callable[..., np.ndarray]
 
 
@@ -167,7 +172,7 @@ def make_program(
     clipping, reason = resolve_method(
       config.privacy.clipping, model.uncovered(params, state, image)
     )
-    reasons.append(reason)
+    reasons.append(f"clipping {clipping}: {reason}")
     gradient = private_gradient(model, loss, clipping=clipping, batch_cap=batch_cap, **shape)
   client, server = config.client, config.server
   train = local_training(
@@ -195,9 +200,7 @@ def make_program(
     Plan(layout, chunk, lowering, clipping, tuple(reasons)),
     lambda: initial(base_key(config.seed)),
     make_block(run_round, num_clients),
-    make_predict(
-      model, batch_size=config.eval.batch_size, normalisation=config.data.normalisation
-    ),
+    make_predict(model, batch_size=config.eval.batch_size, normalisation=config.data.normalisation),
   )
 
 
@@ -240,7 +243,7 @@ def _stack_clients(
   return Client(
     number=jnp.asarray(numbers, jnp.int32),
     indices=jnp.asarray(rows.indices, jnp.int32),
-    count=jnp.asarray(rows.counts, jnp.int32),
+    num_examples=jnp.asarray(rows.counts, jnp.int32),
     weight=jnp.asarray(weights / weights.sum(), jnp.float32),
     num_steps=jnp.asarray(steps, jnp.int32),
     sampling_probability=jnp.asarray(

@@ -17,7 +17,7 @@ from rich.progress import (
 from rich.table import Table
 
 from fedjax_med.experiment.build import Experiment
-from fedjax_med.experiment.loop import Listener, Outcome
+from fedjax_med.experiment.loop import Listener, LogPoint, Outcome
 
 MOST_ROWS = 20  # hospitals in a table on the terminal; files and report hold all of them
 
@@ -52,12 +52,13 @@ def describe(
       " near-duplicate in train: the score will be optimistic[/]"
     )
   if dataset.skipped:
-    console.print(f"[yellow]{len(dataset.skipped)} files left out, for example"
-                  f" {dataset.skipped[0][0]}: {dataset.skipped[0][1]}[/]")
+    console.print(
+      f"[yellow]{len(dataset.skipped)} files left out, for example"
+      f" {dataset.skipped[0][0]}: {dataset.skipped[0][1]}[/]"
+    )
   console.print(
     f"Model {config.model.name} (norm {config.model.norm}, {num_parameters:,} parameters);"
-    f" {config.server.num_rounds} rounds of {config.server.algorithm};"
-    f" clipping {experiment.program.plan.clipping}"
+    f" {config.server.num_rounds} rounds of {config.server.algorithm}"
   )
   for reason in experiment.program.plan.reasons:
     console.print(f"  plan: {reason}")
@@ -102,10 +103,10 @@ def progress(console: Console, name: str, num_rounds: int) -> Iterator[Listener]
   """A listener for ``train_rounds``: a live bar on a terminal, a line a log point elsewhere."""
   started: list[tuple[float, int]] = []  # (time, round) of the first log point of this process
 
-  def status(test: dict[str, Any], spent: float | None) -> str:
-    parts = [f"accuracy {number(test['accuracy'])}", f"AUROC {number(test['auroc'])}"]
-    if spent is not None:
-      parts.append(f"ε {spent:.3f}")
+  def status(point: LogPoint) -> str:
+    parts = [f"accuracy {number(point.test['accuracy'])}", f"AUROC {number(point.test['auroc'])}"]
+    if point.epsilons:
+      parts.append(f"ε {max(point.epsilons):.3f}")
     return "  ".join(parts)
 
   def time_left(done: int) -> str:
@@ -119,8 +120,9 @@ def progress(console: Console, name: str, num_rounds: int) -> Iterator[Listener]
 
   if not console.is_terminal:
 
-    def line(done: int, test: dict[str, Any], spent: float | None) -> None:
-      console.print(f"{name}: round {done}/{num_rounds}  {status(test, spent)}{time_left(done)}")
+    def line(point: LogPoint) -> None:
+      left = time_left(point.rounds)
+      console.print(f"{name}: round {point.rounds}/{num_rounds}  {status(point)}{left}")
 
     yield line
     return
@@ -135,34 +137,39 @@ def progress(console: Console, name: str, num_rounds: int) -> Iterator[Listener]
   with Progress(*columns, console=console) as bar:
     task = bar.add_task(name, total=num_rounds, status="compiling")
 
-    def update(done: int, test: dict[str, Any], spent: float | None) -> None:
-      bar.update(task, completed=done, status=status(test, spent))
+    def update(point: LogPoint) -> None:
+      bar.update(task, completed=point.rounds, status=status(point))
 
     yield update
 
 
 def results(console: Console, experiment: Experiment, outcome: Outcome) -> None:
   """Prints the final table: a line a hospital and one for all test images together."""
-  table = Table(title=f"Test results after {outcome.rounds} rounds", title_justify="left")
+  point = outcome.last
+  table = Table(title=f"Test results after {point.rounds} rounds", title_justify="left")
   table.add_column("hospital")
   names = ["n test", "accuracy", "AUROC", "sensitivity", "specificity", "F1"]
-  for column in [*names, *(["ε"] if outcome.epsilons else [])]:
+  for column in [*names, *(["ε"] if point.epsilons else [])]:
     table.add_column(column, justify="right")
 
   def add(name: str, line: dict[str, Any], spent: float | None) -> None:
     values = [line[key] for key in ("accuracy", "auroc", "recall", "specificity", "f1")]
     row = [name, str(line["n"]), *map(number, values)]
-    table.add_row(*row, *([number(spent)] if outcome.epsilons else []))
+    table.add_row(*row, *([number(spent)] if point.epsilons else []))
 
-  for k, line in enumerate(outcome.clients[:MOST_ROWS]):
-    add(line["name"], line, outcome.epsilons[k] if outcome.epsilons else None)
+  for k, line in enumerate(point.clients[:MOST_ROWS]):
+    add(line["name"], line, point.epsilons[k] if point.epsilons else None)
   table.add_section()
-  add("all", outcome.test, float(np.max(outcome.epsilons)) if outcome.epsilons else None)
-  _add_rest(table, len(outcome.clients))
+  add(
+    "all",
+    point.test,
+    float(np.max(point.epsilons)) if point.epsilons else None,
+  )
+  _add_rest(table, len(point.clients))
   console.print(table)
   if outcome.stopped == "budget":
     budget = experiment.config.privacy.target_epsilon
     console.print(
-      f"[yellow]Stopped after round {outcome.rounds}: the next round would cross"
+      f"[yellow]Stopped after round {point.rounds}: the next round would cross"
       f" privacy.target_epsilon={budget:g}[/]"
     )

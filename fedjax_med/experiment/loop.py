@@ -10,15 +10,34 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedjax_med.core.errors import UserError
+from fedjax_med.core.errors import UserError, require
 from fedjax_med.core.keys import base_key
 from fedjax_med.core.metrics import classification_metrics
 from fedjax_med.data.dataset import client_rows
-from fedjax_med.experiment import checkpoints, workdir as files
+from fedjax_med.experiment import checkpoints
+from fedjax_med.experiment import workdir as files
 from fedjax_med.experiment.build import Experiment
 from fedjax_med.federated.algorithm import RoundMetrics, Tree
 from fedjax_med.privacy.accounting import affordable_steps, epsilon
 from fedjax_med.simulation.rounds import NEVER, BlockMetrics, SimulationState
+
+
+class LogPoint(NamedTuple):
+  """What is known of a run after some rounds.
+
+  Attributes:
+    rounds: finished rounds.
+    test: metrics on the whole test set.
+    clients: the same for each hospital's test set, with its ε where it trained privately.
+    probabilities: [n_test, classes] of the test examples, in the order of ``test_rows``.
+    epsilons: ε spent by each training client (empty without privacy).
+  """
+
+  rounds: int
+  test: dict[str, Any]
+  clients: list[dict[str, Any]]
+  probabilities: np.ndarray
+  epsilons: tuple[float, ...]
 
 
 class Outcome(NamedTuple):
@@ -26,27 +45,18 @@ class Outcome(NamedTuple):
 
   Attributes:
     state: final state.
-    rounds: finished rounds.
     stopped: completed, or budget where the next round would have crossed the ε budget.
-    test: metrics of the last log point on the whole test set.
-    clients: the same for each hospital's test set.
-    probabilities: [n_test, classes] of the test examples, in the order of ``test_rows``.
-    epsilons: ε spent by each training client (empty without privacy).
+    last: the last log point.
     seconds: wall time to compile and to train, in this process.
   """
 
   state: SimulationState
-  rounds: int
   stopped: str
-  test: dict[str, Any]
-  clients: list[dict[str, Any]]
-  probabilities: np.ndarray
-  epsilons: tuple[float, ...]
+  last: LogPoint
   seconds: dict[str, float]
 
 
-# (rounds done, test metrics, largest ε or None) at every log point
-Listener = Callable[[int, dict[str, Any], float | None], None]
+Listener = Callable[[LogPoint], None]
 
 
 def test_rows(experiment: Experiment) -> np.ndarray:
@@ -85,28 +95,39 @@ def affordable(experiment: Experiment) -> np.ndarray | None:
   )
 
 
-def evaluate(
-  experiment: Experiment, state: SimulationState
-) -> tuple[dict[str, Any], list[dict[str, Any]], np.ndarray]:
-  """Metrics on the whole test set, per hospital, and the probabilities behind them."""
+def observe(experiment: Experiment, state: SimulationState) -> LogPoint:
+  """Evaluates the global model on every hospital's test set and computes the ε spent.
+
+  Raises:
+    UserError: a prediction is not finite.
+  """
+  rounds = int(state.server.round)
   rows = test_rows(experiment)
   labels = experiment.hospitals.dataset.labels[rows]
   probabilities = experiment.program.predict(
     evaluated_params(state), state.server.state, experiment.pool, rows
   )
-  if not np.isfinite(probabilities).all():
-    raise UserError(
-      f"round {int(state.server.round)}: the global model's predictions are not finite; lower"
-      f" client.learning_rate={experiment.config.client.learning_rate:g}"
-      f" or server.learning_rate={experiment.config.server.learning_rate:g}"
-    )
+  config = experiment.config
+  require(
+    bool(np.isfinite(probabilities).all()),
+    f"round {rounds}: the predictions of the global model are not finite",
+    f"lower client.learning_rate={config.client.learning_rate:g}"
+    f" or server.learning_rate={config.server.learning_rate:g}",
+  )
+  epsilons = spent(experiment, np.asarray(state.steps))
+  by_name = dict(zip(experiment.names, epsilons, strict=False))
   ends = np.cumsum(experiment.hospitals.test.counts)
-  parts = zip(np.split(probabilities, ends[:-1]), np.split(labels, ends[:-1]), strict=True)
-  clients = [
-    {"name": name, **classification_metrics(*part)}
-    for name, part in zip(experiment.hospitals.names, parts, strict=True)
-  ]
-  return classification_metrics(probabilities, labels), clients, probabilities
+  clients = []
+  for name, part, part_labels in zip(
+    experiment.hospitals.names,
+    np.split(probabilities, ends[:-1]),
+    np.split(labels, ends[:-1]),
+    strict=True,
+  ):
+    line = {"name": name, **classification_metrics(part, part_labels)}
+    clients.append({**line, "epsilon": by_name.get(name)} if by_name else line)
+  test = classification_metrics(probabilities, labels)
+  return LogPoint(rounds, test, clients, probabilities, epsilons)
 
 
 def _train_line(experiment: Experiment, metrics: BlockMetrics) -> dict[str, Any]:
@@ -142,8 +163,9 @@ def _require_finite(experiment: Experiment, metrics: BlockMetrics) -> None:
   client = int(bad.argmin())
   config = experiment.config
   raise UserError(
-    f"round {int(bad[client]) + 1}: the loss at '{experiment.names[client]}' became NaN or infinite;"
-    f" lower client.learning_rate={config.client.learning_rate:g} (the last good checkpoint is kept)"
+    f"round {int(bad[client]) + 1}: the loss at '{experiment.names[client]}' became NaN or"
+    f" infinite; lower client.learning_rate={config.client.learning_rate:g} (the last good"
+    " checkpoint is kept)"
   )
 
 
@@ -174,26 +196,24 @@ def train_rounds(experiment: Experiment, folder: pathlib.Path, listen: Listener)
     seconds = {"compile": time.monotonic() - started}
     started = time.monotonic()
 
-    def log(state: SimulationState, train: dict[str, Any] | None):
-      done = int(state.server.round)
-      test, clients, probabilities = evaluate(experiment, state)
-      epsilons = spent(experiment, np.asarray(state.steps))
-      largest = max(epsilons, default=None)
-      by_name = dict(zip(experiment.names, epsilons, strict=False))
-      if by_name:
-        clients = [{**line, "epsilon": by_name.get(line["name"])} for line in clients]
-      common = {"epsilon_max": largest, "seconds": round(time.monotonic() - started, 3)}
-      lines = [{"round": done, "split": "test", **test, **common, "clients": clients}]
+    def log(state: SimulationState, train: dict[str, Any] | None) -> LogPoint:
+      point = observe(experiment, state)
+      common = {
+        "epsilon_max": max(point.epsilons, default=None),
+        "seconds": round(time.monotonic() - started, 3),
+      }
+      place = {"round": point.rounds, "split": "test"}
+      lines = [{**place, **point.test, **common, "clients": point.clients}]
       if train is not None:
-        lines.append({"round": done, "split": "train", **train, **common})
-      listen(done, test, largest)
-      return lines, test, clients, probabilities, epsilons
+        lines.append({**place, "split": "train", **train, **common})
+      if train is not None or restored is None:
+        files.append_metrics(folder, lines)
+      listen(point)
+      return point
 
     stopped = "completed"
-    lines, *result = log(state, None)
-    if restored is None:
-      files.append_metrics(folder, lines)
-    while (done := int(state.server.round)) < config.server.num_rounds:
+    point = log(state, None)
+    while (done := point.rounds) < config.server.num_rounds:
       length = min(config.eval.every - done % config.eval.every, config.server.num_rounds - done)
       if allowance is not None:
         left = int(((allowance - np.asarray(state.steps)) // experiment.steps).min())
@@ -203,12 +223,8 @@ def train_rounds(experiment: Experiment, folder: pathlib.Path, listen: Listener)
         length = min(length, left)
       state, metrics = run(state, length)
       _require_finite(experiment, metrics)
-      lines, *result = log(state, _train_line(experiment, metrics))
-      files.append_metrics(folder, lines)
+      point = log(state, _train_line(experiment, metrics))
       checkpoints.save(manager, state, experiment.run_id)
 
   seconds["train"] = time.monotonic() - started
-  test, clients, probabilities, epsilons = result
-  return Outcome(
-    state, int(state.server.round), stopped, test, clients, probabilities, epsilons, seconds
-  )
+  return Outcome(state, stopped, point, seconds)

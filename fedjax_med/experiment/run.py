@@ -13,7 +13,9 @@ from fedjax_med import __version__
 from fedjax_med.core.config import Config, to_dict
 from fedjax_med.core.metrics import confusion_matrix
 from fedjax_med.data.dataset import ClientTable, Hospitals, client_rows
-from fedjax_med.experiment import console as terminal, figures, workdir as files
+from fedjax_med.experiment import console as terminal
+from fedjax_med.experiment import figures
+from fedjax_med.experiment import workdir as files
 from fedjax_med.experiment.baselines import run_baselines
 from fedjax_med.experiment.build import Experiment, build, load_hospitals
 from fedjax_med.experiment.checkpoints import digest
@@ -88,12 +90,12 @@ def _summary(
   summary = {
     "run_id": experiment.run_id,
     "config_name": name,
-    "rounds": outcome.rounds,
+    "rounds": outcome.last.rounds,
     "stopped": outcome.stopped,
-    "epsilon_max": max(outcome.epsilons, default=None),
-    "test": outcome.test,
-    "clients": outcome.clients,
-    "confusion": confusion_matrix(outcome.probabilities, labels).tolist(),
+    "epsilon_max": max(outcome.last.epsilons, default=None),
+    "test": outcome.last.test,
+    "clients": outcome.last.clients,
+    "confusion": confusion_matrix(outcome.last.probabilities, labels).tolist(),
     "num_parameters": num_parameters(experiment),
     "split": experiment.hospitals.split.scheme,
     "plan": {**plan._asdict(), "reasons": list(plan.reasons)},
@@ -172,8 +174,10 @@ def run(config: Config, folder: pathlib.Path, name: str, command: str) -> None:
   terminal.results(console, experiment, outcome)
   _draw_examples(experiment, folder)
   report = write_report(folder)
-  console.print(f"Report: {report}   (compile {seconds['compile']:.1f} s, train"
-                f" {seconds['train']:.1f} s, all {time.monotonic() - started:.1f} s)")
+  console.print(
+    f"Report: {report}   (compile {seconds['compile']:.1f} s, train"
+    f" {seconds['train']:.1f} s, all {time.monotonic() - started:.1f} s)"
+  )
 
 
 def _draw_examples(experiment: Experiment, folder: pathlib.Path) -> None:

@@ -1,4 +1,4 @@
-"""What a federated algorithm is: records for what moves between server and clients, four functions."""
+"""A federated algorithm: four functions, and records of what moves between server and clients."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -26,8 +26,8 @@ class Client(NamedTuple):
 
   Attributes:
     number: int32, names the client in random keys.
-    indices: [n_max] int32 rows of the pool; slots at or past ``count`` are padding.
-    count: int32 n, examples the client holds.
+    indices: [n_max] int32 rows of the pool; slots at or past ``num_examples`` are padding.
+    num_examples: int32 n, examples the client holds.
     weight: float32 share of the client in the average.
     num_steps: int32 local steps a round.
     sampling_probability: float32 q of the Poisson draw (private runs).
@@ -37,7 +37,7 @@ class Client(NamedTuple):
 
   number: jax.Array
   indices: jax.Array
-  count: jax.Array
+  num_examples: jax.Array
   weight: jax.Array
   num_steps: jax.Array
   sampling_probability: jax.Array

@@ -10,7 +10,13 @@ import optax
 from fedjax_med.core.keys import Stream, key_for
 from fedjax_med.data.normalisation import normalise
 from fedjax_med.federated.algorithm import (
-  Client, Hyper, Pool, RoundMetrics, Tree, add_metrics, no_metrics,
+  Client,
+  Hyper,
+  Pool,
+  RoundMetrics,
+  Tree,
+  add_metrics,
+  no_metrics,
 )
 from fedjax_med.federated.optimizers import descend
 from fedjax_med.models.model import Model
@@ -71,7 +77,7 @@ def plain_gradient(
     slots, mask = epoch_batch(
       key_for(context.key, Stream.SHUFFLE, client.number),
       context.round * client.num_steps + context.step,
-      client.count,
+      client.num_examples,
       batch_size=batch_size,
       max_examples=max_examples,
     )
@@ -117,7 +123,7 @@ def private_gradient(
     where = (client.number, context.round, context.step)
     slots, mask = poisson_batch(
       key_for(context.key, Stream.SAMPLE, *where),
-      client.count,
+      client.num_examples,
       client.sampling_probability,
       max_examples=max_examples,
       batch_cap=batch_cap,

@@ -40,11 +40,6 @@ def resolve_method(requested: str, uncovered: tuple[str, ...]) -> tuple[str, str
   Raises:
     UserError: the method is unknown, or is two_pass on a model that taps do not cover.
   """
-  if requested == "book_keeping":
-    raise UserError(
-      "privacy.clipping='book_keeping' is not available; set privacy.clipping=two_pass, whose sums"
-      " are the same"
-    )
   require_choice("privacy.clipping", requested, ("auto", *METHODS))
   if requested == "reference":
     return "reference", "asked for"

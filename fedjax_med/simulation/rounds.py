@@ -50,12 +50,6 @@ class BlockMetrics(NamedTuple):
   first_bad_round: jax.Array
 
 
-Block = Callable[
-  [SimulationState, Client, Pool, Hyper, jax.Array, jax.Array],
-  tuple[SimulationState, BlockMetrics],
-]
-
-
 def init_state(
   algorithm: FederatedAlgorithm, params: Tree, state: Tree, num_clients: int
 ) -> SimulationState:
@@ -68,9 +62,7 @@ def init_state(
   )
 
 
-def _reduce(
-  total: Tree, deltas: Tree, weights: jax.Array
-) -> Tree:
+def _reduce(total: Tree, deltas: Tree, weights: jax.Array) -> Tree:
   """total + Σ_client weight · delta over the leading client axis; a zero weight adds exactly 0."""
 
   def add(accumulated, leaf):
@@ -111,7 +103,8 @@ def make_round(
     numbers, present = draw_cohort(key, server.round, hyper.participation_rate)
     padding = num_chunks * chunk - cohort
     # Absent slots point past the table: reads clip to a real client, writes are dropped.
-    numbers = jnp.pad(jnp.where(present, numbers, num_clients), (0, padding), constant_values=num_clients)
+    numbers = jnp.where(present, numbers, num_clients)
+    numbers = jnp.pad(numbers, (0, padding), constant_values=num_clients)
 
     def update(kept, client):
       return algorithm.client_update(server, kept, client, pool, hyper, key)
@@ -153,7 +146,7 @@ def make_round(
   return run_round
 
 
-def make_block(run_round: Callable, num_clients: int) -> Block:
+def make_block(run_round: Callable, num_clients: int) -> jax.stages.Wrapped:
   """Builds ``block(state, clients, pool, hyper, key, num_rounds)``, jitted, state donated.
 
   ``num_rounds`` is traced: blocks of any length share one compiled program. The block ends early
@@ -161,9 +154,7 @@ def make_block(run_round: Callable, num_clients: int) -> Block:
   """
 
   def block(state, clients, pool, hyper, key, num_rounds):
-    metrics = BlockMetrics(
-      no_metrics((num_clients,)), jnp.full((num_clients,), NEVER, jnp.int32)
-    )
+    metrics = BlockMetrics(no_metrics((num_clients,)), jnp.full((num_clients,), NEVER, jnp.int32))
 
     def healthy(carry):
       i, _, metrics = carry
@@ -176,7 +167,8 @@ def make_block(run_round: Callable, num_clients: int) -> Block:
       bad = jnp.where(new.finite, metrics.first_bad_round, round)
       return i + 1, state, BlockMetrics(add_metrics(metrics.clients, new), bad)
 
-    _, state, metrics = jax.lax.while_loop(healthy, body, (jnp.zeros((), jnp.int32), state, metrics))
+    start = (jnp.zeros((), jnp.int32), state, metrics)
+    _, state, metrics = jax.lax.while_loop(healthy, body, start)
     return state, metrics
 
   return jax.jit(block, donate_argnums=0)

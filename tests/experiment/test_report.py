@@ -101,7 +101,7 @@ def fake_workdir(
       "epsilon_max": max(epsilons) if private else None,
       "confusion": confusion_matrix(*together).tolist(),
       "num_parameters": 25_512_354,
-      "plan": {"layout": "scan", "clipping": "book_keeping", "lowering": "matmul",
+      "plan": {"layout": "scan", "clipping": "two_pass", "lowering": "matmul",
                "reasons": ["One hospital at a time fits in memory and was fastest in the probe."]},
     },
     "timing": {"compile": 21.4, "train": 184.2, "total": 223.9},

@@ -73,7 +73,7 @@ def test_what_lies_in_padding_changes_no_bit(name, private):
   federation = make_federation(name, private=private)
   clean, _ = rounds(federation, 2)
   clients = make_clients()
-  slots = jnp.arange(clients.indices.shape[1])[None] >= clients.count[:, None]
+  slots = jnp.arange(clients.indices.shape[1])[None] >= clients.num_examples[:, None]
   garbage = clients._replace(indices=jnp.where(slots, 24, clients.indices))
   dirty, _ = rounds(federation, 2, clients=garbage)
   chex.assert_trees_all_equal(clean, dirty)
@@ -98,7 +98,8 @@ def test_a_cohort_of_everyone_equals_full_participation(name, private):
 
 @every
 def test_steps_are_counted_for_the_clients_that_took_them(name, private):
-  state, metrics = rounds(make_federation(name, private=private), 4, clients=make_clients((1, 3, 2)))
+  federation = make_federation(name, private=private)
+  state, metrics = rounds(federation, 4, clients=make_clients((1, 3, 2)))
   np.testing.assert_array_equal(state.steps, [4, 12, 8])
   np.testing.assert_array_equal(metrics.clients.steps, [4, 12, 8])
 

@@ -44,7 +44,7 @@ def make_clients(steps: tuple[int, ...] = (2, 2, 2), sigma: float = 0.5) -> Clie
   return Client(
     number=jnp.arange(3),
     indices=jnp.asarray(table.indices),
-    count=jnp.asarray(table.counts),
+    num_examples=jnp.asarray(table.counts),
     weight=jnp.asarray(counts / counts.sum(), jnp.float32),
     num_steps=jnp.asarray(steps, jnp.int32),
     sampling_probability=jnp.asarray(q, jnp.float32),
