@@ -90,7 +90,7 @@ def _builder_class(name: str) -> Any:
     )
 
   def split_generators(self, download_manager):
-    listing = list_folder(pathlib.Path(download_manager.manual_dir))
+    listing = list_folder(pathlib.Path(download_manager.manual_dir), source.class_names)
     return {"train": self._generate_examples(listing)}
 
   def generate_examples(self, listing) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -141,12 +141,12 @@ def _class_root(name: str, path: pathlib.Path) -> pathlib.Path:
   )
 
 
-def _content_key(root: pathlib.Path) -> str:
+def _content_key(name: str, root: pathlib.Path) -> str:
   """Fingerprint of the files' names, sizes and times: a changed folder is prepared anew."""
   sha = hashlib.sha256()
-  for path, name, _ in list_folder(root).files:
+  for path, file_name, _ in list_folder(root, SOURCES[name].class_names).files:
     stat = path.stat()
-    sha.update(f"{name}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
+    sha.update(f"{file_name}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
   return sha.hexdigest()[:16]
 
 
@@ -168,7 +168,7 @@ def prepare(name: str, root: pathlib.Path, cache: pathlib.Path) -> Any:
   import tensorflow_datasets as tfds
 
   tfds.disable_progress_bar()
-  builder = _builder_class(name)(data_dir=str(cache / _content_key(root)))
+  builder = _builder_class(name)(data_dir=str(cache / _content_key(name, root)))
   with _quiet():
     builder.download_and_prepare(
       file_format="array_record",
@@ -215,7 +215,8 @@ def load_builder(
     results.append((file_name, int(record["label"]), image))
   for file_name, class_name, reason in json.loads(builder.info.metadata["skipped"]):
     results.append((file_name, source.class_names.index(class_name), reason))
-  results.sort(key=lambda result: (result[1], result[0]))  # tfds shuffles; files have an order
+  # tfds shuffles; files have an order, that of load_folder.
+  results.sort(key=lambda result: (result[1], result[0].split("/")))
   return gather(
     results,
     source.class_names,

@@ -45,8 +45,12 @@ def order_classes(names: list[str]) -> tuple[str, ...]:
   return tuple(ordered)
 
 
-def list_folder(root: pathlib.Path) -> Listing:
+def list_folder(root: pathlib.Path, wanted: tuple[str, ...] = ()) -> Listing:
   """Lists the pictures below each class folder of ``root``, hidden files left out.
+
+  Args:
+    root: holds one folder for each class.
+    wanted: the class folders to read; all of them if empty.
 
   Raises:
     UserError: the folder is missing, has no class folders, one class only, or an empty class.
@@ -57,6 +61,7 @@ def list_folder(root: pathlib.Path) -> Listing:
     "point --config.data.path at the folder that holds one folder for each class",
   )
   folders = {p.name: p for p in sorted(root.iterdir()) if p.is_dir() and not _hidden(p)}
+  folders = {name: folders[name] for name in wanted or folders}
   require(
     bool(folders),
     f"data.path={root} holds no class folders",
@@ -91,10 +96,15 @@ def to_grey(image: Image.Image) -> Image.Image:
 
   Transparency is laid over black, 16-bit and floating-point greys are scaled to their range,
   EXIF orientation is applied.
+
+  Raises:
+    ValueError: a floating-point picture holds NaN or infinity.
   """
   image = ImageOps.exif_transpose(image)
   if image.mode.startswith("I") or image.mode == "F":
     values = np.asarray(image, np.float64)
+    if not np.isfinite(values).all():
+      raise ValueError("some pixels are not finite numbers")
     low, high = float(values.min()), float(values.max())
     if image.mode.startswith("I;16"):
       low, high = 0.0, 65535.0
@@ -147,7 +157,7 @@ def parse_patients(names: list[str], pattern: str) -> np.ndarray | None:
   )
   matches = [compiled.search(name) for name in names]
   keys = [
-    f"patient {match[1]}" if match else f"file {name}"
+    f"patient {match[1]}" if match and match[1] is not None else f"file {name}"
     for name, match in zip(names, matches, strict=True)
   ]
   return np.unique(keys, return_inverse=True)[1].astype(np.int32)
@@ -172,10 +182,11 @@ def gather(
   kept = [(name, label, image) for name, label, image in results if not isinstance(image, str)]
   labels = np.array([label for _, label, _ in kept], np.int32)
   for label, class_name in enumerate(class_names):
+    lost = [f"{name} {why}" for name, of, why in results if of == label and isinstance(why, str)]
     require(
       bool((labels == label).any()),
-      f"class '{class_name}' of {root} has no usable picture ({len(skipped)} files left out,"
-      f" for example {skipped[0] if skipped else ''})",
+      f"class '{class_name}' of {root} has no usable picture: {len(lost)} files left out"
+      f"{', for example ' + lost[0] if lost else ''}",
       "lower data.min_size or mend the files",
     )
   names = [name for name, _, _ in kept]

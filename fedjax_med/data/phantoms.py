@@ -130,7 +130,7 @@ def _draw_anatomy(rng: np.random.Generator, n: int) -> dict[str, np.ndarray]:
 
 
 def _smooth_field(noise: np.ndarray, scale: float) -> np.ndarray:
-  """Smooth random fields of standard deviation 1: [n, S, S] noise blurred at ``scale`` of the side."""
+  """Random fields of standard deviation 1: [n, S, S] noise blurred at ``scale`` of the side."""
   sigma = scale * noise.shape[-1]
   field = ndimage.gaussian_filter(noise, (0, sigma, sigma), mode="wrap")
   return field / field.std((1, 2), keepdims=True)

@@ -130,6 +130,8 @@ def memory_estimate(experiment: Experiment) -> dict[str, int]:
   arguments = (experiment.clients, experiment.pool, experiment.hyper, key, rounds)
   analysis = experiment.program.block.lower(state, *arguments).compile().memory_analysis()
   data = sum(leaf.nbytes for leaf in jax.tree.leaves(experiment.pool))
+  if analysis is None:  # a backend may not say
+    return {"data": data}
   return {
     "data": data,
     "model and server state": analysis.argument_size_in_bytes - data,
@@ -152,6 +154,9 @@ def run(config: Config, folder: pathlib.Path, name: str, command: str) -> None:
   console = terminal.make_console()
   started = time.monotonic()
   files.prepare(folder)
+  if config.privacy.mechanism != "none":
+    # Both passes of the clipping must round alike; TF32 products would not hold the bound C.
+    jax.config.update("jax_default_matmul_precision", "highest")
   experiment = build(config, load_hospitals(config))
   files.claim(folder, experiment.run_id)
   terminal.describe(console, experiment, planned_epsilons(experiment), num_parameters(experiment))
