@@ -274,7 +274,7 @@ def test_a_unit_of_two_sites_stays_whole_at_the_site_that_holds_most_of_it(monke
 def refused(expected: str, scheme: str, dataset: Dataset = DATASET, **fields) -> None:
   with pytest.raises(UserError, match=expected) as caught:
     build(scheme, dataset, **fields)
-  assert str(caught.value).count("; ") == 1 or "(" in str(caught.value)
+  assert "; " in str(caught.value) or "did you mean" in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -331,11 +331,11 @@ def test_sites_are_needed_for_scheme_site():
 
 
 def test_units_too_large_to_move_are_refused():
-  # Three units of 40 among three clients cannot leave each one 50.
+  # Four units of 40 among three clients: 160 examples, yet only two can have 50.
   owner, ones = np.zeros(4, np.int32), np.zeros(4, np.int64)
   expected = (
     r"^partition\.min_client_size=50 cannot be reached by 3 clients: no unit kept together is"
-    r" small enough to move to client 2, which has 0 examples; lower"
+    r" small enough to move to client 3, which has 0 examples; lower"
   )
   with pytest.raises(UserError, match=expected):
     repair(owner, ones, np.full(4, 40), np.full((1, 3), 1 / 3), 50)

@@ -1,0 +1,89 @@
+"""The configuration's rules: every wrong value is a sentence with value, rule and remedy."""
+
+import dataclasses
+
+import pytest
+
+from configs import br35h, br35h_private, quickstart, smoke
+from fedjax_med.core.config import (
+  CHOICES,
+  RANGES,
+  Config,
+  fingerprint,
+  from_dict,
+  get_field,
+  to_dict,
+  validate,
+)
+from fedjax_med.core.errors import UserError
+
+
+def with_value(path: str, value, config: Config | None = None) -> Config:
+  config = smoke.get_config() if config is None else config
+  *sections, name = path.split(".")
+  setattr(get_field(config, ".".join(sections)) if sections else config, name, value)
+  return config
+
+
+@pytest.mark.parametrize("preset", [quickstart, smoke, br35h, br35h_private])
+def test_every_preset_is_valid_and_survives_the_trip_through_json(preset):
+  config = preset.get_config()
+  validate(config)
+  assert from_dict(to_dict(config)) == config
+
+
+@pytest.mark.parametrize("path", RANGES)
+def test_values_below_and_above_their_range_are_refused_with_a_remedy(path):
+  low, high, low_allowed, remedy = RANGES[path]
+  kind = type(get_field(Config(), path))
+  wrong = [kind(low) - 1 if low_allowed else kind(low), float("inf"), float("nan")]
+  wrong += [] if high == float("inf") else [kind(high) + 1]
+  for value in wrong:
+    with pytest.raises(UserError) as caught:
+      validate(with_value(path, value))
+    assert str(caught.value).startswith(f"{path}={value} must be ")
+    assert str(caught.value).endswith(f"; {remedy}")
+
+
+@pytest.mark.parametrize("path", CHOICES)
+def test_unknown_choices_are_answered_with_the_nearest(path):
+  right = CHOICES[path][-1]
+  with pytest.raises(UserError, match=f"{path}='{right}x' is unknown; did you mean '{right}'"):
+    validate(with_value(path, right + "x"))
+
+
+def test_every_number_has_a_range_and_every_two_way_name_its_choices():
+  free = {"data.path", "data.cache_dir", "data.patient_pattern", "model.name", "server.algorithm"}
+  free |= {"execution.compilation_cache", "data.strict", "eval.local_baselines"}
+  known = set(RANGES) | set(CHOICES) | free
+  for field in dataclasses.fields(Config):
+    value = getattr(Config(), field.name)
+    names = [f.name for f in dataclasses.fields(value)] if dataclasses.is_dataclass(value) else []
+    for path in [f"{field.name}.{name}" for name in names] or [field.name]:
+      assert path in known, path
+
+
+@pytest.mark.parametrize(
+  ("changes", "sentence"),
+  [
+    ({"data.source": "folder"}, "data.source='folder' needs data.path"),
+    ({"partition.num_clients": 1}, "partition.num_clients=1 is under 2"),
+    ({"execution.layout": "chunk"}, "contradict each other"),
+    ({"execution.chunk_size": 2}, "contradict each other"),
+    ({"privacy.mechanism": "none"}, "ignores privacy.noise_multiplier=1"),
+    ({"privacy.noise_multiplier": 0.0}, "neither privacy.noise_multiplier nor"),
+    ({"model.norm": "batch"}, "use model.norm=group or model.norm=frozen_batch"),
+    ({"model.dtype": "bfloat16"}, "use model.dtype=float32"),
+  ],
+)
+def test_values_that_contradict_each_other_are_refused(changes, sentence):
+  config = smoke.get_config()
+  for path, value in changes.items():
+    with_value(path, value, config)
+  with pytest.raises(UserError, match=sentence):
+    validate(config)
+
+
+def test_fingerprint_depends_on_values_not_on_order():
+  assert fingerprint({"a": 1, "b": 2}) == fingerprint({"b": 2, "a": 1})
+  assert fingerprint({"a": 1}) != fingerprint({"a": 2})
