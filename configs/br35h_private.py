@@ -19,7 +19,7 @@ def get_config() -> Config:
     model=ModelConfig(name="se_resnext50_32x4d"),
     # A large batch: noise has 25 million directions to go in, so what counts is its share.
     client=ClientConfig(optimizer="sgd", learning_rate=0.4, batch_size=128, num_local_epochs=1.0),
-    server=ServerConfig(num_rounds=6),
+    server=ServerConfig(num_rounds=4),
     privacy=PrivacyConfig(mechanism="dp_sgd", target_epsilon=8.0, clip_norm=1.0),
     eval=EvalConfig(every=1),
   )

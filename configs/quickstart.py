@@ -15,7 +15,7 @@ from fedjax_med.core.config import (
 def get_config() -> Config:
   return Config(
     data=DataConfig(source="phantoms", image_size=32, num_examples=5000),
-    partition=PartitionConfig(scheme="site", num_clients=5),
+    partition=PartitionConfig(scheme="auto", num_clients=5),
     model=ModelConfig(name="se_resnext_tiny"),
     client=ClientConfig(optimizer="momentum", learning_rate=0.5, batch_size=128, num_local_steps=4),
     server=ServerConfig(num_rounds=16),

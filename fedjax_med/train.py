@@ -10,7 +10,7 @@ import sys
 from absl import flags
 from ml_collections import config_flags
 
-from fedjax_med.core.errors import require
+from fedjax_med.core.errors import UserError, require
 from fedjax_med.flags import define_config, load_config, run_main
 
 define_config()
@@ -36,7 +36,14 @@ def main(_: list[str]) -> None:
     return
   name = pathlib.Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
   command = shlex.join(["python", "-m", "fedjax_med.train", *sys.argv[1:]])
-  run.run(config, pathlib.Path(values.workdir).expanduser(), name, command)
+  folder = pathlib.Path(values.workdir).expanduser()
+  try:
+    run.run(config, folder, name, command)
+  except OSError as error:  # whatever the file system refuses, a full disk for one
+    raise UserError(
+      f"{error.filename or folder}: {error.strerror or error}; make it readable and writable, free"
+      " space, or name other folders (--workdir, data.path, data.cache_dir)"
+    ) from error
 
 
 if __name__ == "__main__":

@@ -38,7 +38,13 @@ def pictures(folder: pathlib.Path, classes: int = 2, count: int = 12, side: int 
 def test_dry_run_says_all_and_trains_nothing(tmp_path):
   result = train("--dry_run", f"--workdir={tmp_path / 'run'}")
   assert result.returncode == 0, result.stderr
-  for word in ('"noise_multiplier": 1.0', "hospital 3", "plan:", "Memory estimate", "would spend ε"):
+  for word in (
+    '"noise_multiplier": 1.0',
+    "hospital 3",
+    "plan:",
+    "Memory estimate",
+    "would spend ε",
+  ):
     assert word in result.stdout
   assert not (tmp_path / "run").exists()
 
@@ -64,7 +70,7 @@ def test_a_folder_of_seven_classes_of_colour_pictures_trains(tmp_path):
     (["--config.privacy.batch_cap=3"], "batch_cap"),
     (["--config.model.name=linea"], "did you mean"),
     (["--config.server.algorithm=fedavgg"], "did you mean 'fedavg'"),
-    (["--config.execution.compilation_cache=/proc/x"], "cannot be made"),
+    (["--config.execution.compilation_cache=/proc/x"], "cannot be made or written"),
   ],
 )
 def test_bad_input_is_one_sentence_with_a_remedy(arguments, sentence, tmp_path):

@@ -53,7 +53,8 @@ class PartitionConfig:
   """Which hospital holds which examples.
 
   Attributes:
-    scheme: iid, dirichlet (label skew), quantity (size skew), shards (k classes a client), site.
+    scheme: iid, dirichlet (label skew), quantity (size skew), shards (k classes a client), site;
+      auto is site where the data say where each image comes from, else dirichlet.
     num_clients: hospitals K; with scheme=site the sites decide and this must be 0 or their number.
     alpha: Dirichlet concentration of dirichlet and quantity; small is skewed.
     classes_per_client: classes a client holds under shards.
@@ -222,7 +223,7 @@ CHOICES = {
   "data.source": ("phantoms", "folder", "br35h", "sars_cov2_ct"),
   "data.split": ("grouped", "paper"),
   "data.normalisation": ("image", "fixed"),
-  "partition.scheme": ("iid", "dirichlet", "quantity", "shards", "site"),
+  "partition.scheme": ("auto", "iid", "dirichlet", "quantity", "shards", "site"),
   "model.norm": ("group", "batch", "frozen_batch"),
   "model.dtype": ("float32", "bfloat16"),
   "client.optimizer": ("sgd", "momentum", "adam", "adamw"),

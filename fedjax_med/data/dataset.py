@@ -103,6 +103,4 @@ def client_table(rows: list[np.ndarray]) -> ClientTable:
 
 def client_rows(table: ClientTable) -> list[np.ndarray]:
   """Inverse of ``client_table``: the K ragged rows."""
-  return [
-    row[:count] for row, count in zip(table.indices, table.counts, strict=True)
-  ]
+  return [row[:count] for row, count in zip(table.indices, table.counts, strict=True)]

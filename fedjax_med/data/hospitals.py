@@ -1,5 +1,7 @@
 """From a dataset to hospitals: near-duplicate groups, train and test sides, who holds what."""
 
+import dataclasses
+
 import numpy as np
 
 from fedjax_med.core.config import DataConfig, PartitionConfig
@@ -20,6 +22,9 @@ def build_hospitals(dataset: Dataset, data: DataConfig, partition: PartitionConf
   Raises:
     UserError: a class is missing on one side, or the request does not fit the data.
   """
+  if partition.scheme == "auto":
+    scheme = "dirichlet" if dataset.sites is None else "site"
+    partition = dataclasses.replace(partition, scheme=scheme)
   split = split_with_duplicates(dataset, data, by_site=partition.scheme == "site")
   numbers = np.unique(split.units, return_inverse=True)[1]
   if partition.scheme == "site":

@@ -1,5 +1,6 @@
 """What federation is measured against: each hospital alone, and one model on pooled data."""
 
+import json
 import pathlib
 from typing import Any
 
@@ -35,6 +36,8 @@ def run_baselines(federation: Experiment, folder: pathlib.Path, console: Console
     with terminal.progress(console, title, run.config.server.num_rounds) as listen:
       train_rounds(run, place, listen)
     curves[name] = _curve(place)
+  if federation.mechanisms:
+    _note_releases(folder, curves)
 
   names = federation.hospitals.names
   solo = []
@@ -56,3 +59,18 @@ def run_baselines(federation: Experiment, folder: pathlib.Path, console: Console
       "pooled": together[-1]["all"],
     },
   }
+
+
+def _note_releases(folder: pathlib.Path, curves: dict[str, list[dict[str, Any]]]) -> None:
+  """Says in privacy.json that the baselines are further trainings on the same records."""
+  path = folder / "privacy.json"
+  record = json.loads(path.read_text())
+  spent = {name: curve[-1]["epsilon_max"] for name, curve in curves.items()}
+  record["baselines_epsilon"] = spent
+  record["not_covered"].append(
+    "The baselines are further trainings on the same records, each with noise of its own: a"
+    " hospital that releases the federation's model, its own and the pooled one spends at most the"
+    f" sum of their ε (alone up to {max(v for k, v in spent.items() if k != 'pooled'):.3f}, pooled"
+    f" {spent['pooled']:.3f}) and of their δ."
+  )
+  files.write_json(path, record)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -15,7 +14,7 @@ from fedjax_med.core.keys import Stream, base_key, key_for
 from fedjax_med.data.dataset import ClientTable, Dataset, Hospitals, client_rows, client_table
 from fedjax_med.data.hospitals import build_hospitals
 from fedjax_med.data.sources import load_dataset
-from fedjax_med.federated.algorithm import Client, FederatedAlgorithm, Hyper, Pool
+from fedjax_med.federated.algorithm import Client, Hyper, Pool
 from fedjax_med.federated.local import (
   cross_entropy,
   local_training,
@@ -24,11 +23,10 @@ from fedjax_med.federated.local import (
 )
 from fedjax_med.federated.optimizers import client_optimizer, schedule, server_optimizer
 from fedjax_med.federated.registry import create_algorithm
-from fedjax_med.models.model import Model
 from fedjax_med.models.registry import create_model
 from fedjax_med.privacy.accounting import resolve_deltas
 from fedjax_med.privacy.clipping import resolve_method
-from fedjax_med.privacy.mechanism import PoissonGaussian, plan_mechanisms
+from fedjax_med.privacy.mechanism import PoissonGaussian, batch_size_bound, plan_mechanisms
 from fedjax_med.simulation.evaluation import make_predict
 from fedjax_med.simulation.plan import Plan, choose_layout, choose_lowering
 from fedjax_med.simulation.rounds import SimulationState, init_state, make_block, make_round
@@ -38,14 +36,12 @@ class Program(NamedTuple):
   """The compiled side of a run: it knows shapes, not data.
 
   Attributes:
-    model, algorithm, plan: as their types say.
+    plan: how it is laid out.
     initial: SimulationState before round 0, made anew at each call.
     block: a jitted block of rounds.
     predict: class probabilities of given pool rows.
   """
 
-  model: Model
-  algorithm: FederatedAlgorithm
   plan: Plan
   initial: Callable[[], SimulationState]
   block: jax.stages.Wrapped
@@ -65,6 +61,7 @@ class Experiment(NamedTuple):
     steps: [K] int64 local steps a round of each training client.
     hyper: traced hyperparameters.
     pool: all examples on the device.
+    key: base key of every random draw but the initial weights.
     program: compiled functions.
     run_id: fingerprint of all that shapes the trajectory; a checkpoint of another one is refused.
   """
@@ -78,6 +75,7 @@ class Experiment(NamedTuple):
   steps: np.ndarray
   hyper: Hyper
   pool: Pool
+  key: jax.Array
   program: Program
   run_id: str
 
@@ -118,7 +116,10 @@ def _mechanisms(
 
 
 def _run_id(config: Config, hospitals: Hospitals, rows: ClientTable, names: tuple[str, ...]) -> str:
-  """Fingerprint of the trajectory: equal ids mean equal weights after equal rounds."""
+  """Fingerprint of the trajectory: equal ids mean equal weights after equal rounds.
+
+  To rounding; bit for bit with the same layout, package versions and machine.
+  """
   values: dict[str, Any] = to_dict(config)
   # Neither what is measured, nor the layout, nor where files lie changes the trajectory.
   for section, name in (("data", "path"), ("data", "cache_dir"), ("data", "strict")):
@@ -195,8 +196,6 @@ def make_program(
 
   run_round = make_round(algorithm, num_clients=num_clients, cohort_cap=cohort_cap, chunk=chunk)
   return Program(
-    model,
-    algorithm,
     Plan(layout, chunk, lowering, clipping, tuple(reasons)),
     lambda: initial(base_key(config.seed)),
     make_block(run_round, num_clients),
@@ -208,9 +207,7 @@ def _cohort_cap(config: Config, num_clients: int) -> int | None:
   """Most clients of a Poisson cohort (expected + 5 standard deviations), None for all clients."""
   if config.server.participation == "full":
     return None
-  expected = num_clients * config.server.participation_rate
-  spread = math.sqrt(expected * (1 - config.server.participation_rate))
-  return min(num_clients, math.ceil(expected + 5 * spread))
+  return min(num_clients, batch_size_bound(num_clients, config.server.participation_rate, 5))
 
 
 def _hyper(config: Config) -> Hyper:
@@ -276,6 +273,7 @@ def _assemble(
   pool: Pool,
 ) -> Experiment:
   mechanisms, deltas = _mechanisms(config, rows.counts.astype(np.int64), steps)
+  run_id = _run_id(config, hospitals, rows, names)
   program = make_program(
     config,
     hospitals.dataset,
@@ -294,9 +292,22 @@ def _assemble(
     steps,
     _hyper(config),
     pool,
+    _run_key(config, run_id),
     program,
-    _run_id(config, hospitals, rows, names),
+    run_id,
   )
+
+
+def _run_key(config: Config, run_id: str) -> jax.Array:
+  """Key of the seed, and of the run where it is private.
+
+  Two private trainings on the same records must not share noise, or their difference has none:
+  neither two configurations with the default seed, nor a federation and its baselines.
+  """
+  key = base_key(config.seed)
+  if config.privacy.mechanism == "none":
+    return key
+  return jax.random.fold_in(key, int(run_id[:8], 16))
 
 
 def _batch_cap(mechanisms: tuple[PoissonGaussian, ...] | None) -> int:
@@ -321,7 +332,7 @@ def pooled(federation: Experiment) -> Experiment:
 
 
 def alone(federation: Experiment) -> list[Experiment]:
-  """Each hospital by itself, with its own draws, steps and ε; all share one compiled program."""
+  """Each hospital by itself, with the same steps and ε; all share one compiled program."""
   hospitals, config = federation.hospitals, _baseline_config(federation.config)
   table = hospitals.train
   program = make_program(
@@ -337,6 +348,7 @@ def alone(federation: Experiment) -> list[Experiment]:
     clients = jax.tree.map(lambda leaf: leaf[k : k + 1], federation.clients)
     rows = ClientTable(table.indices[k : k + 1], table.counts[k : k + 1])
     names = (hospitals.names[k],)
+    run_id = _run_id(config, hospitals, rows, names)
     return federation._replace(
       config=config,
       names=names,
@@ -344,8 +356,9 @@ def alone(federation: Experiment) -> list[Experiment]:
       mechanisms=federation.mechanisms and federation.mechanisms[k : k + 1],
       deltas=federation.deltas[k : k + 1],
       steps=federation.steps[k : k + 1],
+      key=_run_key(config, run_id),
       program=program,
-      run_id=_run_id(config, hospitals, rows, names),
+      run_id=run_id,
     )
 
   return [run(k) for k in range(len(hospitals.names))]

@@ -5,22 +5,32 @@ import pathlib
 
 import jax
 
+from fedjax_med.core.config import ExecutionConfig
 from fedjax_med.core.errors import UserError
 
 
 def use_compilation_cache(folder: str) -> None:
-  """Turns the cache on in ``folder`` ('' leaves it off); raises UserError if it cannot be made."""
+  """Turns the cache on in ``folder``; '' leaves it off, as does a default that cannot be written.
+
+  Raises:
+    UserError: a folder that the user named cannot be made or written.
+  """
   if not folder:
     return
-  path = pathlib.Path(folder).expanduser()
+  path = pathlib.Path(folder)
   try:
+    path = path.expanduser()
     path.mkdir(parents=True, exist_ok=True)
-  except OSError as error:
+    writable = os.access(path, os.W_OK)
+  except (OSError, RuntimeError):  # RuntimeError: there is no home
+    writable = False
+  if not writable:
+    if folder == ExecutionConfig().compilation_cache:
+      print(f"note: {folder} cannot be written, so compiled programs are not kept")
+      return
     raise UserError(
-      f"execution.compilation_cache={folder} cannot be made ({error.strerror}); name another folder"
-      " or turn it off with --config.execution.compilation_cache="
-    ) from error
-  if not os.access(path, os.W_OK):
-    raise UserError(f"execution.compilation_cache={folder} cannot be written; name another folder")
+      f"execution.compilation_cache={folder} cannot be made or written; name another folder or turn"
+      " it off with --config.execution.compilation_cache="
+    )
   jax.config.update("jax_compilation_cache_dir", str(path))
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)

@@ -34,9 +34,13 @@ def number(value: float | None, digits: int = 3) -> str:
 
 
 def describe(
-  console: Console, experiment: Experiment, planned: tuple[float, ...], num_parameters: int
+  console: Console,
+  experiment: Experiment,
+  rounds: int,
+  planned: tuple[float, ...],
+  num_parameters: int,
 ) -> None:
-  """Prints what will run: data, hospitals, model, plan and the ε that all rounds would spend."""
+  """Prints what will run: data, hospitals, model, plan, and the ε spent after ``rounds`` rounds."""
   config, hospitals = experiment.config, experiment.hospitals
   dataset, split = hospitals.dataset, hospitals.split
   height, width = dataset.inputs.shape[1:3]
@@ -64,9 +68,11 @@ def describe(
     console.print(f"  plan: {reason}")
   console.print(_hospital_table(experiment, planned))
   if experiment.mechanisms:
+    total = config.server.num_rounds
+    end = "" if rounds == total else f"; the budget stops the run before round {rounds + 1}"
     console.print(
-      f"Privacy: one record of one hospital, zero-out adjacency, DP-SGD; all"
-      f" {config.server.num_rounds} rounds would spend ε = {max(planned):.3f} at the worst hospital"
+      f"Privacy: one image of one hospital, zero-out adjacency, DP-SGD; {rounds} of {total} rounds"
+      f" would spend ε = {max(planned):.3f} at the worst hospital{end}"
     )
   else:
     console.print("Privacy: none (privacy.mechanism=none)")

@@ -11,14 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from fedjax_med.core.errors import UserError, require
-from fedjax_med.core.keys import base_key
 from fedjax_med.core.metrics import classification_metrics
 from fedjax_med.data.dataset import client_rows
 from fedjax_med.experiment import checkpoints
 from fedjax_med.experiment import workdir as files
 from fedjax_med.experiment.build import Experiment
 from fedjax_med.federated.algorithm import RoundMetrics, Tree
-from fedjax_med.privacy.accounting import affordable_steps, epsilon
+from fedjax_med.privacy.accounting import affordable_steps, epsilon, privacy_report
 from fedjax_med.simulation.rounds import NEVER, BlockMetrics, SimulationState
 
 
@@ -29,7 +28,7 @@ class LogPoint(NamedTuple):
     rounds: finished rounds.
     test: metrics on the whole test set.
     clients: the same for each hospital's test set, with its ε where it trained privately.
-    probabilities: [n_test, classes] of the test examples, in the order of ``test_rows``.
+    probabilities: [n_test, classes] of the test examples, in the order of ``evaluation_rows``.
     epsilons: ε spent by each training client (empty without privacy).
   """
 
@@ -59,7 +58,7 @@ class Outcome(NamedTuple):
 Listener = Callable[[LogPoint], None]
 
 
-def test_rows(experiment: Experiment) -> np.ndarray:
+def evaluation_rows(experiment: Experiment) -> np.ndarray:
   """Pool rows of every hospital's test examples, hospital by hospital."""
   return np.concatenate(client_rows(experiment.hospitals.test)).astype(np.int32)
 
@@ -77,6 +76,14 @@ def spent(experiment: Experiment, steps: np.ndarray) -> tuple[float, ...]:
       experiment.mechanisms or (), steps, experiment.deltas, strict=False
     )
   )
+
+
+def privacy_record(experiment: Experiment, steps: np.ndarray) -> dict[str, Any]:
+  """What privacy.json says after ``steps`` [K] executed local steps."""
+  if not experiment.mechanisms:
+    return {"mechanism": "none", "epsilon_max": None, "hospitals": []}
+  counts = [int(count) for count in steps]
+  return privacy_report(experiment.names, experiment.mechanisms, counts, experiment.deltas)
 
 
 def affordable(experiment: Experiment) -> np.ndarray | None:
@@ -102,7 +109,7 @@ def observe(experiment: Experiment, state: SimulationState) -> LogPoint:
     UserError: a prediction is not finite.
   """
   rounds = int(state.server.round)
-  rows = test_rows(experiment)
+  rows = evaluation_rows(experiment)
   labels = experiment.hospitals.dataset.labels[rows]
   probabilities = experiment.program.predict(
     evaluated_params(state), state.server.state, experiment.pool, rows
@@ -156,7 +163,7 @@ def _train_line(experiment: Experiment, metrics: BlockMetrics) -> dict[str, Any]
   return {**means(total), "clients": clients}
 
 
-def _require_finite(experiment: Experiment, metrics: BlockMetrics) -> None:
+def _require_finite(experiment: Experiment, metrics: BlockMetrics, saved: int | None) -> None:
   bad = np.asarray(metrics.first_bad_round)
   if (bad == NEVER).all():
     return
@@ -164,8 +171,8 @@ def _require_finite(experiment: Experiment, metrics: BlockMetrics) -> None:
   config = experiment.config
   raise UserError(
     f"round {int(bad[client]) + 1}: the loss at '{experiment.names[client]}' became NaN or"
-    f" infinite; lower client.learning_rate={config.client.learning_rate:g} (the last good"
-    " checkpoint is kept)"
+    f" infinite ({'no round was saved' if saved is None else f'round {saved} is saved'}); lower"
+    f" client.learning_rate={config.client.learning_rate:g}, in another --workdir"
   )
 
 
@@ -177,19 +184,24 @@ def train_rounds(experiment: Experiment, folder: pathlib.Path, listen: Listener)
       hospital; the last good checkpoint stays).
   """
   config, program = experiment.config, experiment.program
-  key, allowance = base_key(config.seed), affordable(experiment)
+  allowance = affordable(experiment)
   started = time.monotonic()
 
   with checkpoints.open_checkpoints(folder) as manager:
     initial = program.initial()
     restored = checkpoints.restore(manager, initial, experiment.run_id)
     state = initial if restored is None else restored
-    files.keep_metrics_to(folder, -1 if restored is None else int(state.server.round))
+    saved = None if restored is None else int(state.server.round)
+    require(
+      (saved or 0) <= config.server.num_rounds,
+      f"server.num_rounds={config.server.num_rounds} is under the {saved} rounds done in {folder}",
+      "ask for at least as many, or use another --workdir",
+    )
+    files.keep_metrics_to(folder, -1 if saved is None else saved)
 
     def run(state: SimulationState, rounds: int) -> tuple[SimulationState, BlockMetrics]:
-      return program.block(
-        state, experiment.clients, experiment.pool, experiment.hyper, key, jnp.asarray(rounds)
-      )
+      data = (experiment.clients, experiment.pool, experiment.hyper, experiment.key)
+      return program.block(state, *data, jnp.asarray(rounds))
 
     # No round at all: compiles, so that its time is known apart from training's.
     state, _ = jax.block_until_ready(run(state, 0))
@@ -206,7 +218,9 @@ def train_rounds(experiment: Experiment, folder: pathlib.Path, listen: Listener)
       lines = [{**place, **point.test, **common, "clients": point.clients}]
       if train is not None:
         lines.append({**place, "split": "train", **train, **common})
-      if train is not None or restored is None:
+      # Before the log line and the checkpoint: what is on disk never understates ε.
+      files.write_json(folder / "privacy.json", privacy_record(experiment, np.asarray(state.steps)))
+      if train is not None or saved is None:
         files.append_metrics(folder, lines)
       listen(point)
       return point
@@ -222,9 +236,10 @@ def train_rounds(experiment: Experiment, folder: pathlib.Path, listen: Listener)
           break
         length = min(length, left)
       state, metrics = run(state, length)
-      _require_finite(experiment, metrics)
+      _require_finite(experiment, metrics, saved)
       point = log(state, _train_line(experiment, metrics))
       checkpoints.save(manager, state, experiment.run_id)
+      saved = point.rounds
 
   seconds["train"] = time.monotonic() - started
   return Outcome(state, stopped, point, seconds)

@@ -19,9 +19,15 @@ from fedjax_med.experiment import workdir as files
 from fedjax_med.experiment.baselines import run_baselines
 from fedjax_med.experiment.build import Experiment, build, load_hospitals
 from fedjax_med.experiment.checkpoints import digest
-from fedjax_med.experiment.loop import Outcome, evaluated_params, spent, test_rows, train_rounds
+from fedjax_med.experiment.loop import (
+  Outcome,
+  affordable,
+  evaluated_params,
+  evaluation_rows,
+  spent,
+  train_rounds,
+)
 from fedjax_med.experiment.report import write_report
-from fedjax_med.privacy.accounting import privacy_report
 
 PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "dp-accounting", "numpy")
 
@@ -72,20 +78,11 @@ def _hospital_record(hospitals: Hospitals) -> dict[str, Any]:
   }
 
 
-def privacy_record(experiment: Experiment, steps: np.ndarray) -> dict[str, Any]:
-  """What privacy.json says after ``steps`` [K] executed local steps."""
-  if not experiment.mechanisms:
-    return {"mechanism": "none", "epsilon_max": None, "hospitals": []}
-  return privacy_report(
-    experiment.names, experiment.mechanisms, [int(count) for count in steps], experiment.deltas
-  )
-
-
 def _summary(
   experiment: Experiment, outcome: Outcome, name: str, baselines: dict[str, Any] | None
 ) -> dict[str, Any]:
   """Results only, no times: an interrupted and an unbroken run write the same bytes."""
-  labels = experiment.hospitals.dataset.labels[test_rows(experiment)]
+  labels = experiment.hospitals.dataset.labels[evaluation_rows(experiment)]
   plan = experiment.program.plan
   summary = {
     "run_id": experiment.run_id,
@@ -104,9 +101,13 @@ def _summary(
   return summary if baselines is None else {**summary, "baselines": baselines["summary"]}
 
 
-def planned_epsilons(experiment: Experiment) -> tuple[float, ...]:
-  """ε of each hospital if all rounds run; empty without privacy."""
-  return spent(experiment, experiment.steps * experiment.config.server.num_rounds)
+def planned(experiment: Experiment) -> tuple[int, tuple[float, ...]]:
+  """Rounds that the budget allows, and each hospital's ε after them (empty without privacy)."""
+  rounds = experiment.config.server.num_rounds
+  allowance = affordable(experiment)
+  if allowance is not None:
+    rounds = min(rounds, int((allowance // experiment.steps).min()))
+  return rounds, spent(experiment, experiment.steps * rounds)
 
 
 def dry_run(config: Config) -> None:
@@ -114,7 +115,7 @@ def dry_run(config: Config) -> None:
   console = terminal.make_console()
   console.print_json(data=to_dict(config))
   experiment = build(config, load_hospitals(config))
-  terminal.describe(console, experiment, planned_epsilons(experiment), num_parameters(experiment))
+  terminal.describe(console, experiment, *planned(experiment), num_parameters(experiment))
   memory = memory_estimate(experiment)
   console.print(
     "Memory estimate of the compiled rounds: "
@@ -154,30 +155,27 @@ def run(config: Config, folder: pathlib.Path, name: str, command: str) -> None:
   console = terminal.make_console()
   started = time.monotonic()
   files.prepare(folder)
-  if config.privacy.mechanism != "none":
-    # Both passes of the clipping must round alike; TF32 products would not hold the bound C.
-    jax.config.update("jax_default_matmul_precision", "highest")
   experiment = build(config, load_hospitals(config))
   files.claim(folder, experiment.run_id)
-  terminal.describe(console, experiment, planned_epsilons(experiment), num_parameters(experiment))
+  terminal.describe(console, experiment, *planned(experiment), num_parameters(experiment))
+  for stale in ("summary.json", "report.html"):  # of a shorter run that is now extended
+    (folder / stale).unlink(missing_ok=True)
   files.write_json(folder / "config.json", _config_record(experiment, command))
   files.write_json(folder / "hospitals.json", _hospital_record(experiment.hospitals))
+  if config.privacy.mechanism == "none" or config.data.source == "phantoms":
+    _draw_examples(experiment, folder)  # pictures of patients are no private release
 
   with terminal.progress(console, "federation", config.server.num_rounds) as listen:
     outcome = train_rounds(experiment, folder, listen)
-  files.write_json(
-    folder / "privacy.json", privacy_record(experiment, np.asarray(outcome.state.steps))
-  )
-  baselines = None
+  seconds = {**outcome.seconds, "total": time.monotonic() - started}
+  files.write_json(folder / "timing.json", {k: round(v, 3) for k, v in seconds.items()})
+  files.write_json(folder / "summary.json", _summary(experiment, outcome, name, None))
   if config.eval.local_baselines:
     baselines = run_baselines(experiment, folder, console)
     files.write_json(folder / "baselines.json", baselines["curves"])
-  files.write_json(folder / "summary.json", _summary(experiment, outcome, name, baselines))
-  seconds = {**outcome.seconds, "total": time.monotonic() - started}
-  files.write_json(folder / "timing.json", {k: round(v, 3) for k, v in seconds.items()})
+    files.write_json(folder / "summary.json", _summary(experiment, outcome, name, baselines))
 
   terminal.results(console, experiment, outcome)
-  _draw_examples(experiment, folder)
   report = write_report(folder)
   console.print(
     f"Report: {report}   (compile {seconds['compile']:.1f} s, train"

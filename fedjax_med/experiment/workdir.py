@@ -65,7 +65,7 @@ def claim(workdir: pathlib.Path, run_id: str) -> None:
     return
   try:
     found = json.loads(path.read_text()).get("run_id")
-  except (json.JSONDecodeError, AttributeError):
+  except (OSError, ValueError, AttributeError):
     found = "unreadable"
   require(
     found == run_id,

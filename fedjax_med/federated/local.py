@@ -69,7 +69,8 @@ def plain_gradient(
   """Gradient of the mean loss over the next batch of a client's shuffled epoch.
 
   Epochs run on across rounds (global step = round · steps a round + step), so a round shorter
-  than an epoch still visits every example. The last batch of an epoch may be partial.
+  than an epoch still visits every example (of the rounds that the client takes part in). The last
+  batch of an epoch may be partial.
   """
 
   def gradient(params, state, context):
@@ -81,6 +82,8 @@ def plain_gradient(
       batch_size=batch_size,
       max_examples=max_examples,
     )
+    # Padding repeats the batch's own examples: it counts in no loss, but batch norm looks at it.
+    slots = slots[jnp.arange(batch_size) % jnp.maximum(mask.sum(), 1)]
     inputs, labels = _take(context, slots, normalisation)
     dropout_key = key_for(context.key, Stream.DROPOUT, client.number, context.round, context.step)
 
@@ -129,18 +132,20 @@ def private_gradient(
       batch_cap=batch_cap,
     )
     inputs, labels = _take(context, slots, normalisation)
-    total, clip = clipped_sum(
-      clipping,
-      model,
-      loss,
-      params,
-      state,
-      inputs,
-      labels,
-      mask,
-      hyper.clip_norm,
-      key_for(context.key, Stream.DROPOUT, *where),
-    )
+    # Both passes of the clipping must round alike: TF32 products would not hold the bound C.
+    with jax.default_matmul_precision("highest"):
+      total, clip = clipped_sum(
+        clipping,
+        model,
+        loss,
+        params,
+        state,
+        inputs,
+        labels,
+        mask,
+        hyper.clip_norm,
+        key_for(context.key, Stream.DROPOUT, *where),
+      )
     grad = private_mean(
       total,
       key_for(context.key, Stream.NOISE, *where),
@@ -199,7 +204,8 @@ def local_training(
     bound = client.num_steps if num_local_steps is None else num_local_steps
     carry = (params, state, optimizer.init(params), no_metrics())
     local, local_state, _, sums = jax.lax.fori_loop(0, bound, body, carry)
-    finite = jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(local)]).all()
-    return local, local_state, sums._replace(finite=finite)
+    # The loss too: private gradients stay finite whatever the model does.
+    finite = jnp.stack([jnp.isfinite(leaf).all() for leaf in [*jax.tree.leaves(local), sums.loss]])
+    return local, local_state, sums._replace(finite=finite.all())
 
   return train

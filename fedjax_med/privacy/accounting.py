@@ -35,7 +35,8 @@ NOT_COVERED = (
   "Normalisation statistics taken over more than one image are not noised.",
   "Stopping, or choosing a round, by a validation score uses data outside the guarantee.",
   "Tuning: the guarantee is of one run, not of the runs tried before it.",
-  "Hospital sizes and the number of hospitals are public.",
+  "The number of hospitals and how many images of each class each one holds are public.",
+  "Whoever has the seed and the code can recompute the noise.",
   "A patient with several records is protected as single records, not as a patient.",
   "Simulation-grade randomness: float32 normals stop at 5.42 standard deviations and threefry is"
   " no certified cryptographic generator; the values hold for ideal randomness.",

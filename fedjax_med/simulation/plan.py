@@ -25,6 +25,9 @@ class Plan(NamedTuple):
   reasons: tuple[str, ...]
 
 
+MAX_AT_ONCE = 16  # clients at once where nobody said how many: weights and activations of each
+
+
 def choose_layout(
   layout: str, chunk_size: int, cohort: int, backend: str | None = None
 ) -> tuple[str, int, str]:
@@ -33,9 +36,12 @@ def choose_layout(
   if layout == "chunk":
     chunk = min(chunk_size, cohort)
     return "chunk", chunk, f"layout chunk({chunk}): as configured"
-  if layout == "vmap" or (layout == "auto" and backend != "cpu"):
-    why = "as configured" if layout == "vmap" else f"{backend} runs clients in parallel"
-    return "vmap", cohort, f"layout vmap over {cohort} clients: {why}"
+  if layout == "vmap":
+    return "vmap", cohort, f"layout vmap over {cohort} clients: as configured"
+  if layout == "auto" and backend != "cpu":
+    chunk = min(cohort, MAX_AT_ONCE)
+    name = "vmap" if chunk == cohort else "chunk"
+    return name, chunk, f"layout {name}, {chunk} clients at once: {backend} runs them in parallel"
   why = (
     "as configured"
     if layout == "scan"

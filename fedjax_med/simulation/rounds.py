@@ -137,11 +137,14 @@ def make_round(
 
     kept = jax.tree.map(scatter, state.kept, kept)
     metrics = jax.tree.map(scatter, no_metrics((num_clients,)), metrics)
-    # An empty cohort leaves the model where it is.
-    scale = 1 / jnp.where(weight.sum() > 0, weight.sum(), 1)
+    someone = weight.sum() > 0
+    scale = 1 / jnp.where(someone, weight.sum(), 1)
     mean = jax.tree.map(lambda leaf: leaf * scale, total)
-    server = algorithm.server_update(server, mean, hyper)
-    return SimulationState(server, kept, state.steps + metrics.steps), metrics
+    updated = algorithm.server_update(server, mean, hyper)
+    if cohort_cap is not None:  # an empty cohort leaves all but the round's number as it was
+      absent = server._replace(round=updated.round)
+      updated = jax.tree.map(lambda new, old: jnp.where(someone, new, old), updated, absent)
+    return SimulationState(updated, kept, state.steps + metrics.steps), metrics
 
   return run_round
 
