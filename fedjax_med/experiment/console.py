@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
   BarColumn,
   MofNCompleteColumn,
@@ -46,7 +47,7 @@ def describe(
   height, width = dataset.inputs.shape[1:3]
   console.print(
     f"[bold]{len(hospitals.names)} hospitals[/] share {len(dataset.labels)} images"
-    f" ({config.data.source}, {height}x{width}, classes {', '.join(dataset.class_names)});"
+    f" ({config.data.source}, {height}x{width}, classes {escape(', '.join(dataset.class_names))});"
     f" {len(split.train)} train, {len(split.test)} test, split '{split.scheme}',"
     f" partition '{config.partition.scheme}'"
   )
@@ -58,7 +59,7 @@ def describe(
   if dataset.skipped:
     console.print(
       f"[yellow]{len(dataset.skipped)} files left out, for example"
-      f" {dataset.skipped[0][0]}: {dataset.skipped[0][1]}[/]"
+      f" {escape(': '.join(dataset.skipped[0]))}[/]"
     )
   console.print(
     f"Model {config.model.name} (norm {config.model.norm}, {num_parameters:,} parameters);"

@@ -1,23 +1,28 @@
 """A whole run in a workdir: its files, its resumption, its refusals."""
 
 import contextlib
+import dataclasses
 import json
 import os
 import pathlib
 import random
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
 
+import jax
 import numpy as np
 import pytest
 
 from configs.smoke import get_config
 from fedjax_med.core.errors import UserError
+from fedjax_med.experiment import build
 from fedjax_med.experiment import run as runs
 from fedjax_med.experiment.build import load_hospitals
+from fedjax_med.experiment.loop import train_rounds
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
@@ -196,13 +201,68 @@ def test_a_foreign_checkpoint_is_refused(finished, tmp_path):
 
 
 def test_a_loss_that_breaks_stops_with_round_and_hospital_and_keeps_the_checkpoint(tmp_path):
+  # Each step multiplies the weights by 1 - 3 * 10: some rounds pass before they overflow.
+  with (
+    jax.numpy_dtype_promotion("standard"),  # optax's adam mixes int32 counts and floats
+    pytest.raises(UserError) as caught,
+  ):
+    run(
+      tmp_path,
+      client__optimizer="adamw",
+      client__weight_decay=10.0,
+      privacy__mechanism="none",
+      privacy__noise_multiplier=0.0,
+      client__learning_rate=3.0,
+      server__num_rounds=60,
+      eval__every=1,
+    )
+  sentence = r"round (\d+): the loss at 'hospital \d' became .* \(round (\d+) is saved\); lower"
+  found = re.match(sentence, str(caught.value))
+  assert found, str(caught.value)
+  assert int(found[1]) == int(found[2]) + 1
+  assert newest_checkpoint(tmp_path).name == found[2]
+  assert metrics(tmp_path)[-1]["round"] == int(found[2])
+  assert not (tmp_path / "summary.json").exists()
+
+
+def test_a_loss_that_breaks_at_once_says_that_nothing_was_saved(tmp_path):
   changes = {"privacy__mechanism": "none", "privacy__noise_multiplier": 0.0}
-  run(tmp_path, **changes, server__num_rounds=2)
-  checkpoint = newest_checkpoint(tmp_path)
-  with pytest.raises(UserError, match=r"round 1: the loss at 'hospital \d' became NaN.*lower"):
-    run(tmp_path / "hot", **changes, client__learning_rate=3e38)
-  assert checkpoint.exists()
-  assert not (tmp_path / "hot" / "summary.json").exists()
+  with pytest.raises(UserError, match=r"round 1: the loss at .*\(no round was saved\); lower"):
+    run(tmp_path, **changes, client__learning_rate=3e38)
+
+
+def test_fewer_rounds_than_are_done_are_refused(finished):
+  with pytest.raises(UserError, match=r"server.num_rounds=3 is under the 6 rounds done"):
+    run(finished, server__num_rounds=3)
+
+
+def test_two_private_trainings_on_the_same_records_never_share_noise():
+  config = get_config()
+  hospitals = load_hospitals(config)
+  first = build.build(config, hospitals)
+  other = dataclasses.replace(config, client=dataclasses.replace(config.client, learning_rate=0.1))
+  runs = [first, build.build(other, hospitals), build.pooled(first), *build.alone(first)]
+  keys = {tuple(np.asarray(jax.random.key_data(run.key)).tolist()) for run in runs}
+  assert len(keys) == len(runs)
+  again = build.build(config, hospitals)
+  assert (jax.random.key_data(again.key) == jax.random.key_data(first.key)).all()
+
+
+def test_the_ledger_on_disk_is_never_behind_the_log(tmp_path):
+  config = get_config()
+  config.model.name, config.eval.every = "linear", 1
+  experiment = build.build(config, load_hospitals(config))
+  (tmp_path / "figures").mkdir()
+  seen = []
+
+  def listen(point):
+    record = json.loads((tmp_path / "privacy.json").read_text())
+    assert record["epsilon_max"] == max(point.epsilons)
+    assert {hospital["steps"] for hospital in record["hospitals"]} == {2 * point.rounds}
+    seen.append(point.rounds)
+
+  train_rounds(experiment, tmp_path, listen)
+  assert seen == list(range(7))
 
 
 def test_the_run_stops_before_the_budget_is_crossed(tmp_path):
@@ -244,5 +304,5 @@ def test_an_unwritable_workdir_is_a_sentence(tmp_path):
 def test_more_clients_than_examples_is_a_sentence(tmp_path):
   config = get_config()
   config.partition.num_clients = 1000
-  with pytest.raises(UserError, match=";"):
+  with pytest.raises(UserError, match=r"partition.num_clients=1000 exceeds the \d+ training units"):
     load_hospitals(config)

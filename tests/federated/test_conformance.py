@@ -90,6 +90,16 @@ def test_an_absent_cohort_changes_nothing(name, private):
 
 
 @every
+def test_an_empty_round_leaves_a_server_with_momentum_where_it_is(name, private):
+  federation = make_federation(name, private=private, cohort_cap=3, chunk=1, server="momentum")
+  moving, _ = rounds(federation, 2)
+  before = jax.tree.map(jnp.copy, moving.server)
+  still, _ = rounds(federation, 2, state=moving, hyper=make_hyper(participation_rate=0.0))
+  chex.assert_trees_all_equal(still.server._replace(round=before.round), before)
+  assert int(still.server.round) == 4
+
+
+@every
 def test_a_cohort_of_everyone_equals_full_participation(name, private):
   full, _ = rounds(make_federation(name, private=private), 3)
   cohort, _ = rounds(make_federation(name, private=private, cohort_cap=3, chunk=2), 3)
