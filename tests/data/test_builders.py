@@ -3,6 +3,7 @@
 import os
 import pathlib
 import sys
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,12 +21,12 @@ pytestmark = [
   pytest.mark.filterwarnings("ignore::DeprecationWarning"),
   pytest.mark.filterwarnings("ignore::PendingDeprecationWarning"),
 ]
-OPTIONS = {"image_size": 24, "min_size": 12, "strict": False, "patient_pattern": ""}
+OPTIONS: dict[str, Any] = {"image_size": 24, "min_size": 12, "strict": False, "patient_pattern": ""}
 CORRUPT = "corrupt.jpg"
 
 
 def fake_download(root: pathlib.Path, name: str) -> pathlib.Path:
-  """A miniature of a public set: RGB in one class, L in the other, sizes differ, one file broken."""
+  """A miniature of a public set: RGB in one class, L in the other, one file broken."""
   rng = np.random.default_rng(len(name))
   for label, folder in enumerate(SOURCES[name].class_names):
     (root / folder / "part").mkdir(parents=True)
@@ -34,8 +35,9 @@ def fake_download(root: pathlib.Path, name: str) -> pathlib.Path:
       pixels = rng.integers(0, 256, shape).astype(np.uint8)
       image = Image.fromarray(pixels)
       image.save(root / folder / f"y{number}.{'jpg' if number % 2 else 'png'}")
-    image.save(root / folder / "part" / "nested.png")
-    image.save(root / folder / "part-0.png")
+    for place in ("part/nested.png", "part-0.png"):
+      last = root / folder / "y2.png"
+      (root / folder / place).write_bytes(last.read_bytes())
   Image.fromarray(rng.integers(0, 256, (9, 9)).astype(np.uint8)).save(
     root / SOURCES[name].class_names[1] / "tiny.png"
   )

@@ -107,7 +107,9 @@ def test_different_patients_are_not_joined(air: str):
     images = np.stack([without_air(image) for image in images])
   groups = near_duplicate_groups(images)
   assert len(first) > 250
-  assert len(first) - len(set(groups.tolist())) <= 0.01 * len(first)  # joins that lose a group
+  sizes = np.bincount(groups).astype(float)
+  joined, pairs = (sizes * (sizes - 1) / 2).sum(), len(first) * (len(first) - 1) / 2
+  assert joined / pairs <= 5e-4  # a few phantoms are doubles; a chain of 8 would be too many
 
 
 def test_blank_images_are_never_joined(originals: np.ndarray):

@@ -281,7 +281,9 @@ def test_a_class_of_broken_files_is_refused_with_one_of_them(two: pathlib.Path):
   damage(two / "no" / "alien.png", "corrupt")
   for number in range(3):
     damage(two / "yes" / f"{number}.png", "zero bytes")
-  expected = r"class 'yes' of .* has no usable picture: 3 files .*yes/0\.png cannot be read .*; lower"
+  expected = (
+    r"class 'yes' of .* has no usable picture: 3 files .*yes/0\.png cannot be read .*; lower"
+  )
   with pytest.raises(UserError, match=expected):
     load(two)
 

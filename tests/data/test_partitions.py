@@ -1,4 +1,4 @@
-"""Partitions: every example once, units whole, shares as drawn, requests that cannot be met fail."""
+"""Partitions: every example once, units whole, shares as drawn, impossible requests fail."""
 
 import dataclasses
 
@@ -261,8 +261,9 @@ def test_site_hospitals_are_the_sites():
 def test_a_unit_of_two_sites_stays_whole_at_the_site_that_holds_most_of_it(monkeypatch):
   groups = np.arange(COUNT)
   assert DATASET.sites is not None
-  first, second, third = np.flatnonzero(DATASET.sites == 0)[[0, 1]].tolist() + [
-    int(np.flatnonzero(DATASET.sites == 3)[0])
+  first, second, third = [
+    *np.flatnonzero(DATASET.sites == 0)[[0, 1]].tolist(),
+    int(np.flatnonzero(DATASET.sites == 3)[0]),
   ]
   groups[[second, third]] = first
   monkeypatch.setattr(hospitals, "near_duplicate_groups", lambda images: groups)

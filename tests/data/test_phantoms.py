@@ -66,7 +66,7 @@ def test_a_tumour_changes_its_mask_and_little_beyond(monkeypatch, drawn: Dataset
   inside = np.array([c[m].mean() for c, m in zip(change[ill], masks[ill], strict=True)])
   assert np.median(inside) > 20
   assert inside.min() > 3
-  far = ~ndimage.binary_dilation(masks, np.ones((1, 3, 3)), iterations=12)
+  far = np.logical_not(ndimage.binary_dilation(masks, np.ones((1, 3, 3)), iterations=12))
   assert change[ill][far[ill]].mean() < 1
 
 
@@ -115,7 +115,9 @@ def test_slices_of_a_patient_resemble_each_other_across_a_chunk_boundary(drawn: 
   assert drawn.tumour_masks is not None
   same = np.flatnonzero((np.diff(drawn.patients) == 0) & (drawn.labels[1:] == 1))
   masks = drawn.tumour_masks
-  overlap = (masks[same] & masks[same + 1]).sum((1, 2)) / (masks[same] | masks[same + 1]).sum((1, 2))
+  overlap = (masks[same] & masks[same + 1]).sum((1, 2)) / (masks[same] | masks[same + 1]).sum(
+    (1, 2)
+  )
   assert np.median(overlap) > 0.5
   split = make_phantoms(600, 48, seed=next(s for s in range(50) if _boundary_patient(s)))
   assert split.tumour_masks is not None

@@ -1,4 +1,4 @@
-"""Splits: units stay whole, shares are kept, leaks are counted, requests that cannot be met fail."""
+"""Splits: units stay whole, shares are kept, leaks are counted, impossible requests fail."""
 
 import dataclasses
 
