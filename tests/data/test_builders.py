@@ -110,12 +110,12 @@ def test_other_folders_of_the_download_are_left_alone(download, tmp_path):
 def test_strict_names_the_broken_file(download, tmp_path):
   name, root = download
   with pytest.raises(UserError, match=r"corrupt\.jpg cannot be read .*; mend or remove it"):
-    load_builder(name, root, tmp_path / "cache", **(OPTIONS | {"strict": True}))
+    load_builder(name, root, tmp_path / "cache", **{**OPTIONS, "strict": True})
 
 
 def test_patients_come_from_the_pattern(download, tmp_path):
   name, root = download
-  options = OPTIONS | {"patient_pattern": r"/y(\d)\."}
+  options = {**OPTIONS, "patient_pattern": r"/y(\d)\."}
   found = load_builder(name, root, tmp_path / "cache", **options)
   expected = load_folder(root, **options).patients
   assert found.patients is not None
@@ -165,7 +165,7 @@ REAL = {"br35h": ("Br35H", 3000, 1500), "sars_cov2_ct": ("SARS-CoV-2-CT", 2481, 
 @pytest.mark.parametrize("name", sorted(REAL))
 def test_public_sets_are_read_whole(real_data: pathlib.Path, tmp_path: pathlib.Path, name: str):
   folder, count, positive = REAL[name]
-  options = OPTIONS | {"image_size": 64, "min_size": 32}
+  options = {**OPTIONS, "image_size": 64, "min_size": 32}
   dataset = load_builder(name, real_data / folder, tmp_path, **options)
   assert dataset.skipped == ()
   assert len(dataset.labels) == count
