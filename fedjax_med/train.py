@@ -31,18 +31,17 @@ def main(_: list[str]) -> None:
   from fedjax_med.experiment.cache import use_compilation_cache
 
   use_compilation_cache(config.execution.compilation_cache)
-  if values.dry_run:
-    run.dry_run(config)
-    return
   name = pathlib.Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
   command = shlex.join(["python", "-m", "fedjax_med.train", *sys.argv[1:]])
-  folder = pathlib.Path(values.workdir).expanduser()
   try:
-    run.run(config, folder, name, command)
+    if values.dry_run:
+      run.dry_run(config)
+    else:
+      run.run(config, pathlib.Path(values.workdir).expanduser(), name, command)
   except OSError as error:  # whatever the file system refuses, a full disk for one
     raise UserError(
-      f"{error.filename or folder}: {error.strerror or error}; make it readable and writable, free"
-      " space, or name other folders (--workdir, data.path, data.cache_dir)"
+      f"{error.filename or values.workdir}: {error.strerror or error}; make it readable and"
+      " writable, free space, or name other folders (--workdir, data.path, data.cache_dir)"
     ) from error
 
 
