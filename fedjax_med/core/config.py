@@ -156,7 +156,8 @@ class PrivacyConfig:
     delta: δ; 0 means 1 / (10 n) at each hospital. It must be under 1/n.
     batch_cap: examples a truncated Poisson batch holds at most; 0 means 5 standard deviations
       above the expected size.
-    clipping: auto, two_pass or reference (one example at a time, any model); all exact.
+    clipping: auto, book_keeping (one backward pass), two_pass (two, least memory) or reference (a
+      gradient per example, any model); all exact.
   """
 
   mechanism: str = "none"
@@ -232,7 +233,7 @@ CHOICES = {
   "server.weighting": ("examples", "uniform"),
   "server.participation": ("full", "poisson"),
   "privacy.mechanism": ("none", "dp_sgd"),
-  "privacy.clipping": ("auto", "two_pass", "reference"),
+  "privacy.clipping": ("auto", "book_keeping", "two_pass", "reference"),
   "execution.layout": ("auto", "vmap", "chunk", "scan"),
   "execution.lowering": ("auto", "matmul", "native"),
 }
@@ -353,8 +354,8 @@ def validate(config: Config) -> None:
     "use model.norm=group or model.norm=frozen_batch with privacy.mechanism=dp_sgd",
   )
   require(
-    config.model.dtype == "float32",
-    f"model.dtype='{config.model.dtype}' rounds a clipped gradient to up to 1.003 C, above the"
-    " sensitivity that ε is computed from",
-    "use model.dtype=float32 with privacy.mechanism=dp_sgd",
+    config.model.dtype == "float32" or privacy.clipping != "two_pass",
+    f"privacy.clipping='two_pass' with model.dtype='{config.model.dtype}' rounds a clipped gradient"
+    " to up to 1.003 C, above the sensitivity that ε is computed from",
+    "use privacy.clipping=auto, or model.dtype=float32",
   )

@@ -23,6 +23,7 @@ from fedjax_med.federated.local import (
 )
 from fedjax_med.federated.optimizers import client_optimizer, schedule, server_optimizer
 from fedjax_med.federated.registry import create_algorithm
+from fedjax_med.models.model import Model
 from fedjax_med.models.registry import create_model
 from fedjax_med.privacy.accounting import resolve_deltas
 from fedjax_med.privacy.clipping import resolve_method
@@ -169,10 +170,7 @@ def make_program(
     clipping = "none"
     gradient = plain_gradient(model, loss, batch_size=config.client.batch_size, **shape)
   else:
-    params, state = jax.eval_shape(model.init, base_key(0), image)
-    clipping, reason = resolve_method(
-      config.privacy.clipping, model.uncovered(params, state, image)
-    )
+    clipping, reason = resolve_method(config.privacy.clipping, _uncovered(config, model, image))
     reasons.append(f"clipping {clipping}: {reason}")
     gradient = private_gradient(model, loss, clipping=clipping, batch_cap=batch_cap, **shape)
   client, server = config.client, config.server
@@ -201,6 +199,18 @@ def make_program(
     make_block(run_round, num_clients),
     make_predict(model, batch_size=config.eval.batch_size, normalisation=config.data.normalisation),
   )
+
+
+def _uncovered(config: Config, model: Model, image: jax.ShapeDtypeStruct) -> dict:
+  """Why each clipping method cannot be trusted with the model; see ``resolve_method``."""
+  params, state = jax.eval_shape(model.init, base_key(0), image)
+  reasons = {
+    method: model.uncovered(params, state, image, method) for method in ("book_keeping", "two_pass")
+  }
+  if config.model.dtype != "float32":
+    rounding = f"its second backward pass rounds {config.model.dtype} activations unlike the first"
+    reasons["two_pass"] = (rounding, *reasons["two_pass"])
+  return reasons
 
 
 def _cohort_cap(config: Config, num_clients: int) -> int | None:

@@ -9,12 +9,12 @@ each operation must pass on exactly that axis. An operation that is not known co
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax.extend import core
 
-from fedjax_med.models.taps import Layer
+from fedjax_med.models.gradients import Layer
 
 _MARK = "fedjax_med_tapped_layer"
 _BATCHES = (5, 7)
@@ -48,7 +48,7 @@ Origins = dict[core.Var, tuple[str, int]]
 
 
 def marked(layer: Layer, inputs: jax.Array) -> jax.Array:
-  """Runs ``layer`` as one operation that ``problems`` recognises in the traced program."""
+  """Runs ``layer`` as one operation that ``examine`` recognises in the traced program."""
 
   def run(inputs, params, constants):
     return layer.forward(params, constants, inputs)
@@ -57,13 +57,27 @@ def marked(layer: Layer, inputs: jax.Array) -> jax.Array:
   return jax.jit(run)(inputs, layer.params, layer.constants)
 
 
-def problems(
+class Findings(NamedTuple):
+  """What one look at the traced program found.
+
+  Attributes:
+    problems: phrases that say why taps would miss part of a gradient; empty if they see all of it.
+    parameters: names of the parameters that go into marked layers.
+    looped: places where marked layers run in a loop, so that one call has several gradients.
+  """
+
+  problems: tuple[str, ...]
+  parameters: frozenset[str]
+  looped: tuple[str, ...]
+
+
+def examine(
   marked_apply: Callable[..., jax.Array],  # (params, state, inputs, key) -> logits
   params: Any,
   state: Any,
   inputs: Any,  # [any, ...], only shape and dtype are read
-) -> tuple[str, ...]:
-  """Phrases that say why taps would miss part of a gradient; empty if they see all of it."""
+) -> Findings:
+  """Follows every parameter and the examples through the program."""
   leaves = jax.tree_util.tree_flatten_with_path(params)[0]
   names = ["/".join(str(getattr(key, "key", key)) for key in path) for path, _ in leaves]
   traces = [
@@ -84,7 +98,7 @@ def problems(
   for name, count in walk.uses.items():
     if count > 1:
       walk.found[f"{name} is used {'twice' if count == 2 else f'{count} times'}"] = None
-  return tuple(walk.found)
+  return Findings(tuple(walk.found), frozenset(walk.uses), tuple(walk.looped))
 
 
 class _Walk:
@@ -93,6 +107,7 @@ class _Walk:
   def __init__(self):
     self.uses: Counter[str] = Counter()
     self.found: dict[str, None] = {}
+    self.looped: dict[str, None] = {}
 
   def program(self, first: Any, second: Any, origins: Origins) -> None:
     """Follows parameters and the example axis through both traces, inner programs included."""
@@ -157,7 +172,10 @@ class _Walk:
     for var in one.invars[:consts]:
       if var in inner:  # the same weights in every turn of the loop
         inner[var] = (inner[var][0], inner[var][1] * eqn.params["length"])
+    before = self.uses.total()
     self.program(one, two, {v: o for v, o in inner.items() if v not in one.invars[consts:][:carry]})
+    if self.uses.total() > before:
+      self.looped[_place(eqn)] = None
 
   def outside(self, eqn: Any, used: Any, origins: Origins) -> None:
     for var in used:

@@ -15,25 +15,33 @@ import numpy as np
 from flax.linen import meta
 from jax import lax
 
-from fedjax_med.models import coverage, ops, taps
+from fedjax_med.models import coverage, gradients, ops, taps
 
 Params = Any
 State = dict[str, Any]
+Records = dict[tuple[str, ...], gradients.Record]
 
 
 class Model(NamedTuple):
   """A network as pure functions.
+
+  A unit is one row of the batch or several consecutive ones; U units are B / U rows each.
 
   Attributes:
     init: (key, inputs [1, ...]) -> (params, state); state holds the collections that are not
       trained (stored statistics), {} where there are none.
     apply: (params, state, inputs [B, ...], *, key=None, train=False) -> (logits [B, classes], new
       state). ``key`` draws dropout; without training the state comes back as it went in.
-    tapped_apply: (params, state, inputs [B, ...], taps [B], *, key=None) -> logits [B, classes] of
-      a training pass. The cotangent of ``taps`` is the squared l2 norm of each example's gradient
-      of the parameters, provided that ``uncovered`` is empty. The state stays as it is.
-    uncovered: (params, state, inputs) -> why the taps cannot be trusted, one phrase a reason, empty
-      if they can. ``inputs`` needs a shape [any, ...] and a dtype only.
+    tapped_apply: (params, state, inputs [B, ...], taps [U], *, key=None) -> logits [B, classes] of
+      a training pass. The cotangent of ``taps`` is the squared l2 norm of each unit's gradient of
+      the parameters, provided that ``uncovered`` is empty. The state stays as it is.
+    blank_records: (params, state, inputs [B, ...], units, *, key=None) -> zeros in the shape of the
+      ``Record`` of every layer, by the layer's path.
+    recorded_apply: (params, state, inputs [B, ...], blank records, units, *, key=None) -> the same
+      logits. The cotangent of the blank records is each layer's ``Record``.
+    uncovered: (params, state, inputs, method) -> why clipping method 'two_pass' or 'book_keeping'
+      cannot be trusted, one phrase a reason, empty if it can. ``inputs`` needs a shape [any, ...]
+      and a dtype only.
 
   Logits are float32, or float64 where the network computes so.
   """
@@ -41,6 +49,8 @@ class Model(NamedTuple):
   init: Callable[..., tuple[Params, State]]
   apply: Callable[..., tuple[jax.Array, State]]
   tapped_apply: Callable[..., jax.Array]
+  blank_records: Callable[..., Records]
+  recorded_apply: Callable[..., jax.Array]
   uncovered: Callable[..., tuple[str, ...]]
 
 
@@ -68,33 +78,66 @@ def from_flax(module: nn.Module, lowering: ops.Lowering = "matmul") -> Model:
       logits, changed = module.apply(
         {"params": params, **state}, inputs, rngs=rngs, mutable=mutable, **train_argument(train)
       )
-    logits = logits.astype(taps.at_least_float32(logits.dtype))
+    logits = logits.astype(gradients.at_least_float32(logits.dtype))
     return logits, {**state, **changed}
 
   def apply(params, state, inputs, *, key=None, train=False):
     return run(_plain, params, state, inputs, key, train)
 
   def tapped_apply(params, state, inputs, norm_taps, *, key=None):
-    def call(layer, layer_inputs):
+    def call(layer, layer_inputs, path):
+      del path
       return taps.tapped(layer, layer_inputs, norm_taps)
 
     return run(call, params, state, inputs, key, True)[0]
 
-  def uncovered(params, state, inputs):
+  def blank_records(params, state, inputs, units, *, key=None):
+    found = {}
+
+    def call(layer, layer_inputs, path):
+      found[path] = taps.blank_record(layer, layer_inputs, units)
+      return layer.forward(layer.params, layer.constants, layer_inputs)
+
+    def shapes(params, state, inputs):
+      return run(call, params, state, inputs, key, True)[0]
+
+    jax.eval_shape(shapes, params, state, inputs)
+    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), found)
+
+  def recorded_apply(params, state, inputs, blank, units, *, key=None):
+    def call(layer, layer_inputs, path):
+      return taps.recorded(layer, layer_inputs, blank[path], units)
+
+    return run(call, params, state, inputs, key, True)[0]
+
+  def uncovered(params, state, inputs, method):
+    names = set()
+
     def marked_apply(params, state, inputs, key):
-      return run(coverage.marked, params, state, inputs, key, True)[0]
+      def call(layer, layer_inputs, path):
+        names.update("/".join((*path, name)) for name in layer.params)
+        return coverage.marked(layer, layer_inputs)
 
-    return coverage.problems(marked_apply, params, state, inputs)
+      return run(call, params, state, inputs, key, True)[0]
 
-  return Model(init, apply, tapped_apply, uncovered)
+    findings = coverage.examine(marked_apply, params, state, inputs)
+    if method == "two_pass":
+      return findings.problems
+    looped = tuple(f"{place} runs layers in a loop" for place in findings.looped)
+    elsewhere = sorted(findings.parameters - names)
+    return findings.problems + looped + tuple(f"{name} has another path" for name in elsewhere)
+
+  return Model(init, apply, tapped_apply, blank_records, recorded_apply, uncovered)
 
 
-def _plain(layer: taps.Layer, inputs: jax.Array) -> jax.Array:
+def _plain(layer: gradients.Layer, inputs: jax.Array, path: tuple[str, ...]) -> jax.Array:
+  del path
   return layer.forward(layer.params, layer.constants, inputs)
 
 
 def _interceptor(
-  call: Callable[[taps.Layer, jax.Array], jax.Array], lowering: ops.Lowering
+  call: Callable[[gradients.Layer, jax.Array, tuple[str, ...]], jax.Array],
+  lowering: ops.Lowering,
 ) -> Callable[..., Any]:
   """Runs the layers known here through ``call`` and leaves every other method alone."""
 
@@ -103,12 +146,12 @@ def _interceptor(
     # The exact type: a subclass may compute something else.
     known = _LAYERS.get(type(module)) if context.method_name == "__call__" else None
     layer = known(module, lowering, *args, **kwargs) if known and args else None
-    return next_method(*args, **kwargs) if layer is None else call(layer, args[0])
+    return next_method(*args, **kwargs) if layer is None else call(layer, args[0], module.path)
 
   return intercept
 
 
-def _conv(module: nn.Conv, lowering: ops.Lowering, inputs: jax.Array) -> taps.Layer | None:
+def _conv(module: nn.Conv, lowering: ops.Lowering, inputs: jax.Array) -> gradients.Layer | None:
   padding, batch_and_size = module.padding, inputs.shape[:-1]
   stock = (
     inputs.ndim != 4
@@ -129,7 +172,7 @@ def _conv(module: nn.Conv, lowering: ops.Lowering, inputs: jax.Array) -> taps.La
   window, strides, dilation = map(
     _pair, (module.kernel_size, module.strides, module.kernel_dilation)
   )
-  return taps.conv_layer(
+  return gradients.conv_layer(
     params,
     strides=strides,
     padding=_pixels(padding, (height, width), window, strides, dilation),
@@ -140,19 +183,40 @@ def _conv(module: nn.Conv, lowering: ops.Lowering, inputs: jax.Array) -> taps.La
   )
 
 
-def _dense(module: nn.Dense, lowering: ops.Lowering, inputs: jax.Array) -> taps.Layer | None:
+def _dense(module: nn.Dense, lowering: ops.Lowering, inputs: jax.Array) -> gradients.Layer | None:
   del lowering
   params = _params(module, kernel=True, bias=module.use_bias)
   own_product = module.dot_general is not None or module.dot_general_cls is not None
   if params is None or inputs.ndim < 2 or own_product or _own_promotion(module):
     return None
   dtype = _result_dtype(module, inputs, params)
-  return taps.dense_layer(params, dtype=dtype, precision=module.precision)
+  return gradients.dense_layer(params, axes=1, dtype=dtype, precision=module.precision)
+
+
+def _dense_general(
+  module: nn.DenseGeneral, lowering: ops.Lowering, inputs: jax.Array
+) -> gradients.Layer | None:
+  del lowering
+  params = _params(module, kernel=True, bias=module.use_bias)
+  axes = (module.axis,) if isinstance(module.axis, int) else tuple(module.axis)
+  last = tuple(range(inputs.ndim - len(axes), inputs.ndim))
+  stock = (
+    tuple(axis % inputs.ndim for axis in axes) != last
+    or len(axes) == inputs.ndim
+    or bool(module.batch_dims)
+    or module.dot_general is not None
+    or module.dot_general_cls is not None
+    or _own_promotion(module)
+  )
+  if params is None or stock:
+    return None
+  dtype = _result_dtype(module, inputs, params)
+  return gradients.dense_layer(params, axes=len(axes), dtype=dtype, precision=module.precision)
 
 
 def _group_norm(
   module: nn.GroupNorm, lowering: ops.Lowering, inputs: jax.Array, *, mask: Any = None
-) -> taps.Layer | None:
+) -> gradients.Layer | None:
   del lowering
   params = _params(module, scale=module.use_scale, bias=module.use_bias)
   if params is None or inputs.ndim < 2 or mask is not None or _unusual_statistics(module):
@@ -179,12 +243,12 @@ def _group_norm(
       epsilon=module.epsilon,
     ).astype(dtype)
 
-  return taps.norm_layer(params, (), normalise, dtype=dtype, forward=forward)
+  return gradients.norm_layer(params, (), normalise, dtype=dtype, forward=forward)
 
 
 def _layer_norm(
   module: nn.LayerNorm, lowering: ops.Lowering, inputs: jax.Array, *, mask: Any = None
-) -> taps.Layer | None:
+) -> gradients.Layer | None:
   del lowering
   params = _params(module, scale=module.use_scale, bias=module.use_bias)
   last = (-1, inputs.ndim - 1)
@@ -201,7 +265,7 @@ def _layer_norm(
     variance = jnp.square(inputs).mean(-1, keepdims=True) - jnp.square(mean)
     return (inputs - mean) * lax.rsqrt(jnp.maximum(variance, 0) + module.epsilon)
 
-  return taps.norm_layer(params, (), normalise, dtype=_result_dtype(module, inputs, params))
+  return gradients.norm_layer(params, (), normalise, dtype=_result_dtype(module, inputs, params))
 
 
 def _frozen_batch_norm(
@@ -211,7 +275,7 @@ def _frozen_batch_norm(
   use_running_average: bool | None = None,
   *,
   mask: Any = None,
-) -> taps.Layer | None:
+) -> gradients.Layer | None:
   del lowering, mask  # stored statistics do not depend on the mask
   params = _params(module, scale=module.use_scale, bias=module.use_bias)
   frozen = _merged(module.use_running_average, use_running_average)
@@ -231,25 +295,26 @@ def _frozen_batch_norm(
     return (inputs - mean) * inverse
 
   dtype = _result_dtype(module, inputs, params)
-  return taps.norm_layer(params, (mean, variance), normalise, dtype=dtype)
+  return gradients.norm_layer(params, (mean, variance), normalise, dtype=dtype)
 
 
-_LAYERS: dict[type, Callable[..., taps.Layer | None]] = {
+_LAYERS: dict[type, Callable[..., gradients.Layer | None]] = {
   nn.Conv: _conv,
   nn.Dense: _dense,
+  nn.DenseGeneral: _dense_general,
   nn.GroupNorm: _group_norm,
   nn.LayerNorm: _layer_norm,
   nn.BatchNorm: _frozen_batch_norm,
 }
 
 
-def _params(module: nn.Module, **used: bool) -> taps.Params | None:
+def _params(module: nn.Module, **used: bool) -> gradients.Params | None:
   """The named parameters of a bound layer, or None if one is missing (the stock layer says so)."""
   params = {name: module.get_variable("params", name) for name, use in used.items() if use}
   return None if any(value is None for value in params.values()) else meta.unbox(params)
 
 
-def _result_dtype(module: Any, inputs: jax.Array, params: taps.Params) -> Any:
+def _result_dtype(module: Any, inputs: jax.Array, params: gradients.Params) -> Any:
   """Flax's rule: the layer's dtype, else what inputs and parameters promote to."""
   if module.dtype is not None:
     return module.dtype
@@ -275,7 +340,7 @@ def _unusual_statistics(module: Any) -> bool:
 
 
 def _at_least_float32(x: jax.Array) -> jax.Array:
-  return x.astype(taps.at_least_float32(x.dtype))
+  return x.astype(gradients.at_least_float32(x.dtype))
 
 
 def _pair(value: Any) -> ops.Pair:

@@ -9,7 +9,7 @@ XLA's CPU backend in jaxlib 0.10.2 and 0.11.0 crashes on float32 sums of product
 
 import math
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,21 @@ NO_PADDING: Padding = ((0, 0), (0, 0))
 # Groups narrower than this are merged, two 8-channel groups into one 16-channel product with zeros
 # off the diagonal: wasted multiplications, but twice as fast on a CPU as 32 very thin products.
 _MERGED_WIDTH = 16
+
+
+class Geometry(NamedTuple):
+  """How a convolution slides: all of it but the sizes of its arrays."""
+
+  window: Pair
+  strides: Pair = (1, 1)
+  padding: Padding = NO_PADDING
+  dilation: Pair = (1, 1)
+  groups: int = 1
+
+  @property
+  def pointwise(self) -> bool:
+    """Whether it is one matrix product for all channels at each position."""
+    return self.window == (1, 1) and self.groups == 1
 
 
 def accumulator(dtype: Any) -> Any:
@@ -111,21 +126,67 @@ def conv(
       dimension_numbers=("NHWC", "HWIO", "NHWC"),
       feature_group_count=groups,
     )
-  window = (kernel.shape[0], kernel.shape[1])
-
-  if window == (1, 1) and groups == 1:
-    ((_, _, view),) = shifted_views(inputs, window, strides, padding)
+  geometry = Geometry((kernel.shape[0], kernel.shape[1]), strides, padding, dilation, groups)
+  if geometry.pointwise:
+    ((_, _, view),) = shifted_views(inputs, (1, 1), strides, padding)
     return _einsum("byxc,cp->byxp", view, kernel[0, 0])
-  blocks = _kernel_blocks(kernel, groups)  # [G, kh * kw * c, p]
-  count, fan_in, width_out = blocks.shape
-  batch, height, width, _ = inputs.shape
-  grouped = inputs.reshape(batch, height, width, count, -1).transpose(3, 0, 1, 2, 4)
-  grouped = grouped.reshape(count * batch, height, width, -1)
-  columns = patches(grouped, window, strides, padding, dilation)
-  _, height, width, _ = columns.shape
-  out = _einsum("gtd,gdp->gtp", columns.reshape(count, -1, fan_in), blocks)
-  out = out.reshape(count, batch, height, width, width_out).transpose(1, 2, 3, 0, 4)
-  return out.reshape(batch, height, width, count * width_out)
+  merged = _merged_groups(groups, kernel.shape[2])
+  blocks = _kernel_blocks(kernel, groups, merged)  # [G, kh * kw * c, p]
+  out = _einsum("gtd,gdp->gtp", columns(inputs, geometry, merged), blocks)
+  size = output_size(
+    (inputs.shape[1], inputs.shape[2]), geometry.window, strides, padding, dilation
+  )
+  out = out.reshape(out.shape[0], inputs.shape[0], *size, out.shape[2])
+  return out.transpose(1, 2, 3, 0, 4).reshape(inputs.shape[0], *size, -1)
+
+
+def conv_gradients(
+  inputs: jax.Array,  # [B, H, W, C_in]
+  cotangent: jax.Array,  # [B, H', W', C_out], dtype of inputs
+  geometry: Geometry,
+  *,
+  units: int,
+) -> jax.Array:  # [units, kh, kw, C_in / groups, C_out], at least float32
+  """Gradient of the kernel, summed over each of ``units`` equal runs of images.
+
+  One unit gives the gradient of the batch, B units one of every image.
+  """
+  groups, (kh, kw) = geometry.groups, geometry.window
+  width_in, width_out = inputs.shape[3] // groups, cotangent.shape[3] // groups
+  if geometry.pointwise:
+    ((_, _, view),) = shifted_views(inputs, (1, 1), geometry.strides, geometry.padding)
+    rows = view.reshape(units, -1, width_in)
+    out = _product("utd,utp->udp", rows, cotangent.reshape(units, -1, width_out))
+    return out[:, None, None]
+  merged = _merged_groups(groups, width_in)
+  count = groups // merged
+  # Groups and units are one batch axis: vmaps over clients and sweeps stay within the limit.
+  rows = columns(inputs, geometry, merged).reshape(count * units, -1, kh * kw * merged * width_in)
+  errors = by_group(cotangent, count).reshape(count * units, -1, merged * width_out)
+  blocks = _product("ntd,ntp->ndp", rows, errors)
+  blocks = blocks.reshape(count, units, kh * kw, merged, width_in, merged, width_out)
+  diagonal = jnp.stack([blocks[:, :, :, m, :, m] for m in range(merged)])  # [m, G, U, k², c, p]
+  return diagonal.transpose(2, 3, 4, 1, 0, 5).reshape(units, kh, kw, width_in, groups * width_out)
+
+
+def by_group(values: jax.Array, groups: int) -> jax.Array:
+  """[B, H, W, C] -> [groups, B, H, W, C / groups]."""
+  split = values.reshape(*values.shape[:3], groups, -1)
+  return split.transpose(3, 0, 1, 2, 4)
+
+
+def columns(inputs: jax.Array, geometry: Geometry, merged: int = 1) -> jax.Array:
+  """Patches with the groups leading: [G / merged, B * H' * W', kh * kw * merged * C / G]."""
+  groups = geometry.groups // merged
+  grouped = by_group(inputs, groups)
+  covered = patches(
+    grouped.reshape(-1, *grouped.shape[2:]),
+    geometry.window,
+    geometry.strides,
+    geometry.padding,
+    geometry.dilation,
+  )
+  return covered.reshape(groups, -1, covered.shape[3])
 
 
 def group_norm(
@@ -184,12 +245,16 @@ def _first_maximum(inputs: jax.Array, window: Pair, strides: Pair, padding: Padd
   return best
 
 
-def _kernel_blocks(kernel: jax.Array, groups: int) -> jax.Array:
+def _merged_groups(groups: int, width: int) -> int:
+  """How many neighbouring groups of ``width`` input channels become one product."""
+  fitting = [m for m in range(1, groups + 1) if groups % m == 0 and m * width <= _MERGED_WIDTH]
+  return max(fitting, default=1)
+
+
+def _kernel_blocks(kernel: jax.Array, groups: int, merged: int) -> jax.Array:
   """[kh, kw, c, C_out] -> one matrix [kh * kw * c', p'] per block of merged narrow groups."""
   shifts, width_in = math.prod(kernel.shape[:2]), kernel.shape[2]
   width_out = kernel.shape[3] // groups
-  fitting = [m for m in range(1, groups + 1) if groups % m == 0 and m * width_in <= _MERGED_WIDTH]
-  merged = max(fitting, default=1)
   blocks = kernel.reshape(shifts, width_in, groups // merged, merged, width_out)
   # Zeros off the diagonal by padding, not by a product with an identity: its gradient is a slice.
   rows = [
@@ -207,6 +272,9 @@ def _kernel_blocks(kernel: jax.Array, groups: int) -> jax.Array:
 
 def _einsum(equation: str, left: jax.Array, right: jax.Array) -> jax.Array:
   """Einsum summed in at least float32, in the dtype of ``left``."""
-  accumulated = accumulator(left.dtype)
-  out = jnp.einsum(equation, left, right, preferred_element_type=accumulated)
-  return out.astype(left.dtype)
+  return _product(equation, left, right).astype(left.dtype)
+
+
+def _product(equation: str, left: jax.Array, right: jax.Array) -> jax.Array:
+  """Einsum in at least float32."""
+  return jnp.einsum(equation, left, right, preferred_element_type=accumulator(left.dtype))

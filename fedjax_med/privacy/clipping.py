@@ -7,21 +7,22 @@ import jax
 import jax.numpy as jnp
 
 from fedjax_med.core.errors import UserError, require_choice
+from fedjax_med.models.gradients import sq_norms, weighted_sum
 from fedjax_med.models.model import Model
 
-METHODS = ("two_pass", "reference")
+METHODS = ("book_keeping", "two_pass", "reference")
 
 Loss = Callable[[jax.Array, jax.Array], jax.Array]
 
 
 class ClipMetrics(NamedTuple):
-  """What clipping saw of each example; rows outside the mask hold 0.
+  """What clipping saw; rows and units outside the mask hold 0.
 
-  None of it is covered by the privacy of the sum. A non-finite example keeps its non-finite values.
+  None of it is covered by the privacy of the sum. A non-finite unit keeps its non-finite values.
 
   Attributes:
-    loss: [B] float32.
-    norm: [B] float32, l2 norm of the gradient before clipping.
+    loss: [B] float32, loss of each row.
+    norm: [U] float32, l2 norm of each unit's gradient before clipping.
     logits: [B, classes] float32.
   """
 
@@ -30,28 +31,35 @@ class ClipMetrics(NamedTuple):
   logits: jax.Array
 
 
-def resolve_method(requested: str, uncovered: tuple[str, ...]) -> tuple[str, str]:
+def resolve_method(requested: str, uncovered: dict[str, tuple[str, ...]]) -> tuple[str, str]:
   """Decides how gradients are clipped; returns (method, the reason in one phrase).
 
   Args:
-    requested: privacy.clipping: auto, two_pass or reference.
-    uncovered: ``Model.uncovered(...)``, empty if norm taps see every gradient.
+    requested: privacy.clipping: auto or one of METHODS.
+    uncovered: by method but 'reference', why it cannot be trusted with this model and dtype;
+      empty if it can.
 
   Raises:
-    UserError: the method is unknown, or is two_pass on a model that taps do not cover.
+    UserError: the method is unknown, or does not cover the model.
   """
   require_choice("privacy.clipping", requested, ("auto", *METHODS))
-  if requested == "reference":
-    return "reference", "asked for"
-  if not uncovered:
-    return "two_pass", "asked for" if requested == "two_pass" else "norm taps cover every layer"
-  reasons = ", ".join(uncovered[:4]) + (f" and {len(uncovered) - 4} more" * (len(uncovered) > 4))
-  if requested == "two_pass":
+  if requested == "reference" or (requested != "auto" and not uncovered[requested]):
+    return requested, "asked for"
+  if requested != "auto":
     raise UserError(
-      f"privacy.clipping='two_pass' does not cover this model ({reasons});"
-      " set privacy.clipping=reference"
+      f"privacy.clipping='{requested}' does not cover this model"
+      f" ({_shortened(uncovered[requested])}); set privacy.clipping=auto or reference"
     )
-  return "reference", f"norm taps do not cover the model: {reasons}"
+  if not uncovered["book_keeping"]:
+    return "book_keeping", "one backward pass; every layer's record is known"
+  why = _shortened(uncovered["book_keeping"])
+  if not uncovered["two_pass"]:
+    return "two_pass", f"norm taps cover every layer, book-keeping does not: {why}"
+  return "reference", f"norm taps do not cover the model: {_shortened(uncovered['two_pass'])}"
+
+
+def _shortened(reasons: tuple[str, ...]) -> str:
+  return ", ".join(reasons[:4]) + (f" and {len(reasons) - 4} more" * (len(reasons) > 4))
 
 
 def clipped_sum(
@@ -65,89 +73,161 @@ def clipped_sum(
   mask: jax.Array,  # [B] bool
   clip_norm: jax.Array,  # scalar float32, C
   key: jax.Array | None,
+  *,
+  rows_per_unit: int = 1,
 ) -> tuple[Any, ClipMetrics]:
-  """Returns sum over the mask of gradient_b * min(1, C / |gradient_b|), and metrics.
+  """Returns sum over units of gradient_u * min(1, C / |gradient_u|), and metrics.
 
-  The unit of privacy is the example; removing one moves the sum by at most C, up to the rounding of
-  the norm. A row outside the mask counts exactly 0 and what stands in it changes no bit; an empty
-  mask gives exactly 0; an example whose gradient norm is not finite in float32 counts exactly 0.
-  Dropout draws differ between methods: 'reference' folds the row number into ``key``.
+  The unit of privacy is ``rows_per_unit`` consecutive rows (an image; the images of a patient; m
+  augmentations of one image); its loss is the mean over its rows in the mask. Removing a unit moves
+  the sum by at most C, up to the rounding of the norm. A row outside the mask counts exactly 0 and
+  what stands in it changes no bit; an empty mask gives exactly 0; a unit whose gradient norm is not
+  finite in float32 counts exactly 0. Dropout draws differ between methods: 'reference' folds the
+  unit's number into ``key``.
 
-  How far rounding carries a contribution past C: 1e-6 of it in float32 products. With bfloat16
-  activations the second backward pass of 'two_pass' rounds unlike the first (3e-3 in a small CNN),
-  with 'reference' it does not.
+  How far rounding carries a contribution past C: 1e-6 of it in float32 products, with bfloat16
+  activations too where norm and sum come from one backward pass ('book_keeping', 'reference'). The
+  second backward pass of 'two_pass' rounds unlike the first (3e-3 in a small CNN in bfloat16).
 
   Args:
-    method: 'two_pass' (needs an empty ``model.uncovered``; one gradient's memory) or 'reference'
-      (B gradients' memory, any model).
+    method: 'book_keeping' (one backward pass; keeps activations and their cotangents), 'two_pass'
+      (two; one gradient's memory) or 'reference' (U gradients' memory, any model). The first two
+      need an empty ``model.uncovered``.
     model: the network; its state is read and not changed.
     loss: (logits [B, classes], labels [B, ...]) -> [B], row by row.
     params: trainable weights.
     state: other collections of the model.
-    inputs: examples.
-    labels: labels of the examples.
+    inputs: rows.
+    labels: labels of the rows.
     mask: which rows are examples.
     clip_norm: C, above 0.
     key: draws dropout; None if the model has none.
+    rows_per_unit: rows of a unit, a divisor of B.
 
   Returns:
     (pytree like params, ClipMetrics).
   """
   require_choice("method", method, METHODS)
+  if inputs.shape[0] % rows_per_unit:
+    raise ValueError(f"{inputs.shape[0]} rows are not whole units of {rows_per_unit}")
   inputs, labels = _zero_outside(mask, inputs), _zero_outside(mask, labels)
-  gradients = _two_pass if method == "two_pass" else _reference
-  total, metrics = gradients(model, loss, params, state, inputs, labels, mask, clip_norm, key)
-  return total, ClipMetrics(*(_zero_outside(mask, value) for value in metrics))
+  by_unit = mask.reshape(-1, rows_per_unit)
+  present = by_unit.any(1)
+  share = by_unit.astype(jnp.float32)
+  share = share / jnp.maximum(share.sum(1, keepdims=True), 1)
+  batch = _Batch(inputs, labels, share.reshape(-1), present, key)
+  run = {"book_keeping": _book_keeping, "two_pass": _two_pass, "reference": _reference}[method]
+  total, (losses, norms, logits) = run(model, loss, params, state, batch, clip_norm)
+  return total, ClipMetrics(
+    _zero_outside(mask, losses), _zero_outside(present, norms), _zero_outside(mask, logits)
+  )
 
 
-def _two_pass(model, loss, params, state, inputs, labels, mask, clip_norm, key):
-  """Pulls back ones for the norms, then the clip coefficients for the sum (design: norm taps)."""
+class _Batch(NamedTuple):
+  """Rows with zeros outside the mask, and what each counts.
 
-  def losses(params, taps):
-    logits = model.tapped_apply(params, state, inputs, taps, key=key)
-    values = loss(logits, labels)
+  Attributes:
+    inputs: [B, ...].
+    labels: [B, ...].
+    share: [B] float32, weight of a row in its unit's loss.
+    present: [U] bool, units with a row in the mask.
+    key: draws dropout.
+  """
+
+  inputs: jax.Array
+  labels: jax.Array
+  share: jax.Array
+  present: jax.Array
+  key: jax.Array | None
+
+
+def _book_keeping(model, loss, params, state, batch, clip_norm):
+  """One backward pass leaves every layer's record; norms and the sum are made of those."""
+  units = batch.present.shape[0]
+  blank = model.blank_records(params, state, batch.inputs, units, key=batch.key)
+
+  def losses(blank):
+    logits = model.recorded_apply(params, state, batch.inputs, blank, units, key=batch.key)
+    values = loss(logits, batch.labels)
     return values, (values, logits)
 
-  dtype = jax.tree.leaves(params)[0].dtype
-  taps = jnp.zeros(inputs.shape[0], dtype)
-  values, pull, (_, logits) = jax.vjp(losses, params, taps, has_aux=True)
-  _, sq_norms = pull(jnp.ones_like(values))
-  norms = jnp.sqrt(sq_norms)
-  total, _ = pull(_coefficients(norms, mask, clip_norm).astype(values.dtype))
+  values, pull, (_, logits) = jax.vjp(losses, blank, has_aux=True)
+  (records,) = pull(batch.share.astype(values.dtype))
+  norms = jnp.sqrt(sum(sq_norms(record) for record in records.values()))
+  scale = _coefficients(norms, batch.present, clip_norm)
+  total = jax.tree.map(jnp.zeros_like, params)
+  for path, record in records.items():
+    _set(total, path, weighted_sum(record, scale))
   return total, ClipMetrics(values, norms, logits)
 
 
-def _reference(model, loss, params, state, inputs, labels, mask, clip_norm, key):
-  """One gradient per example, each from a batch of its own (vmap of grad)."""
+def _set(tree, path, values):
+  """Puts a layer's gradients into the nested dictionary of all, in place."""
+  for name in path:
+    tree = tree[name]
+  for name, value in values.items():
+    if value.shape != tree[name].shape:
+      raise ValueError(f"the record of {'/'.join((*path, name))} has shape {value.shape}")
+    tree[name] = value.astype(tree[name].dtype)
 
-  def one(inputs, labels, row):
+
+def _two_pass(model, loss, params, state, batch, clip_norm):
+  """Pulls back ones for the norms, then the clip coefficients for the sum (design: norm taps)."""
+
+  def losses(params, taps):
+    logits = model.tapped_apply(params, state, batch.inputs, taps, key=batch.key)
+    values = loss(logits, batch.labels)
+    return values, (values, logits)
+
+  units = batch.present.shape[0]
+  taps = jnp.zeros(units, jax.tree.leaves(params)[0].dtype)
+  values, pull, (_, logits) = jax.vjp(losses, params, taps, has_aux=True)
+  share = batch.share.astype(values.dtype)
+  _, squares = pull(share)
+  norms = jnp.sqrt(squares)
+  scale = _coefficients(norms, batch.present, clip_norm).astype(values.dtype)
+  total, _ = pull(share * jnp.repeat(scale, share.shape[0] // units))
+  return total, ClipMetrics(values, norms, logits)
+
+
+def _reference(model, loss, params, state, batch, clip_norm):
+  """One gradient per unit, each from a batch of its own (vmap of grad)."""
+  units = batch.present.shape[0]
+
+  def one(inputs, labels, share, unit):
     def value(params):
-      row_key = None if key is None else jax.random.fold_in(key, row)
-      logits, _ = model.apply(params, state, inputs[None], key=row_key, train=True)
-      return loss(logits, labels[None])[0], logits[0]
+      unit_key = None if batch.key is None else jax.random.fold_in(batch.key, unit)
+      logits, _ = model.apply(params, state, inputs, key=unit_key, train=True)
+      values = loss(logits, labels)
+      # A row outside the mask counts 0 even if its loss is not finite.
+      weighted = jnp.where(share > 0, values * share.astype(values.dtype), jnp.zeros_like(values))
+      return weighted.sum(), (values, logits)
 
-    return jax.value_and_grad(value, has_aux=True)(params)
+    return jax.grad(value, has_aux=True)(params)
 
-  rows = jnp.arange(inputs.shape[0])
-  (values, logits), gradients = jax.vmap(one)(inputs, labels, rows)
+  inputs, labels, share = (
+    x.reshape(units, -1, *x.shape[1:]) for x in (batch.inputs, batch.labels, batch.share)
+  )
+  gradients, (values, logits) = jax.vmap(one)(inputs, labels, share, jnp.arange(units))
   leaves = jax.tree.leaves(gradients)
   norms = jnp.sqrt(sum(jnp.square(x).sum(tuple(range(1, x.ndim))) for x in leaves))
-  scale = _coefficients(norms, mask, clip_norm)
+  scale = _coefficients(norms, batch.present, clip_norm)
 
   def weighted(x):
     weight = scale.reshape((-1,) + (1,) * (x.ndim - 1)).astype(x.dtype)
     # A coefficient of 0 alone does not do: 0 * inf = NaN.
     return jnp.where(weight > 0, x * weight, jnp.zeros_like(x)).sum(0)
 
-  return jax.tree.map(weighted, gradients), ClipMetrics(values, norms, logits)
+  flat = (values.reshape(-1), norms, logits.reshape(-1, *logits.shape[2:]))
+  return jax.tree.map(weighted, gradients), ClipMetrics(*flat)
 
 
-def _coefficients(norms: jax.Array, mask: jax.Array, clip_norm: jax.Array) -> jax.Array:
-  """min(1, C / norm) of the examples; 0 outside the mask and where the norm is not finite."""
+def _coefficients(norms: jax.Array, present: jax.Array, clip_norm: jax.Array) -> jax.Array:
+  """min(1, C / norm) of the units; 0 where there is none and where the norm is not finite."""
   clip_norm = jnp.asarray(clip_norm, norms.dtype)
   inside = norms <= clip_norm  # no division there, so a zero gradient is safe
   scale = jnp.where(inside, jnp.ones_like(norms), clip_norm / jnp.where(inside, clip_norm, norms))
-  return jnp.where(mask & jnp.isfinite(norms), scale, jnp.zeros_like(norms))
+  return jnp.where(present & jnp.isfinite(norms), scale, jnp.zeros_like(norms))
 
 
 def _zero_outside(mask: jax.Array, values: jax.Array) -> jax.Array:

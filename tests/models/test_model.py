@@ -30,6 +30,8 @@ LAYERS: dict[str, tuple[nn.Module, tuple[int, ...]]] = {
   "dilated_input_is_stock": (nn.Conv(2, (3, 3), padding=1, input_dilation=2), (5, 5, 3)),
   "one_dimensional_is_stock": (nn.Conv(4, (3,)), (7, 3)),
   "dense": (nn.Dense(4), (3, 5)),
+  "dense_of_two_axes": (nn.DenseGeneral((2, 3), axis=(-2, -1)), (4, 3, 5)),
+  "dense_of_a_middle_axis_is_stock": (nn.DenseGeneral(4, axis=1), (3, 5)),
   "group_norm": (nn.GroupNorm(num_groups=2, epsilon=1e-3), (3, 4, 6)),
   "group_size": (nn.GroupNorm(num_groups=None, group_size=3, use_scale=False), (4, 6)),
   "group_norm_over_some_axes_is_stock": (
@@ -68,7 +70,8 @@ def test_layers_left_to_stock_flax_are_not_covered(name):
   inputs = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
   model = from_flax(nn.Sequential([module, lambda x: x.reshape(x.shape[0], -1)]))
   params, state = jax.eval_shape(model.init, jax.random.key(0), inputs)
-  assert (model.uncovered(params, state, inputs) != ()) == name.endswith("stock")
+  for method in ("two_pass", "book_keeping"):
+    assert (model.uncovered(params, state, inputs, method) != ()) == name.endswith("stock")
 
 
 class Bfloat16(nn.Module):
@@ -125,7 +128,8 @@ def test_registered_models_are_covered_with_example_wise_norms(name):
     model = create_model(ModelConfig(name=name, norm=norm, dropout=0.1), 2)
     inputs = jax.ShapeDtypeStruct((1, 32, 32, 1), jnp.float32)
     params, state = jax.eval_shape(model.init, jax.random.key(0), inputs)
-    assert model.uncovered(params, state, inputs) == ()
+    for method in ("two_pass", "book_keeping"):
+      assert model.uncovered(params, state, inputs, method) == ()
 
 
 def test_taps_leave_the_logits_alone():
@@ -201,7 +205,10 @@ UNCOVERED: dict[str, tuple[Callable[..., jax.Array], str]] = {
     lambda m, x, train: x * m.param("gain", nn.initializers.ones, (1, 4)),
     "gain is used outside",
   ),
-  "unknown_layer": (lambda m, x, train: nn.DenseGeneral(4)(x), "DenseGeneral_0/kernel is used out"),
+  "unknown_layer": (
+    lambda m, x, train: nn.Einsum((4, 4), "bi,io->bo")(x),
+    "Einsum_0/kernel is used",
+  ),
   "subclass": (lambda m, x, train: OwnDense(4)(x), "OwnDense_0/kernel is used outside"),
   "weight_norm": (lambda m, x, train: nn.WeightNorm(nn.Dense(4))(x), "is used outside"),
   "jitted_part": (lambda m, x, train: nn.jit(Inner)(name="part")(x), "part/Dense_0/kernel is used"),
@@ -243,7 +250,7 @@ def coverage_of(body: Callable[..., jax.Array], size: int = 4) -> tuple[str, ...
   model: Model = from_flax(Wrapped(body))
   inputs = jax.ShapeDtypeStruct((1, size), jnp.float32)
   params, state = jax.eval_shape(model.init, jax.random.key(0), inputs)
-  return model.uncovered(params, state, inputs)
+  return model.uncovered(params, state, inputs, "two_pass")
 
 
 @pytest.mark.parametrize("name", UNCOVERED)

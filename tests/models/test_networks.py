@@ -69,7 +69,7 @@ def test_every_parameter_is_covered_by_exact_clipping(name, norm):
   model = create_model(ModelConfig(name=name, norm=norm), CLASSES)
   images = jnp.zeros((1, 32, 32, 1))
   params, state = jax.eval_shape(model.init, jax.random.key(0), images)
-  assert model.uncovered(params, state, images) == ()
+  assert model.uncovered(params, state, images, "book_keeping") == ()
 
 
 def test_a_new_bottleneck_has_unit_scales_and_a_gradient_in_every_parameter():

@@ -12,7 +12,7 @@ import pytest
 
 from fedjax_med.core.config import ModelConfig
 from fedjax_med.core.errors import UserError
-from fedjax_med.models import taps
+from fedjax_med.models.gradients import keeps_factors
 from fedjax_med.models.model import from_flax
 from fedjax_med.models.ops import Lowering
 from fedjax_med.models.registry import create_module
@@ -78,6 +78,15 @@ class Wide(nn.Module):
     return nn.Dense(NUM_CLASSES)(stack()(x, None)[0])
 
 
+class Attention(nn.Module):
+  """A transformer block, whose attention is dense layers over two axes."""
+
+  @nn.compact
+  def __call__(self, x):
+    x = x + nn.MultiHeadDotProductAttention(num_heads=2, qkv_features=8)(nn.LayerNorm()(x))
+    return nn.Dense(NUM_CLASSES)(nn.gelu(nn.Dense(16)(nn.LayerNorm()(x))).mean(1))
+
+
 class Dropped(nn.Module):
   """A model with dropout and a ``train`` argument."""
 
@@ -120,6 +129,11 @@ CASES: dict[str, tuple[nn.Module, tuple[int, ...]]] = {
   "gram": (Head((conv(32, 3, feature_group_count=2), conv(32, 1))), (2, 2, 32)),
   "sequence": (Head((nn.Dense(24), nn.LayerNorm(), nn.Dense(2))), (3, 20)),
   "dense": (nn.Dense(NUM_CLASSES), (7,)),
+  "attention": (Attention(), (5, 6)),
+  "depthwise": (
+    Head((conv(12, 3, feature_group_count=6), conv(6, 5, strides=2, feature_group_count=6))),
+    (6, 6, 6),
+  ),
   "scanned_se_blocks": (Scanned(), (9, 9, 1)),
 }
 MANY = [0.4, 3.0, 1.0, 0.05, 1.5, 2.0]  # size of each example, so that norms lie on both sides of C
@@ -197,10 +211,17 @@ def program(method: str, name: str, lowering: Lowering = "matmul") -> Any:
 
 
 EVERY = np.ones(6, bool)
+# Every method that covers the case: layers in a loop have no record of their own.
+PAIRS = [
+  (name, method)
+  for name in CASES
+  for method in METHODS
+  if (name, method) != ("scanned_se_blocks", "book_keeping")
+]
+every_pair = pytest.mark.parametrize(("name", "method"), PAIRS)
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("name", CASES)
+@every_pair
 def test_equals_a_loop_over_examples_in_float32(name, method):
   norms = norms_of(gradients(name))
   clip_norm = float(np.sort(norms)[2:4].mean())  # three examples on each side
@@ -209,38 +230,44 @@ def test_equals_a_loop_over_examples_in_float32(name, method):
   np.testing.assert_allclose(metrics.norm, norms, rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_equals_a_loop_over_examples_in_float64(name):
+@pytest.mark.parametrize(("name", "method"), [p for p in PAIRS if p[1] != "reference"])
+def test_equals_a_loop_over_examples_in_float64(name, method):
   # Stock normalisation promotes float64 with float32, which strict promotion forbids.
   with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
     trees = gradients(name, "float64")
-    got, metrics = program("two_pass", name)(*setting(name, "float64"), EVERY, 0.7)
+    got, metrics = program(method, name)(*setting(name, "float64"), EVERY, 0.7)
     assert metrics.norm.dtype == np.float64
     assert_close(got, loop(trees, 0.7), 1e-11)
     np.testing.assert_allclose(metrics.norm, norms_of(trees), rtol=1e-11)
 
 
-def test_native_convolutions_give_the_same_sum():
+@pytest.mark.parametrize("method", METHODS)
+def test_native_convolutions_give_the_same_sum(method):
   name = "grouped_dilated_frozen_norm_valid"
-  got, metrics = program("two_pass", name, "native")(*setting(name), EVERY, 1.0)
+  got, metrics = program(method, name, "native")(*setting(name), EVERY, 1.0)
   assert_close(got, loop(gradients(name), 1.0), 1e-5)
   np.testing.assert_allclose(metrics.norm, norms_of(gradients(name)), rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_taps_cover_every_layer(name):
+def test_every_layer_is_covered_and_a_loop_by_taps_alone(name):
   params, state, inputs, _ = setting(name)
-  assert from_flax(CASES[name][0]).uncovered(params, state, inputs) == ()
+  model = from_flax(CASES[name][0])
+  assert model.uncovered(params, state, inputs, "two_pass") == ()
+  looped = model.uncovered(params, state, inputs, "book_keeping")
+  assert bool(looped) == (name == "scanned_se_blocks")
+  assert all("in a loop" in reason for reason in looped)
 
 
 def test_cases_reach_both_forms_of_the_kernel_norm():
-  gram = [(4, 9 * 16, 16), (4, 32, 32), (3, 20, 24)]
+  factors = [(4, 9 * 16, 16), (4, 32, 32), (3, 20, 24)]
   formed = [(6 * 5, 49, 8), (5 * 8, 9 * 2, 4), (4 * 6, 9 * 12, 6)]
-  assert all(taps.uses_gram(*sizes) for sizes in gram)
-  assert not any(taps.uses_gram(*sizes) for sizes in formed)
+  assert all(keeps_factors(*sizes) for sizes in factors)
+  assert not any(keeps_factors(*sizes) for sizes in formed)
 
 
-def test_clients_with_their_own_weights_equal_loops_on_an_se_resnext():
+@pytest.mark.parametrize("method", ["book_keeping", "two_pass"])
+def test_clients_with_their_own_weights_equal_loops_on_an_se_resnext(method):
   module = create_module(ModelConfig(name="se_resnext_micro"), NUM_CLASSES)
   model = from_flax(module)
   inputs = jax.random.normal(jax.random.key(0), (2, 3, 8, 8, 1))
@@ -248,11 +275,10 @@ def test_clients_with_their_own_weights_equal_loops_on_an_se_resnext():
   mask = np.array([[True, True, True], [True, False, True]])
   keys = jax.random.split(jax.random.key(1), 2)
   params, state = jax.jit(jax.vmap(model.init, (0, None)))(keys, inputs[0, :1])
-  assert model.uncovered(jax.tree.map(lambda x: x[0], params), state, inputs[0]) == ()
 
   def run(params, inputs, labels, mask):
     return clipped_sum(
-      "two_pass", model, loss, params, state, inputs, labels, mask, jnp.float32(3.3), None
+      method, model, loss, params, state, inputs, labels, mask, jnp.float32(3.3), None
     )
 
   got, metrics = quick_jit(jax.vmap(run))(params, inputs, labels, mask)
@@ -276,12 +302,12 @@ def test_clients_with_their_own_weights_equal_loops_on_an_se_resnext():
     np.testing.assert_allclose(metrics.norm[client, rows], norms_of(trees), rtol=1e-5)
 
 
-# The two cases hold every kind of layer but LayerNorm, which is like GroupNorm.
-PADDED = ["grouped_dilated_frozen_norm_valid", "scanned_se_blocks"]
+# These cases hold every kind of layer but LayerNorm, which is like GroupNorm.
+PADDED = ["grouped_dilated_frozen_norm_valid", "gram", "scanned_se_blocks"]
+padded_pair = pytest.mark.parametrize(("name", "method"), [p for p in PAIRS if p[0] in PADDED])
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("name", PADDED)
+@padded_pair
 def test_padding_changes_no_bit(name, method):
   params, state, inputs, labels = setting(name)
   mask = np.array([True, False, True, True, False, False])
@@ -297,16 +323,14 @@ def test_padding_changes_no_bit(name, method):
   assert not np.asarray(first[1].norm)[~mask].any()
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("name", PADDED)
+@padded_pair
 def test_an_empty_batch_is_exactly_zero(name, method):
   params, state, inputs, labels = setting(name)
   total, _ = program(method, name)(params, state, inputs * jnp.nan, labels, np.zeros(6, bool), 1.0)
   assert all((np.asarray(x) == 0).all() for x in jax.tree.leaves(total))
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("name", PADDED)
+@padded_pair
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 3e38])
 def test_a_non_finite_example_contributes_exactly_zero(name, method, bad):
   params, state, inputs, labels = setting(name)
@@ -320,16 +344,14 @@ def test_a_non_finite_example_contributes_exactly_zero(name, method, bad):
   np.testing.assert_array_equal(np.delete(metrics.norm, 2), np.delete(other.norm, 2))
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("name", CASES)
+@every_pair
 def test_under_the_clip_norm_it_is_the_plain_gradient_of_the_summed_loss(name, method):
   got, _ = program(method, name)(*setting(name), EVERY, 1e6)
   want = jax.tree.map(lambda *x: sum(x), *gradients(name))
   assert_close(got, want, 1e-5)
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("name", CASES)
+@every_pair
 def test_over_the_clip_norm_each_contribution_has_norm_clip_norm(name, method):
   clip_norm = 0.9 * float(norms_of(gradients(name)).min())
   for row in range(6):
@@ -338,7 +360,9 @@ def test_over_the_clip_norm_each_contribution_has_norm_clip_norm(name, method):
     assert clip_norm * (1 - 1e-6) <= norm <= clip_norm * (1 + 1e-6)
 
 
-@pytest.mark.parametrize(("method", "slack"), [("two_pass", 0.01), ("reference", 1e-6)])
+@pytest.mark.parametrize(
+  ("method", "slack"), [("book_keeping", 1e-6), ("two_pass", 0.01), ("reference", 1e-6)]
+)
 def test_bfloat16_carries_a_contribution_past_the_clip_norm_by_its_rounding_only(method, slack):
   module = Head((conv(8, 3, dtype=jnp.bfloat16), nn.GroupNorm(4, dtype=jnp.bfloat16)))
   model = from_flax(module)
@@ -425,23 +449,78 @@ def test_the_norm_pass_forms_no_weight_gradient():
   assert "f32[40,40]{1,0} dot(" not in program
 
 
-def test_auto_takes_two_passes_where_taps_cover_the_model():
-  assert resolve_method("auto", ())[0] == "two_pass"
-  assert resolve_method("two_pass", ()) == ("two_pass", "asked for")
-  assert resolve_method("reference", ()) == ("reference", "asked for")
+CLEAR: dict[str, tuple[str, ...]] = {"book_keeping": (), "two_pass": ()}
+TWICE = ("Dense_0/kernel is used twice",)
+LOOPED = ("blocks runs layers in a loop",)
+
+
+def test_auto_takes_the_cheapest_method_that_covers_the_model():
+  assert resolve_method("auto", CLEAR)[0] == "book_keeping"
+  method, reason = resolve_method("auto", {"book_keeping": LOOPED, "two_pass": ()})
+  assert method == "two_pass"
+  assert LOOPED[0] in reason
+  for name in METHODS:
+    assert resolve_method(name, CLEAR) == (name, "asked for")
 
 
 def test_auto_falls_back_to_the_reference_and_says_why():
-  method, reason = resolve_method("auto", ("Dense_0/kernel is used twice",))
+  method, reason = resolve_method("auto", dict.fromkeys(CLEAR, TWICE))
   assert method == "reference"
   assert "Dense_0/kernel is used twice" in reason
 
 
-def test_two_pass_on_an_uncovered_model_is_refused_with_the_remedy():
-  with pytest.raises(UserError, match=r"Dense_0/kernel is used twice.*privacy\.clipping=reference"):
-    resolve_method("two_pass", ("Dense_0/kernel is used twice",))
+@pytest.mark.parametrize("method", ["book_keeping", "two_pass"])
+def test_a_method_that_does_not_cover_the_model_is_refused_with_the_remedy(method):
+  with pytest.raises(UserError, match=r"Dense_0/kernel is used twice.*privacy\.clipping=auto"):
+    resolve_method(method, dict.fromkeys(CLEAR, TWICE))
 
 
 def test_a_method_that_does_not_exist_is_refused():
   with pytest.raises(UserError, match="did you mean 'two_pass'"):
-    resolve_method("two_passes", ())
+    resolve_method("two_passes", CLEAR)
+
+
+# Units of several rows: a patient's images, or augmentations of one image.
+UNIT_MASK = np.array([True, True, True, False, False, False])
+
+
+@pytest.mark.parametrize("mask", [EVERY, UNIT_MASK], ids=["whole", "with_padding"])
+@every_pair
+def test_units_of_two_rows_equal_a_loop_over_patients(name, method, mask):
+  model = from_flax(CASES[name][0])
+  trees = [
+    jax.tree.map(lambda *x: sum(x) / len(x), *[gradients(name)[row] for row in rows])
+    for rows in ([row for row in pair if mask[row]] for pair in ((0, 1), (2, 3), (4, 5)))
+    if rows
+  ]
+  clip_norm = float(np.median(norms_of(trees)))
+
+  @jax.jit
+  def run(params, state, inputs, labels, mask):
+    return clipped_sum(
+      method,
+      model,
+      squared_loss,
+      params,
+      state,
+      inputs,
+      labels,
+      mask,
+      jnp.float32(clip_norm),
+      None,
+      rows_per_unit=2,
+    )
+
+  got, metrics = run(*setting(name), mask)
+  assert_close(got, loop(trees, clip_norm), 1e-5)
+  np.testing.assert_allclose(metrics.norm[: len(trees)], norms_of(trees), rtol=1e-5)
+  assert not np.asarray(metrics.norm)[len(trees) :].any()
+  assert metrics.loss.shape == (6,)
+
+
+def test_rows_that_are_no_whole_units_are_refused():
+  params, state, inputs, labels = setting("dense")
+  model, mask = from_flax(CASES["dense"][0]), jnp.asarray(EVERY)
+  arguments = (params, state, inputs, labels, mask, jnp.float32(1), None)
+  with pytest.raises(ValueError, match="6 rows are not whole units of 4"):
+    clipped_sum("reference", model, loss, *arguments, rows_per_unit=4)

@@ -1,0 +1,307 @@
+"""Layers as plain functions that know the gradient of each privacy unit, cheaply.
+
+A unit is one or more consecutive rows of the batch (an image; all images of a patient). What a
+layer keeps of a unit is either its gradient, or the two factors whose product it is, whichever
+costs less; norms and weighted sums follow from either (Goodfellow 2015; Li et al. 2022; Bu et al.
+2023, "book-keeping"; here also for grouped convolutions, group by group).
+
+Shapes: B rows, U units of B / U rows, T positions of a unit (rows times output positions), G
+groups, d = kh kw C_in / G inputs and p = C_out / G outputs of a group at one position.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from fedjax_med.models import ops
+
+Params = dict[str, jax.Array]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Factors:
+  """The gradient of a kernel, as what it is the product of.
+
+  Attributes:
+    inputs: [B, H, W, C_in] of the layer.
+    cotangent: [B, H', W', C_out] of its outputs.
+    units: U; B / U consecutive rows are one unit.
+    geometry: how the kernel slides.
+    shape: of the kernel.
+  """
+
+  inputs: jax.Array
+  cotangent: jax.Array
+  units: int = dataclasses.field(metadata={"static": True})
+  geometry: ops.Geometry = dataclasses.field(metadata={"static": True})
+  shape: tuple[int, ...] = dataclasses.field(metadata={"static": True})
+
+
+# By parameter name: the gradient of every unit [U, *shape of the parameter], or its factors.
+Record = dict[str, jax.Array | Factors]
+
+
+class Layer(NamedTuple):
+  """One call of a layer, as plain functions of its arrays.
+
+  Attributes:
+    params: trainable arrays by name.
+    constants: other arrays the layer reads (stored statistics).
+    forward: (params, constants, inputs [B, ...]) -> outputs [B, ...].
+    record: (params, constants, inputs, cotangent of outputs, units) -> Record.
+    total: (params, constants, inputs, cotangent of outputs) -> gradient of the params summed over
+      rows, in which a row whose factors are zero or not finite counts exactly 0.
+  """
+
+  params: Params
+  constants: tuple[jax.Array, ...]
+  forward: Callable[..., jax.Array]
+  record: Callable[..., Record]
+  total: Callable[..., Params]
+
+
+def sq_norms(record: Record) -> jax.Array:  # [U]
+  """Squared norm of each unit's gradient; what is not finite stays visible."""
+  return functools.reduce(jnp.add, map(_sq_norms, record.values()))
+
+
+def weighted_sum(record: Record, weights: jax.Array) -> Params:  # weights [U], at least 0
+  """Sum over units of weight times gradient; a weight of 0 adds exactly 0, whatever it is of."""
+  return {name: _weighted_sum(entry, weights) for name, entry in record.items()}
+
+
+def conv_layer(
+  params: Params,  # kernel [kh, kw, c, C_out], bias [C_out] or absent
+  *,
+  strides: ops.Pair,
+  padding: ops.Padding,
+  dilation: ops.Pair,
+  groups: int,
+  dtype: Any,
+  lowering: ops.Lowering,
+) -> Layer:
+  """Convolution of [B, H, W, C_in] computed in ``dtype``."""
+  shape = params["kernel"].shape
+  geometry = ops.Geometry((shape[0], shape[1]), strides, padding, dilation, groups)
+
+  def run(inputs, kernel):
+    return ops.conv(
+      inputs,
+      kernel,
+      strides=strides,
+      padding=padding,
+      dilation=dilation,
+      groups=groups,
+      lowering=lowering,
+    )
+
+  def forward(params, constants, inputs):
+    del constants
+    outputs = run(inputs.astype(dtype), params["kernel"].astype(dtype))
+    return _add_bias(outputs, params, dtype)
+
+  def record(params, constants, inputs, cotangent, units):
+    del constants
+    kernel = _kernel_record(inputs.astype(dtype), cotangent, units, geometry, shape)
+    return {"kernel": kernel} | _bias_record(params, cotangent, units)
+
+  def total(params, constants, inputs, cotangent):
+    del constants
+    inputs, cotangent = _finite_float32(inputs.astype(dtype), cotangent)
+    if lowering == "native":
+      kernel = params["kernel"].astype(inputs.dtype)
+      (gradient,) = jax.vjp(lambda k: run(inputs, k), kernel)[1](cotangent)
+    else:
+      gradient = ops.conv_gradients(inputs, cotangent, geometry, units=1)[0]
+    return _cast({"kernel": gradient} | _bias_total(params, cotangent), params)
+
+  return Layer(params, (), forward, record, total)
+
+
+def dense_layer(
+  params: Params,  # kernel [*inputs' last axes, *features], bias [*features] or absent
+  *,
+  axes: int,
+  dtype: Any,
+  precision: Any,
+) -> Layer:
+  """Product of the last ``axes`` axes of [B, ...] with the kernel, computed in ``dtype``."""
+  shape = params["kernel"].shape
+  fan_in, features = math.prod(shape[:axes]), shape[axes:]
+  fan_out = math.prod(features)
+
+  def forward(params, constants, inputs):
+    del constants
+    kernel = params["kernel"].astype(dtype).reshape(fan_in, fan_out)
+    rows = inputs.astype(dtype).reshape(-1, fan_in)
+    outputs = jnp.matmul(rows, kernel, precision=precision)
+    return _add_bias(outputs.reshape(*inputs.shape[: inputs.ndim - axes], *features), params, dtype)
+
+  def record(params, constants, inputs, cotangent, units):
+    del constants
+    batch = inputs.shape[0]  # a 1x1 convolution of a column of positions
+    images = inputs.astype(dtype).reshape(batch, -1, 1, fan_in)
+    errors = cotangent.reshape(batch, -1, 1, fan_out)
+    kernel = _kernel_record(images, errors, units, ops.Geometry((1, 1)), shape)
+    return {"kernel": kernel} | _bias_record(params, cotangent, units)
+
+  def total(params, constants, inputs, cotangent):
+    del constants
+    inputs, cotangent = _finite_float32(inputs.astype(dtype), cotangent)
+    rows, errors = inputs.reshape(-1, fan_in), cotangent.reshape(-1, fan_out)
+    kernel = jnp.einsum("td,tp->dp", rows, errors, precision=precision).reshape(shape)
+    return _cast({"kernel": kernel} | _bias_total(params, cotangent), params)
+
+  return Layer(params, (), forward, record, total)
+
+
+def norm_layer(
+  params: Params,  # scale [C] and bias [C], either may be absent
+  constants: tuple[jax.Array, ...],
+  normalise: Callable[[tuple[jax.Array, ...], jax.Array], jax.Array],
+  *,
+  dtype: Any,
+  forward: Callable[[Params, tuple[jax.Array, ...], jax.Array], jax.Array] | None = None,
+) -> Layer:
+  """``normalise(constants, inputs)`` followed by scale and bias along the last axis, in ``dtype``.
+
+  ``forward`` computes the same in one go where there is a faster way.
+  """
+
+  def two_steps(params, constants, inputs):
+    outputs = normalise(constants, inputs)
+    for name, apply in (("scale", jnp.multiply), ("bias", jnp.add)):
+      if name in params:
+        outputs = apply(outputs, _broadcast(params[name].astype(outputs.dtype), outputs.ndim))
+    return outputs.astype(dtype)
+
+  def record(params, constants, inputs, cotangent, units):
+    inputs, cotangent = _float32(inputs, cotangent)
+    entries = {}
+    if "scale" in params:
+      entries["scale"] = _sum_positions(normalise(constants, inputs) * cotangent, units, 1)
+    return entries | _bias_record(params, cotangent, units)
+
+  def total(params, constants, inputs, cotangent):
+    every_row = record(params, constants, inputs, cotangent, cotangent.shape[0])
+    weights = jnp.ones(cotangent.shape[0], at_least_float32(cotangent.dtype))
+    return _cast(weighted_sum(every_row, weights), params)
+
+  return Layer(params, constants, forward or two_steps, record, total)
+
+
+def keeps_factors(positions: int, fan_in: int, fan_out: int) -> bool:
+  """Whether a unit's factors are kept: dp > T (d + p), else its gradient is.
+
+  Both of its costs say so at once: the norm by Gram matrices needs T² (d + p) products and forming
+  the gradient T d p; the factors (as patches) hold T (d + p) numbers and the gradient d p.
+  """
+  return positions * (fan_in + fan_out) < fan_in * fan_out
+
+
+def at_least_float32(dtype: Any) -> Any:
+  """float32, or ``dtype`` where that is wider (NumPy's rule, which strict promotion allows)."""
+  return np.promote_types(dtype, np.float32)
+
+
+def _kernel_record(
+  inputs: jax.Array,  # [B, H, W, C_in]
+  cotangent: jax.Array,  # [B, H', W', C_out]
+  units: int,
+  geometry: ops.Geometry,
+  shape: tuple[int, ...],
+) -> jax.Array | Factors:
+  batch, height, width, channels_out = cotangent.shape
+  fan_in = math.prod(geometry.window) * inputs.shape[3] // geometry.groups
+  positions = batch // units * height * width
+  if keeps_factors(positions, fan_in, channels_out // geometry.groups):
+    return Factors(inputs, cotangent, units, geometry, shape)
+  inputs, cotangent = _float32(inputs, cotangent)
+  return ops.conv_gradients(inputs, cotangent, geometry, units=units).reshape(units, *shape)
+
+
+def _bias_record(params: Params, cotangent: jax.Array, units: int) -> Record:
+  """The bias's gradient is the cotangent summed over positions."""
+  if "bias" not in params:
+    return {}
+  (cotangent,) = _float32(cotangent)
+  return {"bias": _sum_positions(cotangent, units, params["bias"].ndim)}
+
+
+def _bias_total(params: Params, cotangent: jax.Array) -> Params:
+  if "bias" not in params:
+    return {}
+  return {"bias": _sum_positions(cotangent, 1, params["bias"].ndim)[0]}
+
+
+def _sq_norms(entry: jax.Array | Factors) -> jax.Array:
+  if not isinstance(entry, Factors):
+    return jnp.square(entry.reshape(entry.shape[0], -1)).sum(1)
+  geometry, units = entry.geometry, entry.units
+  inputs, cotangent = _float32(entry.inputs, entry.cotangent)
+  groups, width = geometry.groups, cotangent.shape[3] // geometry.groups
+  columns = ops.columns(inputs, geometry)  # [G, B T, d]
+  rows = columns.reshape(groups * units, -1, columns.shape[2])
+  errors = ops.by_group(cotangent, groups).reshape(groups * units, -1, width)
+  gram = _exact("ntd,nsd->nts", rows, rows) * _exact("ntp,nsp->nts", errors, errors)
+  # Rounding may leave the sum below 0.
+  return jnp.maximum(gram.reshape(groups, units, -1).sum((0, 2)), 0)
+
+
+def _weighted_sum(entry: jax.Array | Factors, weights: jax.Array) -> jax.Array:
+  if not isinstance(entry, Factors):
+    rows, weights = entry.reshape(entry.shape[0], -1), weights.astype(entry.dtype)
+    # A weight of 0 alone does not do: 0 * inf = NaN.
+    rows = _finite(rows)
+    return _exact("u,up->p", weights, rows).reshape(entry.shape[1:])
+  inputs, cotangent = _finite_float32(entry.inputs, entry.cotangent)
+  rows = jnp.repeat(weights.astype(cotangent.dtype), cotangent.shape[0] // entry.units)
+  scaled = cotangent * rows[:, None, None, None]
+  return ops.conv_gradients(inputs, scaled, entry.geometry, units=1).reshape(entry.shape)
+
+
+def _exact(equation: str, left: jax.Array, right: jax.Array) -> jax.Array:
+  """Einsum without the reduced-precision shortcuts of accelerators: a norm bounds privacy."""
+  return jnp.einsum(equation, left, right, precision=lax.Precision.HIGHEST)
+
+
+def _float32(*arrays: jax.Array) -> tuple[jax.Array, ...]:
+  """Casts to at least float32, so that bfloat16 activations lose nothing in norms and sums."""
+  return tuple(x.astype(at_least_float32(x.dtype)) for x in arrays)
+
+
+def _finite_float32(*arrays: jax.Array) -> tuple[jax.Array, ...]:
+  return tuple(map(_finite, _float32(*arrays)))
+
+
+def _finite(values: jax.Array) -> jax.Array:
+  """Replaces what is not finite by 0: a clip coefficient of 0 leaves 0 * inf = NaN behind."""
+  return jnp.where(jnp.isfinite(values), values, jnp.zeros_like(values))
+
+
+def _cast(gradients: Params, params: Params) -> Params:
+  return {name: value.astype(params[name].dtype) for name, value in gradients.items()}
+
+
+def _broadcast(vector: jax.Array, ndim: int) -> jax.Array:
+  return vector.reshape((1,) * (ndim - vector.ndim) + vector.shape)
+
+
+def _add_bias(outputs: jax.Array, params: Params, dtype: Any) -> jax.Array:
+  if "bias" not in params:
+    return outputs
+  return outputs + _broadcast(params["bias"].astype(dtype), outputs.ndim)
+
+
+def _sum_positions(values: jax.Array, units: int, last: int) -> jax.Array:
+  """[B, ..., C] -> [units, C], where C stands for the ``last`` axes."""
+  kept = values.shape[values.ndim - last :]
+  return values.reshape(units, -1, *kept).sum(1)
