@@ -1,5 +1,7 @@
 """Gaussian noise of a private step, always drawn and added in float32."""
 
+import itertools
+import math
 from typing import Any
 
 import jax
@@ -8,20 +10,40 @@ import jax.numpy as jnp
 Tree = Any  # a pytree of arrays
 
 
+# Values drawn at once. Blocks stay in the cache (1.4 times faster on a CPU than one draw of 25
+# million) and are one small program, however many leaves: a draw per leaf was two thirds of the
+# compile time of a private SE-ResNeXt-50.
+_BLOCK = 2**18
+
+
 def gaussian_noise_like(key: jax.Array, tree: Tree, stddev: jax.Array | float) -> Tree:
   """Independent N(0, stddev²) noise in the shapes of ``tree``, float32 whatever its dtypes.
 
-  Each leaf has its own key (its position folded in), so equal leaves get different noise. bfloat16
-  is never drawn: its normals take 128 distinct values. Simulation-grade: float32 normals stop at
-  |z| = 5.42 and threefry is no certified generator.
+  The leaves take consecutive stretches of one sequence, so equal leaves get different noise.
+  bfloat16 is never drawn: its normals take 128 distinct values. Simulation-grade: float32 normals
+  stop at |z| = 5.42 and threefry is no certified generator.
   """
   leaves, structure = jax.tree.flatten(tree)
-  scale = jnp.asarray(stddev, jnp.float32)
-  noise = [
-    scale * jax.random.normal(jax.random.fold_in(key, position), jnp.shape(leaf), jnp.float32)
-    for position, leaf in enumerate(leaves)
-  ]
+  sizes = [math.prod(jnp.shape(leaf)) for leaf in leaves]
+  values = jnp.asarray(stddev, jnp.float32) * _normals(key, sum(sizes))
+  stretches = zip(leaves, sizes, itertools.accumulate(sizes), strict=True)
+  noise = [values[end - size : end].reshape(jnp.shape(leaf)) for leaf, size, end in stretches]
   return jax.tree.unflatten(structure, noise)
+
+
+def _normals(key: jax.Array, size: int) -> jax.Array:
+  """At least ``size`` standard normals [...], each block of them from a key of its own."""
+  num_blocks = max(1, -(-size // _BLOCK))
+  block = -(-size // num_blocks)
+
+  def draw(number: jax.Array) -> jax.Array:
+    return jax.random.normal(jax.random.fold_in(key, number), (block,), jnp.float32)
+
+  numbers = jnp.arange(num_blocks)
+  # One block without the loop: the compiler then merges the draw with its use.
+  drawn = draw(numbers[0]) if num_blocks == 1 else jax.lax.map(draw, numbers)
+  # Else every leaf would draw its own stretch again, inside the kernel that adds it.
+  return jax.lax.optimization_barrier(drawn.reshape(-1))
 
 
 def private_mean(
