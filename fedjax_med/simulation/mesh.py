@@ -84,7 +84,6 @@ def replicate(tree: Any, mesh: Mesh | None) -> Any:
     if mesh is None:
       return jnp.asarray(leaf)
     host = np.asarray(leaf)
-    host = host.astype(jax.dtypes.canonicalize_dtype(host.dtype), copy=False)
     return jax.make_array_from_callback(host.shape, replicated(mesh), lambda index: host[index])
 
   return jax.tree.map(put, tree)

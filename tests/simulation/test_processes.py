@@ -9,7 +9,6 @@ import subprocess
 import sys
 import time
 
-import numpy as np
 import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -84,8 +83,8 @@ def test_two_processes_end_where_one_does_and_the_first_writes(one_process, tmp_
   assert "Report" not in second[1]
   names = [sorted(path.name for path in folder.iterdir()) for folder in (tmp_path, one_process)]
   assert names[0] == names[1]
-  lines = [(folder / "metrics.jsonl").read_text().splitlines() for folder in (tmp_path, one_process)]
-  assert len(lines[0]) == len(lines[1])
+  logs = [(folder / "metrics.jsonl").read_text() for folder in (tmp_path, one_process)]
+  assert logs[0].count("\n") == logs[1].count("\n")
   rounds = [sorted(path.name for path in (tmp_path / "checkpoints").iterdir())]
   assert rounds == [sorted(path.name for path in (one_process / "checkpoints").iterdir())]
 
@@ -138,9 +137,3 @@ def test_a_process_that_cannot_find_its_place_says_so(arguments, sentence, tmp_p
   assert stderr.startswith("error: ")
   assert sentence in stderr
   assert ";" in stderr
-
-
-def test_free_port_is_asked_of_the_system():
-  with socket.socket() as probe:
-    probe.bind(("localhost", 0))
-    assert np.iinfo(np.uint16).max >= probe.getsockname()[1] > 0
