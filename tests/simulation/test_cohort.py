@@ -75,9 +75,7 @@ def test_devices_finish_together_as_far_as_whole_chunks_allow(devices):
 
 
 def test_best_chunk_takes_fewest_steps_in_a_row_then_the_least_memory():
-  assert (
-    best_chunk([4] * 17, 1, 16, 0.25) == 9
-  )  # two chunks, as with 16, which wastes 15 slots
+  assert best_chunk([4] * 17, 1, 16, 0.25) == 9  # two chunks, as with 16, which wastes 15 slots
   assert best_chunk([4] * 16, 1, 16, 0.25) == 16
   assert best_chunk([4] * 16, 8, 16, 0.25) == 2
   assert best_chunk([1, 100], 1, 16, 0.25) == 1
