@@ -17,6 +17,12 @@ define_config()
 flags.DEFINE_bool(
   "dry_run", False, "Print config, hospitals, plan, memory and the ε to be spent; train nothing."
 )
+flags.DEFINE_bool(
+  "distributed", False, "One of several processes of a run; SLURM or a TPU pod says which."
+)
+flags.DEFINE_string("coordinator_address", None, "HOST:PORT of process 0, without such a cluster.")
+flags.DEFINE_integer("num_processes", None, "Processes that share the run.")
+flags.DEFINE_integer("process_id", None, "Number of this process, from 0; process 0 writes.")
 
 
 def main(_: list[str]) -> None:
@@ -27,6 +33,11 @@ def main(_: list[str]) -> None:
     "--workdir is missing",
     "name the folder for results, such as --workdir=runs/first",
   )
+  places = (values.coordinator_address, values.num_processes, values.process_id)
+  if values.distributed or any(place is not None for place in places):
+    from fedjax_med.experiment.processes import join
+
+    join(*places)
   from fedjax_med.experiment import run  # after the flags: a typo must not wait for jax
   from fedjax_med.experiment.cache import use_compilation_cache
 

@@ -175,13 +175,16 @@ class ExecutionConfig:
 
   Attributes:
     layout: auto, vmap (all clients at once), chunk (``chunk_size`` at once) or scan (one by one).
-    chunk_size: clients at once under layout=chunk.
+    chunk_size: clients at once on a device under layout=chunk.
+    devices: devices that clients are dealt over; 0 means every accelerator (of all processes), but
+      one on a CPU.
     lowering: auto, matmul (convolutions as sums of batched products) or native.
     compilation_cache: folder of XLA's persistent cache; empty turns it off.
   """
 
   layout: str = "auto"
   chunk_size: int = 0
+  devices: int = 0
   lowering: str = "auto"
   compilation_cache: str = "~/.cache/fedjax_med/xla"
 
@@ -271,6 +274,7 @@ RANGES: dict[str, tuple[float, float, bool, str]] = {
   "privacy.delta": (0, 1, True, "use 0 for 1/(10 n)"),
   "privacy.batch_cap": (0, 1_000_000, True, "use 0 to let it be chosen"),
   "execution.chunk_size": (0, 100_000, True, "use 0 unless layout=chunk"),
+  "execution.devices": (0, 100_000, True, "use 0 to let them be chosen"),
   "eval.every": (1, 1_000_000, True, "use 1"),
   "eval.batch_size": (1, 1_000_000, True, "use 64"),
 }

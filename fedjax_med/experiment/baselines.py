@@ -10,6 +10,7 @@ from fedjax_med.experiment import console as terminal
 from fedjax_med.experiment import workdir as files
 from fedjax_med.experiment.build import Experiment, alone, pooled
 from fedjax_med.experiment.loop import train_rounds
+from fedjax_med.experiment.processes import is_first
 
 
 def _curve(folder: pathlib.Path) -> list[dict[str, Any]]:
@@ -24,7 +25,8 @@ def run_baselines(federation: Experiment, folder: pathlib.Path, console: Console
   """Trains the baselines under ``folder``/baselines, each resumable like any run.
 
   Returns:
-    'curves': test metrics at every log point, for baselines.json; 'summary': the last ones.
+    'curves': test metrics at every log point, for baselines.json; 'summary': the last ones. Both
+    are empty in all processes of a run but the first.
   """
   runs = [(f"alone-{k + 1}", run) for k, run in enumerate(alone(federation))]
   runs.append(("pooled", pooled(federation)))
@@ -35,7 +37,10 @@ def run_baselines(federation: Experiment, folder: pathlib.Path, console: Console
     title = f"{run.names[0]} alone" if name != "pooled" else "pooled data"
     with terminal.progress(console, title, run.config.server.num_rounds) as listen:
       train_rounds(run, place, listen)
-    curves[name] = _curve(place)
+    if is_first():
+      curves[name] = _curve(place)
+  if not is_first():
+    return {"curves": {}, "summary": {}}
   if federation.mechanisms:
     _note_releases(folder, curves)
 

@@ -29,7 +29,8 @@ from fedjax_med.privacy.accounting import resolve_deltas
 from fedjax_med.privacy.clipping import resolve_method
 from fedjax_med.privacy.mechanism import PoissonGaussian, batch_size_bound, plan_mechanisms
 from fedjax_med.simulation.evaluation import make_predict
-from fedjax_med.simulation.plan import Plan, choose_layout, choose_lowering
+from fedjax_med.simulation.mesh import Devices, choose_devices, replicate, replicated
+from fedjax_med.simulation.plan import Plan, choose_layout, choose_lowering, describe_padding
 from fedjax_med.simulation.rounds import SimulationState, init_state, make_block, make_round
 
 
@@ -38,12 +39,14 @@ class Program(NamedTuple):
 
   Attributes:
     plan: how it is laid out.
+    devices: where it runs; what a block gets and returns lies whole on each of them.
     initial: SimulationState before round 0, made anew at each call.
     block: a jitted block of rounds.
     predict: class probabilities of given pool rows.
   """
 
   plan: Plan
+  devices: Devices
   initial: Callable[[], SimulationState]
   block: jax.stages.Wrapped
   predict: Callable[..., np.ndarray]
@@ -141,17 +144,19 @@ def make_program(
   config: Config,
   dataset: Dataset,
   *,
-  num_clients: int,
+  devices: Devices,
+  steps: np.ndarray,
   max_examples: int,
   shared_steps: int | None,
   batch_cap: int,
 ) -> Program:
-  """Builds model, algorithm and compiled functions for K clients of at most ``max_examples``.
+  """Builds model, algorithm and compiled functions for clients of at most ``max_examples``.
 
   Args:
     config: validated config.
     dataset: gives image shape and classes.
-    num_clients: K.
+    devices: where it is to run.
+    steps: [K] local steps a round.
     max_examples: slots of a client's index row.
     shared_steps: local steps a round where all clients take the same number, else None.
     batch_cap: slots of a truncated Poisson batch (private runs).
@@ -159,11 +164,18 @@ def make_program(
   lowering, lowering_reason = choose_lowering(config.execution.lowering)
   model = create_model(config.model, len(dataset.class_names), lowering)
   image = jax.ShapeDtypeStruct((1, *dataset.inputs.shape[1:]), jnp.float32)
+  num_clients, mesh = len(steps), devices.mesh
   cohort_cap = _cohort_cap(config, num_clients)
   layout, chunk, layout_reason = choose_layout(
-    config.execution.layout, config.execution.chunk_size, cohort_cap or num_clients
+    config.execution.layout,
+    config.execution.chunk_size,
+    cohort_cap or num_clients,
+    devices=devices.number,
+    steps=steps,
   )
-  reasons = [layout_reason, lowering_reason]
+  rate = 1.0 if cohort_cap is None else config.server.participation_rate
+  padding_reason = describe_padding(steps, chunk, devices.number, rate)
+  reasons = [devices.reason, layout_reason, padding_reason, lowering_reason]
   loss = cross_entropy(config.client.label_smoothing)
   shape = {"max_examples": max_examples, "normalisation": config.data.normalisation}
   if config.privacy.mechanism == "none":
@@ -187,17 +199,26 @@ def make_program(
     average=server.ema_decay > 0,
   )
 
-  @jax.jit
-  def initial(key):
-    params, state = model.init(key_for(key, Stream.INIT), jnp.zeros(image.shape, image.dtype))
+  def initial(seed):
+    key = key_for(base_key(seed), Stream.INIT)
+    params, state = model.init(key, jnp.zeros(image.shape, image.dtype))
     return init_state(algorithm, params, state, num_clients)
 
-  run_round = make_round(algorithm, num_clients=num_clients, cohort_cap=cohort_cap, chunk=chunk)
+  initial = jax.jit(initial) if mesh is None else jax.jit(initial, out_shardings=replicated(mesh))
+  run_round = make_round(
+    algorithm, num_clients=num_clients, cohort_cap=cohort_cap, chunk=chunk, mesh=mesh
+  )
   return Program(
-    Plan(layout, chunk, lowering, clipping, tuple(reasons)),
-    lambda: initial(base_key(config.seed)),
-    make_block(run_round, num_clients),
-    make_predict(model, batch_size=config.eval.batch_size, normalisation=config.data.normalisation),
+    Plan(layout, chunk, devices.number, lowering, clipping, tuple(reasons)),
+    devices,
+    lambda: initial(np.int32(config.seed)),
+    make_block(run_round, num_clients, mesh),
+    make_predict(
+      model,
+      batch_size=config.eval.batch_size,
+      normalisation=config.data.normalisation,
+      mesh=mesh,
+    ),
   )
 
 
@@ -266,11 +287,15 @@ def _stack_clients(
 def build(config: Config, hospitals: Hospitals) -> Experiment:
   """The federation itself: every hospital is a client."""
   dataset = hospitals.dataset
-  pool = Pool(jnp.asarray(dataset.inputs), jnp.asarray(dataset.labels))
   counts = hospitals.train.counts.astype(np.int64)
   numbers = np.arange(len(counts))
   steps = local_steps(config, counts)
-  return _assemble(config, hospitals, hospitals.names, hospitals.train, numbers, steps, pool)
+  cohort = _cohort_cap(config, len(counts)) or len(counts)
+  devices = choose_devices(config.execution.devices, cohort)
+  pool = Pool(*(replicate(part, devices.mesh) for part in (dataset.inputs, dataset.labels)))
+  return _assemble(
+    config, hospitals, hospitals.names, hospitals.train, numbers, steps, pool, devices
+  )
 
 
 def _assemble(
@@ -281,13 +306,15 @@ def _assemble(
   numbers: np.ndarray,
   steps: np.ndarray,
   pool: Pool,
+  devices: Devices,
 ) -> Experiment:
   mechanisms, deltas = _mechanisms(config, rows.counts.astype(np.int64), steps)
   run_id = _run_id(config, hospitals, rows, names)
   program = make_program(
     config,
     hospitals.dataset,
-    num_clients=len(names),
+    devices=devices,
+    steps=steps,
     max_examples=rows.indices.shape[1],
     shared_steps=int(steps[0]) if (steps == steps[0]).all() else None,
     batch_cap=_batch_cap(mechanisms),
@@ -296,13 +323,13 @@ def _assemble(
     config,
     hospitals,
     names,
-    _stack_clients(config, rows, numbers, steps, mechanisms),
+    replicate(_stack_clients(config, rows, numbers, steps, mechanisms), devices.mesh),
     mechanisms,
     deltas,
     steps,
-    _hyper(config),
+    replicate(_hyper(config), devices.mesh),
     pool,
-    _run_key(config, run_id),
+    replicate(_run_key(config, run_id), devices.mesh),
     program,
     run_id,
   )
@@ -338,17 +365,19 @@ def pooled(federation: Experiment) -> Experiment:
   rows = client_table([np.concatenate(client_rows(hospitals.train))])
   number, steps = np.array([len(hospitals.names)]), np.array([federation.steps.sum()])
   config = _baseline_config(federation.config)
-  return _assemble(config, hospitals, ("pooled",), rows, number, steps, federation.pool)
+  pool, devices = federation.pool, federation.program.devices
+  return _assemble(config, hospitals, ("pooled",), rows, number, steps, pool, devices)
 
 
 def alone(federation: Experiment) -> list[Experiment]:
   """Each hospital by itself, with the same steps and ε; all share one compiled program."""
   hospitals, config = federation.hospitals, _baseline_config(federation.config)
-  table = hospitals.train
+  table, mesh = hospitals.train, federation.program.devices.mesh
   program = make_program(
     config,
     hospitals.dataset,
-    num_clients=1,
+    devices=federation.program.devices,
+    steps=federation.steps.max(keepdims=True),
     max_examples=table.indices.shape[1],
     shared_steps=None,
     batch_cap=_batch_cap(federation.mechanisms),
@@ -362,11 +391,11 @@ def alone(federation: Experiment) -> list[Experiment]:
     return federation._replace(
       config=config,
       names=names,
-      clients=clients._replace(weight=jnp.ones((1,), jnp.float32)),
+      clients=clients._replace(weight=replicate(np.ones(1, np.float32), mesh)),
       mechanisms=federation.mechanisms and federation.mechanisms[k : k + 1],
       deltas=federation.deltas[k : k + 1],
       steps=federation.steps[k : k + 1],
-      key=_run_key(config, run_id),
+      key=replicate(_run_key(config, run_id), mesh),
       program=program,
       run_id=run_id,
     )

@@ -19,12 +19,18 @@ from rich.table import Table
 
 from fedjax_med.experiment.build import Experiment
 from fedjax_med.experiment.loop import Listener, LogPoint, Outcome
+from fedjax_med.experiment.processes import is_first
 
 MOST_ROWS = 20  # hospitals in a table on the terminal; files and report hold all of them
 
 
 def make_console() -> Console:
-  """Colours and a live bar on a terminal, plain lines of fixed width elsewhere."""
+  """Colours and a live bar on a terminal, plain lines of fixed width elsewhere.
+
+  Only the first of several processes prints.
+  """
+  if not is_first():
+    return Console(quiet=True, force_terminal=False)
   console = Console(highlight=False)
   return console if console.is_terminal else Console(highlight=False, width=110)
 

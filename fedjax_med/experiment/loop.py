@@ -18,6 +18,7 @@ from fedjax_med.experiment import workdir as files
 from fedjax_med.experiment.build import Experiment
 from fedjax_med.federated.algorithm import RoundMetrics, Tree
 from fedjax_med.privacy.accounting import affordable_steps, epsilon, privacy_report
+from fedjax_med.simulation.mesh import replicate
 from fedjax_med.simulation.rounds import NEVER, BlockMetrics, SimulationState
 
 
@@ -190,7 +191,7 @@ def train_rounds(experiment: Experiment, folder: pathlib.Path, listen: Listener)
   with checkpoints.open_checkpoints(folder) as manager:
     initial = program.initial()
     restored = checkpoints.restore(manager, initial, experiment.run_id)
-    state = initial if restored is None else restored
+    state = initial if restored is None else replicate(restored, program.devices.mesh)
     saved = None if restored is None else int(state.server.round)
     require(
       (saved or 0) <= config.server.num_rounds,

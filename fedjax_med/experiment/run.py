@@ -27,6 +27,7 @@ from fedjax_med.experiment.loop import (
   spent,
   train_rounds,
 )
+from fedjax_med.experiment.processes import is_first, require_same_run
 from fedjax_med.experiment.report import write_report
 
 PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "dp-accounting", "numpy")
@@ -156,13 +157,16 @@ def run(config: Config, folder: pathlib.Path, name: str, command: str) -> None:
   started = time.monotonic()
   files.prepare(folder)
   experiment = build(config, load_hospitals(config))
+  require_same_run(experiment.run_id)
   files.claim(folder, experiment.run_id)
   terminal.describe(console, experiment, *planned(experiment), num_parameters(experiment))
-  for stale in ("summary.json", "report.html"):  # of a shorter run that is now extended
-    (folder / stale).unlink(missing_ok=True)
+  if is_first():
+    for stale in ("summary.json", "report.html"):  # of a shorter run that is now extended
+      (folder / stale).unlink(missing_ok=True)
   files.write_json(folder / "config.json", _config_record(experiment, command))
   files.write_json(folder / "hospitals.json", _hospital_record(experiment.hospitals))
-  if config.privacy.mechanism == "none" or config.data.source == "phantoms":
+  shown = config.privacy.mechanism == "none" or config.data.source == "phantoms"
+  if is_first() and shown:
     _draw_examples(experiment, folder)  # pictures of patients are no private release
 
   with terminal.progress(console, "federation", config.server.num_rounds) as listen:
@@ -175,6 +179,8 @@ def run(config: Config, folder: pathlib.Path, name: str, command: str) -> None:
     files.write_json(folder / "baselines.json", baselines["curves"])
     files.write_json(folder / "summary.json", _summary(experiment, outcome, name, baselines))
 
+  if not is_first():
+    return
   terminal.results(console, experiment, outcome)
   report = write_report(folder)
   console.print(

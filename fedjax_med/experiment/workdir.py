@@ -1,4 +1,7 @@
-"""The folder of a run: made, checked, and written so that a kill never leaves half a file."""
+"""The folder of a run: made, checked, and written so that a kill never leaves half a file.
+
+Where several processes share a run, all can read the folder and the first one writes.
+"""
 
 import json
 import os
@@ -6,6 +9,7 @@ import pathlib
 from typing import Any
 
 from fedjax_med.core.errors import UserError, require
+from fedjax_med.experiment.processes import is_first
 
 
 def prepare(workdir: pathlib.Path) -> None:
@@ -14,7 +18,7 @@ def prepare(workdir: pathlib.Path) -> None:
     (workdir / "figures").mkdir(parents=True, exist_ok=True)
     probe = workdir / ".write_test"
     probe.write_text("")
-    probe.unlink()
+    probe.unlink(missing_ok=True)  # another process may have been faster
   except OSError as error:
     raise UserError(
       f"--workdir={workdir} cannot be written ({error.strerror}); choose a folder you may write to"
@@ -23,6 +27,8 @@ def prepare(workdir: pathlib.Path) -> None:
 
 def write_json(path: pathlib.Path, value: Any) -> None:
   """Writes JSON whole or not at all: to a neighbour first, then renamed over ``path``."""
+  if not is_first():
+    return
   temporary = path.with_name(path.name + ".tmp")
   temporary.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n")
   os.replace(temporary, path)
@@ -44,6 +50,8 @@ def read_metrics(workdir: pathlib.Path) -> list[dict[str, Any]]:
 
 def keep_metrics_to(workdir: pathlib.Path, round_number: int) -> None:
   """Drops lines past ``round_number``: they belong to rounds that a resumed run does again."""
+  if not is_first():
+    return
   kept = [line for line in read_metrics(workdir) if line["round"] <= round_number]
   temporary = workdir / "metrics.jsonl.tmp"
   temporary.write_text("".join(json.dumps(line, allow_nan=False) + "\n" for line in kept))
@@ -52,6 +60,8 @@ def keep_metrics_to(workdir: pathlib.Path, round_number: int) -> None:
 
 def append_metrics(workdir: pathlib.Path, lines: list[dict[str, Any]]) -> None:
   """Appends log lines and makes sure that they reached the disk."""
+  if not is_first():
+    return
   with (workdir / "metrics.jsonl").open("a") as file:
     file.writelines(json.dumps(line, allow_nan=False) + "\n" for line in lines)
     file.flush()

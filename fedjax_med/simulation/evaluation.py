@@ -5,20 +5,24 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, PartitionSpec
 
 from fedjax_med.data.normalisation import normalise
 from fedjax_med.federated.algorithm import Pool, Tree
 from fedjax_med.models.model import Model
+from fedjax_med.simulation.mesh import CLIENTS, replicated
 
 
-def make_predict(model: Model, *, batch_size: int, normalisation: str) -> Callable:
+def make_predict(
+  model: Model, *, batch_size: int, normalisation: str, mesh: Mesh | None = None
+) -> Callable:
   """Builds ``predict(params, state, pool, rows [n]) -> probabilities [n, classes]`` (NumPy).
 
   ``rows`` are pool rows on the host. They are padded to whole batches, so one test set compiles
-  one program.
+  one program; the batches are shared out over the devices of a mesh.
   """
+  devices = 1 if mesh is None else mesh.size
 
-  @jax.jit
   def run(params: Tree, state: Tree, pool: Pool, batches: jax.Array) -> jax.Array:
     def one(rows):
       logits, _ = model.apply(params, state, normalise(pool.inputs[rows], normalisation))
@@ -26,12 +30,21 @@ def make_predict(model: Model, *, batch_size: int, normalisation: str) -> Callab
 
     return jax.lax.map(one, batches)
 
+  if mesh is None:
+    compiled = jax.jit(run)
+  else:
+    whole, dealt = PartitionSpec(), PartitionSpec(CLIENTS)
+    sharded = jax.shard_map(
+      run, mesh=mesh, in_specs=(whole,) * 3 + (dealt,), out_specs=dealt, check_vma=False
+    )
+    compiled = jax.jit(sharded, out_shardings=replicated(mesh))
+
   def predict(params: Tree, state: Tree, pool: Pool, rows: np.ndarray) -> np.ndarray:
-    size = min(batch_size, max(1, len(rows)))
-    num_batches = max(1, -(-len(rows) // size))
+    size = min(batch_size, max(1, -(-len(rows) // devices)))
+    num_batches = devices * max(1, -(-len(rows) // (size * devices)))
     padded = np.zeros(num_batches * size, np.int32)
     padded[: len(rows)] = rows
-    probabilities = run(params, state, pool, jnp.asarray(padded.reshape(num_batches, size)))
+    probabilities = compiled(params, state, pool, padded.reshape(num_batches, size))
     return np.asarray(probabilities).reshape(num_batches * size, -1)[: len(rows)]
 
   return predict

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh, PartitionSpec
 
 from fedjax_med.core.keys import Stream, key_for
 from fedjax_med.federated.algorithm import (
@@ -20,6 +21,8 @@ from fedjax_med.federated.algorithm import (
   no_metrics,
 )
 from fedjax_med.privacy.sampling import poisson_batch
+from fedjax_med.simulation.cohort import deal
+from fedjax_med.simulation.mesh import CLIENTS, replicated
 
 NEVER = jnp.iinfo(jnp.int32).max
 
@@ -72,8 +75,36 @@ def _reduce(total: Tree, deltas: Tree, weights: jax.Array) -> Tree:
   return jax.tree.map(add, total, deltas)
 
 
+def _over_devices(train: Callable, mesh: Mesh) -> Callable:
+  """``train`` with the rows of its last argument shared out, and its sums added up, over a mesh."""
+
+  def share(*args):
+    sums, results = train(*args)
+    return jax.lax.psum(sums, CLIENTS), results
+
+  whole, dealt = PartitionSpec(), PartitionSpec(CLIENTS)
+  sharded = jax.shard_map(
+    share,
+    mesh=mesh,
+    in_specs=(whole,) * 6 + (dealt,),
+    out_specs=(whole, dealt),
+    check_vma=False,  # else each loop of a model would have to say what differs between devices
+  )
+
+  def gathered(*args):
+    sums, results = sharded(*args)
+    return sums, jax.lax.with_sharding_constraint(results, replicated(mesh))
+
+  return gathered
+
+
 def make_round(
-  algorithm: FederatedAlgorithm, *, num_clients: int, cohort_cap: int | None, chunk: int
+  algorithm: FederatedAlgorithm,
+  *,
+  num_clients: int,
+  cohort_cap: int | None,
+  chunk: int,
+  mesh: Mesh | None = None,
 ) -> Callable:
   """Builds one round: ``(SimulationState, clients, pool, hyper, key) -> (state, metrics [K])``.
 
@@ -81,11 +112,14 @@ def make_round(
     algorithm: the federated algorithm.
     num_clients: K.
     cohort_cap: most clients a Poisson-sampled cohort can hold, or None for full participation.
-    chunk: clients trained at once; K is vmap, 1 is a scan. Deltas are folded into a weighted sum
-      chunk by chunk, so memory grows with the chunk, not with K.
+    chunk: clients trained at once on a device; K is vmap, 1 is a scan. Deltas are folded into a
+      weighted sum chunk by chunk, so memory grows with the chunk, not with K.
+    mesh: devices that the chunks are dealt over (all arguments lie whole on each), or None.
   """
   cohort = num_clients if cohort_cap is None else cohort_cap
-  num_chunks = -(-cohort // chunk)
+  devices = 1 if mesh is None else mesh.size
+  seats = deal(cohort, chunk, devices)
+  some_absent = cohort_cap is not None or seats.size > num_clients
 
   def draw_cohort(key, round, rate):
     if cohort_cap is None:
@@ -98,22 +132,30 @@ def make_round(
       batch_cap=cohort_cap,
     )
 
-  def run_round(state: SimulationState, clients: Client, pool: Pool, hyper: Hyper, key: jax.Array):
-    server = state.server
-    numbers, present = draw_cohort(key, server.round, hyper.participation_rate)
-    padding = num_chunks * chunk - cohort
+  def seat(clients: Client, numbers: jax.Array, present: jax.Array) -> jax.Array:
+    """[devices · chunks, chunk] client numbers, K in empty slots."""
     # Absent slots point past the table: reads clip to a real client, writes are dropped.
     numbers = jnp.where(present, numbers, num_clients)
-    numbers = jnp.pad(numbers, (0, padding), constant_values=num_clients)
+    numbers = jnp.pad(numbers, (0, seats.size - cohort), constant_values=num_clients)
+    if seats.size > len(seats) or devices > 1:  # a scan on one device waits for nobody
+      steps = jnp.take(clients.num_steps, numbers, mode="fill", fill_value=-1)
+      numbers = numbers[jnp.argsort(-steps, stable=True)]
+    return numbers[seats]
+
+  def train_chunks(server: ServerState, kept: Tree, clients: Client, pool, hyper, key, numbers):
+    """Runs the chunks [chunks, chunk] of one device: (Σ delta, Σ weight), (kept, metrics)."""
 
     def update(kept, client):
       return algorithm.client_update(server, kept, client, pool, hyper, key)
 
-    def run_chunk(total, numbers):
-      def take(leaf):
+    def take(numbers):
+      def rows(leaf):
         return jnp.take(leaf, numbers, axis=0, mode="clip")
 
-      client, kept = jax.tree.map(take, clients), jax.tree.map(take, state.kept)
+      return jax.tree.map(rows, clients), jax.tree.map(rows, kept)
+
+    def run_chunk(total, numbers):
+      client, kept = take(numbers)
       present = numbers < num_clients
       client = client._replace(num_steps=jnp.where(present, client.num_steps, 0))
       if chunk == 1:  # no vmap at all: a batch axis of one costs convolutions dearly
@@ -125,20 +167,35 @@ def make_round(
       weights = jnp.where(present, client.weight, 0)
       return _reduce(total, delta, weights), (kept, metrics, weights.sum())
 
+    def skip_chunk(total, numbers):
+      return total, (take(numbers)[1], no_metrics((chunk,)), jnp.zeros((), jnp.float32))
+
+    def run_if_any(total, numbers):  # clients come before empty slots
+      return jax.lax.cond(numbers[0] < num_clients, run_chunk, skip_chunk, total, numbers)
+
     zeros = ClientDelta(
       jax.tree.map(jnp.zeros_like, server.params), jax.tree.map(jnp.zeros_like, server.state)
     )
     total, (kept, metrics, weight) = jax.lax.scan(
-      run_chunk, zeros, numbers.reshape(num_chunks, chunk)
+      run_if_any if some_absent else run_chunk, zeros, numbers
     )
+    return (total, weight.sum()), (kept, metrics)
+
+  train = train_chunks if mesh is None else _over_devices(train_chunks, mesh)
+
+  def run_round(state: SimulationState, clients: Client, pool: Pool, hyper: Hyper, key: jax.Array):
+    server = state.server
+    numbers, present = draw_cohort(key, server.round, hyper.participation_rate)
+    numbers = seat(clients, numbers, present)
+    (total, weight), (kept, metrics) = train(server, state.kept, clients, pool, hyper, key, numbers)
 
     def scatter(old, new):
-      return old.at[numbers].set(new.reshape((-1, *new.shape[2:])), mode="drop")
+      return old.at[numbers].set(new, mode="drop")
 
     kept = jax.tree.map(scatter, state.kept, kept)
     metrics = jax.tree.map(scatter, no_metrics((num_clients,)), metrics)
-    someone = weight.sum() > 0
-    scale = 1 / jnp.where(someone, weight.sum(), 1)
+    someone = weight > 0
+    scale = 1 / jnp.where(someone, weight, 1)
     mean = jax.tree.map(lambda leaf: leaf * scale, total)
     updated = algorithm.server_update(server, mean, hyper)
     if cohort_cap is not None:  # an empty cohort leaves all but the round's number as it was
@@ -149,11 +206,14 @@ def make_round(
   return run_round
 
 
-def make_block(run_round: Callable, num_clients: int) -> jax.stages.Wrapped:
+def make_block(
+  run_round: Callable, num_clients: int, mesh: Mesh | None = None
+) -> jax.stages.Wrapped:
   """Builds ``block(state, clients, pool, hyper, key, num_rounds)``, jitted, state donated.
 
   ``num_rounds`` is traced: blocks of any length share one compiled program. The block ends early
-  after a round in which some client sent a non-finite weight.
+  after a round in which some client sent a non-finite weight. With a mesh every argument and
+  every result lies whole on each device.
   """
 
   def block(state, clients, pool, hyper, key, num_rounds):
@@ -174,4 +234,7 @@ def make_block(run_round: Callable, num_clients: int) -> jax.stages.Wrapped:
     _, state, metrics = jax.lax.while_loop(healthy, body, start)
     return state, metrics
 
-  return jax.jit(block, donate_argnums=0)
+  if mesh is None:
+    return jax.jit(block, donate_argnums=0)
+  whole = replicated(mesh)
+  return jax.jit(block, donate_argnums=0, in_shardings=whole, out_shardings=whole)

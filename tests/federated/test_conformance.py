@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from fedjax_med.federated.registry import ALGORITHMS
+from fedjax_med.simulation.mesh import client_mesh
 from fedjax_med.simulation.rounds import make_block
 from tests.federated.toy import KEY, make_clients, make_federation, make_hyper, make_pool
 
@@ -47,6 +48,48 @@ def test_layouts_agree_to_rounding(name, private):
 
 
 @every
+@pytest.mark.parametrize(
+  ("steps", "cohort_cap"), [((2, 2, 2), None), ((1, 5, 3), None), ((1, 5, 3), 2)]
+)
+def test_devices_agree_to_rounding_with_everyone_and_with_a_drawn_cohort(
+  name, private, steps, cohort_cap
+):
+  clients, hyper = make_clients(steps), make_hyper(participation_rate=0.6)
+  shared = 2 if steps == (2, 2, 2) else None
+  expected, metrics = rounds(
+    make_federation(name, private=private, chunk=1, cohort_cap=cohort_cap, shared_steps=shared),
+    4,
+    clients=clients,
+    hyper=hyper,
+  )
+  for devices, chunk in ((2, 2), (8, 1)):
+    federation = make_federation(
+      name,
+      private=private,
+      chunk=chunk,
+      cohort_cap=cohort_cap,
+      shared_steps=shared,
+      devices=devices,
+    )
+    found, found_metrics = rounds(federation, 4, clients=clients, hyper=hyper)
+    assert all(len(leaf.sharding.device_set) == devices for leaf in jax.tree.leaves(found))
+    chex.assert_trees_all_close(expected, found, rtol=2e-5, atol=1e-6)
+    chex.assert_trees_all_close(metrics, found_metrics, rtol=2e-5, atol=1e-6)
+
+
+@every
+def test_eight_devices_resume_from_one_and_go_on_bit_for_bit_by_themselves(name, private):
+  one, eight = (make_federation(name, private=private, chunk=1, devices=n) for n in (1, 8))
+  whole, _ = rounds(eight, 6)
+  half, _ = rounds(eight, 3)
+  again, _ = rounds(eight, 3, state=half)
+  chex.assert_trees_all_equal(whole, again)
+  half, _ = rounds(one, 3)
+  resumed, _ = rounds(eight, 3, state=jax.device_get(half))
+  chex.assert_trees_all_close(whole, resumed, rtol=2e-5, atol=1e-6)
+
+
+@every
 def test_compiled_equals_interpreted(name, private):
   initial, block, run_round = make_federation(name, private=private, chunk=1, shared_steps=1)
   clients, hyper = make_clients((1, 1, 1)), make_hyper()
@@ -57,10 +100,11 @@ def test_compiled_equals_interpreted(name, private):
 
 
 @every
-def test_block_lengths_hyperparameters_and_seeds_share_one_trace(name, private):
+@pytest.mark.parametrize("devices", [1, 8])
+def test_block_lengths_hyperparameters_and_seeds_share_one_trace(name, private, devices):
   chex.clear_trace_counter()
-  initial, _, run_round = make_federation(name, private=private)
-  block = make_block(chex.assert_max_traces(run_round, n=1), 3)
+  initial, _, run_round = make_federation(name, private=private, devices=devices)
+  block = make_block(chex.assert_max_traces(run_round, n=1), 3, client_mesh(devices))
   for length, rate, seed in ((1, 0.5, 0), (3, 0.1, 1), (2, 0.2, 2)):
     key = jax.random.key(seed, impl="threefry2x32")
     hyper = make_hyper(client_learning_rate=rate, clip_norm=rate)

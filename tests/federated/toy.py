@@ -18,6 +18,7 @@ from fedjax_med.federated.local import (
 from fedjax_med.federated.optimizers import client_optimizer, schedule, server_optimizer
 from fedjax_med.federated.registry import create_algorithm
 from fedjax_med.models.registry import create_model
+from fedjax_med.simulation.mesh import client_mesh
 from fedjax_med.simulation.rounds import init_state, make_block, make_round
 
 COUNTS = (12, 8, 5)
@@ -79,6 +80,7 @@ def make_federation(
   server: str = "sgd",
   average: bool = False,
   rate_schedule: str = "constant",
+  devices: int = 1,
 ):
   """(initial state maker, block, run_round) of the toy federation."""
   model = create_model(ModelConfig(name=model_name), 2, "matmul")
@@ -92,10 +94,11 @@ def make_federation(
     gradient, client_optimizer("sgd", 0.9, 0.0), schedule(rate_schedule, 10, 0), shared_steps
   )
   algorithm = create_algorithm(name, train, server_optimizer(server, 0.9), average=average)
-  run_round = make_round(algorithm, num_clients=3, cohort_cap=cohort_cap, chunk=chunk)
+  mesh = client_mesh(devices)
+  run_round = make_round(algorithm, num_clients=3, cohort_cap=cohort_cap, chunk=chunk, mesh=mesh)
 
   def initial():
     params, state = model.init(base_key(1), jnp.zeros((1, 4, 4, 1)))
     return init_state(algorithm, params, state, 3)
 
-  return initial, make_block(run_round, 3), run_round
+  return initial, make_block(run_round, 3, mesh), run_round

@@ -1,0 +1,1 @@
+"""Benchmarks, each a script that prints one JSON object with --json."""
