@@ -8,6 +8,8 @@ import enum
 
 import jax
 
+from fedjax_med.core import threefry
+
 
 class Stream(enum.IntEnum):
   """One stream for each use of randomness; numbers are part of the run format and never change."""
@@ -22,7 +24,7 @@ class Stream(enum.IntEnum):
 
 def base_key(seed: int | jax.Array) -> jax.Array:
   """Threefry key of a seed. Threefry only: vmapped rbg draws ignored the client's key."""
-  return jax.random.key(seed, impl="threefry2x32")
+  return jax.random.key(seed, impl=threefry.IMPLEMENTATION)
 
 
 def key_for(base: jax.Array, stream: Stream, *counters: int | jax.Array) -> jax.Array:

@@ -64,13 +64,20 @@ def _masked_sum(values: jax.Array, mask: jax.Array) -> jax.Array:
 
 
 def plain_gradient(
-  model: Model, loss: Loss, *, batch_size: int, max_examples: int, normalisation: str
+  model: Model,
+  loss: Loss,
+  *,
+  batch_size: int,
+  max_examples: int,
+  normalisation: str,
+  microbatch: int = 0,
 ) -> Gradient:
   """Gradient of the mean loss over the next batch of a client's shuffled epoch.
 
   Epochs run on across rounds (global step = round · steps a round + step), so a round shorter
   than an epoch still visits every example (of the rounds that the client takes part in). The last
-  batch of an epoch may be partial.
+  batch of an epoch may be partial. ``microbatch`` examples are in memory at once (0: the batch);
+  batch norm sees, and averages over, one microbatch after the other.
   """
 
   def gradient(params, state, context):
@@ -84,23 +91,28 @@ def plain_gradient(
     )
     # Padding repeats the batch's own examples: it counts in no loss, but batch norm looks at it.
     slots = slots[jnp.arange(batch_size) % jnp.maximum(mask.sum(), 1)]
-    inputs, labels = _take(context, slots, normalisation)
-    dropout_key = key_for(context.key, Stream.DROPOUT, client.number, context.round, context.step)
+    key = key_for(context.key, Stream.DROPOUT, client.number, context.round, context.step)
+    count = jnp.maximum(mask.sum(dtype=jnp.float32), 1)
 
-    def mean_loss(params):
-      logits, new_state = model.apply(params, state, inputs, key=dropout_key, train=True)
-      losses = loss(logits, labels)
-      total = _masked_sum(losses, mask)
-      return total / jnp.maximum(mask.sum(dtype=jnp.float32), 1), (total, logits, new_state)
+    def part(state, slots, mask, key):
+      inputs, labels = _take(context, slots, normalisation)
 
-    grad, (total, logits, new_state) = jax.grad(mean_loss, has_aux=True)(params)
-    metrics = no_metrics()._replace(
-      loss=total,
-      correct=_masked_sum(logits.argmax(-1) == labels, mask),
-      examples=mask.sum(dtype=jnp.float32),
-      steps=jnp.ones((), jnp.int32),
-    )
-    return grad, new_state, metrics
+      def mean_loss(params):
+        logits, new_state = model.apply(params, state, inputs, key=key, train=True)
+        losses = loss(logits, labels)
+        total = _masked_sum(losses, mask)
+        return total / count, (total, logits, new_state)
+
+      grad, (total, logits, new_state) = jax.grad(mean_loss, has_aux=True)(params)
+      metrics = no_metrics()._replace(
+        loss=total,
+        correct=_masked_sum(logits.argmax(-1) == labels, mask),
+        examples=mask.sum(dtype=jnp.float32),
+      )
+      return grad, new_state, metrics
+
+    grad, state, metrics = _in_parts(part, microbatch, params, state, slots, mask, key)
+    return grad, state, metrics._replace(steps=jnp.ones((), jnp.int32))
 
   return gradient
 
@@ -113,12 +125,14 @@ def private_gradient(
   batch_cap: int,
   max_examples: int,
   normalisation: str,
+  microbatch: int = 0,
 ) -> Gradient:
   """DP-SGD gradient (Abadi et al. 2016) of a truncated Poisson batch.
 
   Sum of clipped per-example gradients, plus noise of standard deviation σC on the sum, divided
   by the fixed expected batch size q·n. Batch and noise are functions of (client, round, step)
-  alone: a replayed step is the same release.
+  alone: a replayed step is the same release. ``microbatch`` examples are clipped at once (0: the
+  cap), and no more microbatches run than hold an example that was drawn.
   """
 
   def gradient(params, state, context):
@@ -131,21 +145,25 @@ def private_gradient(
       max_examples=max_examples,
       batch_cap=batch_cap,
     )
-    inputs, labels = _take(context, slots, normalisation)
-    # Both passes of the clipping must round alike: TF32 products would not hold the bound C.
-    with jax.default_matmul_precision("highest"):
-      total, clip = clipped_sum(
-        clipping,
-        model,
-        loss,
-        params,
-        state,
-        inputs,
-        labels,
-        mask,
-        hyper.clip_norm,
-        key_for(context.key, Stream.DROPOUT, *where),
+
+    def part(state, slots, mask, key):
+      inputs, labels = _take(context, slots, normalisation)
+      # Norms and sums must round alike: TF32 products would not hold the bound C.
+      with jax.default_matmul_precision("highest"):
+        total, clip = clipped_sum(
+          clipping, model, loss, params, state, inputs, labels, mask, hyper.clip_norm, key
+        )
+      metrics = no_metrics()._replace(
+        loss=_masked_sum(clip.loss, mask),
+        correct=_masked_sum(clip.logits.argmax(-1) == labels, mask),
+        norm=_masked_sum(clip.norm, mask),
+        clipped=_masked_sum(clip.norm > hyper.clip_norm, mask),
+        examples=mask.sum(dtype=jnp.float32),
       )
+      return total, state, metrics
+
+    key = key_for(context.key, Stream.DROPOUT, *where)
+    total, state, metrics = _in_parts(part, microbatch, params, state, slots, mask, key)
     grad = private_mean(
       total,
       key_for(context.key, Stream.NOISE, *where),
@@ -153,17 +171,35 @@ def private_gradient(
       hyper.clip_norm,
       client.expected_batch_size,
     )
-    metrics = no_metrics()._replace(
-      loss=_masked_sum(clip.loss, mask),
-      correct=_masked_sum(clip.logits.argmax(-1) == labels, mask),
-      norm=_masked_sum(clip.norm, mask),
-      clipped=_masked_sum(clip.norm > hyper.clip_norm, mask),
-      examples=mask.sum(dtype=jnp.float32),
-      steps=jnp.ones((), jnp.int32),
-    )
-    return grad, state, metrics
+    return grad, state, metrics._replace(steps=jnp.ones((), jnp.int32))
 
   return gradient
+
+
+def _in_parts(part, microbatch: int, params, state, slots, mask, key):
+  """Sums ``part(state, slots, mask, key) -> (gradient, state, metrics)`` over microbatches.
+
+  Drawn slots come first, so the loop ends where they do: a batch's padding costs less than a
+  microbatch, and an empty batch nothing.
+  """
+  size = slots.shape[0]
+  if not 0 < microbatch < size:
+    return part(state, slots, mask, key)
+  padding = -size % microbatch
+  slots, mask = jnp.pad(slots, (0, padding), mode="wrap"), jnp.pad(mask, (0, padding))
+
+  def body(index, carry):
+    total, state, metrics = carry
+
+    def take(rows):
+      return jax.lax.dynamic_slice_in_dim(rows, index * microbatch, microbatch)
+
+    grad, state, new = part(state, take(slots), take(mask), jax.random.fold_in(key, index))
+    return jax.tree.map(jnp.add, total, grad), state, add_metrics(metrics, new)
+
+  drawn = (mask.sum(dtype=jnp.int32) + (microbatch - 1)) // microbatch
+  zeros = jax.tree.map(jnp.zeros_like, params)
+  return jax.lax.fori_loop(0, drawn, body, (zeros, state, no_metrics()))
 
 
 def local_training(

@@ -7,13 +7,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from fedjax_med.core.threefry import normals
+
 Tree = Any  # a pytree of arrays
-
-
-# Values drawn at once. Blocks stay in the cache (1.4 times faster on a CPU than one draw of 25
-# million) and are one small program, however many leaves: a draw per leaf was two thirds of the
-# compile time of a private SE-ResNeXt-50.
-_BLOCK = 2**18
 
 
 def gaussian_noise_like(key: jax.Array, tree: Tree, stddev: jax.Array | float) -> Tree:
@@ -25,25 +21,15 @@ def gaussian_noise_like(key: jax.Array, tree: Tree, stddev: jax.Array | float) -
   """
   leaves, structure = jax.tree.flatten(tree)
   sizes = [math.prod(jnp.shape(leaf)) for leaf in leaves]
-  values = jnp.asarray(stddev, jnp.float32) * _normals(key, sum(sizes))
+  # The barrier: else every leaf would draw its own stretch again, inside the kernel that adds it. A
+  # draw per leaf, compiled once a leaf, was two thirds of the compile time of SE-ResNeXt-50.
+  values = jax.lax.optimization_barrier(normals(key, sum(sizes)))
+  scale = jnp.asarray(stddev, jnp.float32)
   stretches = zip(leaves, sizes, itertools.accumulate(sizes), strict=True)
-  noise = [values[end - size : end].reshape(jnp.shape(leaf)) for leaf, size, end in stretches]
+  noise = [
+    scale * values[end - size : end].reshape(jnp.shape(leaf)) for leaf, size, end in stretches
+  ]
   return jax.tree.unflatten(structure, noise)
-
-
-def _normals(key: jax.Array, size: int) -> jax.Array:
-  """At least ``size`` standard normals [...], each block of them from a key of its own."""
-  num_blocks = max(1, -(-size // _BLOCK))
-  block = -(-size // num_blocks)
-
-  def draw(number: jax.Array) -> jax.Array:
-    return jax.random.normal(jax.random.fold_in(key, number), (block,), jnp.float32)
-
-  numbers = jnp.arange(num_blocks)
-  # One block without the loop: the compiler then merges the draw with its use.
-  drawn = draw(numbers[0]) if num_blocks == 1 else jax.lax.map(draw, numbers)
-  # Else every leaf would draw its own stretch again, inside the kernel that adds it.
-  return jax.lax.optimization_barrier(drawn.reshape(-1))
 
 
 def private_mean(

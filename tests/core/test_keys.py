@@ -3,9 +3,12 @@
 import itertools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from scipy import special
 
 from fedjax_med.core.keys import Stream, base_key, key_for
+from fedjax_med.core.threefry import cipher, normals
 
 
 def bits(key) -> tuple[int, ...]:
@@ -20,9 +23,35 @@ def test_every_stream_client_round_and_step_has_a_key_of_its_own():
   assert len({bits(base_key(seed)) for seed in range(20)}) == 20
 
 
-def test_keys_are_threefry_and_the_same_traced_vmapped_or_not():
+def test_draws_are_those_of_jax_threefry_bit_for_bit_vmapped_or_not():
+  ours, stock = base_key(3), jax.random.key(3, impl="threefry2x32")
+
+  def draws(key):
+    many = jax.random.split(key, 3)
+    return {
+      "bits": jax.random.bits(key, (5, 7)),
+      "bytes": jax.random.bits(key, (5,), "uint8"),
+      "normal": jax.random.normal(jax.random.fold_in(key, 2), (3, 4)),
+      "bernoulli": jax.random.bernoulli(many[1], 0.3, (9,)),
+      "scalar": jax.random.uniform(key),
+      "vmapped": jax.vmap(lambda k: jax.random.uniform(k, (4,)))(many),
+    }
+
+  jax.tree.map(np.testing.assert_array_equal, jax.jit(draws)(ours), jax.jit(draws)(stock))
+
+
+def test_normals_use_both_words_of_every_block_as_jax_maps_bits_to_normals():
+  key = base_key(5)
+  first, second = cipher(jax.random.key_data(key), jnp.arange(4, dtype=jnp.uint32))
+  np.testing.assert_array_equal(first ^ second, jax.random.bits(key, (4,)))
+  # The inverse error function in double precision of the same 23 bits.
+  bits = np.concatenate([first, second])[:7] >> np.uint32(9)
+  want = special.ndtri((bits + 0.5 * 2**-30) / 2**23)
+  np.testing.assert_allclose(normals(key, 7), want, rtol=2e-5, atol=1e-6)
+
+
+def test_keys_are_the_same_traced_vmapped_or_not():
   base = base_key(3)
-  assert str(jax.random.key_impl(base)) == "threefry2x32"
   plain = [bits(key_for(base, Stream.NOISE, client, 7)) for client in range(4)]
   vmapped = jax.vmap(lambda client: key_for(base, Stream.NOISE, client, 7))(np.arange(4))
   assert [bits(key) for key in vmapped] == plain
