@@ -169,25 +169,49 @@ def norm_layer(
   normalise: Callable[[tuple[jax.Array, ...], jax.Array], jax.Array],
   *,
   dtype: Any,
-  forward: Callable[[Params, tuple[jax.Array, ...], jax.Array], jax.Array] | None = None,
 ) -> Layer:
-  """``normalise(constants, inputs)`` followed by scale and bias along the last axis, in ``dtype``.
+  """``normalise(constants, inputs)``, then scale and bias along the last axis, in ``dtype``."""
 
-  ``forward`` computes the same in one go where there is a faster way.
-  """
-
-  def two_steps(params, constants, inputs):
+  def forward(params, constants, inputs):
     outputs = normalise(constants, inputs)
     for name, apply in (("scale", jnp.multiply), ("bias", jnp.add)):
       if name in params:
         outputs = apply(outputs, _broadcast(params[name].astype(outputs.dtype), outputs.ndim))
     return outputs.astype(dtype)
 
+  def scale_gradients(constants, inputs, cotangent):
+    return _sum_positions(normalise(constants, inputs) * cotangent, cotangent.shape[0], 1)
+
+  return _scale_and_bias_layer(params, constants, forward, scale_gradients)
+
+
+def group_norm_layer(params: Params, *, num_groups: int, epsilon: float, dtype: Any) -> Layer:
+  """``ops.group_norm`` with the scale and bias of ``params``, either of which may be absent."""
+
+  def forward(params, constants, inputs):
+    del constants
+    inputs = inputs.astype(np.promote_types(inputs.dtype, dtype))
+    outputs = ops.group_norm(
+      inputs, params.get("scale"), params.get("bias"), num_groups=num_groups, epsilon=epsilon
+    )
+    return outputs.astype(dtype)
+
+  def scale_gradients(constants, inputs, cotangent):
+    del constants
+    return ops.group_norm_scale_gradients(inputs, cotangent, num_groups=num_groups, epsilon=epsilon)
+
+  return _scale_and_bias_layer(params, (), forward, scale_gradients)
+
+
+def _scale_and_bias_layer(params, constants, forward, scale_gradients) -> Layer:
+  """``scale_gradients``: (constants, inputs, cotangent) -> the scale's gradient of each row."""
+
   def record(params, constants, inputs, cotangent, units):
     inputs, cotangent = _float32(inputs, cotangent)
     entries = {}
     if "scale" in params:
-      entries["scale"] = _sum_positions(normalise(constants, inputs) * cotangent, units, 1)
+      rows = scale_gradients(constants, inputs, cotangent)
+      entries["scale"] = rows.reshape(units, -1, rows.shape[1]).sum(1)
     return entries | _bias_record(params, cotangent, units)
 
   def total(params, constants, inputs, cotangent):
@@ -195,7 +219,7 @@ def norm_layer(
     weights = jnp.ones(cotangent.shape[0], at_least_float32(cotangent.dtype))
     return _cast(weighted_sum(every_row, weights), params)
 
-  return Layer(params, constants, forward or two_steps, record, total)
+  return Layer(params, constants, forward, record, total)
 
 
 def keeps_factors(positions: int, fan_in: int, fan_out: int) -> bool:

@@ -227,23 +227,9 @@ def _group_norm(
     return None
   num_groups = module.num_groups or inputs.shape[-1] // (module.group_size or 1)
   dtype = _result_dtype(module, inputs, params)
-
-  def normalise(constants, inputs):
-    del constants
-    return ops.group_norm(inputs, None, None, num_groups=num_groups, epsilon=module.epsilon)
-
-  def forward(params, constants, inputs):
-    del constants
-    inputs = inputs.astype(np.promote_types(inputs.dtype, dtype))
-    return ops.group_norm(
-      inputs,
-      params.get("scale"),
-      params.get("bias"),
-      num_groups=num_groups,
-      epsilon=module.epsilon,
-    ).astype(dtype)
-
-  return gradients.norm_layer(params, (), normalise, dtype=dtype, forward=forward)
+  return gradients.group_norm_layer(
+    params, num_groups=num_groups, epsilon=module.epsilon, dtype=dtype
+  )
 
 
 def _layer_norm(

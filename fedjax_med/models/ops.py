@@ -7,6 +7,7 @@ XLA's CPU backend in jaxlib 0.10.2 and 0.11.0 crashes on float32 sums of product
 (jax issues 39257, 40412), and vmaps over clients and sweeps add two.
 """
 
+import functools
 import math
 from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple
@@ -127,17 +128,39 @@ def conv(
       feature_group_count=groups,
     )
   geometry = Geometry((kernel.shape[0], kernel.shape[1]), strides, padding, dilation, groups)
+  return _matmul_conv(inputs, kernel, geometry)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _matmul_conv(inputs: jax.Array, kernel: jax.Array, geometry: Geometry) -> jax.Array:
+  return _convolve(inputs, kernel, geometry)
+
+
+def _convolve(inputs: jax.Array, kernel: jax.Array, geometry: Geometry) -> jax.Array:
   if geometry.pointwise:
-    ((_, _, view),) = shifted_views(inputs, (1, 1), strides, padding)
+    ((_, _, view),) = shifted_views(inputs, (1, 1), geometry.strides, geometry.padding)
     return _einsum("byxc,cp->byxp", view, kernel[0, 0])
-  merged = _merged_groups(groups, kernel.shape[2])
-  blocks = _kernel_blocks(kernel, groups, merged)  # [G, kh * kw * c, p]
+  merged = _merged_groups(geometry.groups, kernel.shape[2])
+  blocks = _kernel_blocks(kernel, geometry.groups, merged)  # [G, kh * kw * c, p]
   out = _einsum("gtd,gdp->gtp", columns(inputs, geometry, merged), blocks)
-  size = output_size(
-    (inputs.shape[1], inputs.shape[2]), geometry.window, strides, padding, dilation
-  )
+  size = output_size((inputs.shape[1], inputs.shape[2]), *geometry[:4])
   out = out.reshape(out.shape[0], inputs.shape[0], *size, out.shape[2])
   return out.transpose(1, 2, 3, 0, 4).reshape(inputs.shape[0], *size, -1)
+
+
+def _matmul_conv_forward(inputs, kernel, geometry):
+  return _convolve(inputs, kernel, geometry), (inputs, kernel)
+
+
+def _matmul_conv_backward(geometry, residuals, cotangent):
+  """Forms the patches again rather than keep them: k² times the memory of the inputs."""
+  inputs, kernel = residuals
+  (d_inputs,) = jax.linear_transpose(lambda x: _convolve(x, kernel, geometry), inputs)(cotangent)
+  d_kernel = conv_gradients(inputs, cotangent, geometry, units=1)[0]
+  return d_inputs, d_kernel.astype(kernel.dtype)
+
+
+_matmul_conv.defvjp(_matmul_conv_forward, _matmul_conv_backward)
 
 
 def conv_gradients(
@@ -200,27 +223,78 @@ def group_norm(
   """Normalises each image over space and each group of channels (Wu and He 2018, equation 7).
 
   Statistics are at least float32. Channels are summed one by one and combined into groups, so that
-  the only full-size step is one scale-and-shift; a channel's mean may exceed its standard deviation
-  a hundredfold before float32 cancellation shows in the third digit.
+  the only full-size step, forward and backward, is one scale-and-shift; a channel's mean may exceed
+  its standard deviation a hundredfold before float32 cancellation shows in the third digit.
   """
-  dtype = accumulator(inputs.dtype)
-  batch, channels = inputs.shape[0], inputs.shape[-1]
-  x = inputs.astype(dtype).reshape(batch, -1, channels)
-  width = channels // num_groups
+  dtype, channels = accumulator(inputs.dtype), inputs.shape[-1]
+  x = inputs.astype(dtype).reshape(inputs.shape[0], -1, channels)
+  scale = jnp.ones(channels, dtype) if scale is None else scale.astype(dtype)
+  bias = jnp.zeros(channels, dtype) if bias is None else bias.astype(dtype)
+  out: jax.Array = _group_norm(x, scale, bias, num_groups, epsilon)  # pyright: ignore
+  return out.reshape(inputs.shape).astype(inputs.dtype)
+
+
+def group_norm_scale_gradients(
+  inputs: jax.Array,  # [B, ..., C], at least float32
+  cotangent: jax.Array,  # [B, ..., C], of the outputs, at least float32
+  *,
+  num_groups: int,
+  epsilon: float,
+) -> jax.Array:  # [B, C]
+  """Gradient of the scale for each image: normalised input times cotangent, summed over space."""
+  x, g = (v.reshape(v.shape[0], -1, v.shape[-1]) for v in (inputs, cotangent))
+  mean, inverse = _channel_statistics(x, num_groups, epsilon)
+  return ((g * x).sum(1) - mean * g.sum(1)) * inverse
+
+
+def _channel_statistics(
+  x: jax.Array,  # [B, T, C]
+  num_groups: int,
+  epsilon: float,
+) -> tuple[jax.Array, jax.Array]:  # [B, C] each
+  """Mean and inverse standard deviation of each channel's group."""
   channel_mean = x.mean(axis=1)
   channel_variance = jnp.square(x).mean(axis=1) - jnp.square(channel_mean)
-  means = channel_mean.reshape(batch, num_groups, width)
-  mean = means.mean(axis=2, keepdims=True)
-  variance = channel_variance.reshape(means.shape) + jnp.square(means - mean)
-  inverse = lax.rsqrt(jnp.maximum(variance.mean(axis=2, keepdims=True), 0) + epsilon)
-  gain = jnp.broadcast_to(inverse, means.shape).reshape(batch, channels)
-  shift = jnp.broadcast_to(-mean * inverse, means.shape).reshape(batch, channels)
-  if scale is not None:
-    scale = scale.astype(dtype)[None]
-    gain, shift = gain * scale, shift * scale
-  if bias is not None:
-    shift = shift + bias.astype(dtype)[None]
-  return (x * gain[:, None] + shift[:, None]).reshape(inputs.shape).astype(inputs.dtype)
+  mean = _over_group(channel_mean, num_groups, jnp.mean)
+  variance = _over_group(channel_variance + jnp.square(channel_mean - mean), num_groups, jnp.mean)
+  return mean, lax.rsqrt(jnp.maximum(variance, 0) + epsilon)
+
+
+def _over_group(values: jax.Array, num_groups: int, reduce: Any) -> jax.Array:
+  """[B, C] -> [B, C]: each channel gets what ``reduce`` makes of its group."""
+  grouped = values.reshape(values.shape[0], num_groups, -1)
+  return jnp.broadcast_to(reduce(grouped, axis=2, keepdims=True), grouped.shape).reshape(
+    values.shape
+  )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _group_norm(x, scale, bias, num_groups, epsilon) -> jax.Array:
+  return _group_norm_forward(x, scale, bias, num_groups, epsilon)[0]
+
+
+def _group_norm_forward(x, scale, bias, num_groups, epsilon):
+  mean, inverse = _channel_statistics(x, num_groups, epsilon)
+  gain = inverse * scale[None]
+  shift = bias[None] - mean * gain
+  return x * gain[:, None] + shift[:, None], (x, scale, mean, inverse)
+
+
+def _group_norm_backward(num_groups, epsilon, residuals, cotangent):
+  """With sums over space s = sum(g), r = sum(g x_hat): dx = (gain g - A - x_hat B) of its group."""
+  del epsilon
+  x, scale, mean, inverse = residuals
+  total = cotangent.sum(1)
+  product = ((cotangent * x).sum(1) - mean * total) * inverse
+  size = x.shape[1] * (x.shape[2] // num_groups)
+  a = _over_group(total * scale[None], num_groups, jnp.sum) * inverse / size
+  b = _over_group(product * scale[None], num_groups, jnp.sum) * jnp.square(inverse) / size
+  gain, shift = inverse * scale[None], mean * b - a
+  d_inputs = cotangent * gain[:, None] - x * b[:, None] + shift[:, None]
+  return d_inputs, product.sum(0), total.sum(0)
+
+
+_group_norm.defvjp(_group_norm_forward, _group_norm_backward)
 
 
 def max_pool(
