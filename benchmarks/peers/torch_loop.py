@@ -25,10 +25,10 @@ class Worker:
     torch.set_num_threads(threads)
     self.workload, self.pool = workload, training.Pool(workload)
     self.network = training.create(workload)
-    # Opacus reads param.grad_sample, so the flat vector must be in place before it wraps.
     self.flat = None if mode == "plain_channels_last" else training.Flat(self.network)
+    truth = training.Reference(self.network, workload, reference)  # before Opacus adds its hooks
     self.trainer = training.create_trainer(self.network, workload, mode)
-    self.errors = training.check(self.trainer, self.network, reference)
+    self.errors = training.check(self.trainer, self.network, truth)
     torch.manual_seed(os.getpid())
 
   def vector(self) -> torch.Tensor:
