@@ -5,56 +5,14 @@ what Flower's guide says to do with small clients; ``actors_1`` gives it both. A
 and network between messages.
 """
 
-import functools
 import os
 import sys
 import time
-from typing import Any
 
 from benchmarks.peers import protocol
 
 MODES = ("plain", "plain_channels_last", "hooks", "ghost", "ew")
 VARIANTS = tuple(f"{mode}_{n}" for n in (2, 1) for mode in MODES)
-
-
-@functools.cache
-def worker(name: str, mode: str, threads: int) -> Any:
-  """Network, trainer and data of an actor, made when its first message comes."""
-  import torch
-
-  from benchmarks import specs
-  from benchmarks.peers import training
-
-  torch.set_num_threads(threads)
-  workload = specs.WORKLOADS[name]
-  network = training.create(workload)
-  trainer = training.create_trainer(network, workload, mode)
-  torch.manual_seed(os.getpid())
-  return workload, network, trainer, training.Pool(workload)
-
-
-def make_client_app(name: str, mode: str, threads: int) -> Any:
-  """A ClientApp that trains the network it is sent."""
-  from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
-  from flwr.clientapp import ClientApp
-
-  app = ClientApp()
-
-  @app.train()
-  def train(message, context):
-    workload, network, trainer, pool = worker(name, mode, threads)
-    network.load_state_dict(message.content["arrays"].to_torch_state_dict())
-    client = int(context.node_config["partition-id"])
-    seen = trainer.train(pool.images[client], pool.labels[client])
-    content = RecordDict(
-      {
-        "arrays": ArrayRecord(network.state_dict()),
-        "metrics": MetricRecord({"num-examples": workload.examples, "seen": seen}),
-      }
-    )
-    return Message(content=content, reply_to=message)
-
-  return app
 
 
 def main() -> None:
@@ -70,7 +28,7 @@ def main() -> None:
   from flwr.simulation import run_simulation
 
   from benchmarks import specs
-  from benchmarks.peers import training
+  from benchmarks.peers import flower_client, training
 
   workload = specs.WORKLOADS[arguments.workload]
   mode, actors = arguments.variant.rsplit("_", 1)
@@ -115,7 +73,7 @@ def main() -> None:
 
   run_simulation(
     server_app=app,
-    client_app=make_client_app(arguments.workload, mode, cores),
+    client_app=flower_client.make_client_app(arguments.workload, mode, cores),
     num_supernodes=workload.num_clients,
     backend_config={
       "client_resources": {"num_cpus": cores, "num_gpus": 0.0},
