@@ -67,9 +67,9 @@ def serve(arguments: Any, stream: Any) -> None:
     return fedjax.create_model_from_haiku(
       hk.transform(network),
       sample,
-      lambda batch, logits: -jnp.take_along_axis(
-        jax.nn.log_softmax(logits), batch["y"][:, None], axis=-1
-      )[:, 0],
+      lambda batch, logits: (
+        -jnp.take_along_axis(jax.nn.log_softmax(logits), batch["y"][:, None], axis=-1)[:, 0]
+      ),
       train_kwargs={"train": dropout},
       eval_kwargs={"train": False},
     )

@@ -135,9 +135,7 @@ def simulate(
       self.left -= 1
       if self.left == 0:
         if session:
-          session.report(
-            time.perf_counter() - self.start, self.asked * workload.examples_per_round
-          )
+          session.report(time.perf_counter() - self.start, self.asked * workload.examples_per_round)
         self.asked = self.left = ask()
         self.start = time.perf_counter()
       return self.left == 0, Metrics()
