@@ -51,7 +51,7 @@ class Peer:
 
   def __init__(self, script: str, python: str, variant: str, arguments: list[str]):
     command = [python, "-m", f"benchmarks.peers.{script}", "--serve", "--variant", variant]
-    self._log = tempfile.TemporaryFile("w+")
+    self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115, closed in close()
     self.started = time.perf_counter()
     environment = {**os.environ, "PYTHONPATH": os.getcwd()}
     self._process = subprocess.Popen(
@@ -62,7 +62,11 @@ class Peer:
       text=True,
       env=environment,
     )
-    self.about = self._answer()["ready"]
+    try:
+      self.about = self._answer()["ready"]
+    except BaseException:
+      self.close()
+      raise
 
   def run(self, rounds: int) -> tuple[float, int]:
     """Seconds and examples of that many rounds."""

@@ -1,5 +1,7 @@
 """PyTorch twins of the networks: the same layers, sizes, groups and names as the Flax ones."""
 
+from typing import ClassVar
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -22,7 +24,9 @@ def group_norm(channels: int) -> nn.GroupNorm:
 class CifarCNN(nn.Module):
   """conv32, conv64, max pool, dropout, dense 128, dropout, dense 10: pfl-research's benchmark."""
 
-  flattened = {"hidden": (64, 14, 14)}  # channels, height, width where maps become a vector
+  flattened: ClassVar[dict[str, tuple[int, int, int]]] = {
+    "hidden": (64, 14, 14)
+  }  # channels, height, width where maps become a vector
 
   def __init__(self, channels: int = 3, num_classes: int = 10):
     super().__init__()
@@ -41,7 +45,7 @@ class CifarCNN(nn.Module):
 class MnistCNN(nn.Module):
   """conv16 and conv32, 3x3 and padded, each with relu and a 2x2 max pool, then dense 10."""
 
-  flattened = {"head": (32, 7, 7)}
+  flattened: ClassVar[dict[str, tuple[int, int, int]]] = {"head": (32, 7, 7)}
 
   def __init__(self, channels: int = 1, num_classes: int = 10):
     super().__init__()
@@ -97,7 +101,7 @@ class Bottleneck(nn.Module):
 class SEResNeXt50(nn.Module):
   """SE-ResNeXt-50 32x4d with GroupNorm."""
 
-  flattened = {}
+  flattened: ClassVar[dict[str, tuple[int, int, int]]] = {}
 
   def __init__(self, channels: int = 3, num_classes: int = 1000):
     super().__init__()

@@ -51,7 +51,6 @@ def simulate(
   arguments: Any, stream: Any, about: dict[str, Any], mode: str, processes: int, rank: int
 ) -> None:
   """Runs FederatedAveraging; the session is asked after each iteration what comes next."""
-  import numpy as np
   import torch
   from pfl.aggregate.simulate import SimulatedBackend
   from pfl.aggregate.weighting import WeightByUser
@@ -108,7 +107,6 @@ def simulate(
 
   about["gradient_errors"] = reference.errors(step, network, private=False)
   users = {k: Dataset([pool.images[k], pool.labels[k]]) for k in range(workload.num_clients)}
-  np.random.seed(1)
   torch.manual_seed(1 + rank)
   data = FederatedDataset(
     users.__getitem__, get_user_sampler("minimize_reuse", list(range(workload.num_clients)))
