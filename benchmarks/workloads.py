@@ -21,7 +21,7 @@ from fedjax_med.federated.local import (
 from fedjax_med.federated.optimizers import client_optimizer, schedule, server_optimizer
 from fedjax_med.federated.registry import create_algorithm
 from fedjax_med.models import ops, registry
-from fedjax_med.models.model import Model
+from fedjax_med.models.model import Model, from_flax
 from fedjax_med.privacy.clipping import clipped_sum, resolve_method
 from fedjax_med.privacy.mechanism import batch_size_bound
 from fedjax_med.simulation.plan import choose_layout, choose_lowering
@@ -189,32 +189,43 @@ def _hyper(workload: specs.Workload, participation_rate: float) -> Hyper:
 def write_reference(workload: specs.Workload, path: str) -> None:
   """Writes weights, a batch and this side's gradients of it, for the peers to be compared with.
 
-  Dropout is off. Arrays are named ``params/conv1/kernel``; ``mean`` is the gradient of the mean
-  loss and ``clipped`` the sum of per-example gradients clipped to ``clip_norm``, the median norm.
+  All in float64, where no rounding hides a difference between two networks; dropout is off. Arrays
+  are named ``params/conv1/kernel``; ``mean`` is the gradient of the mean loss and ``clipped`` the
+  sum of per-example gradients clipped to ``clip_norm``, the median norm.
   """
-  model, _ = make_model(workload)
-  loss = cross_entropy(0.0)
-  params, state = model.init(base_key(1), jnp.zeros((1, *workload.shape), jnp.float32))
+  with jax.enable_x64(True):
+    np.savez(path, **_reference(workload))
+
+
+def _reference(workload: specs.Workload) -> dict[str, Any]:
+  lowering, _ = choose_lowering("auto")
+  module = registry.MODELS[workload.network](
+    workload.num_classes, norm="group", dropout=0.0, dtype=jnp.float64
+  )
+  model, loss = from_flax(module, lowering), cross_entropy(0.0)
+  params, state = model.init(base_key(1), jnp.zeros((1, *workload.shape), jnp.float64))
+  params = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), params)
   images, labels = (array[: workload.batch] for array in specs.make_pool(workload))
-  inputs = jnp.asarray(images, jnp.float32) / 127.5 - 1
+  inputs = jnp.asarray(images, jnp.float64) / 127.5 - 1
 
-  def mean_loss(params, inputs, labels):
-    return loss(model.apply(params, state, inputs)[0], labels).mean()
+  def mean_loss(params):
+    return loss(model.apply(params, state, inputs)[0], jnp.asarray(labels)).mean()
 
-  arrays: dict[str, np.ndarray] = {"images": images, "labels": labels}
-  trees = {"params": params, "mean": jax.jit(jax.grad(mean_loss))(params, inputs, labels)}
+  arrays: dict[str, Any] = {"images": images, "labels": labels}
+  trees = {"params": params, "mean": jax.jit(jax.grad(mean_loss))(params)}
   if workload.private:
     mask = jnp.ones(len(labels), bool)
 
-    def clipped(clip_norm):
+    def clipped(params, clip_norm):
       problems = model.uncovered(params, state, inputs)
       how = (resolve_method("auto", problems)[0], model, loss, params, state)
       return clipped_sum(*how, inputs, jnp.asarray(labels), mask, clip_norm, base_key(2))
 
     clipped = jax.jit(clipped)
-    arrays["clip_norm"] = np.median(clipped(jnp.float32(1))[1].norm)
-    trees["clipped"] = clipped(jnp.float32(arrays["clip_norm"]))[0]
+    norms = clipped(params, jnp.float64(1))[1].norm
+    arrays["clip_norm"] = np.float64(np.median(norms))
+    trees["clipped"] = clipped(params, jnp.float64(arrays["clip_norm"]))[0]
   for name, tree in trees.items():
-    for path_of_leaf, leaf in jax.tree_util.tree_leaves_with_path(tree):
-      arrays["/".join([name, *(key.key for key in path_of_leaf)])] = np.asarray(leaf)
-  np.savez(path, **arrays)
+    for keys, leaf in jax.tree_util.tree_leaves_with_path(tree):
+      arrays["/".join([name, *(key.key for key in keys)])] = np.asarray(leaf)
+  return arrays

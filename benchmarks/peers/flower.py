@@ -35,13 +35,11 @@ def main() -> None:
   cores = 2 // int(actors)
   network = training.create(workload)
   arrays = {"now": ArrayRecord(network.state_dict())}
-  reference = training.Reference(network, workload, arguments.reference)
-  checked = training.create_trainer(network, workload, mode)
   about = {
     "system": "flower",
     "variant": arguments.variant,
     "settings": {"actors": int(actors), "threads_each": cores, "mode": mode},
-    "gradient_errors": training.check(checked, network, reference),
+    "gradient_errors": training.check_trainer(network, workload, mode, arguments.reference),
     "versions": protocol.versions("flwr", "ray", "torch"),
   }
   failures: list[Exception] = []

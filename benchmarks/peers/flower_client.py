@@ -1,4 +1,4 @@
-"""Flower's client side, a module of its own so that an actor imports it once and keeps its state."""
+"""Flower's client side, in its own module: an actor imports it once and keeps its state."""
 
 import functools
 import os

@@ -72,26 +72,28 @@ def simulate(
   workload = specs.WORKLOADS[arguments.workload]
   pool = training.Pool(workload)
   network = training.create(workload)
-  reference = training.Reference(network, workload, arguments.reference)
   memory_format = torch.contiguous_format
   if mode == "plain_channels_last":
     memory_format = torch.channels_last
+
+  def make_model(network) -> PyTorchModel:
+    dtype = next(network.parameters()).dtype
     network.to(memory_format=memory_format)
 
-  def loss(images, labels):
-    inputs = training.normalise(images).contiguous(memory_format=memory_format)
-    return torch.nn.functional.cross_entropy(network(inputs), labels)
+    def loss(images, labels):
+      inputs = training.normalise(images, dtype).contiguous(memory_format=memory_format)
+      return torch.nn.functional.cross_entropy(network(inputs), labels)
 
-  def metrics(images, labels):
-    with torch.no_grad():
-      return {"loss": Weighted(float(loss(images, labels)) * len(labels), len(labels))}
+    def metrics(images, labels):
+      with torch.no_grad():
+        return {"loss": Weighted(float(loss(images, labels)) * len(labels), len(labels))}
 
-  network.loss, network.metrics = loss, metrics
-  model = PyTorchModel(
-    model=network,
-    local_optimizer_create=torch.optim.SGD,
-    central_optimizer=torch.optim.SGD(network.parameters(), 1.0),
-  )
+    network.loss, network.metrics = loss, metrics
+    return PyTorchModel(
+      model=network,
+      local_optimizer_create=torch.optim.SGD,
+      central_optimizer=torch.optim.SGD(network.parameters(), 1.0),
+    )
 
   def hyper(rate: float, steps: int, batch: int) -> NNTrainHyperParams:
     return NNTrainHyperParams(
@@ -101,11 +103,20 @@ def simulate(
       local_batch_size=batch,
     )
 
-  def step(images, labels):
-    data = Dataset([images, labels])
-    model.do_multiple_epochs_of(data, hyper(1.0, 1, len(labels)), _sgd_train_step)
+  def make_step(peer, clip_norm, batch):
+    del clip_norm
+    checked = make_model(peer)
 
-  about["gradient_errors"] = reference.errors(step, network, private=False)
+    def step(images, labels):
+      data = Dataset([images, labels])
+      checked.do_multiple_epochs_of(data, hyper(1.0, 1, batch), _sgd_train_step)
+
+    return step
+
+  about["gradient_errors"] = training.check(
+    make_step, network, workload, False, arguments.reference
+  )
+  model = make_model(network)
   users = {k: Dataset([pool.images[k], pool.labels[k]]) for k in range(workload.num_clients)}
   torch.manual_seed(1 + rank)
   data = FederatedDataset(

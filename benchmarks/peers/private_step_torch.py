@@ -44,16 +44,14 @@ def work(mode: str, pixels: int, batch: int, channels: int, classes: int, path: 
   )  # fmt: skip
   network = training.create(workload)
   try:
-    reference = training.Reference(network, workload, path or None)
+    errors = training.check_trainer(network, workload, mode, path or None)
     trainer = training.create_trainer(network, workload, mode)
-    errors = training.check(trainer, network, reference)
   except Exception as error:
     pipe.send({"error": f"{type(error).__name__}: {error}"[:300]})
     return
   pool = training.Pool(workload)
   images, labels = pool.images[0], pool.labels[0]
   trainer.optimizer.zero_grad(set_to_none=True)
-  del reference
   baseline = status("VmRSS")
   reset_peak()
   pipe.send({"gradient_errors": errors})

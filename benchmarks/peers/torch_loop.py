@@ -25,10 +25,9 @@ class Worker:
     torch.set_num_threads(threads)
     self.workload, self.pool = workload, training.Pool(workload)
     self.network = training.create(workload)
+    self.errors = training.check_trainer(self.network, workload, mode, reference)
     self.flat = None if mode == "plain_channels_last" else training.Flat(self.network)
-    truth = training.Reference(self.network, workload, reference)  # before Opacus adds its hooks
     self.trainer = training.create_trainer(self.network, workload, mode)
-    self.errors = training.check(self.trainer, self.network, truth)
     torch.manual_seed(os.getpid())
 
   def vector(self) -> torch.Tensor:
