@@ -35,6 +35,14 @@ INSTALL = [
   "scipy>=1.13,<2",
   "tensorflow-datasets>=4.9.10,<5",
 ]
+# What the benchmarks compare with; pfl-research needs an environment of its own, since it holds
+# dp-accounting below 0.6 (benchmarks/README.md).
+PEERS = [
+  "fedjax==0.0.17",
+  "flwr[simulation]>=1.42,<1.43",
+  "opacus>=1.6,<1.7",
+  "torch>=2.13,<2.14",
+]
 TEST = [
   "hypothesis>=6.100,<7",
   "pytest>=8.3,<10",
@@ -63,6 +71,7 @@ setup(
   extras_require={
     "test": TEST,
     "dev": TEST + TOOLS,
+    "peers": PEERS,
     "gpu": ["jax[cuda12]>=0.10,<0.12"],
     "tpu": ["jax[tpu]>=0.10,<0.12"],
   },

@@ -1,1 +1,1 @@
-"""Benchmarks, each a script that prints one JSON object with --json."""
+"""Benchmarks against this simulator's own reference and against its peers; see README.md."""

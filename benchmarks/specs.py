@@ -1,0 +1,63 @@
+"""The three workloads in numbers, and their data: all that every system must have in common."""
+
+import dataclasses
+
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class Workload:
+  """A federated training task whose every number is fixed.
+
+  Attributes:
+    name: W1, W2 or W3.
+    network: cifar_cnn, se_resnext50_32x4d or mnist_cnn.
+    num_clients: clients.
+    cohort: clients that train in a round.
+    examples: images a client holds.
+    shape: height, width, channels.
+    num_classes: logits.
+    batch: images a local step, the expected number where batches are Poisson draws.
+    steps: local steps a client takes in a round.
+    learning_rate: of the clients; the server takes the mean of the deltas as it is.
+    private: whether there is a DP-SGD variant.
+  """
+
+  name: str
+  network: str
+  num_clients: int
+  cohort: int
+  examples: int
+  shape: tuple[int, int, int]
+  num_classes: int
+  batch: int
+  steps: int
+  learning_rate: float
+  private: bool
+
+  @property
+  def examples_per_round(self) -> int:
+    """Images that a round trains on, counted with repetition."""
+    return self.cohort * self.steps * self.batch
+
+
+WORKLOADS = {
+  workload.name: workload
+  for workload in (
+    # One epoch of 50 images in batches of 10, as in the CIFAR10 benchmark of pfl-research.
+    Workload("W1", "cifar_cnn", 1000, 50, 50, (32, 32, 3), 10, 10, 5, 0.1, False),
+    Workload("W2", "se_resnext50_32x4d", 4, 4, 64, (64, 64, 3), 2, 8, 2, 0.01, True),
+    Workload("W3", "mnist_cnn", 20, 20, 200, (28, 28, 1), 10, 20, 10, 0.1, True),
+  )
+}
+
+CLIP_NORM = 1.0
+NOISE_MULTIPLIER = 1.0
+
+
+def make_pool(workload: Workload) -> tuple[np.ndarray, np.ndarray]:
+  """Seeded images [clients · examples, H, W, C] uint8 and labels int32; client k owns block k."""
+  random = np.random.default_rng(0)
+  count = workload.num_clients * workload.examples
+  images = random.integers(0, 256, (count, *workload.shape), np.uint8)
+  return images, random.integers(0, workload.num_classes, count).astype(np.int32)
