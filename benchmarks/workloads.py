@@ -22,7 +22,7 @@ from fedjax_med.federated.optimizers import client_optimizer, schedule, server_o
 from fedjax_med.federated.registry import create_algorithm
 from fedjax_med.models import ops, registry
 from fedjax_med.models.model import Model, from_flax
-from fedjax_med.privacy.clipping import clipped_sum, resolve_method
+from fedjax_med.privacy.clipping import clipped_sum, resolve_method, uncovered
 from fedjax_med.privacy.mechanism import batch_size_bound
 from fedjax_med.simulation.plan import choose_layout, choose_lowering
 from fedjax_med.simulation.rounds import init_state, make_block, make_round
@@ -127,7 +127,7 @@ def _build(workload: specs.Workload, private: bool, layout: str, chunk: int) -> 
   settings: dict[str, Any] = {"lowering": lowering_reason}
   if private:
     batch_cap = min(workload.examples, batch_size_bound(workload.examples, probability, 5))
-    clipping, reason = resolve_method("auto", model.uncovered(params, state, image))
+    clipping, reason = resolve_method("auto", uncovered(model, params, state, image))
     settings |= {"clipping": f"{clipping}: {reason}", "batch_cap": batch_cap}
     gradient = private_gradient(model, loss, clipping=clipping, batch_cap=batch_cap, **shape)
   else:
@@ -217,7 +217,7 @@ def _reference(workload: specs.Workload) -> dict[str, Any]:
     mask = jnp.ones(len(labels), bool)
 
     def clipped(params, clip_norm):
-      problems = model.uncovered(params, state, inputs)
+      problems = uncovered(model, params, state, inputs)
       how = (resolve_method("auto", problems)[0], model, loss, params, state)
       return clipped_sum(*how, inputs, jnp.asarray(labels), mask, clip_norm, base_key(2))
 

@@ -231,8 +231,8 @@ def check(
     key = "clipped/" if private else "mean/"
     other = torch.cat([theirs(key, name).reshape(-1) for name in names])
     errors["jax_side"] = _distance(other / (len(labels) if private else 1), rows.mean(0))
-  # Opacus adds 1e-6 to the norms it divides by.
-  slack = 1e-6 / clip_norm if private else 0.0
+  # Opacus adds 1e-6 to the norms it divides by; the mean is shorter than what it is the mean of.
+  slack = 1e-5 / clip_norm if private else 0.0
   exact = max(errors["float64"], errors.get("jax_side", 0.0))
   good = exact < TOLERANCE + slack and errors["float32_smallest"] < FLOAT32_TOLERANCE + slack
   assert good, f"wrong gradient, relative errors {errors}"

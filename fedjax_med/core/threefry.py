@@ -29,25 +29,6 @@ def cipher(key: jax.Array, low: jax.Array) -> tuple[jax.Array, jax.Array]:
   return x, y
 
 
-def normals(key: jax.Array, size: int) -> jax.Array:
-  """``size`` standard normals, float32 [size], from both words of each block of the cipher.
-
-  jax.random.normal's map from bits to a value (23 bits, |z| at most 5.42) and half of its work.
-  """
-  half = (size + 1) // 2
-  words = cipher(jax.random.key_data(key), jax.lax.iota(jnp.uint32, half))
-  return jnp.concatenate([_normal(word) for word in words])[:size]
-
-
-def _normal(bits: jax.Array) -> jax.Array:
-  one_to_two = jax.lax.bitcast_convert_type(
-    (bits >> np.uint32(9)) | np.uint32(0x3F800000), np.float32
-  )
-  lowest = np.nextafter(np.float32(-1), np.float32(0))
-  uniform = (one_to_two - np.float32(1)) * (np.float32(1) - lowest) + lowest
-  return np.float32(math.sqrt(2)) * jax.lax.erf_inv(jnp.maximum(lowest, uniform))
-
-
 def _stock(key: jax.Array) -> jax.Array:
   return jax.random.wrap_key_data(key, impl=_STOCK)
 

@@ -58,6 +58,20 @@ def resolve_method(requested: str, uncovered: dict[str, tuple[str, ...]]) -> tup
   return "reference", f"norm taps do not cover the model: {_shortened(uncovered['two_pass'])}"
 
 
+def uncovered(
+  model: Model, params: Any, state: Any, inputs: Any, dtype: str = "float32"
+) -> dict[str, tuple[str, ...]]:
+  """Why each method but 'reference' cannot be trusted with the model in this activation dtype.
+
+  ``params``, ``state`` and ``inputs`` [any, ...] need shapes and dtypes only.
+  """
+  reasons = {method: model.uncovered(params, state, inputs, method) for method in METHODS[:-1]}
+  if dtype != "float32":
+    rounding = f"its second backward pass rounds {dtype} activations unlike the first"
+    reasons["two_pass"] = (rounding, *reasons["two_pass"])
+  return reasons
+
+
 def _shortened(reasons: tuple[str, ...]) -> str:
   return ", ".join(reasons[:4]) + (f" and {len(reasons) - 4} more" * (len(reasons) > 4))
 

@@ -3,12 +3,9 @@
 import itertools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from scipy import special
 
 from fedjax_med.core.keys import Stream, base_key, key_for
-from fedjax_med.core.threefry import cipher, normals
 
 
 def bits(key) -> tuple[int, ...]:
@@ -38,16 +35,6 @@ def test_draws_are_those_of_jax_threefry_bit_for_bit_vmapped_or_not():
     }
 
   jax.tree.map(np.testing.assert_array_equal, jax.jit(draws)(ours), jax.jit(draws)(stock))
-
-
-def test_normals_use_both_words_of_every_block_as_jax_maps_bits_to_normals():
-  key = base_key(5)
-  first, second = cipher(jax.random.key_data(key), jnp.arange(4, dtype=jnp.uint32))
-  np.testing.assert_array_equal(first ^ second, jax.random.bits(key, (4,)))
-  # The inverse error function in double precision of the same 23 bits.
-  bits = np.concatenate([first, second])[:7] >> np.uint32(9)
-  want = special.ndtri((bits + 0.5 * 2**-30) / 2**23)
-  np.testing.assert_allclose(normals(key, 7), want, rtol=2e-5, atol=1e-6)
 
 
 def test_keys_are_the_same_traced_vmapped_or_not():
