@@ -179,6 +179,14 @@ class ExecutionConfig:
     devices: devices that clients are dealt over; 0 means every accelerator (of all processes), but
       one on a CPU.
     lowering: auto, matmul (convolutions as sums of batched products) or native.
+    microbatch: examples in memory at once in a local step; 0 lets it be chosen. It redraws
+      dropout, so it is not chosen where the model has dropout.
+    memory_gib: memory budget of a device, GiB, which the plan keeps to; 0 means 80% of an
+      accelerator's, and half of a CPU's free memory.
+    remat: auto (where memory forbids else), off or blocks (the backward pass computes each block of
+      the network again).
+    probe: auto (where a run is long enough to repay it), on or off: time a local step to choose
+      how many clients train at once under layout=auto.
     compilation_cache: folder of XLA's persistent cache; empty turns it off.
   """
 
@@ -186,6 +194,10 @@ class ExecutionConfig:
   chunk_size: int = 0
   devices: int = 0
   lowering: str = "auto"
+  microbatch: int = 0
+  memory_gib: float = 0.0
+  remat: str = "auto"
+  probe: str = "auto"
   compilation_cache: str = "~/.cache/fedjax_med/xla"
 
 
@@ -239,6 +251,8 @@ CHOICES = {
   "privacy.clipping": ("auto", "book_keeping", "two_pass", "reference"),
   "execution.layout": ("auto", "vmap", "chunk", "scan"),
   "execution.lowering": ("auto", "matmul", "native"),
+  "execution.remat": ("auto", "off", "blocks"),
+  "execution.probe": ("auto", "on", "off"),
 }
 
 # field: (lowest, highest, lowest itself allowed, remedy)
@@ -275,6 +289,8 @@ RANGES: dict[str, tuple[float, float, bool, str]] = {
   "privacy.batch_cap": (0, 1_000_000, True, "use 0 to let it be chosen"),
   "execution.chunk_size": (0, 100_000, True, "use 0 unless layout=chunk"),
   "execution.devices": (0, 100_000, True, "use 0 to let them be chosen"),
+  "execution.microbatch": (0, 1_000_000, True, "use 0 to let it be chosen"),
+  "execution.memory_gib": (0, 1_000_000, True, "use 0 for a share of what the device has"),
   "eval.every": (1, 1_000_000, True, "use 1"),
   "eval.batch_size": (1, 1_000_000, True, "use 64"),
 }
@@ -337,6 +353,17 @@ def validate(config: Config) -> None:
     (layout == "chunk") == (chunk > 0),
     f"execution.layout='{layout}' with execution.chunk_size={chunk} contradict each other",
     "set layout=chunk and chunk_size>=1 together",
+  )
+  require(
+    config.execution.probe != "on" or layout == "auto",
+    f"execution.probe='on' with execution.layout='{layout}' contradict each other",
+    "use layout=auto, which the probe chooses for, or probe=auto",
+  )
+  require(
+    config.execution.microbatch == 0 or config.model.norm != "batch",
+    f"execution.microbatch={config.execution.microbatch} with model.norm='batch' would change"
+    " results: statistics would be of a microbatch, not of the batch",
+    "use execution.microbatch=0, or model.norm=group",
   )
   if privacy.mechanism == "none":
     require(

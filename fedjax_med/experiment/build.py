@@ -1,6 +1,7 @@
 """From a validated config to what a run needs: data, model, mechanisms, compiled functions."""
 
 import dataclasses
+import functools
 import hashlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -14,7 +15,8 @@ from fedjax_med.core.keys import Stream, base_key, key_for
 from fedjax_med.data.dataset import ClientTable, Dataset, Hospitals, client_rows, client_table
 from fedjax_med.data.hospitals import build_hospitals
 from fedjax_med.data.sources import load_dataset
-from fedjax_med.federated.algorithm import Client, Hyper, Pool
+from fedjax_med.experiment import planning
+from fedjax_med.federated.algorithm import Client, FederatedAlgorithm, Hyper, Pool
 from fedjax_med.federated.local import (
   cross_entropy,
   local_training,
@@ -24,13 +26,13 @@ from fedjax_med.federated.local import (
 from fedjax_med.federated.optimizers import client_optimizer, schedule, server_optimizer
 from fedjax_med.federated.registry import create_algorithm
 from fedjax_med.models.model import Model
-from fedjax_med.models.registry import create_model
+from fedjax_med.models.registry import create_model, has_remat
 from fedjax_med.privacy.accounting import resolve_deltas
 from fedjax_med.privacy.clipping import resolve_method
 from fedjax_med.privacy.mechanism import PoissonGaussian, batch_size_bound, plan_mechanisms
 from fedjax_med.simulation.evaluation import make_predict
 from fedjax_med.simulation.mesh import Devices, choose_devices, replicate, replicated
-from fedjax_med.simulation.plan import Plan, choose_layout, choose_lowering, describe_padding
+from fedjax_med.simulation.plan import Choice, Plan, choose_lowering, describe_padding
 from fedjax_med.simulation.rounds import SimulationState, init_state, make_block, make_round
 
 
@@ -43,6 +45,8 @@ class Program(NamedTuple):
     initial: SimulationState before round 0, made anew at each call.
     block: a jitted block of rounds.
     predict: class probabilities of given pool rows.
+    arguments: shapes of what a block is called with.
+    budget: memory that the plan kept to.
   """
 
   plan: Plan
@@ -50,6 +54,8 @@ class Program(NamedTuple):
   initial: Callable[[], SimulationState]
   block: jax.stages.Wrapped
   predict: Callable[..., np.ndarray]
+  arguments: tuple[Any, ...]
+  budget: planning.Budget
 
 
 class Experiment(NamedTuple):
@@ -149,6 +155,7 @@ def make_program(
   max_examples: int,
   shared_steps: int | None,
   batch_cap: int,
+  counts: np.ndarray | None = None,
 ) -> Program:
   """Builds model, algorithm and compiled functions for clients of at most ``max_examples``.
 
@@ -160,69 +167,147 @@ def make_program(
     max_examples: slots of a client's index row.
     shared_steps: local steps a round where all clients take the same number, else None.
     batch_cap: slots of a truncated Poisson batch (private runs).
+    counts: examples of each client, for the microbatch; None if all hold ``max_examples``.
+
+  Raises:
+    UserError: the rounds do not fit into the memory budget, whatever may be changed.
   """
   lowering, lowering_reason = choose_lowering(config.execution.lowering)
-  model = create_model(config.model, len(dataset.class_names), lowering)
+  classes, private = len(dataset.class_names), config.privacy.mechanism != "none"
   image = jax.ShapeDtypeStruct((1, *dataset.inputs.shape[1:]), jnp.float32)
   num_clients, mesh = len(steps), devices.mesh
   cohort_cap = _cohort_cap(config, num_clients)
-  layout, chunk, layout_reason = choose_layout(
-    config.execution.layout,
-    config.execution.chunk_size,
-    cohort_cap or num_clients,
-    devices=devices.number,
-    steps=steps,
-  )
-  rate = 1.0 if cohort_cap is None else config.server.participation_rate
-  padding_reason = describe_padding(steps, chunk, devices.number, rate)
-  reasons = [devices.reason, layout_reason, padding_reason, lowering_reason]
   loss = cross_entropy(config.client.label_smoothing)
-  shape = {"max_examples": max_examples, "normalisation": config.data.normalisation}
-  if config.privacy.mechanism == "none":
-    clipping = "none"
-    gradient = plain_gradient(model, loss, batch_size=config.client.batch_size, **shape)
-  else:
-    clipping, reason = resolve_method(config.privacy.clipping, _uncovered(config, model, image))
-    reasons.append(f"clipping {clipping}: {reason}")
-    gradient = private_gradient(model, loss, clipping=clipping, batch_cap=batch_cap, **shape)
   client, server = config.client, config.server
-  train = local_training(
-    gradient,
-    client_optimizer(client.optimizer, client.momentum, client.weight_decay),
-    schedule(client.schedule, server.num_rounds, client.warmup_rounds),
-    shared_steps,
-  )
-  algorithm = create_algorithm(
-    server.algorithm,
-    train,
-    server_optimizer(server.optimizer, server.momentum),
-    average=server.ema_decay > 0,
-  )
+  counts = np.full(1, max_examples) if counts is None else counts
+  rates = np.minimum(1, client.batch_size / counts)
+
+  @functools.cache
+  def model_of(remat: bool) -> Model:
+    return create_model(config.model, classes, lowering, remat=remat)
+
+  @functools.cache
+  def uncovered(remat: bool) -> dict[str, tuple[str, ...]]:
+    return _uncovered(config, model_of(remat), image)
+
+  def train_as(choice: Choice, shared_steps: int | None) -> Callable:
+    shape = {
+      "max_examples": max_examples,
+      "normalisation": config.data.normalisation,
+      "microbatch": choice.microbatch,
+    }
+    model = model_of(choice.remat)
+    if private:
+      gradient = private_gradient(
+        model, loss, clipping=choice.clipping, batch_cap=batch_cap, **shape
+      )
+    else:
+      gradient = plain_gradient(model, loss, batch_size=client.batch_size, **shape)
+    return local_training(
+      gradient,
+      client_optimizer(client.optimizer, client.momentum, client.weight_decay),
+      schedule(client.schedule, server.num_rounds, client.warmup_rounds),
+      shared_steps,
+    )
+
+  def algorithm_as(choice: Choice) -> FederatedAlgorithm:
+    return create_algorithm(
+      server.algorithm,
+      train_as(choice, shared_steps),
+      server_optimizer(server.optimizer, server.momentum),
+      average=server.ema_decay > 0,
+    )
+
+  @functools.cache
+  def block_as(choice: Choice) -> jax.stages.Wrapped:
+    run_round = make_round(
+      algorithm_as(choice),
+      num_clients=num_clients,
+      cohort_cap=cohort_cap,
+      chunk=choice.chunk,
+      mesh=mesh,
+    )
+    return make_block(run_round, num_clients, mesh)
+
+  remat = config.execution.remat == "blocks"
+  clipping, clipping_reason = "none", None
+  if private:
+    clipping, clipping_reason = resolve_method(config.privacy.clipping, uncovered(remat))
 
   def initial(seed):
     key = key_for(base_key(seed), Stream.INIT)
-    params, state = model.init(key, jnp.zeros(image.shape, image.dtype))
-    return init_state(algorithm, params, state, num_clients)
+    params, state = model_of(False).init(key, jnp.zeros(image.shape, image.dtype))
+    return init_state(algorithm_as(Choice(1, 0, False, clipping)), params, state, num_clients)
 
   initial = jax.jit(initial) if mesh is None else jax.jit(initial, out_shardings=replicated(mesh))
-  run_round = make_round(
-    algorithm, num_clients=num_clients, cohort_cap=cohort_cap, chunk=chunk, mesh=mesh
+
+  def start() -> SimulationState:
+    return initial(np.int32(config.seed))
+
+  arguments = planning.block_arguments(start, num_clients, max_examples, dataset)
+  subject = planning.Subject(
+    share=-(-(cohort_cap or num_clients) // devices.number),
+    cohort=cohort_cap or num_clients,
+    steps=steps,
+    counts=counts,
+    rates=rates,
+    batch=batch_cap if private else client.batch_size,
+    model=planning.footprint(model_of(remat), image),
+    arguments=arguments,
+    may_remat=has_remat(config.model, classes),
+    uncovered=uncovered,
   )
+
+  def time_chunk(choice: Choice) -> float:
+    return planning.time_steps(
+      train_as(choice, None),
+      model_of(remat),
+      image,
+      choice.chunk,
+      max_examples=max_examples,
+      num_examples=int(np.median(counts)),
+      rate=float(np.median(rates)),
+    )
+
+  budget = planning.memory_budget(config.execution.memory_gib)
+  layout, choice, reasons = planning.decide(
+    config, devices.number, subject, Choice(0, 0, remat, clipping), budget, block_as, time_chunk
+  )
+  rate = 1.0 if cohort_cap is None else server.participation_rate
+  padding_reason = describe_padding(steps, choice.chunk, devices.number, rate)
+  reasons = [devices.reason, *reasons, padding_reason, lowering_reason]
+  if clipping_reason is not None:
+    same = choice.clipping == clipping
+    reasons.append(f"clipping {choice.clipping}: {clipping_reason if same else 'to save memory'}")
   return Program(
-    Plan(layout, chunk, devices.number, lowering, clipping, tuple(reasons)),
+    Plan(
+      layout,
+      choice.chunk,
+      devices.number,
+      lowering,
+      choice.clipping,
+      choice.microbatch,
+      choice.remat,
+      config.model.dtype,
+      tuple(reasons),
+    ),
     devices,
-    lambda: initial(np.int32(config.seed)),
-    make_block(run_round, num_clients, mesh),
+    start,
+    block_as(choice),
     make_predict(
-      model,
+      model_of(False),
       batch_size=config.eval.batch_size,
       normalisation=config.data.normalisation,
       mesh=mesh,
     ),
+    arguments,
+    budget,
   )
 
 
-def _uncovered(config: Config, model: Model, image: jax.ShapeDtypeStruct) -> dict:
+def _uncovered(
+  config: Config, model: Model, image: jax.ShapeDtypeStruct
+) -> dict[str, tuple[str, ...]]:
   """Why each clipping method cannot be trusted with the model; see ``resolve_method``."""
   params, state = jax.eval_shape(model.init, base_key(0), image)
   reasons = {
@@ -318,6 +403,7 @@ def _assemble(
     max_examples=rows.indices.shape[1],
     shared_steps=int(steps[0]) if (steps == steps[0]).all() else None,
     batch_cap=_batch_cap(mechanisms),
+    counts=rows.counts.astype(np.int64),
   )
   return Experiment(
     config,
@@ -381,6 +467,7 @@ def alone(federation: Experiment) -> list[Experiment]:
     max_examples=table.indices.shape[1],
     shared_steps=None,
     batch_cap=_batch_cap(federation.mechanisms),
+    counts=table.counts.astype(np.int64),
   )
 
   def run(k: int) -> Experiment:

@@ -27,6 +27,7 @@ from fedjax_med.experiment.loop import (
   spent,
   train_rounds,
 )
+from fedjax_med.experiment.planning import block_memory
 from fedjax_med.experiment.processes import is_first, require_same_run
 from fedjax_med.experiment.report import write_report
 
@@ -117,28 +118,16 @@ def dry_run(config: Config) -> None:
   console.print_json(data=to_dict(config))
   experiment = build(config, load_hospitals(config))
   terminal.describe(console, experiment, *planned(experiment), num_parameters(experiment))
-  memory = memory_estimate(experiment)
+  program = experiment.program
+  memory = block_memory(program.block, program.arguments) or {}
+  budget = program.budget
   console.print(
     "Memory estimate of the compiled rounds: "
-    + ", ".join(f"{name} {size / 2**20:,.0f} MiB" for name, size in memory.items())
+    + (", ".join(f"{name} {size / 2**20:,.0f} MiB" for name, size in memory.items()) or "unknown")
+    + f"; together {sum(memory.values()) / 2**20:,.0f} MiB of a device's budget of "
+    + (f"{budget.size / 2**20:,.0f} MiB" if budget.size else "unknown size")
+    + f" ({budget.reason})"
   )
-
-
-def memory_estimate(experiment: Experiment) -> dict[str, int]:
-  """Bytes the compiled block needs, as the compiler reports them (compiles the block)."""
-  state = jax.eval_shape(experiment.program.initial)
-  key = jax.eval_shape(lambda: jax.random.key(0))
-  rounds = jax.ShapeDtypeStruct((), np.int32)
-  arguments = (experiment.clients, experiment.pool, experiment.hyper, key, rounds)
-  analysis = experiment.program.block.lower(state, *arguments).compile().memory_analysis()
-  data = sum(leaf.nbytes for leaf in jax.tree.leaves(experiment.pool))
-  if analysis is None:  # a backend may not say
-    return {"data": data}
-  return {
-    "data": data,
-    "model and server state": analysis.argument_size_in_bytes - data,
-    "working memory": analysis.temp_size_in_bytes,
-  }
 
 
 def run(config: Config, folder: pathlib.Path, name: str, command: str) -> None:

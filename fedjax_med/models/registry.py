@@ -48,6 +48,24 @@ def create_module(config: ModelConfig, num_classes: int) -> nn.Module:
   )
 
 
-def create_model(config: ModelConfig, num_classes: int, lowering: ops.Lowering = "matmul") -> Model:
-  """The network a config names as plain functions, its layers lowered as ``lowering`` says."""
-  return from_flax(create_module(config, num_classes), lowering=lowering)
+def create_model(
+  config: ModelConfig, num_classes: int, lowering: ops.Lowering = "matmul", *, remat: bool = False
+) -> Model:
+  """The network a config names as plain functions, its layers lowered as ``lowering`` says.
+
+  ``remat`` computes each block again in the backward pass; UserError if the network has none.
+  """
+  module = create_module(config, num_classes)
+  if remat:
+    require(
+      has_remat(config, num_classes),
+      f"execution.remat='blocks' needs a network with blocks, which '{config.name}' has not",
+      "use execution.remat=auto, or execution.microbatch to save memory",
+    )
+    module = module.clone(remat=True)
+  return from_flax(module, lowering=lowering)
+
+
+def has_remat(config: ModelConfig, num_classes: int) -> bool:
+  """Whether the network has blocks to compute again: a boolean attribute ``remat`` says so."""
+  return isinstance(getattr(create_module(config, num_classes), "remat", None), bool)

@@ -79,6 +79,7 @@ class SEResNeXt(nn.Module):
     norm: group, batch or frozen_batch.
     dropout: rate before the head.
     dtype: of activations; parameters are float32.
+    remat: whether the backward pass computes each bottleneck again instead of keeping it.
   """
 
   num_classes: int
@@ -93,6 +94,7 @@ class SEResNeXt(nn.Module):
   norm: str = "group"
   dropout: float = 0.0
   dtype: Any = jnp.float32
+  remat: bool = False
 
   @nn.compact
   def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
@@ -114,7 +116,7 @@ class SEResNeXt(nn.Module):
     shapes = zip(self.stage_blocks, self.widths, self.features, strict=True)
     for stage, (blocks, width, features) in enumerate(shapes, start=1):
       block = functools.partial(
-        Bottleneck,
+        nn.remat(Bottleneck, static_argnums=(2,)) if self.remat else Bottleneck,  # 2: train
         width=width,
         features=features,
         groups=self.groups,

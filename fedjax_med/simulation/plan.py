@@ -1,11 +1,12 @@
 """How a run is laid out on this machine, with the reason for each choice."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
 import numpy as np
 
+from fedjax_med.core.errors import UserError
 from fedjax_med.models.ops import Lowering
 from fedjax_med.simulation.cohort import best_chunk, load
 
@@ -18,8 +19,12 @@ class Plan(NamedTuple):
     chunk: clients trained at once on a device.
     devices: devices that clients are dealt over.
     lowering: matmul or native convolutions.
-    clipping: two_pass, reference or none.
-    reasons: a sentence for each choice.
+    clipping: two_pass, book_keeping, reference or none.
+    microbatch: examples of a client's batch in memory at once.
+    remat: whether the backward pass computes the network's blocks again.
+    dtype: of activations.
+    reasons: a sentence for each choice; no times and no sizes of this machine, for summaries of
+      equal runs are equal.
   """
 
   layout: str
@@ -27,10 +32,14 @@ class Plan(NamedTuple):
   devices: int
   lowering: Lowering
   clipping: str
+  microbatch: int
+  remat: bool
+  dtype: str
   reasons: tuple[str, ...]
 
 
 MAX_AT_ONCE = 16  # clients at once where nobody said how many: weights and activations of each
+MICROBATCH_OVERHEAD = 2.0  # examples: reading the weights, adding up the gradients
 MAX_WASTE = 0.25  # of the arithmetic, where nobody said how many clients train at once
 
 
@@ -106,3 +115,157 @@ def choose_lowering(lowering: str) -> tuple[Lowering, str]:
       " above all under a client axis"
     )
   return "matmul", "convolutions as batched matrix products: as configured"
+
+
+def best_microbatch(
+  counts: Sequence[int] | np.ndarray,
+  rates: Sequence[float] | np.ndarray,
+  cap: int,
+  overhead: float,
+) -> int:
+  """The m that minimises E[ceil(N / m)] · (m + overhead), the cost of a step in examples.
+
+  N is the size of a truncated Poisson batch, min(Binomial(n, q), cap), averaged over hospitals.
+  Of equal ones the largest m is returned.
+
+  Args:
+    counts: [K] examples n of each hospital.
+    rates: [K] sampling probabilities q, above 0 and at most 1.
+    cap: examples a batch holds at most.
+    overhead: cost of one more microbatch, in examples.
+  """
+  shape = np.zeros(cap + 1)
+  pairs, hospitals = np.unique(np.column_stack([counts, rates]), axis=0, return_counts=True)
+  for (n, q), number in zip(pairs, hospitals, strict=True):
+    shape += number * _truncated_binomial(int(n), float(q), cap)
+  shape /= shape.sum()
+  sizes = np.arange(cap + 1)
+  cost = {m: shape @ -(-sizes // m) * (m + overhead) for m in range(1, cap + 1)}
+  least = min(cost.values()) * (1 + 1e-9)
+  return max(m for m in cost if cost[m] <= least)
+
+
+def _truncated_binomial(n: int, q: float, cap: int) -> np.ndarray:
+  """[cap + 1] probabilities of min(Binomial(n, q), cap)."""
+  result = np.zeros(cap + 1)
+  if q >= 1:
+    result[min(n, cap)] = 1
+    return result
+  k = np.arange(1, min(n, cap) + 1)
+  steps = np.log((n - k + 1) / k) + np.log(q) - np.log1p(-q)
+  pmf = np.exp(n * np.log1p(-q) + np.concatenate([[0.0], np.cumsum(steps)]))
+  result[: len(pmf)] = pmf
+  if n > cap:
+    result[cap] += max(0.0, 1 - pmf.sum())
+  return result
+
+
+def choose_microbatch(
+  requested: int,
+  batch: int,
+  chunk: int,
+  *,
+  private: bool,
+  fixed: bool,
+  counts: Sequence[int] | np.ndarray,
+  rates: Sequence[float] | np.ndarray,
+) -> tuple[int, str]:
+  """Returns (examples in memory at once, reason), before memory is looked at.
+
+  Args:
+    requested: execution.microbatch.
+    batch: slots of a batch: the batch size, or the cap of a Poisson batch.
+    chunk: clients at once on a device.
+    private: whether the batch is a Poisson draw, whose loop ends where the drawn examples do.
+    fixed: whether another microbatch would change results (batch norm, dropout).
+    counts: [K] examples of each hospital.
+    rates: [K] its sampling probability.
+  """
+  if requested:
+    m = min(requested, batch)
+    return m, f"microbatch {m} of {batch} slots: as configured"
+  if fixed:
+    return batch, f"microbatch {batch}, the whole batch: the model's results depend on it"
+  if not private:
+    return batch, f"microbatch {batch}, the whole batch: nothing in it is padding"
+  if chunk > 1:
+    return batch, f"microbatch {batch}, the whole batch: the chunk waits for its largest draw"
+  m = best_microbatch(counts, rates, batch, MICROBATCH_OVERHEAD)
+  expected = float(np.mean(np.asarray(counts) * np.asarray(rates)))
+  return m, f"microbatch {m} of {batch} slots: {expected:.3g} are drawn on average"
+
+
+class Choice(NamedTuple):
+  """What memory depends on.
+
+  Attributes:
+    chunk: clients at once on a device.
+    microbatch: examples in memory at once of each of them.
+    remat: whether the backward pass computes blocks again.
+    clipping: two_pass, book_keeping, reference or none.
+  """
+
+  chunk: int
+  microbatch: int
+  remat: bool
+  clipping: str
+
+
+class Freedom(NamedTuple):
+  """Which of them were not configured, and so may be changed to save memory."""
+
+  chunk: bool
+  microbatch: bool
+  remat: bool
+  two_pass: bool
+
+
+def lighter(choice: Choice, free: Freedom) -> Choice | None:
+  """The next choice that needs less memory, cheapest sacrifice first; None if nothing is left."""
+  if free.chunk and choice.chunk > 1:
+    return choice._replace(chunk=choice.chunk // 2)
+  if free.microbatch and choice.microbatch > 1:
+    return choice._replace(microbatch=choice.microbatch // 2)
+  if free.remat and not choice.remat:
+    return choice._replace(remat=True)
+  if free.two_pass and choice.clipping == "book_keeping":
+    return choice._replace(clipping="two_pass")
+  return None
+
+
+def fit_memory(
+  choice: Choice,
+  free: Freedom,
+  budget: float,
+  estimate: Callable[[Choice], float],
+  measure: Callable[[Choice], float | None],
+) -> Choice:
+  """The first choice, from ``choice`` on, that fits the budget; compiles none that surely does.
+
+  Args:
+    choice: the preferred one.
+    free: what may be changed.
+    budget: bytes of a device.
+    estimate: bytes from shapes alone, rather too many; under a quarter of the budget it decides.
+    measure: bytes of the compiled program, None where the backend does not say.
+
+  Raises:
+    UserError: nothing is left to change.
+  """
+  while estimate(choice) >= budget / 4:
+    needed = measure(choice)
+    if needed is None or needed <= budget:
+      break
+    ratio = needed / estimate(choice)
+    following = lighter(choice, free)
+    if following is None:
+      raise UserError(
+        f"the compiled rounds need {needed / 2**30:.3g} GiB, over the budget of"
+        f" {budget / 2**30:.3g} GiB of a device; raise execution.memory_gib, or lower"
+        " client.batch_size, data.image_size, execution.chunk_size or execution.microbatch"
+      )
+    # Each compile takes seconds to minutes: steps that are far from enough are passed over.
+    while estimate(following) * ratio > 2 * budget and (further := lighter(following, free)):
+      following = further
+    choice = following
+  return choice

@@ -70,6 +70,8 @@ def test_every_number_has_a_range_and_every_two_way_name_its_choices():
     ({"partition.num_clients": 1}, "partition.num_clients=1 is under 2"),
     ({"execution.layout": "chunk"}, "contradict each other"),
     ({"execution.chunk_size": 2}, "contradict each other"),
+    ({"execution.layout": "scan", "execution.probe": "on"}, "use layout=auto, which the probe"),
+    ({"execution.microbatch": 4, "model.norm": "batch"}, "microbatch=4 with model.norm='batch'"),
     ({"privacy.mechanism": "none"}, "ignores privacy.noise_multiplier=1"),
     ({"privacy.noise_multiplier": 0.0}, "neither privacy.noise_multiplier nor"),
     ({"model.norm": "batch"}, "use model.norm=group or model.norm=frozen_batch"),

@@ -2,6 +2,7 @@
 
 import math
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,6 +14,7 @@ from fedjax_med.models import registry
 from fedjax_med.models.layers import num_norm_groups
 from fedjax_med.models.registry import MODELS, create_model, create_module
 from fedjax_med.models.se_resnext import Bottleneck, ceil_max_pool
+from fedjax_med.privacy.clipping import clipped_sum
 
 LARGE = ("se_resnext50_32x4d",)  # shapes only: compiling it takes half a minute
 SMALL = tuple(name for name in MODELS if name not in LARGE)
@@ -255,3 +257,29 @@ def test_a_registered_constructor_is_used_and_cannot_be_replaced(monkeypatch):
   assert create_module(ModelConfig(name="mine"), 4) == MODELS["linear"](5)
   with pytest.raises(UserError, match="'mine' is registered already"):
     registry.register("mine", MODELS["linear"])
+
+
+@pytest.mark.parametrize("method", ["book_keeping", "two_pass"])
+def test_blocks_computed_again_change_no_clipped_sum_and_stay_covered(method):
+  kept, params, state = with_weights("se_resnext_micro")
+  again = create_model(ModelConfig(name="se_resnext_micro"), CLASSES, remat=True)
+  assert again.uncovered(params, state, IMAGES, method) == ()
+  labels, mask = jnp.arange(4) % CLASSES, jnp.arange(4) < 3
+
+  def total(model):
+    def run(params):
+      norm = jnp.float32(0.5)
+      loss = cross_entropy
+      return clipped_sum(method, model, loss, params, state, IMAGES, labels, mask, norm, None)[0]
+
+    return jax.jit(run)(params)
+
+  def cross_entropy(logits, labels):
+    return -jnp.take_along_axis(jax.nn.log_softmax(logits), labels[:, None], 1)[:, 0]
+
+  chex.assert_trees_all_close(total(again), total(kept), rtol=1e-5, atol=1e-6)
+
+
+def test_a_network_without_blocks_refuses_to_compute_them_again():
+  with pytest.raises(UserError, match=r"execution.remat='blocks' needs .*; use execution.remat"):
+    create_model(ModelConfig(name="linear"), CLASSES, remat=True)

@@ -1,8 +1,18 @@
 """The execution plan: what is chosen, on which backend, with which reason."""
 
+import numpy as np
 import pytest
 
-from fedjax_med.simulation.plan import choose_layout, choose_lowering
+from fedjax_med.core.errors import UserError
+from fedjax_med.simulation.plan import (
+  Choice,
+  Freedom,
+  best_microbatch,
+  choose_layout,
+  choose_lowering,
+  fit_memory,
+  lighter,
+)
 
 
 @pytest.mark.parametrize(
@@ -32,3 +42,55 @@ def test_lowering_follows_the_flag_and_else_takes_matrix_products():
     "matmul",
     "native",
   ]
+
+
+@pytest.mark.parametrize(
+  ("counts", "rates", "cap"),
+  [((50,), (0.16,), 22), ((12, 900), (1.0, 0.01), 14), ((30,), (0.9,), 8)],
+)
+def test_best_microbatch_costs_least_over_simulated_draws(counts, rates, cap):
+  random = np.random.default_rng(0)
+  draws = [random.binomial(n, q, 200_000) for n, q in zip(counts, rates, strict=True)]
+  drawn = np.minimum(np.concatenate(draws), cap)
+  cost = {m: np.ceil(drawn / m).mean() * (m + 2) for m in range(1, cap + 1)}
+  best = best_microbatch(counts, rates, cap, 2)
+  assert cost[best] <= min(cost.values()) * 1.005
+
+
+def test_memory_is_saved_in_order_and_only_where_nobody_configured():
+  free = Freedom(True, True, True, True)
+  choice, seen = Choice(4, 4, False, "book_keeping"), []
+  while choice is not None:
+    seen.append(choice)
+    choice = lighter(choice, free)
+  assert [(c.chunk, c.microbatch, c.remat, c.clipping) for c in seen] == [
+    (4, 4, False, "book_keeping"),
+    (2, 4, False, "book_keeping"),
+    (1, 4, False, "book_keeping"),
+    (1, 2, False, "book_keeping"),
+    (1, 1, False, "book_keeping"),
+    (1, 1, True, "book_keeping"),
+    (1, 1, True, "two_pass"),
+  ]
+  assert lighter(seen[0], Freedom(False, False, False, False)) is None
+
+
+def test_a_plan_fits_its_budget_or_is_refused_and_an_ample_budget_compiles_nothing():
+  def size(choice):
+    return 100.0 * choice.chunk * choice.microbatch
+
+  compiled = []
+
+  def measure(choice):
+    compiled.append(choice)
+    return size(choice)
+
+  start, free = Choice(4, 4, False, "none"), Freedom(True, True, False, False)
+  assert fit_memory(start, free, 1e5, size, measure) == start
+  assert compiled == []
+  fitted = fit_memory(start, free, 250, size, measure)
+  assert size(fitted) == 200
+  with pytest.raises(UserError, match=r"over the budget of .*; raise execution.memory_gib"):
+    fit_memory(start, free, 50, size, measure)
+  with pytest.raises(UserError, match=r"over the budget"):
+    fit_memory(start, Freedom(False, False, False, False), 250, size, measure)
