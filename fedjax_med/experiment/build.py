@@ -40,12 +40,14 @@ class Program(NamedTuple):
     initial: SimulationState before round 0, made anew at each call.
     block: a jitted block of rounds.
     predict: class probabilities of given pool rows.
+    lower_predict: lowers predict for a compiler, of the same arguments or their shapes.
   """
 
   plan: Plan
   initial: Callable[[], SimulationState]
   block: jax.stages.Wrapped
   predict: Callable[..., np.ndarray]
+  lower_predict: Callable[..., jax.stages.Lowered]
 
 
 class Experiment(NamedTuple):
@@ -199,7 +201,9 @@ def make_program(
     Plan(layout, chunk, lowering, clipping, tuple(reasons)),
     lambda: initial(base_key(config.seed)),
     make_block(run_round, num_clients),
-    make_predict(model, batch_size=config.eval.batch_size, normalisation=config.data.normalisation),
+    *make_predict(
+      model, batch_size=config.eval.batch_size, normalisation=config.data.normalisation
+    ),
   )
 
 

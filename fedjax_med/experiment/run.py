@@ -25,6 +25,7 @@ from fedjax_med.experiment.loop import (
   evaluated_params,
   evaluation_rows,
   spent,
+  start_compiling,
   train_rounds,
 )
 from fedjax_med.experiment.report import write_report
@@ -157,16 +158,14 @@ def run(config: Config, folder: pathlib.Path, name: str, command: str) -> None:
   files.prepare(folder)
   experiment = build(config, load_hospitals(config))
   files.claim(folder, experiment.run_id)
+  compiling = start_compiling(experiment)
   terminal.describe(console, experiment, *planned(experiment), num_parameters(experiment))
   for stale in ("summary.json", "report.html"):  # of a shorter run that is now extended
     (folder / stale).unlink(missing_ok=True)
   files.write_json(folder / "config.json", _config_record(experiment, command))
   files.write_json(folder / "hospitals.json", _hospital_record(experiment.hospitals))
-  if config.privacy.mechanism == "none" or config.data.source == "phantoms":
-    _draw_examples(experiment, folder)  # pictures of patients are no private release
-
   with terminal.progress(console, "federation", config.server.num_rounds) as listen:
-    outcome = train_rounds(experiment, folder, listen)
+    outcome = train_rounds(experiment, folder, listen, compiling)
   seconds = {**outcome.seconds, "total": time.monotonic() - started}
   files.write_json(folder / "timing.json", {k: round(v, 3) for k, v in seconds.items()})
   files.write_json(folder / "summary.json", _summary(experiment, outcome, name, None))
@@ -175,6 +174,8 @@ def run(config: Config, folder: pathlib.Path, name: str, command: str) -> None:
     files.write_json(folder / "baselines.json", baselines["curves"])
     files.write_json(folder / "summary.json", _summary(experiment, outcome, name, baselines))
 
+  if config.privacy.mechanism == "none" or config.data.source == "phantoms":
+    _draw_examples(experiment, folder)  # pictures of patients are no private release
   terminal.results(console, experiment, outcome)
   report = write_report(folder)
   console.print(

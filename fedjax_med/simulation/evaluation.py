@@ -11,11 +11,14 @@ from fedjax_med.federated.algorithm import Pool, Tree
 from fedjax_med.models.model import Model
 
 
-def make_predict(model: Model, *, batch_size: int, normalisation: str) -> Callable:
+def make_predict(
+  model: Model, *, batch_size: int, normalisation: str
+) -> tuple[Callable[..., np.ndarray], Callable[..., jax.stages.Lowered]]:
   """Builds ``predict(params, state, pool, rows [n]) -> probabilities [n, classes]`` (NumPy).
 
   ``rows`` are pool rows on the host. They are padded to whole batches, so one test set compiles
-  one program.
+  one program. The second function, of the same arguments, only lowers it for a compiler; shapes
+  will do for all of them but ``rows``.
   """
 
   @jax.jit
@@ -26,12 +29,18 @@ def make_predict(model: Model, *, batch_size: int, normalisation: str) -> Callab
 
     return jax.lax.map(one, batches)
 
-  def predict(params: Tree, state: Tree, pool: Pool, rows: np.ndarray) -> np.ndarray:
+  def batched(rows: np.ndarray) -> np.ndarray:
     size = min(batch_size, max(1, len(rows)))
     num_batches = max(1, -(-len(rows) // size))
     padded = np.zeros(num_batches * size, np.int32)
     padded[: len(rows)] = rows
-    probabilities = run(params, state, pool, jnp.asarray(padded.reshape(num_batches, size)))
-    return np.asarray(probabilities).reshape(num_batches * size, -1)[: len(rows)]
+    return padded.reshape(num_batches, size)
 
-  return predict
+  def predict(params: Tree, state: Tree, pool: Pool, rows: np.ndarray) -> np.ndarray:
+    probabilities = np.asarray(run(params, state, pool, batched(rows)))
+    return probabilities.reshape(-1, probabilities.shape[-1])[: len(rows)]
+
+  def lower_predict(params: Tree, state: Tree, pool: Pool, rows: np.ndarray) -> jax.stages.Lowered:
+    return run.lower(params, state, pool, batched(rows))
+
+  return predict, lower_predict
