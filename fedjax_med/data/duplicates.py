@@ -45,10 +45,11 @@ def descriptors(images: np.ndarray) -> np.ndarray:
   """
   images = images.reshape(images.shape[:3])
   ranks = np.zeros((len(images), SIDE, SIDE), np.float32)
-  for number, image in enumerate(images):
-    small = Image.fromarray(_content(image)).resize((SIDE, SIDE), Image.Resampling.BOX)
-    _, inverse, counts = np.unique(np.asarray(small), return_inverse=True, return_counts=True)
-    ranks[number] = (np.cumsum(counts) - counts / 2)[inverse].reshape(SIDE, SIDE)
+  for number, (image, level) in enumerate(zip(images, _noise_levels(images), strict=True)):
+    content = Image.fromarray(_content(image, level)).resize((SIDE, SIDE), Image.Resampling.BOX)
+    small = np.asarray(content)
+    counts = np.bincount(small.ravel(), minlength=256)
+    ranks[number] = (np.cumsum(counts) - counts / 2)[small]
 
   def blur(sigma: float) -> np.ndarray:
     return ndimage.gaussian_filter(ranks, (0, sigma, sigma))
@@ -59,9 +60,16 @@ def descriptors(images: np.ndarray) -> np.ndarray:
   return np.divide(detail, norms, out=np.zeros_like(detail), where=norms > 1e-3)
 
 
-def _content(image: np.ndarray) -> np.ndarray:
+def _noise_levels(images: np.ndarray) -> np.ndarray:
+  """[N] grey levels up to which a pixel may be noise; many images at a time, one by one is slow."""
+  blocks = (images[start : start + BLOCK] for start in range(0, len(images), BLOCK))
+  high = [np.percentile(block.reshape(len(block), -1), 99, axis=1) for block in blocks]
+  return np.maximum(12.0, 0.12 * np.concatenate([np.zeros(0), *high]))
+
+
+def _content(image: np.ndarray, noise_level: float) -> np.ndarray:
   """The rows and columns that hold more than noise; the whole image if they are too few."""
-  bright = image > max(12.0, 0.12 * float(np.percentile(image, 99)))
+  bright = image > noise_level
   rows = np.flatnonzero(bright.mean(1) > 0.03)
   columns = np.flatnonzero(bright.mean(0) > 0.03)
   if len(rows) < 8 or len(columns) < 8:
@@ -72,18 +80,26 @@ def _content(image: np.ndarray) -> np.ndarray:
 def _similar_pairs(found: np.ndarray, threshold: float) -> Iterator[np.ndarray]:
   """[2, pairs] image numbers that correlate, block of rows by block of rows."""
   n = len(found)
-  flat = found.reshape(n, -1)
-  mirrors = [found, found[:, :, ::-1], found[:, ::-1], found[:, ::-1, ::-1]]
-  columns = [np.ascontiguousarray(mirror).reshape(n, -1).T for mirror in mirrors]
+  # A mirror changes the sign of the parts that are odd along its axis, so four products of a
+  # quarter of the pixels give the correlations with all four mirror images.
+  parts = [part.reshape(n, -1) for half in _even_odd(found, 1) for part in _even_odd(half, 2)]
   for start in range(0, n, BLOCK):
-    block = flat[start : start + BLOCK]
-    similar = np.zeros((len(block), n), bool)
-    for mirror in columns:
-      similar |= block @ mirror >= threshold
-    rows, others = np.nonzero(similar)
-    rows += start
+    # A pair correlates the same from either side: the columns before this block are done.
+    products = [part[start : start + BLOCK] @ part[start:].T for part in parts]
+    even, odd = products[0] + products[1], products[2] + products[3]
+    flipped_even, flipped_odd = products[0] - products[1], products[2] - products[3]
+    best = np.maximum(even + np.abs(odd), flipped_even + np.abs(flipped_odd))
+    rows, others = np.nonzero(best >= threshold)
+    rows, others = rows + start, others + start
     keep = rows < others
     yield np.stack([rows[keep], others[keep]])
+
+
+def _even_odd(images: np.ndarray, axis: int) -> tuple[np.ndarray, np.ndarray]:
+  """The halves of ``images`` that a flip along ``axis`` leaves alone and negates; norms add up."""
+  first, second = np.split(images, 2, axis)
+  mirrored = np.flip(second, axis)
+  return (first + mirrored) * np.float32(0.5**0.5), (first - mirrored) * np.float32(0.5**0.5)
 
 
 def join_groups(first: np.ndarray, second: np.ndarray) -> np.ndarray:

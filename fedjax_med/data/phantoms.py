@@ -5,6 +5,8 @@ and enough difference between scanners (contrast, bias field, noise, resolution,
 classifier has to find the lesion, and pixel intensities alone do not give the answer away.
 """
 
+import concurrent.futures
+import os
 from typing import NamedTuple
 
 import numpy as np
@@ -90,13 +92,17 @@ def make_phantoms(num_examples: int, image_size: int, seed: int) -> Dataset:
 
   images = np.empty((num_examples, image_size, image_size, 1), np.uint8)
   masks = np.empty((num_examples, image_size, image_size), bool)
-  for start in range(0, num_examples, CHUNK):
+
+  def fill(start: int) -> None:
     rows = slice(start, min(start + CHUNK, num_examples))
     who = patients[rows]
     # A generator of its own for each chunk, so that memory does not decide the pictures.
     chunk_rng = np.random.default_rng([seed, 1, start])
     part = {name: values[who] for name, values in anatomy.items()}
     images[rows, :, :, 0], masks[rows] = _draw(chunk_rng, part, site[who], ill[who], image_size)
+
+  with concurrent.futures.ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+    list(pool.map(fill, range(0, num_examples, CHUNK)))
   return Dataset(
     inputs=images,
     labels=ill[patients].astype(np.int32),

@@ -45,6 +45,7 @@ class Program(NamedTuple):
     initial: SimulationState before round 0, made anew at each call.
     block: a jitted block of rounds.
     predict: class probabilities of given pool rows.
+    lower_predict: lowers predict for a compiler, of the same arguments or their shapes.
     arguments: shapes of what a block is called with.
     budget: memory that the plan kept to.
   """
@@ -54,6 +55,7 @@ class Program(NamedTuple):
   initial: Callable[[], SimulationState]
   block: jax.stages.Wrapped
   predict: Callable[..., np.ndarray]
+  lower_predict: Callable[..., jax.stages.Lowered]
   arguments: tuple[Any, ...]
   budget: planning.Budget
 
@@ -294,7 +296,7 @@ def make_program(
     devices,
     start,
     block_as(choice),
-    make_predict(
+    *make_predict(
       model_of(False),
       batch_size=config.eval.batch_size,
       normalisation=config.data.normalisation,

@@ -33,4 +33,5 @@ def use_compilation_cache(folder: str) -> None:
       " it off with --config.execution.compilation_cache="
     )
   jax.config.update("jax_compilation_cache_dir", str(path))
-  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+  # Small programs too: a start makes a dozen of them, and each costs more to compile than to read.
+  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)

@@ -1,5 +1,6 @@
 """The rounds of one run on the host: blocks, log points, checkpoints, the budget's stop."""
 
+import concurrent.futures
 import math
 import pathlib
 import time
@@ -7,7 +8,6 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from fedjax_med.core.errors import UserError, require
@@ -177,21 +177,63 @@ def _require_finite(experiment: Experiment, metrics: BlockMetrics, saved: int | 
   )
 
 
-def train_rounds(experiment: Experiment, folder: pathlib.Path, listen: Listener) -> Outcome:
+def start_compiling(experiment: Experiment) -> Callable[[], float]:
+  """Compiles rounds and evaluation in threads; the function returned waits and gives the seconds.
+
+  The compiler works without Python's lock, so that a start plans privacy and writes its first
+  files meanwhile. ``program.block`` and ``program.predict`` then find what was compiled here.
+  """
+  program, started = experiment.program, time.monotonic()
+  state = jax.eval_shape(program.initial)
+  threads = concurrent.futures.ThreadPoolExecutor(2)
+
+  def compile(lowered: jax.stages.Lowered) -> float:
+    lowered.compile()
+    return time.monotonic() - started
+
+  # Traced here: jax's settings may belong to this thread.
+  rounds = threads.submit(compile, program.block.lower(state, *_block_arguments(experiment, 0)))
+  evaluated = evaluated_params(state), state.server.state
+  rows = evaluation_rows(experiment)
+  lowered = program.lower_predict(*evaluated, experiment.pool, rows)
+  tasks = rounds, threads.submit(compile, lowered)
+  threads.shutdown(wait=False)
+  return lambda: max(task.result() for task in tasks)
+
+
+def _block_arguments(experiment: Experiment, rounds: int) -> tuple[Any, ...]:
+  # A NumPy scalar: jax.numpy's would be another type to the compiled program, and compile again.
+  data = (experiment.clients, experiment.pool, experiment.hyper, experiment.key)
+  return *data, np.int32(rounds)
+
+
+def train_rounds(
+  experiment: Experiment,
+  folder: pathlib.Path,
+  listen: Listener,
+  compiling: Callable[[], float] | None = None,
+) -> Outcome:
   """Runs or resumes all rounds in ``folder``; equal configs end in equal weights, bit for bit.
+
+  Args:
+    experiment: what to run.
+    folder: the workdir.
+    listen: called at every log point.
+    compiling: from ``start_compiling``, which is called here if it was not before.
 
   Raises:
     UserError: a foreign or damaged checkpoint, a loss that is not finite (with round and
       hospital; the last good checkpoint stays).
   """
   config, program = experiment.config, experiment.program
+  compiling = compiling or start_compiling(experiment)
   allowance = affordable(experiment)
-  started = time.monotonic()
 
   with checkpoints.open_checkpoints(folder) as manager:
-    initial = program.initial()
-    restored = checkpoints.restore(manager, initial, experiment.run_id)
-    state = initial if restored is None else replicate(restored, program.devices.mesh)
+    shapes = jax.eval_shape(program.initial)
+    restored = checkpoints.restore(manager, shapes, experiment.run_id)
+    mesh = program.devices.mesh
+    state = program.initial() if restored is None else replicate(restored, mesh)
     saved = None if restored is None else int(state.server.round)
     require(
       (saved or 0) <= config.server.num_rounds,
@@ -200,13 +242,7 @@ def train_rounds(experiment: Experiment, folder: pathlib.Path, listen: Listener)
     )
     files.keep_metrics_to(folder, -1 if saved is None else saved)
 
-    def run(state: SimulationState, rounds: int) -> tuple[SimulationState, BlockMetrics]:
-      data = (experiment.clients, experiment.pool, experiment.hyper, experiment.key)
-      return program.block(state, *data, jnp.asarray(rounds))
-
-    # No round at all: compiles, so that its time is known apart from training's.
-    state, _ = jax.block_until_ready(run(state, 0))
-    seconds = {"compile": time.monotonic() - started}
+    seconds = {"compile": compiling()}
     started = time.monotonic()
 
     def log(state: SimulationState, train: dict[str, Any] | None) -> LogPoint:
@@ -236,7 +272,7 @@ def train_rounds(experiment: Experiment, folder: pathlib.Path, listen: Listener)
           stopped = "budget"
           break
         length = min(length, left)
-      state, metrics = run(state, length)
+      state, metrics = program.block(state, *_block_arguments(experiment, length))
       _require_finite(experiment, metrics, saved)
       point = log(state, _train_line(experiment, metrics))
       checkpoints.save(manager, state, experiment.run_id)

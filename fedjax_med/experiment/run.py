@@ -25,6 +25,7 @@ from fedjax_med.experiment.loop import (
   evaluated_params,
   evaluation_rows,
   spent,
+  start_compiling,
   train_rounds,
 )
 from fedjax_med.experiment.planning import block_memory
@@ -148,18 +149,15 @@ def run(config: Config, folder: pathlib.Path, name: str, command: str) -> None:
   experiment = build(config, load_hospitals(config))
   require_same_run(experiment.run_id)
   files.claim(folder, experiment.run_id)
+  compiling = start_compiling(experiment)
   terminal.describe(console, experiment, *planned(experiment), num_parameters(experiment))
   if is_first():
     for stale in ("summary.json", "report.html"):  # of a shorter run that is now extended
       (folder / stale).unlink(missing_ok=True)
   files.write_json(folder / "config.json", _config_record(experiment, command))
   files.write_json(folder / "hospitals.json", _hospital_record(experiment.hospitals))
-  shown = config.privacy.mechanism == "none" or config.data.source == "phantoms"
-  if is_first() and shown:
-    _draw_examples(experiment, folder)  # pictures of patients are no private release
-
   with terminal.progress(console, "federation", config.server.num_rounds) as listen:
-    outcome = train_rounds(experiment, folder, listen)
+    outcome = train_rounds(experiment, folder, listen, compiling)
   seconds = {**outcome.seconds, "total": time.monotonic() - started}
   files.write_json(folder / "timing.json", {k: round(v, 3) for k, v in seconds.items()})
   files.write_json(folder / "summary.json", _summary(experiment, outcome, name, None))
@@ -170,6 +168,8 @@ def run(config: Config, folder: pathlib.Path, name: str, command: str) -> None:
 
   if not is_first():
     return
+  if config.privacy.mechanism == "none" or config.data.source == "phantoms":
+    _draw_examples(experiment, folder)  # pictures of patients are no private release
   terminal.results(console, experiment, outcome)
   report = write_report(folder)
   console.print(

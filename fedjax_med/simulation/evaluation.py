@@ -15,11 +15,12 @@ from fedjax_med.simulation.mesh import CLIENTS, replicated
 
 def make_predict(
   model: Model, *, batch_size: int, normalisation: str, mesh: Mesh | None = None
-) -> Callable:
+) -> tuple[Callable[..., np.ndarray], Callable[..., jax.stages.Lowered]]:
   """Builds ``predict(params, state, pool, rows [n]) -> probabilities [n, classes]`` (NumPy).
 
   ``rows`` are pool rows on the host. They are padded to whole batches, so one test set compiles
-  one program; the batches are shared out over the devices of a mesh.
+  one program; the batches are shared out over the devices of a mesh. The second function, of the
+  same arguments, only lowers it for a compiler; shapes will do for all of them but ``rows``.
   """
   devices = 1 if mesh is None else mesh.size
 
@@ -39,12 +40,18 @@ def make_predict(
     )
     compiled = jax.jit(sharded, out_shardings=replicated(mesh))
 
-  def predict(params: Tree, state: Tree, pool: Pool, rows: np.ndarray) -> np.ndarray:
+  def batched(rows: np.ndarray) -> np.ndarray:
     size = min(batch_size, max(1, -(-len(rows) // devices)))
     num_batches = devices * max(1, -(-len(rows) // (size * devices)))
     padded = np.zeros(num_batches * size, np.int32)
     padded[: len(rows)] = rows
-    probabilities = compiled(params, state, pool, padded.reshape(num_batches, size))
-    return np.asarray(probabilities).reshape(num_batches * size, -1)[: len(rows)]
+    return padded.reshape(num_batches, size)
 
-  return predict
+  def predict(params: Tree, state: Tree, pool: Pool, rows: np.ndarray) -> np.ndarray:
+    probabilities = np.asarray(compiled(params, state, pool, batched(rows)))
+    return probabilities.reshape(-1, probabilities.shape[-1])[: len(rows)]
+
+  def lower_predict(params: Tree, state: Tree, pool: Pool, rows: np.ndarray) -> jax.stages.Lowered:
+    return compiled.lower(params, state, pool, batched(rows))
+
+  return predict, lower_predict
