@@ -24,7 +24,12 @@ from fedjax_med.models import ops, registry
 from fedjax_med.models.model import Model, from_flax
 from fedjax_med.privacy.clipping import clipped_sum, resolve_method, uncovered
 from fedjax_med.privacy.mechanism import batch_size_bound
-from fedjax_med.simulation.plan import choose_layout, choose_lowering
+from fedjax_med.simulation.plan import (
+  MICROBATCH_OVERHEAD,
+  best_microbatch,
+  choose_layout,
+  choose_lowering,
+)
 from fedjax_med.simulation.rounds import init_state, make_block, make_round
 
 
@@ -124,12 +129,22 @@ def _build(workload: specs.Workload, private: bool, layout: str, chunk: int) -> 
   rate = workload.cohort / workload.num_clients
   # A cohort is a Poisson draw here: the examples really seen are what times are divided by.
   cohort_cap = None if rate == 1 else batch_size_bound(workload.num_clients, rate, 5)
-  settings: dict[str, Any] = {"lowering": lowering_reason}
+  _, chunk, layout_reason = choose_layout(layout, chunk, cohort_cap or workload.num_clients)
+  settings: dict[str, Any] = {"lowering": lowering_reason, "layout": layout_reason}
   if private:
     batch_cap = min(workload.examples, batch_size_bound(workload.examples, probability, 5))
     clipping, reason = resolve_method("auto", uncovered(model, params, state, image))
+    # As the plan of a run has it: one client at a time ends where its drawn examples do.
+    microbatch = batch_cap
+    if chunk == 1:
+      microbatch = best_microbatch(
+        [workload.examples], [probability], batch_cap, MICROBATCH_OVERHEAD
+      )
     settings |= {"clipping": f"{clipping}: {reason}", "batch_cap": batch_cap}
-    gradient = private_gradient(model, loss, clipping=clipping, batch_cap=batch_cap, **shape)
+    settings["microbatch"] = microbatch
+    gradient = private_gradient(
+      model, loss, clipping=clipping, batch_cap=batch_cap, microbatch=microbatch, **shape
+    )
   else:
     gradient = plain_gradient(model, loss, batch_size=workload.batch, **shape)
   train = local_training(
@@ -140,8 +155,6 @@ def _build(workload: specs.Workload, private: bool, layout: str, chunk: int) -> 
     None if cohort_cap else workload.steps,
   )
   algorithm = create_algorithm("fedavg", train, server_optimizer("sgd", 0.0), average=False)
-  _, chunk, reason = choose_layout(layout, chunk, cohort_cap or workload.num_clients)
-  settings["layout"] = reason
   run_round = make_round(
     algorithm, num_clients=workload.num_clients, cohort_cap=cohort_cap, chunk=chunk
   )

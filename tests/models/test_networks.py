@@ -270,7 +270,8 @@ def test_blocks_computed_again_change_no_clipped_sum_and_stay_covered(method):
     def run(params):
       norm = jnp.float32(0.5)
       loss = cross_entropy
-      return clipped_sum(method, model, loss, params, state, IMAGES, labels, mask, norm, None)[0]
+      images = jnp.asarray(IMAGES)
+      return clipped_sum(method, model, loss, params, state, images, labels, mask, norm, None)[0]
 
     return jax.jit(run)(params)
 
