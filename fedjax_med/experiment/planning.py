@@ -141,7 +141,7 @@ def block_arguments(
   initial: Callable[[], Any], num_clients: int, max_examples: int, pool: Any
 ) -> tuple[Any, ...]:
   """Shapes of what ``block`` is called with; ``pool`` has inputs and labels."""
-  shape: Any = jax.ShapeDtypeStruct
+  shape: Any = jax.ShapeDtypeStruct  # stands in for an array
   number = shape((num_clients,), jnp.int32)
   real = shape((num_clients,), jnp.float32)
   clients = Client(

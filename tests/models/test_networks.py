@@ -264,13 +264,12 @@ def test_blocks_computed_again_change_no_clipped_sum_and_stay_covered(method):
   kept, params, state = with_weights("se_resnext_micro")
   again = create_model(ModelConfig(name="se_resnext_micro"), CLASSES, remat=True)
   assert again.uncovered(params, state, IMAGES, method) == ()
-  labels, mask = jnp.arange(4) % CLASSES, jnp.arange(4) < 3
+  images, labels, mask = jnp.asarray(IMAGES), jnp.arange(4) % CLASSES, jnp.arange(4) < 3
 
   def total(model):
     def run(params):
       norm = jnp.float32(0.5)
       loss = cross_entropy
-      images = jnp.asarray(IMAGES)
       return clipped_sum(method, model, loss, params, state, images, labels, mask, norm, None)[0]
 
     return jax.jit(run)(params)
