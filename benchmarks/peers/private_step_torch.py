@@ -30,8 +30,14 @@ def reset_peak() -> None:
     file.write("5")
 
 
-def work(mode: str, pixels: int, batch: int, channels: int, classes: int, path: str, pipe: Any):
-  """Checks the gradient, then answers every message with the seconds of one step."""
+def work(
+  mode: str, pixels: int, batch: int, channels: int, classes: int, path: str, pipe: Any, check: bool
+) -> None:
+  """Sends the gradient's errors; or answers every message with seconds and peak of one step.
+
+  The check has a process of its own: what it frees stays with the process, and steps that were
+  measured after it would seem to need no memory.
+  """
   import torch
 
   from benchmarks import specs
@@ -43,18 +49,20 @@ def work(mode: str, pixels: int, batch: int, channels: int, classes: int, path: 
     True,
   )  # fmt: skip
   network = training.create(workload)
-  try:
-    errors = training.check_trainer(network, workload, mode, path or None)
-    trainer = training.create_trainer(network, workload, mode)
-  except Exception as error:
-    pipe.send({"error": f"{type(error).__name__}: {error}"[:300]})
+  if check:
+    try:
+      errors = training.check_trainer(network, workload, mode, path or None)
+      pipe.send({"gradient_errors": errors})
+    except Exception as error:
+      pipe.send({"error": f"{type(error).__name__}: {error}"[:300]})
     return
+  trainer = training.create_trainer(network, workload, mode)
   pool = training.Pool(workload)
   images, labels = pool.images[0], pool.labels[0]
   trainer.optimizer.zero_grad(set_to_none=True)
   baseline = status("VmRSS")
   reset_peak()
-  pipe.send({"gradient_errors": errors})
+  pipe.send({})
   while pipe.recv():
     start = time.perf_counter()
     trainer.step(images, labels)
@@ -76,18 +84,25 @@ def main() -> None:
   stream = protocol.claim_stdout()
   context = multiprocessing.get_context("spawn")
   pipes, result = {}, {}
-  for mode in arguments.modes:
+  shape = (arguments.pixels, arguments.batch, arguments.channels, arguments.classes)
+
+  def start(mode: str, check: bool) -> tuple[Any, dict[str, Any]]:
     pipe, end = context.Pipe()
-    shape = (arguments.pixels, arguments.batch, arguments.channels, arguments.classes)
-    context.Process(target=work, args=(mode, *shape, arguments.reference, end), daemon=True).start()
+    how = (mode, *shape, arguments.reference, end, check)
+    context.Process(target=work, args=how, daemon=True).start()
     end.close()
     try:
-      result[mode] = pipe.recv()
+      return pipe, pipe.recv()
     except EOFError:  # killed, for memory most likely
-      result[mode] = {"error": "the process ended"}
+      return pipe, {"error": "the process ended"}
+
+  for mode in arguments.modes:
+    result[mode] = start(mode, True)[1]
     if "error" not in result[mode]:
-      pipes[mode] = pipe
-      result[mode]["repeats"] = []
+      pipes[mode], answer = start(mode, False)
+      result[mode] |= {**answer, "repeats": []}
+      if "error" in answer:
+        del pipes[mode]
   for turn in range(1 + arguments.repeats):  # the first is the warm-up
     for mode, pipe in list(pipes.items()):
       pipe.send(True)

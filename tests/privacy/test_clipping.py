@@ -449,6 +449,22 @@ def test_the_norm_pass_forms_no_weight_gradient():
   assert "f32[40,40]{1,0} dot(" not in program
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_only_the_reference_holds_the_gradient_of_every_example_of_a_wide_layer(method):
+  model = from_flax(nn.Sequential([nn.Dense(96), nn.relu, nn.Dense(96), nn.relu, nn.Dense(3)]))
+  inputs, labels, mask = jnp.ones((5, 96)), jnp.zeros(5, jnp.int32), jnp.ones(5, bool)
+  params, state = model.init(jax.random.key(0), inputs[:1])
+
+  def run(params):
+    return clipped_sum(
+      method, model, loss, params, state, inputs, labels, mask, jnp.float32(1), None
+    )
+
+  program = jax.jit(run).lower(params).compile().as_text()
+  assert program is not None
+  assert ("f32[5,96,96]" in program) == (method == "reference")
+
+
 CLEAR: dict[str, tuple[str, ...]] = {"book_keeping": (), "two_pass": ()}
 TWICE = ("Dense_0/kernel is used twice",)
 LOOPED = ("blocks runs layers in a loop",)
