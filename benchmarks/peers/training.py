@@ -19,6 +19,10 @@ TOLERANCE = 1e-9
 # others agree to 1e-6), so pairs of examples are tried: a wrong rule or layout fails with every
 # pair, a flip with some. The smallest error must be below this.
 FLOAT32_TOLERANCE = 1e-5
+# Clip coefficients carry the rounding of torch's own float32 norm: over the millions of elements of
+# a kernel of SE-ResNeXt-50 it is off by 3.5e-5 even for gradients that are exact but for rounding.
+# The smallest fault that this was tried on is 2.5e-2.
+FLOAT32_NORM_TOLERANCE = 1e-4
 
 Update = Callable[[torch.Tensor, torch.Tensor], None]
 
@@ -239,7 +243,8 @@ def check(
   # Opacus adds 1e-6 to the norms it divides by.
   slack = 1e-6 / low if private else 0.0
   exact = max(errors["float64"], errors.get("jax_side", 0.0))
-  good = exact < TOLERANCE + slack and errors["float32_smallest"] < FLOAT32_TOLERANCE + slack
+  single = FLOAT32_NORM_TOLERANCE if private else FLOAT32_TOLERANCE
+  good = exact < TOLERANCE + slack and errors["float32_smallest"] < single + slack
   assert good, f"wrong gradient, relative errors {errors}"
   return errors
 
