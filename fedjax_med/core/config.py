@@ -179,8 +179,8 @@ class ExecutionConfig:
     devices: devices that clients are dealt over; 0 means every accelerator (of all processes), but
       one on a CPU.
     lowering: auto, matmul (convolutions as sums of batched products) or native.
-    microbatch: examples in memory at once in a local step; 0 lets it be chosen. It redraws
-      dropout, so it is not chosen where the model has dropout.
+    microbatch: examples in memory at once in a local step; 0 lets it be chosen. Refused where
+      the model has dropout, whose draws it would change.
     memory_gib: memory budget of a device, GiB, which the plan keeps to; 0 means 80% of an
       accelerator's, and half of a CPU's free memory.
     remat: auto (where memory forbids else), off or blocks (the backward pass computes each block of

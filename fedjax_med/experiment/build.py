@@ -29,6 +29,7 @@ from fedjax_med.models.model import Model
 from fedjax_med.models.registry import create_model, has_remat
 from fedjax_med.privacy.accounting import resolve_deltas
 from fedjax_med.privacy.clipping import resolve_method
+from fedjax_med.privacy.clipping import uncovered as clipping_problems
 from fedjax_med.privacy.mechanism import PoissonGaussian, batch_size_bound, plan_mechanisms
 from fedjax_med.simulation.evaluation import make_predict
 from fedjax_med.simulation.mesh import Devices, choose_devices, replicate, replicated
@@ -190,7 +191,9 @@ def make_program(
 
   @functools.cache
   def uncovered(remat: bool) -> dict[str, tuple[str, ...]]:
-    return _uncovered(config, model_of(remat), image)
+    model = model_of(remat)
+    params, state = jax.eval_shape(model.init, base_key(0), image)
+    return clipping_problems(model, params, state, image, config.model.dtype)
 
   def train_as(choice: Choice, shared_steps: int | None) -> Callable:
     shape = {
@@ -305,20 +308,6 @@ def make_program(
     arguments,
     budget,
   )
-
-
-def _uncovered(
-  config: Config, model: Model, image: jax.ShapeDtypeStruct
-) -> dict[str, tuple[str, ...]]:
-  """Why each clipping method cannot be trusted with the model; see ``resolve_method``."""
-  params, state = jax.eval_shape(model.init, base_key(0), image)
-  reasons = {
-    method: model.uncovered(params, state, image, method) for method in ("book_keeping", "two_pass")
-  }
-  if config.model.dtype != "float32":
-    rounding = f"its second backward pass rounds {config.model.dtype} activations unlike the first"
-    reasons["two_pass"] = (rounding, *reasons["two_pass"])
-  return reasons
 
 
 def _cohort_cap(config: Config, num_clients: int) -> int | None:

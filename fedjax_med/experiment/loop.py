@@ -192,7 +192,7 @@ def start_compiling(experiment: Experiment) -> Callable[[], float]:
     return time.monotonic() - started
 
   # Traced here: jax's settings may belong to this thread.
-  rounds = threads.submit(compile, program.block.lower(state, *_block_arguments(experiment, 0)))
+  rounds = threads.submit(compile, program.block.lower(state, *block_arguments(experiment, 0)))
   evaluated = evaluated_params(state), state.server.state
   rows = evaluation_rows(experiment)
   lowered = program.lower_predict(*evaluated, experiment.pool, rows)
@@ -201,7 +201,8 @@ def start_compiling(experiment: Experiment) -> Callable[[], float]:
   return lambda: max(task.result() for task in tasks)
 
 
-def _block_arguments(experiment: Experiment, rounds: int) -> tuple[Any, ...]:
+def block_arguments(experiment: Experiment, rounds: int) -> tuple[Any, ...]:
+  """What ``program.block`` is called with after the state, to run that many rounds."""
   # A NumPy scalar: jax.numpy's would be another type to the compiled program, and compile again.
   data = (experiment.clients, experiment.pool, experiment.hyper, experiment.key)
   return *data, np.int32(rounds)
@@ -272,7 +273,7 @@ def train_rounds(
           stopped = "budget"
           break
         length = min(length, left)
-      state, metrics = program.block(state, *_block_arguments(experiment, length))
+      state, metrics = program.block(state, *block_arguments(experiment, length))
       _require_finite(experiment, metrics, saved)
       point = log(state, _train_line(experiment, metrics))
       checkpoints.save(manager, state, experiment.run_id)

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from fedjax_med.core.errors import UserError
+from fedjax_med.core.errors import UserError, require
 from fedjax_med.models.ops import Lowering
 from fedjax_med.simulation.cohort import best_chunk, load
 
@@ -182,6 +182,12 @@ def choose_microbatch(
     rates: [K] its sampling probability.
   """
   if requested:
+    require(
+      not fixed or requested >= batch,
+      f"execution.microbatch={requested} is under the {batch} slots of a batch, but dropout or"
+      " batch norm makes results depend on it",
+      "set execution.microbatch=0, or model.dropout=0 and model.norm=group",
+    )
     m = min(requested, batch)
     return m, f"microbatch {m} of {batch} slots: as configured"
   if fixed:

@@ -450,6 +450,30 @@ def test_the_norm_pass_forms_no_weight_gradient():
 
 
 @pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("spread", [1e-6, 1e-5, 1e-4, 1e-3])
+def test_an_example_whose_positions_cancel_contributes_at_most_the_clip_norm(spread, method):
+  positions, width = 4, 64
+  assert keeps_factors(positions, width, width)
+  rng = np.random.default_rng(0)
+  module = nn.Sequential([nn.Dense(width, use_bias=False), lambda x: x.reshape(x.shape[0], -1)])
+  model = from_flax(module)
+  # Nearly the same input at every position, and cotangents that sum to 0.
+  base = rng.normal(size=(1, 1, width))
+  inputs = jnp.asarray(base + spread * rng.normal(size=(1, positions, width)), jnp.float32)
+  cotangent = rng.normal(size=(positions, width))
+  cotangent = jnp.asarray(1e3 * (cotangent - cotangent.mean(0)), jnp.float32).reshape(1, -1)
+  params, state = model.init(jax.random.key(0), inputs)
+
+  def linear(logits, labels):
+    del labels
+    return (logits * cotangent).sum(1)
+
+  run = jax.jit(functools.partial(clipped_sum, method, model, linear))
+  total, _ = run(params, state, inputs, jnp.zeros(1, jnp.int32), jnp.ones(1, bool), 1.0, None)
+  assert norms_of([jax.tree.map(np.float64, total)])[0] <= 1 + 1e-5
+
+
+@pytest.mark.parametrize("method", METHODS)
 def test_only_the_reference_holds_the_gradient_of_every_example_of_a_wide_layer(method):
   model = from_flax(nn.Sequential([nn.Dense(96), nn.relu, nn.Dense(96), nn.relu, nn.Dense(3)]))
   inputs, labels, mask = jnp.ones((5, 96)), jnp.zeros(5, jnp.int32), jnp.ones(5, bool)

@@ -10,6 +10,7 @@ from fedjax_med.simulation.plan import (
   best_microbatch,
   choose_layout,
   choose_lowering,
+  choose_microbatch,
   fit_memory,
   lighter,
 )
@@ -94,3 +95,12 @@ def test_a_plan_fits_its_budget_or_is_refused_and_an_ample_budget_compiles_nothi
     fit_memory(start, free, 50, size, measure)
   with pytest.raises(UserError, match=r"over the budget"):
     fit_memory(start, Freedom(False, False, False, False), 250, size, measure)
+
+
+def test_a_microbatch_that_would_change_results_is_refused_with_the_remedy():
+  about = {"private": True, "fixed": True, "counts": [100], "rates": [0.2]}
+  with pytest.raises(UserError, match=r"execution\.microbatch=8 is under the 40 slots.*dropout=0"):
+    choose_microbatch(8, 40, 1, **about)
+  # The whole batch at once changes nothing.
+  assert choose_microbatch(40, 40, 1, **about)[0] == 40
+  assert choose_microbatch(0, 40, 1, **about)[0] == 40
