@@ -88,7 +88,7 @@ class Footprint(NamedTuple):
 
 def footprint(model: Model, image: jax.ShapeDtypeStruct) -> Footprint:
   """Traces one training pass of ``image`` [1, H, W, C]; nothing is compiled."""
-  key = jax.eval_shape(lambda: jax.random.key(0))
+  key = jax.eval_shape(lambda: base_key(0))
   params, state = jax.eval_shape(model.init, key, image)
 
   def apply(key, state, params, image):
@@ -149,7 +149,7 @@ def block_arguments(
   )
   data = Pool(*(shape(part.shape, part.dtype) for part in (pool.inputs, pool.labels)))
   hyper = Hyper(*(shape((), jnp.float32) for _ in Hyper._fields))
-  key = jax.eval_shape(lambda: jax.random.key(0))
+  key = jax.eval_shape(lambda: base_key(0))
   return jax.eval_shape(initial), clients, data, hyper, key, shape((), jnp.int32)
 
 

@@ -1,8 +1,11 @@
 """The probe's outcome is kept, and says why; timings come from the test."""
 
+import jax
 import numpy as np
 
 from configs.smoke import get_config
+from fedjax_med.experiment.build import build, load_hospitals
+from fedjax_med.experiment.loop import block_arguments
 from fedjax_med.experiment.planning import kept_seconds, probed_chunk, wants_probe
 
 
@@ -38,3 +41,14 @@ def test_short_runs_and_configured_layouts_are_not_probed():
   assert wants_probe(config, steps, 10**7, "gpu")
   config.execution.layout = "scan"
   assert not wants_probe(config, steps, 1000, "cpu")
+
+
+def test_the_program_whose_memory_is_looked_at_is_the_one_that_runs():
+  experiment = build(config := get_config(), load_hospitals(config))
+  state = jax.eval_shape(experiment.program.initial)
+
+  def types(tree):
+    return jax.tree.map(lambda leaf: (leaf.shape, str(leaf.dtype)), tree)
+
+  run = types((state, *block_arguments(experiment, 1)))
+  assert types(experiment.program.arguments) == run
