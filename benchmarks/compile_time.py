@@ -49,6 +49,7 @@ import jax
 from fedjax_med.experiment.build import build, load_hospitals
 from fedjax_med.experiment.loop import block_arguments
 config = runpy.run_path(sys.argv[1])["get_config"]()
+config.execution.memory_gib = 4096.0  # else build may compile the rounds, to look at their memory
 hospitals = load_hospitals(config)
 times = [time.perf_counter()]
 experiment = build(config, hospitals)
