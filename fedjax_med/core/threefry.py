@@ -1,4 +1,4 @@
-"""Threefry-2x32 (Salmon et al. 2011) written out, for which CPUs need less time than for jax's loop.
+"""Threefry-2x32 (Salmon et al. 2011) written out, which on CPUs beats jax's loop.
 
 On CPUs jax compiles the 20 rounds as a loop, to compile sooner, and every turn passes the whole
 array through memory. Written out they are one kernel. ``IMPLEMENTATION`` gives keys whose draws
