@@ -1,6 +1,8 @@
 """This simulator's side of the three workloads, from the library's public pieces."""
 
+import functools
 import time
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -24,6 +26,7 @@ from fedjax_med.models import ops, registry
 from fedjax_med.models.model import Model, from_flax
 from fedjax_med.privacy.clipping import clipped_sum, resolve_method, uncovered
 from fedjax_med.privacy.mechanism import batch_size_bound
+from fedjax_med.simulation.mesh import choose_devices, cpu_cores, replicate
 from fedjax_med.simulation.plan import (
   MICROBATCH_OVERHEAD,
   best_microbatch,
@@ -86,14 +89,14 @@ class Ours:
   def __init__(self, workload: specs.Workload, private: bool, layout: str = "auto", chunk: int = 1):
     program = _build(workload, private, layout, chunk)
     self._clients, self._hyper, self._pool = program.clients, program.hyper, program.pool
-    self._state, self.settings = program.state, program.settings
+    self._state, self._put, self.settings = program.state, program.put, program.settings
     start = time.perf_counter()
     self._block = program.block.lower(*self._arguments(1)).compile()
     self.compile_s = time.perf_counter() - start
 
   def _arguments(self, rounds: int) -> tuple[Any, ...]:
-    key = base_key(0)
-    return (self._state, self._clients, self._pool, self._hyper, key, jnp.int32(rounds))
+    last = self._put((base_key(0), jnp.int32(rounds)))
+    return (self._state, self._clients, self._pool, self._hyper, *last)
 
   def run(self, rounds: int) -> int:
     """Runs that many rounds in one call of one compiled program."""
@@ -109,28 +112,36 @@ class _Program(NamedTuple):
   clients: Client
   hyper: Hyper
   pool: Pool
+  put: Callable[[Any], Any]
   settings: dict[str, Any]
 
 
-def make_model(workload: specs.Workload) -> tuple[Model, str]:
+def make_model(workload: specs.Workload, devices: int = 1) -> tuple[Model, str]:
   """The workload's network, and how its convolutions are lowered, in words."""
-  lowering, reason = choose_lowering("auto")
+  lowering, reason = choose_lowering("auto", cpu_cores() // devices)
   config = ModelConfig(name=workload.network)
   return registry.create_model(config, workload.num_classes, lowering), reason
 
 
 def _build(workload: specs.Workload, private: bool, layout: str, chunk: int) -> _Program:
-  model, lowering_reason = make_model(workload)
+  rate = workload.cohort / workload.num_clients
+  # A cohort is a Poisson draw here: the examples really seen are what times are divided by.
+  cohort_cap = None if rate == 1 else batch_size_bound(workload.num_clients, rate, 5)
+  devices = choose_devices(0, cohort_cap or workload.num_clients)
+  model, lowering_reason = make_model(workload, devices.number)
   loss = cross_entropy(0.0)
   image = jnp.zeros((1, *workload.shape), jnp.float32)
   params, state = jax.jit(model.init)(base_key(1), image)
   shape = {"max_examples": workload.examples, "normalisation": "fixed"}
   probability = workload.batch / workload.examples
-  rate = workload.cohort / workload.num_clients
-  # A cohort is a Poisson draw here: the examples really seen are what times are divided by.
-  cohort_cap = None if rate == 1 else batch_size_bound(workload.num_clients, rate, 5)
-  _, chunk, layout_reason = choose_layout(layout, chunk, cohort_cap or workload.num_clients)
-  settings: dict[str, Any] = {"lowering": lowering_reason, "layout": layout_reason}
+  _, chunk, layout_reason = choose_layout(
+    layout, chunk, cohort_cap or workload.num_clients, devices=devices.number
+  )
+  settings: dict[str, Any] = {
+    "devices": devices.reason,
+    "lowering": lowering_reason,
+    "layout": layout_reason,
+  }
   if private:
     batch_cap = min(workload.examples, batch_size_bound(workload.examples, probability, 5))
     clipping, reason = resolve_method("auto", uncovered(model, params, state, image))
@@ -156,15 +167,21 @@ def _build(workload: specs.Workload, private: bool, layout: str, chunk: int) -> 
   )
   algorithm = create_algorithm("fedavg", train, server_optimizer("sgd", 0.0), average=False)
   run_round = make_round(
-    algorithm, num_clients=workload.num_clients, cohort_cap=cohort_cap, chunk=chunk
+    algorithm,
+    num_clients=workload.num_clients,
+    cohort_cap=cohort_cap,
+    chunk=chunk,
+    mesh=devices.mesh,
   )
   images, labels = specs.make_pool(workload)
+  put = functools.partial(replicate, mesh=devices.mesh)
   return _Program(
-    make_block(run_round, workload.num_clients),
-    init_state(algorithm, params, state, workload.num_clients),
-    _clients(workload, probability),
-    _hyper(workload, rate),
-    Pool(jnp.asarray(images), jnp.asarray(labels)),
+    make_block(run_round, workload.num_clients, devices.mesh),
+    put(init_state(algorithm, params, state, workload.num_clients)),
+    put(_clients(workload, probability)),
+    put(_hyper(workload, rate)),
+    put(Pool(jnp.asarray(images), jnp.asarray(labels))),
+    put,
     settings,
   )
 
@@ -211,11 +228,10 @@ def write_reference(workload: specs.Workload, path: str) -> None:
 
 
 def _reference(workload: specs.Workload) -> dict[str, Any]:
-  lowering, _ = choose_lowering("auto")
   module = registry.MODELS[workload.network](
     workload.num_classes, norm="group", dropout=0.0, dtype=jnp.float64
   )
-  model, loss = from_flax(module, lowering), cross_entropy(0.0)
+  model, loss = from_flax(module, "matmul"), cross_entropy(0.0)
   params, state = model.init(base_key(1), jnp.zeros((1, *workload.shape), jnp.float64))
   params = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), params)
   images, labels = (array[: workload.batch] for array in specs.make_pool(workload))

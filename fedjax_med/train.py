@@ -34,13 +34,17 @@ def main(_: list[str]) -> None:
     "name the folder for results, such as --workdir=runs/first",
   )
   places = (values.coordinator_address, values.num_processes, values.process_id)
-  if values.distributed or any(place is not None for place in places):
+  together = values.distributed or any(place is not None for place in places)
+  if together:
     from fedjax_med.experiment.processes import join
 
     join(*places)
   from fedjax_med.experiment import run  # after the flags: a typo must not wait for jax
   from fedjax_med.experiment.cache import use_compilation_cache
+  from fedjax_med.simulation.mesh import split_cpu
 
+  if not together:  # processes of one run have a core each, or are told how many devices they have
+    split_cpu(config.execution.devices)
   use_compilation_cache(config.execution.compilation_cache)
   name = pathlib.Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
   command = shlex.join(["python", "-m", "fedjax_med.train", *sys.argv[1:]])

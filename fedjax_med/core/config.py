@@ -176,8 +176,8 @@ class ExecutionConfig:
   Attributes:
     layout: auto, vmap (all clients at once), chunk (``chunk_size`` at once) or scan (one by one).
     chunk_size: clients at once on a device under layout=chunk.
-    devices: devices that clients are dealt over; 0 means every accelerator (of all processes), but
-      one on a CPU.
+    devices: devices that clients are dealt over; 0 means every accelerator (of all processes), or
+      one for each core of a CPU, at most 16 and fewer where memory is short.
     lowering: auto, matmul (convolutions as sums of batched products) or native.
     microbatch: examples in memory at once in a local step; 0 lets it be chosen. Refused where
       the model has dropout, whose draws it would change.

@@ -32,7 +32,14 @@ from fedjax_med.privacy.clipping import resolve_method
 from fedjax_med.privacy.clipping import uncovered as clipping_problems
 from fedjax_med.privacy.mechanism import PoissonGaussian, batch_size_bound, plan_mechanisms
 from fedjax_med.simulation.evaluation import make_predict
-from fedjax_med.simulation.mesh import Devices, choose_devices, replicate, replicated
+from fedjax_med.simulation.mesh import (
+  Devices,
+  choose_devices,
+  client_mesh,
+  cpu_cores,
+  replicate,
+  replicated,
+)
 from fedjax_med.simulation.plan import Choice, Plan, choose_lowering, describe_padding
 from fedjax_med.simulation.rounds import SimulationState, init_state, make_block, make_round
 
@@ -159,27 +166,32 @@ def make_program(
   shared_steps: int | None,
   batch_cap: int,
   counts: np.ndarray | None = None,
+  may_share_less: bool = False,
 ) -> Program:
   """Builds model, algorithm and compiled functions for clients of at most ``max_examples``.
 
   Args:
     config: validated config.
     dataset: gives image shape and classes.
-    devices: where it is to run.
+    devices: where it is to run, unless ``may_share_less``.
     steps: [K] local steps a round.
     max_examples: slots of a client's index row.
     shared_steps: local steps a round where all clients take the same number, else None.
     batch_cap: slots of a truncated Poisson batch (private runs).
     counts: examples of each client, for the microbatch; None if all hold ``max_examples``.
+    may_share_less: whether fewer devices may be taken to save memory.
 
   Raises:
     UserError: the rounds do not fit into the memory budget, whatever may be changed.
   """
-  lowering, lowering_reason = choose_lowering(config.execution.lowering)
   classes, private = len(dataset.class_names), config.privacy.mechanism != "none"
   image = jax.ShapeDtypeStruct((1, *dataset.inputs.shape[1:]), jnp.float32)
-  num_clients, mesh = len(steps), devices.mesh
+  num_clients = len(steps)
   cohort_cap = _cohort_cap(config, num_clients)
+  cohort = cohort_cap or num_clients
+  lowering, lowering_reason = choose_lowering(
+    config.execution.lowering, cpu_cores() // min(devices.number, cohort)
+  )
   loss = cross_entropy(config.client.label_smoothing)
   client, server = config.client, config.server
   counts = np.full(1, max_examples) if counts is None else counts
@@ -225,6 +237,7 @@ def make_program(
 
   @functools.cache
   def block_as(choice: Choice) -> jax.stages.Wrapped:
+    mesh = devices.mesh if choice.devices == devices.number else client_mesh(choice.devices)
     run_round = make_round(
       algorithm_as(choice),
       num_clients=num_clients,
@@ -239,20 +252,17 @@ def make_program(
   if private:
     clipping, clipping_reason = resolve_method(config.privacy.clipping, uncovered(remat))
 
-  def initial(seed):
+  first = Choice(devices.number, 1, 0, remat, clipping)
+
+  def initial(seed: Any) -> SimulationState:
     key = key_for(base_key(seed), Stream.INIT)
     params, state = model_of(False).init(key, jnp.zeros(image.shape, image.dtype))
-    return init_state(algorithm_as(Choice(1, 0, False, clipping)), params, state, num_clients)
+    return init_state(algorithm_as(first), params, state, num_clients)
 
-  initial = jax.jit(initial) if mesh is None else jax.jit(initial, out_shardings=replicated(mesh))
-
-  def start() -> SimulationState:
-    return initial(np.int32(config.seed))
-
-  arguments = planning.block_arguments(start, num_clients, max_examples, dataset)
+  seed = np.int32(config.seed)
+  arguments = planning.block_arguments(lambda: initial(seed), num_clients, max_examples, dataset)
   subject = planning.Subject(
-    share=-(-(cohort_cap or num_clients) // devices.number),
-    cohort=cohort_cap or num_clients,
+    cohort=cohort,
     steps=steps,
     counts=counts,
     rates=rates,
@@ -260,6 +270,7 @@ def make_program(
     model=planning.footprint(model_of(remat), image),
     arguments=arguments,
     may_remat=has_remat(config.model, classes),
+    may_share_less=may_share_less,
     uncovered=uncovered,
   )
 
@@ -275,9 +286,15 @@ def make_program(
     )
 
   budget = planning.memory_budget(config.execution.memory_gib)
-  layout, choice, reasons = planning.decide(
-    config, devices.number, subject, Choice(0, 0, remat, clipping), budget, block_as, time_chunk
-  )
+  layout, choice, reasons = planning.decide(config, subject, first, budget, block_as, time_chunk)
+  if choice.devices < devices.number:
+    devices = Devices(
+      choice.devices,
+      client_mesh(choice.devices),
+      f"devices {choice.devices}: {devices.number} exceed the memory",
+    )
+  mesh = devices.mesh
+  initial = jax.jit(initial) if mesh is None else jax.jit(initial, out_shardings=replicated(mesh))
   rate = 1.0 if cohort_cap is None else server.participation_rate
   padding_reason = describe_padding(steps, choice.chunk, devices.number, rate)
   reasons = [devices.reason, *reasons, padding_reason, lowering_reason]
@@ -297,7 +314,7 @@ def make_program(
       tuple(reasons),
     ),
     devices,
-    start,
+    lambda: initial(seed),
     block_as(choice),
     *make_predict(
       model_of(False),
@@ -362,16 +379,13 @@ def _stack_clients(
 
 def build(config: Config, hospitals: Hospitals) -> Experiment:
   """The federation itself: every hospital is a client."""
-  dataset = hospitals.dataset
   counts = hospitals.train.counts.astype(np.int64)
   numbers = np.arange(len(counts))
   steps = local_steps(config, counts)
   cohort = _cohort_cap(config, len(counts)) or len(counts)
   devices = choose_devices(config.execution.devices, cohort)
-  pool = Pool(*(replicate(part, devices.mesh) for part in (dataset.inputs, dataset.labels)))
-  return _assemble(
-    config, hospitals, hospitals.names, hospitals.train, numbers, steps, pool, devices
-  )
+  names, table = hospitals.names, hospitals.train
+  return _assemble(config, hospitals, names, table, numbers, steps, None, devices)
 
 
 def _assemble(
@@ -381,32 +395,39 @@ def _assemble(
   rows: ClientTable,
   numbers: np.ndarray,
   steps: np.ndarray,
-  pool: Pool,
+  pool: Pool | None,  # None: it is to be made, on as many devices as the plan finds best
   devices: Devices,
 ) -> Experiment:
   mechanisms, deltas = _mechanisms(config, rows.counts.astype(np.int64), steps)
   run_id = _run_id(config, hospitals, rows, names)
+  cpu = jax.default_backend() == "cpu" and jax.process_count() == 1
+  dataset = hospitals.dataset
   program = make_program(
     config,
-    hospitals.dataset,
+    dataset,
     devices=devices,
     steps=steps,
     max_examples=rows.indices.shape[1],
     shared_steps=int(steps[0]) if (steps == steps[0]).all() else None,
     batch_cap=_batch_cap(mechanisms),
     counts=rows.counts.astype(np.int64),
+    # The devices of a CPU share its memory; fewer would save an accelerator nothing.
+    may_share_less=pool is None and cpu and config.execution.devices == 0,
   )
+  mesh = program.devices.mesh
+  if pool is None:
+    pool = Pool(replicate(dataset.inputs, mesh), replicate(dataset.labels, mesh))
   return Experiment(
     config,
     hospitals,
     names,
-    replicate(_stack_clients(config, rows, numbers, steps, mechanisms), devices.mesh),
+    replicate(_stack_clients(config, rows, numbers, steps, mechanisms), mesh),
     mechanisms,
     deltas,
     steps,
-    replicate(_hyper(config), devices.mesh),
+    replicate(_hyper(config), mesh),
     pool,
-    replicate(_run_key(config, run_id), devices.mesh),
+    replicate(_run_key(config, run_id), mesh),
     program,
     run_id,
   )

@@ -317,7 +317,6 @@ class Subject(NamedTuple):
   """What a plan is made for.
 
   Attributes:
-    share: most clients of one device.
     cohort: most clients that train in a round.
     steps: [K] local steps a round.
     counts: [K] examples of each client, or fewer where they are alike.
@@ -326,10 +325,10 @@ class Subject(NamedTuple):
     model: sizes of the model.
     arguments: shapes of what a block is called with.
     may_remat: whether the network has blocks to compute again.
+    may_share_less: whether fewer devices may be used than the plan begins with.
     uncovered: (remat) -> why each clipping method cannot be trusted, by method.
   """
 
-  share: int
   cohort: int
   steps: np.ndarray
   counts: np.ndarray
@@ -338,12 +337,12 @@ class Subject(NamedTuple):
   model: Footprint
   arguments: tuple[Any, ...]
   may_remat: bool
+  may_share_less: bool
   uncovered: Callable[[bool], dict[str, tuple[str, ...]]]
 
 
 def decide(
   config: Config,
-  devices: int,
   subject: Subject,
   start: Choice,
   budget: Budget,
@@ -354,18 +353,14 @@ def decide(
 
   Args:
     config: validated config.
-    devices: devices that share the clients.
     subject: what is planned.
-    start: remat and clipping to begin with.
+    start: devices, remat and clipping to begin with.
     budget: memory of a device.
     block: the jitted rounds under a choice.
     time_chunk: seconds of a client-step under a choice.
   """
   execution, private = config.execution, config.privacy.mechanism != "none"
   fixed = config.model.norm == "batch" or subject.model.whole_batch
-  shared = 1  # CPU devices of one process divide one memory
-  if jax.default_backend() == "cpu":
-    shared = max(1, devices // jax.process_count())
   num_clients = len(subject.steps)
   data = sum(leaf.size * leaf.dtype.itemsize for leaf in subject.arguments[2])
   data += 4 * subject.arguments[1].indices.size
@@ -382,13 +377,20 @@ def decide(
     )
     return start._replace(chunk=chunk, microbatch=microbatch), reason
 
+  def shared(choice: Choice) -> int:
+    """CPU devices of one process divide one memory."""
+    cpu = jax.default_backend() == "cpu"
+    return max(1, choice.devices // jax.process_count()) if cpu else 1
+
   def estimate(choice: Choice) -> float:
-    return shared * rough_bytes(choice, subject.model, num_clients, data)
+    return shared(choice) * rough_bytes(choice, subject.model, num_clients, data)
 
   def measure(choice: Choice) -> float | None:
     parts = block_memory(block(choice), subject.arguments)
-    return None if parts is None else float(shared * sum(parts.values()))
+    return None if parts is None else float(shared(choice) * sum(parts.values()))
 
+  devices = start.devices
+  share = -(-subject.cohort // devices)
   layout, chunk, layout_reason = choose_layout(
     execution.layout, execution.chunk_size, subject.cohort, devices=devices, steps=subject.steps
   )
@@ -396,9 +398,7 @@ def decide(
   if wants_probe(config, subject.steps, subject.model.parameters, backend):
     room = budget.size or np.inf
     chunks = [
-      c
-      for c in probe_candidates(subject.share, chunk)
-      if c == 1 or estimate(with_chunk(c)[0]) <= room
+      c for c in probe_candidates(share, chunk) if c == 1 or estimate(with_chunk(c)[0]) <= room
     ]
     about = {
       "image": list(subject.arguments[2].inputs.shape[1:]),
@@ -413,7 +413,7 @@ def decide(
     }
     seconds = kept_seconds(config, about, lambda c: time_chunk(with_chunk(c)[0]), chunks)
     chunk, why = probed_chunk(seconds, subject.steps, devices)
-    layout_reason = f"layout {_layout(chunk, subject.share)}, {why}"
+    layout_reason = f"layout {_layout(chunk, share)}, {why}"
   preferred, microbatch_reason = with_chunk(chunk)
   choice = preferred
   if budget.size is not None and estimate(preferred) >= budget.size / 4:
@@ -425,18 +425,20 @@ def decide(
       subject.uncovered(r)["two_pass"] for r in ({False, True} if remat else {start.remat})
     )
     free = Freedom(
+      devices=subject.may_share_less,
       chunk=execution.layout == "auto",
       microbatch=execution.microbatch == 0 and not fixed,
       remat=remat,
       two_pass=two_pass,
     )
     choice = fit_memory(preferred, free, budget.size, estimate, measure)
+  share = -(-subject.cohort // choice.devices)
   if choice.chunk != chunk:
-    name = _layout(choice.chunk, subject.share)
+    name = _layout(choice.chunk, share)
     layout_reason = f"layout {name}, {choice.chunk} clients at once: {chunk} exceed the memory"
   if choice.microbatch != preferred.microbatch:
     microbatch_reason = f"microbatch {choice.microbatch} of {subject.batch} slots: to save memory"
-  layout = _layout(choice.chunk, subject.share) if execution.layout == "auto" else execution.layout
+  layout = _layout(choice.chunk, share) if execution.layout == "auto" else execution.layout
   remat_reason = "as configured" if execution.remat != "auto" else "to save memory"
   reasons = [
     layout_reason,

@@ -123,7 +123,7 @@ def conv_layer(
       kernel = params["kernel"].astype(inputs.dtype)
       (gradient,) = jax.vjp(lambda k: run(inputs, k), kernel)[1](cotangent)
     else:
-      gradient = ops.conv_gradients(inputs, cotangent, geometry, units=1)[0]
+      gradient = ops.conv_gradients(inputs, cotangent, geometry, units=1, lowering=lowering)[0]
     return _cast({"kernel": gradient} | _bias_total(params, cotangent), params)
 
   return Layer(params, (), forward, record, total)

@@ -9,22 +9,27 @@ XLA's CPU backend in jaxlib 0.10.2 and 0.11.0 crashes on float32 sums of product
 
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
+from jax import custom_batching, lax
 
 Pair = tuple[int, int]
 Padding = tuple[Pair, Pair]
-Lowering = Literal["matmul", "native"]
+Lowering = Literal["auto", "matmul", "native"]
 
 NO_PADDING: Padding = ((0, 0), (0, 0))
 
 # Groups narrower than this are merged, two 8-channel groups into one 16-channel product with zeros
 # off the diagonal: wasted multiplications, but twice as fast on a CPU as 32 very thin products.
 _MERGED_WIDTH = 16
+
+# On a CPU XLA's own convolution is faster from so many inputs of an output (forward), and from so
+# many channels of the image (its gradient); below, most of its vector lanes are empty.
+_NATIVE_FAN_IN = 32
+_NATIVE_CHANNELS = 16
 
 
 class Geometry(NamedTuple):
@@ -40,6 +45,11 @@ class Geometry(NamedTuple):
   def pointwise(self) -> bool:
     """Whether it is one matrix product for all channels at each position."""
     return self.window == (1, 1) and self.groups == 1
+
+  @property
+  def plain(self) -> bool:
+    """Whether XLA's own convolution may be the faster one: neither grouped nor dilated."""
+    return not self.pointwise and self.groups == 1 and self.dilation == (1, 1)
 
 
 def accumulator(dtype: Any) -> Any:
@@ -109,31 +119,83 @@ def conv(
   padding: Padding = NO_PADDING,
   dilation: Pair = (1, 1),
   groups: int = 1,
-  lowering: Lowering = "matmul",
+  lowering: Lowering = "auto",
 ) -> jax.Array:  # [B, H', W', C_out], dtype of inputs
   """Cross-correlation, summed in at least float32.
 
   'native' is XLA's convolution, which under vmap over kernels becomes one with clients x groups
   groups, hundreds of times slower than need be on a CPU. 'matmul' is a dot for 1x1 kernels and one
-  batched product of patches and kernel, groups leading, for all others; the two agree to rounding.
+  batched product of patches and kernel, groups leading, for all others. 'auto' chooses for output,
+  input gradient and kernel gradient apart: native where no vmap gives each image or client a kernel
+  of its own and the shapes are those at which it won. All agree to rounding.
   """
-  if lowering == "native":
-    return lax.conv_general_dilated(
-      inputs,
-      kernel,
-      strides,
-      padding,
-      rhs_dilation=dilation,
-      dimension_numbers=("NHWC", "HWIO", "NHWC"),
-      feature_group_count=groups,
-    )
   geometry = Geometry((kernel.shape[0], kernel.shape[1]), strides, padding, dilation, groups)
-  return _matmul_conv(inputs, kernel, geometry)
+  if lowering == "native":
+    return _native(inputs, kernel, geometry)
+  return _conv(inputs, kernel, geometry, lowering == "auto")
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _matmul_conv(inputs: jax.Array, kernel: jax.Array, geometry: Geometry) -> jax.Array:
-  return _convolve(inputs, kernel, geometry)
+def _native(inputs: jax.Array, kernel: jax.Array, geometry: Geometry) -> jax.Array:
+  return lax.conv_general_dilated(
+    inputs,
+    kernel,
+    geometry.strides,
+    geometry.padding,
+    rhs_dilation=geometry.dilation,
+    dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    feature_group_count=geometry.groups,
+  )
+
+
+# The two gradients below are convolutions of NHWC images with HWIO kernels. XLA's own have the axes
+# in another order, and are then 20 to 60 times slower inside a loop on a CPU (jax issue 12868).
+
+
+def _native_input_gradient(
+  kernel: jax.Array, cotangent: jax.Array, geometry: Geometry
+) -> jax.Array:
+  """With strides 1: the cotangent under the kernel turned by 180 degrees."""
+  (kh, kw), ((top, bottom), (left, right)) = geometry.window, geometry.padding
+  turned = kernel[::-1, ::-1].swapaxes(2, 3)
+  padding = ((kh - 1 - top, kh - 1 - bottom), (kw - 1 - left, kw - 1 - right))
+  return _native(cotangent, turned, Geometry(geometry.window, padding=padding))
+
+
+def _native_kernel_gradient(
+  inputs: jax.Array, cotangent: jax.Array, geometry: Geometry
+) -> jax.Array:  # [1, kh, kw, C_in, C_out]
+  """Channels as images, images as channels, and the cotangent as kernel."""
+  images, kernel = inputs.transpose(3, 1, 2, 0), cotangent.transpose(1, 2, 0, 3)
+  window, (kh, kw) = (kernel.shape[0], kernel.shape[1]), geometry.window
+  slide = Geometry(window, padding=geometry.padding, dilation=geometry.strides)
+  return _native(images, kernel, slide)[:, :kh, :kw].transpose(1, 2, 0, 3)[None]
+
+
+def _unless_vmapped(native: Callable[..., jax.Array], products: Callable[..., jax.Array]):
+  """``native``, or ``products`` where a vmap gives some argument another axis."""
+  run = custom_batching.custom_vmap(native)
+
+  @run.def_vmap
+  def _(axis_size, in_batched, *args):
+    del axis_size
+    axes = [0 if batched else None for batched in in_batched]
+    return jax.vmap(products, axes)(*args), True
+
+  return run
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _conv(inputs: jax.Array, kernel: jax.Array, geometry: Geometry, mixed: bool) -> jax.Array:
+  products = functools.partial(_convolve, geometry=geometry)
+  fan_in = math.prod(kernel.shape[:3])
+  if mixed and geometry.plain and _is_float32(inputs) and fan_in >= _NATIVE_FAN_IN:
+    return _unless_vmapped(functools.partial(_native, geometry=geometry), products)(inputs, kernel)
+  return products(inputs, kernel)
+
+
+def _is_float32(values: jax.Array) -> bool:
+  """At least; sums of bfloat16 products would be rounded to it by a native convolution."""
+  return accumulator(values.dtype) == values.dtype
 
 
 def _convolve(inputs: jax.Array, kernel: jax.Array, geometry: Geometry) -> jax.Array:
@@ -148,19 +210,36 @@ def _convolve(inputs: jax.Array, kernel: jax.Array, geometry: Geometry) -> jax.A
   return out.transpose(1, 2, 3, 0, 4).reshape(inputs.shape[0], *size, -1)
 
 
-def _matmul_conv_forward(inputs, kernel, geometry):
-  return _convolve(inputs, kernel, geometry), (inputs, kernel)
+def _conv_forward(inputs, kernel, geometry, mixed):
+  return _conv(inputs, kernel, geometry, mixed), (inputs, kernel)
 
 
-def _matmul_conv_backward(geometry, residuals, cotangent):
+def _conv_backward(geometry, mixed, residuals, cotangent):
   """Forms the patches again rather than keep them: k² times the memory of the inputs."""
   inputs, kernel = residuals
-  (d_inputs,) = jax.linear_transpose(lambda x: _convolve(x, kernel, geometry), inputs)(cotangent)
-  d_kernel = conv_gradients(inputs, cotangent, geometry, units=1)[0]
+
+  def products(kernel, cotangent):
+    return jax.linear_transpose(lambda x: _convolve(x, kernel, geometry), inputs)(cotangent)[0]
+
+  within = all(max(pad) < k for pad, k in zip(geometry.padding, geometry.window, strict=True))
+  if (
+    mixed
+    and geometry.plain
+    and geometry.strides == (1, 1)
+    and within
+    and _is_float32(inputs)
+    and inputs.shape[3] >= _NATIVE_CHANNELS
+  ):
+    native = functools.partial(_native_input_gradient, geometry=geometry)
+    d_inputs = _unless_vmapped(native, products)(kernel, cotangent)
+  else:
+    d_inputs = products(kernel, cotangent)
+  lowering = "auto" if mixed else "matmul"
+  d_kernel = conv_gradients(inputs, cotangent, geometry, units=1, lowering=lowering)[0]
   return d_inputs, d_kernel.astype(kernel.dtype)
 
 
-_matmul_conv.defvjp(_matmul_conv_forward, _matmul_conv_backward)
+_conv.defvjp(_conv_forward, _conv_backward)
 
 
 def conv_gradients(
@@ -169,11 +248,23 @@ def conv_gradients(
   geometry: Geometry,
   *,
   units: int,
+  lowering: Lowering = "auto",
 ) -> jax.Array:  # [units, kh, kw, C_in / groups, C_out], at least float32
   """Gradient of the kernel, summed over each of ``units`` equal runs of images.
 
-  One unit gives the gradient of the batch, B units one of every image.
+  One unit gives the gradient of the batch, B units one of every image. ``lowering`` as in ``conv``.
   """
+  products = functools.partial(_conv_gradients, geometry=geometry, units=units)
+  if units > 1 or lowering == "matmul" or not (geometry.plain and _is_float32(inputs)):
+    return products(inputs, cotangent)
+
+  native = functools.partial(_native_kernel_gradient, geometry=geometry)
+  return _unless_vmapped(native, products)(inputs, cotangent)
+
+
+def _conv_gradients(
+  inputs: jax.Array, cotangent: jax.Array, geometry: Geometry, units: int
+) -> jax.Array:
   groups, (kh, kw) = geometry.groups, geometry.window
   width_in, width_out = inputs.shape[3] // groups, cotangent.shape[3] // groups
   if geometry.pointwise:

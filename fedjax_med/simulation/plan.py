@@ -18,7 +18,7 @@ class Plan(NamedTuple):
     layout: vmap, chunk or scan.
     chunk: clients trained at once on a device.
     devices: devices that clients are dealt over.
-    lowering: matmul or native convolutions.
+    lowering: of convolutions: auto, matmul or native.
     clipping: two_pass, book_keeping, reference or none.
     microbatch: examples of a client's batch in memory at once.
     remat: whether the backward pass computes the network's blocks again.
@@ -75,8 +75,8 @@ def choose_layout(
     chunk = best_chunk(typical, devices, MAX_AT_ONCE, MAX_WASTE)
     name = "vmap" if chunk == share else "chunk"
     return name, chunk, f"layout {name}, {chunk} clients at once: {backend} runs them in parallel"
-  why = "as configured" if layout == "scan" else "on a CPU one client already fills the cores"
-  return "scan", 1, f"layout scan, one client at a time: {why}"
+  why = "as configured" if layout == "scan" else "side by side they would not fill a CPU better"
+  return "scan", 1, f"layout scan, a device trains one client at a time: {why}"
 
 
 def describe_padding(
@@ -105,14 +105,25 @@ def describe_padding(
   return text + ": clients of like step count share a chunk"
 
 
-def choose_lowering(lowering: str) -> tuple[Lowering, str]:
-  """Returns (lowering, reason)."""
+def choose_lowering(lowering: str, cores: int, backend: str | None = None) -> tuple[Lowering, str]:
+  """Returns (lowering, reason).
+
+  Args:
+    lowering: auto, matmul or native.
+    cores: cores of a device that trains, if it is a CPU.
+    backend: of jax where it is not given.
+  """
   if lowering == "native":
     return "native", "native convolutions: as configured"
-  if lowering == "auto":
+  if lowering == "auto" and (backend or jax.default_backend()) == "cpu" and cores > 1:
     return "matmul", (
-      "convolutions as batched matrix products: native grouped convolutions are far slower,"
-      " above all under a client axis"
+      "convolutions as batched matrix products, which share the cores of a CPU device better than"
+      " native ones"
+    )
+  if lowering == "auto":
+    return "auto", (
+      "convolutions native where one kernel serves all images, else as batched matrix products:"
+      " grouped or under a client axis native ones are far slower"
     )
   return "matmul", "convolutions as batched matrix products: as configured"
 
@@ -205,12 +216,14 @@ class Choice(NamedTuple):
   """What memory depends on.
 
   Attributes:
+    devices: devices that clients are dealt over.
     chunk: clients at once on a device.
     microbatch: examples in memory at once of each of them.
     remat: whether the backward pass computes blocks again.
     clipping: two_pass, book_keeping, reference or none.
   """
 
+  devices: int
   chunk: int
   microbatch: int
   remat: bool
@@ -220,6 +233,7 @@ class Choice(NamedTuple):
 class Freedom(NamedTuple):
   """Which of them were not configured, and so may be changed to save memory."""
 
+  devices: bool
   chunk: bool
   microbatch: bool
   remat: bool
@@ -230,6 +244,8 @@ def lighter(choice: Choice, free: Freedom) -> Choice | None:
   """The next choice that needs less memory, cheapest sacrifice first; None if nothing is left."""
   if free.chunk and choice.chunk > 1:
     return choice._replace(chunk=choice.chunk // 2)
+  if free.devices and choice.devices > 1:
+    return choice._replace(devices=choice.devices // 2)
   if free.microbatch and choice.microbatch > 1:
     return choice._replace(microbatch=choice.microbatch // 2)
   if free.remat and not choice.remat:

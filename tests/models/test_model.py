@@ -52,7 +52,7 @@ def random_like(tree: Any, seed: int = 0) -> Any:
   return jax.tree.map(lambda x: jnp.asarray(rng.uniform(0.3, 1.7, x.shape), x.dtype), tree)
 
 
-@pytest.mark.parametrize("lowering", ["matmul", "native"])
+@pytest.mark.parametrize("lowering", ["auto", "matmul", "native"])
 @pytest.mark.parametrize("name", LAYERS)
 def test_apply_equals_stock_flax(name, lowering):
   module, shape = LAYERS[name]

@@ -198,7 +198,7 @@ def same_bits(first, second):
 
 
 @functools.cache
-def program(method: str, name: str, lowering: Lowering = "matmul") -> Any:
+def program(method: str, name: str, lowering: Lowering = "auto") -> Any:
   """Jitted: (params, state, inputs, labels, mask, C) -> (clipped sum, metrics) of a case."""
   model = from_flax(CASES[name][0], lowering)
 
@@ -242,9 +242,10 @@ def test_equals_a_loop_over_examples_in_float64(name, method):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_native_convolutions_give_the_same_sum(method):
+@pytest.mark.parametrize("lowering", ["native", "matmul"])
+def test_every_lowering_gives_the_same_sum(method, lowering):
   name = "grouped_dilated_frozen_norm_valid"
-  got, metrics = program(method, name, "native")(*setting(name), EVERY, 1.0)
+  got, metrics = program(method, name, lowering)(*setting(name), EVERY, 1.0)
   assert_close(got, loop(gradients(name), 1.0), 1e-5)
   np.testing.assert_allclose(metrics.norm, norms_of(gradients(name)), rtol=1e-5)
 
