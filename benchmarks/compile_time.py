@@ -46,7 +46,8 @@ SMALL |= {"batch": 20, "steps": 10}
 COMPILE = """
 import json, runpy, sys, time
 import jax
-from fedjax_med.experiment.build import build, load_hospitals
+from fedjax_med.data.hospitals import load_hospitals
+from fedjax_med.experiment.build import build
 from fedjax_med.experiment.loop import block_arguments
 config = runpy.run_path(sys.argv[1])["get_config"]()
 config.execution.memory_gib = 4096.0  # else build may compile the rounds, to look at their memory

@@ -3,6 +3,7 @@
 Example: python -m fedjax_med.train --config=configs/quickstart.py --workdir=runs/first
 """
 
+import concurrent.futures
 import pathlib
 import shlex
 import sys
@@ -11,6 +12,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from fedjax_med.core.errors import UserError, require
+from fedjax_med.data.hospitals import load_hospitals
 from fedjax_med.flags import define_config, load_config, run_main
 
 define_config()
@@ -39,6 +41,9 @@ def main(_: list[str]) -> None:
     from fedjax_med.experiment.processes import join
 
     join(*places)
+  # Data need no jax, whose imports take as long.
+  thread = concurrent.futures.ThreadPoolExecutor(1)
+  hospitals = thread.submit(load_hospitals, config).result
   from fedjax_med.experiment import run  # after the flags: a typo must not wait for jax
   from fedjax_med.experiment.cache import use_compilation_cache
   from fedjax_med.simulation.mesh import split_cpu
@@ -50,9 +55,9 @@ def main(_: list[str]) -> None:
   command = shlex.join(["python", "-m", "fedjax_med.train", *sys.argv[1:]])
   try:
     if values.dry_run:
-      run.dry_run(config)
+      run.dry_run(config, hospitals)
     else:
-      run.run(config, pathlib.Path(values.workdir).expanduser(), name, command)
+      run.run(config, pathlib.Path(values.workdir).expanduser(), name, command, hospitals)
   except OSError as error:  # whatever the file system refuses, a full disk for one
     raise UserError(
       f"{error.filename or values.workdir}: {error.strerror or error}; make it readable and"

@@ -4,11 +4,17 @@ import dataclasses
 
 import numpy as np
 
-from fedjax_med.core.config import DataConfig, PartitionConfig
+from fedjax_med.core.config import Config, DataConfig, PartitionConfig
 from fedjax_med.core.errors import require
 from fedjax_med.data import partitions, splits
 from fedjax_med.data.dataset import Dataset, Hospitals, Split, client_table
 from fedjax_med.data.duplicates import join_groups, near_duplicate_groups
+from fedjax_med.data.sources import load_dataset
+
+
+def load_hospitals(config: Config) -> Hospitals:
+  """Reads the data and deals them to the hospitals; raises UserError for anything amiss."""
+  return build_hospitals(load_dataset(config.data), config.data, config.partition)
 
 
 def build_hospitals(dataset: Dataset, data: DataConfig, partition: PartitionConfig) -> Hospitals:

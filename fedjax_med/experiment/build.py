@@ -13,8 +13,6 @@ import numpy as np
 from fedjax_med.core.config import Config, fingerprint, to_dict
 from fedjax_med.core.keys import Stream, base_key, key_for
 from fedjax_med.data.dataset import ClientTable, Dataset, Hospitals, client_rows, client_table
-from fedjax_med.data.hospitals import build_hospitals
-from fedjax_med.data.sources import load_dataset
 from fedjax_med.experiment import planning
 from fedjax_med.federated.algorithm import Client, FederatedAlgorithm, Hyper, Pool
 from fedjax_med.federated.local import (
@@ -109,11 +107,6 @@ def local_steps(config: Config, counts: np.ndarray) -> np.ndarray:
   # Without privacy an epoch ends with a partial batch; a Poisson epoch is 1/q expected draws.
   steps = np.ceil(batches) if config.privacy.mechanism == "none" else np.round(batches)
   return np.maximum(1, steps).astype(np.int64)
-
-
-def load_hospitals(config: Config) -> Hospitals:
-  """Reads the data and deals them to the hospitals; raises UserError for anything amiss."""
-  return build_hospitals(load_dataset(config.data), config.data, config.partition)
 
 
 def _mechanisms(

@@ -18,7 +18,7 @@ from fedjax_med.experiment import workdir as files
 from fedjax_med.experiment.build import Experiment
 from fedjax_med.federated.algorithm import RoundMetrics, Tree
 from fedjax_med.privacy.accounting import affordable_steps, epsilon, privacy_report
-from fedjax_med.simulation.mesh import replicate
+from fedjax_med.simulation.mesh import replicate, replicated
 from fedjax_med.simulation.rounds import NEVER, BlockMetrics, SimulationState
 
 
@@ -184,7 +184,13 @@ def start_compiling(experiment: Experiment) -> Callable[[], float]:
   files meanwhile. ``program.block`` and ``program.predict`` then find what was compiled here.
   """
   program, started = experiment.program, time.monotonic()
-  state = jax.eval_shape(program.initial)
+  # With the placing of the arrays to come, or the program would be compiled again for them.
+  mesh = program.devices.mesh
+  sharding = None if mesh is None else replicated(mesh)
+  state = jax.tree.map(
+    lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+    jax.eval_shape(program.initial),
+  )
   threads = concurrent.futures.ThreadPoolExecutor(2)
 
   def compile(lowered: jax.stages.Lowered) -> float:

@@ -129,12 +129,13 @@ def rough_bytes(choice: Choice, model: Footprint, num_clients: int, data: int) -
     data: bytes of the pool and the index rows.
   """
   weights = 4 * model.parameters
-  copies = 8  # local and received weights, gradient, noise, up to two moments, delta, sum
+  copies = 7  # local weights, gradient, noise and its sum, up to two moments, delta
   if choice.clipping == "reference":
     copies += 2 * choice.microbatch
-  # Forward values, their cotangents, and the records that clipping keeps.
-  examples = 3 * choice.microbatch * model.activations
-  return data + 6 * weights + 1024 * num_clients + choice.chunk * (copies * weights + examples)
+  # Every value of the forward pass: fused kernels keep a fraction of them, which leaves room for
+  # cotangents and for the records that clipping keeps.
+  examples = choice.microbatch * model.activations
+  return data + 4 * weights + 1024 * num_clients + choice.chunk * (copies * weights + examples)
 
 
 def block_arguments(
@@ -416,7 +417,7 @@ def decide(
     layout_reason = f"layout {_layout(chunk, share)}, {why}"
   preferred, microbatch_reason = with_chunk(chunk)
   choice = preferred
-  if budget.size is not None and estimate(preferred) >= budget.size / 4:
+  if budget.size is not None and estimate(preferred) >= budget.size / 2:
     remat = execution.remat == "auto" and subject.may_remat
     if remat and private and start.clipping != "reference":
       remat = not subject.uncovered(True)[start.clipping]

@@ -4,6 +4,7 @@ import importlib.metadata
 import pathlib
 import platform
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -13,11 +14,12 @@ from fedjax_med import __version__
 from fedjax_med.core.config import Config, to_dict
 from fedjax_med.core.metrics import confusion_matrix
 from fedjax_med.data.dataset import ClientTable, Hospitals, client_rows
+from fedjax_med.data.hospitals import load_hospitals
 from fedjax_med.experiment import console as terminal
 from fedjax_med.experiment import figures
 from fedjax_med.experiment import workdir as files
 from fedjax_med.experiment.baselines import run_baselines
-from fedjax_med.experiment.build import Experiment, build, load_hospitals
+from fedjax_med.experiment.build import Experiment, build
 from fedjax_med.experiment.checkpoints import digest
 from fedjax_med.experiment.loop import (
   Outcome,
@@ -113,11 +115,11 @@ def planned(experiment: Experiment) -> tuple[int, tuple[float, ...]]:
   return rounds, spent(experiment, experiment.steps * rounds)
 
 
-def dry_run(config: Config) -> None:
+def dry_run(config: Config, hospitals: Callable[[], Hospitals] | None = None) -> None:
   """Prints config, hospitals, plan, memory estimate and planned ε; trains nothing."""
   console = terminal.make_console()
   console.print_json(data=to_dict(config))
-  experiment = build(config, load_hospitals(config))
+  experiment = build(config, hospitals() if hospitals else load_hospitals(config))
   terminal.describe(console, experiment, *planned(experiment), num_parameters(experiment))
   program = experiment.program
   memory = block_memory(program.block, program.arguments) or {}
@@ -131,7 +133,13 @@ def dry_run(config: Config) -> None:
   )
 
 
-def run(config: Config, folder: pathlib.Path, name: str, command: str) -> None:
+def run(
+  config: Config,
+  folder: pathlib.Path,
+  name: str,
+  command: str,
+  hospitals: Callable[[], Hospitals] | None = None,
+) -> None:
   """Trains as configured, or resumes, and leaves every result in ``folder``.
 
   Args:
@@ -139,6 +147,7 @@ def run(config: Config, folder: pathlib.Path, name: str, command: str) -> None:
     folder: the workdir.
     name: name of the config for the summary.
     command: the command line, for the report.
+    hospitals: waits for data that are being loaded; None loads them.
 
   Raises:
     UserError: whatever the user can put right, always before a finished round is lost.
@@ -146,7 +155,7 @@ def run(config: Config, folder: pathlib.Path, name: str, command: str) -> None:
   console = terminal.make_console()
   started = time.monotonic()
   files.prepare(folder)
-  experiment = build(config, load_hospitals(config))
+  experiment = build(config, hospitals() if hospitals else load_hospitals(config))
   require_same_run(experiment.run_id)
   files.claim(folder, experiment.run_id)
   compiling = start_compiling(experiment)

@@ -39,9 +39,9 @@ class Model(NamedTuple):
       ``Record`` of every layer, by the layer's path.
     recorded_apply: (params, state, inputs [B, ...], blank records, units, *, key=None) -> the same
       logits. The cotangent of the blank records is each layer's ``Record``.
-    uncovered: (params, state, inputs, method) -> why clipping method 'two_pass' or 'book_keeping'
-      cannot be trusted, one phrase a reason, empty if it can. ``inputs`` needs a shape [any, ...]
-      and a dtype only.
+    uncovered: (params, state, inputs) -> for clipping methods 'book_keeping' and 'two_pass', why
+      they cannot be trusted, one phrase a reason, empty if they can. ``inputs`` needs a shape
+      [any, ...] and a dtype only.
 
   Logits are float32, or float64 where the network computes so.
   """
@@ -51,7 +51,7 @@ class Model(NamedTuple):
   tapped_apply: Callable[..., jax.Array]
   blank_records: Callable[..., Records]
   recorded_apply: Callable[..., jax.Array]
-  uncovered: Callable[..., tuple[str, ...]]
+  uncovered: Callable[..., dict[str, tuple[str, ...]]]
 
 
 def from_flax(module: nn.Module, lowering: ops.Lowering = "matmul") -> Model:
@@ -95,8 +95,9 @@ def from_flax(module: nn.Module, lowering: ops.Lowering = "matmul") -> Model:
     found = {}
 
     def call(layer, layer_inputs, path):
-      found[path] = taps.blank_record(layer, layer_inputs, units)
-      return layer.forward(layer.params, layer.constants, layer_inputs)
+      outputs = layer.forward(layer.params, layer.constants, layer_inputs)
+      found[path] = taps.blank_record(layer, layer_inputs, outputs, units)
+      return outputs
 
     def shapes(params, state, inputs):
       return run(call, params, state, inputs, key, True)[0]
@@ -110,7 +111,7 @@ def from_flax(module: nn.Module, lowering: ops.Lowering = "matmul") -> Model:
 
     return run(call, params, state, inputs, key, True)[0]
 
-  def uncovered(params, state, inputs, method):
+  def uncovered(params, state, inputs):
     names = set()
 
     def marked_apply(params, state, inputs, key):
@@ -121,11 +122,12 @@ def from_flax(module: nn.Module, lowering: ops.Lowering = "matmul") -> Model:
       return run(call, params, state, inputs, key, True)[0]
 
     findings = coverage.examine(marked_apply, params, state, inputs)
-    if method == "two_pass":
-      return findings.problems
-    looped = tuple(f"{place} runs layers in a loop" for place in findings.looped)
-    elsewhere = sorted(findings.parameters - names)
-    return findings.problems + looped + tuple(f"{name} has another path" for name in elsewhere)
+    looped = [f"{place} runs layers in a loop" for place in findings.looped]
+    elsewhere = [f"{name} has another path" for name in sorted(findings.parameters - names)]
+    return {
+      "book_keeping": (*findings.problems, *looped, *elsewhere),
+      "two_pass": findings.problems,
+    }
 
   return Model(init, apply, tapped_apply, blank_records, recorded_apply, uncovered)
 

@@ -132,7 +132,7 @@ def conv(
   geometry = Geometry((kernel.shape[0], kernel.shape[1]), strides, padding, dilation, groups)
   if lowering == "native":
     return _native(inputs, kernel, geometry)
-  return _conv(inputs, kernel, geometry, lowering == "auto")
+  return _conv_once(inputs, kernel, geometry, lowering == "auto")
 
 
 def _native(inputs: jax.Array, kernel: jax.Array, geometry: Geometry) -> jax.Array:
@@ -240,8 +240,10 @@ def _conv_backward(geometry, mixed, residuals, cotangent):
 
 
 _conv.defvjp(_conv_forward, _conv_backward)
+_conv_once = jax.jit(_conv, static_argnums=(2, 3), inline=True)
 
 
+@functools.partial(jax.jit, static_argnames=("geometry", "units", "lowering"), inline=True)
 def conv_gradients(
   inputs: jax.Array,  # [B, H, W, C_in]
   cotangent: jax.Array,  # [B, H', W', C_out], dtype of inputs
@@ -321,7 +323,7 @@ def group_norm(
   x = inputs.astype(dtype).reshape(inputs.shape[0], -1, channels)
   scale = jnp.ones(channels, dtype) if scale is None else scale.astype(dtype)
   bias = jnp.zeros(channels, dtype) if bias is None else bias.astype(dtype)
-  out: jax.Array = _group_norm(x, scale, bias, num_groups, epsilon)  # pyright: ignore
+  out: jax.Array = _group_norm_once(x, scale, bias, num_groups, epsilon)  # pyright: ignore
   return out.reshape(inputs.shape).astype(inputs.dtype)
 
 
@@ -386,6 +388,7 @@ def _group_norm_backward(num_groups, epsilon, residuals, cotangent):
 
 
 _group_norm.defvjp(_group_norm_forward, _group_norm_backward)
+_group_norm_once = jax.jit(_group_norm, static_argnums=(3, 4), inline=True)
 
 
 def max_pool(

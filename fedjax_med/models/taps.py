@@ -67,9 +67,8 @@ def recorded(layer: Layer, inputs: jax.Array, blank: Record, units: int) -> jax.
   return call(layer.params, layer.constants, inputs, blank)
 
 
-def blank_record(layer: Layer, inputs: jax.Array, units: int) -> Record:
+def blank_record(layer: Layer, inputs: jax.Array, outputs: jax.Array, units: int) -> Record:
   """Shapes of the Record that ``recorded`` hands out for this call."""
-  outputs = jax.eval_shape(layer.forward, layer.params, layer.constants, inputs)
 
   def record(params, constants, inputs, cotangent):
     return layer.record(params, constants, inputs, cotangent, units)

@@ -1,5 +1,6 @@
 """The sum of clipped per-example gradients, exactly, with or without forming one per example."""
 
+import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -7,8 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from fedjax_med.core.errors import UserError, require_choice
-from fedjax_med.models.gradients import sq_norms, weighted_sum
-from fedjax_med.models.model import Model
+from fedjax_med.models.gradients import Factors, Record, sq_norms, weighted_sum
+from fedjax_med.models.model import Model, Records
 
 METHODS = ("book_keeping", "two_pass", "reference")
 
@@ -65,7 +66,7 @@ def uncovered(
 
   ``params``, ``state`` and ``inputs`` [any, ...] need shapes and dtypes only.
   """
-  reasons = {method: model.uncovered(params, state, inputs, method) for method in METHODS[:-1]}
+  reasons = model.uncovered(params, state, inputs)
   if dtype != "float32":
     rounding = f"its second backward pass rounds {dtype} activations unlike the first"
     reasons["two_pass"] = (rounding, *reasons["two_pass"])
@@ -167,12 +168,34 @@ def _book_keeping(model, loss, params, state, batch, clip_norm):
 
   values, pull, (_, logits) = jax.vjp(losses, blank, has_aux=True)
   (records,) = pull(batch.share.astype(values.dtype))
-  norms = jnp.sqrt(sum(sq_norms(record) for record in records.values()))
+  vectors, others = _vectors_apart(records)
+  # Scales and biases as one array: most of a deep network's parameters, few of its numbers.
+  joined: list[Record] = []
+  if vectors:
+    joined.append({"": jnp.concatenate(list(vectors.values()), axis=1)})
+  norms = jnp.sqrt(sum(map(sq_norms, [*joined, *others.values()])))
   scale = _coefficients(norms, batch.present, clip_norm)
   total = jax.tree.map(jnp.zeros_like, params)
-  for path, record in records.items():
+  for path, record in others.items():
     _set(total, path, weighted_sum(record, scale))
+  for record in joined:
+    ends = itertools.accumulate(vector.shape[1] for vector in vectors.values())
+    parts = jnp.split(weighted_sum(record, scale)[""], list(ends)[:-1])
+    for (path, name), part in zip(vectors, parts, strict=True):
+      _set(total, path, {name: part})
   return total, ClipMetrics(values, norms, logits)
+
+
+def _vectors_apart(records: Records) -> tuple[dict[tuple[Any, str], jax.Array], Records]:
+  """What records hold of parameters with one axis, by path and name, and the rest of them."""
+  vectors, others = {}, {}
+  for path, record in records.items():
+    for name, entry in record.items():
+      if isinstance(entry, Factors) or entry.ndim != 2:
+        others.setdefault(path, {})[name] = entry
+      else:
+        vectors[path, name] = entry
+  return vectors, others
 
 
 def _set(tree, path, values):

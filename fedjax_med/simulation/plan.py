@@ -268,13 +268,13 @@ def fit_memory(
     choice: the preferred one.
     free: what may be changed.
     budget: bytes of a device.
-    estimate: bytes from shapes alone, rather too many; under a quarter of the budget it decides.
+    estimate: bytes from shapes alone, rather too many; under half the budget it decides.
     measure: bytes of the compiled program, None where the backend does not say.
 
   Raises:
     UserError: nothing is left to change.
   """
-  while estimate(choice) >= budget / 4:
+  while estimate(choice) >= budget / 2:
     needed = measure(choice)
     if needed is None or needed <= budget:
       break

@@ -6,8 +6,9 @@ import pytest
 
 from configs.smoke import get_config
 from fedjax_med.core.errors import UserError
+from fedjax_med.data.hospitals import load_hospitals
 from fedjax_med.experiment import run as runs
-from fedjax_med.experiment.build import build, load_hospitals
+from fedjax_med.experiment.build import build
 from fedjax_med.simulation.mesh import choose_devices
 from tests.experiment.test_run import run
 

@@ -2,11 +2,19 @@
 
 import jax
 import numpy as np
+import pytest
 
 from configs.smoke import get_config
-from fedjax_med.experiment.build import build, load_hospitals
+from fedjax_med.data.hospitals import load_hospitals
+from fedjax_med.experiment.build import build
 from fedjax_med.experiment.loop import block_arguments
-from fedjax_med.experiment.planning import kept_seconds, probed_chunk, wants_probe
+from fedjax_med.experiment.planning import (
+  block_memory,
+  kept_seconds,
+  probed_chunk,
+  rough_bytes,
+  wants_probe,
+)
 
 
 def test_the_fastest_chunk_wins_unless_it_waits_too_long():
@@ -41,6 +49,23 @@ def test_short_runs_and_configured_layouts_are_not_probed():
   assert wants_probe(config, steps, 10**7, "gpu")
   config.execution.layout = "scan"
   assert not wants_probe(config, steps, 1000, "cpu")
+
+
+@pytest.mark.parametrize("changes", [{}, {"mechanism": "none"}, {"layout": "vmap"}])
+def test_the_estimate_from_shapes_is_not_below_what_the_compiled_rounds_need(changes, monkeypatch):
+  config, estimates = get_config(), []
+  config.execution.layout = changes.get("layout", "auto")
+  config.privacy.mechanism = changes.get("mechanism", config.privacy.mechanism)
+
+  def noted(*args):
+    estimates.append(rough_bytes(*args))
+    return estimates[-1]
+
+  monkeypatch.setattr("fedjax_med.experiment.planning.rough_bytes", noted)
+  program = build(config, load_hospitals(config)).program
+  needed = block_memory(program.block, program.arguments)
+  assert needed is not None
+  assert sum(needed.values()) <= estimates[-1] <= 20 * sum(needed.values())
 
 
 def test_the_program_whose_memory_is_looked_at_is_the_one_that_runs():

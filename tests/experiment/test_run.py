@@ -19,9 +19,9 @@ import pytest
 
 from configs.smoke import get_config
 from fedjax_med.core.errors import UserError
+from fedjax_med.data.hospitals import load_hospitals
 from fedjax_med.experiment import build
 from fedjax_med.experiment import run as runs
-from fedjax_med.experiment.build import load_hospitals
 from fedjax_med.experiment.loop import train_rounds
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]

@@ -71,7 +71,7 @@ def test_layers_left_to_stock_flax_are_not_covered(name):
   model = from_flax(nn.Sequential([module, lambda x: x.reshape(x.shape[0], -1)]))
   params, state = jax.eval_shape(model.init, jax.random.key(0), inputs)
   for method in ("two_pass", "book_keeping"):
-    assert (model.uncovered(params, state, inputs, method) != ()) == name.endswith("stock")
+    assert (model.uncovered(params, state, inputs)[method] != ()) == name.endswith("stock")
 
 
 class Bfloat16(nn.Module):
@@ -129,7 +129,7 @@ def test_registered_models_are_covered_with_example_wise_norms(name):
     inputs = jax.ShapeDtypeStruct((1, 32, 32, 1), jnp.float32)
     params, state = jax.eval_shape(model.init, jax.random.key(0), inputs)
     for method in ("two_pass", "book_keeping"):
-      assert model.uncovered(params, state, inputs, method) == ()
+      assert model.uncovered(params, state, inputs)[method] == ()
 
 
 def test_taps_leave_the_logits_alone():
@@ -250,7 +250,7 @@ def coverage_of(body: Callable[..., jax.Array], size: int = 4) -> tuple[str, ...
   model: Model = from_flax(Wrapped(body))
   inputs = jax.ShapeDtypeStruct((1, size), jnp.float32)
   params, state = jax.eval_shape(model.init, jax.random.key(0), inputs)
-  return model.uncovered(params, state, inputs, "two_pass")
+  return model.uncovered(params, state, inputs)["two_pass"]
 
 
 @pytest.mark.parametrize("name", UNCOVERED)

@@ -71,7 +71,7 @@ def test_every_parameter_is_covered_by_exact_clipping(name, norm):
   model = create_model(ModelConfig(name=name, norm=norm), CLASSES)
   images = jnp.zeros((1, 32, 32, 1))
   params, state = jax.eval_shape(model.init, jax.random.key(0), images)
-  assert model.uncovered(params, state, images, "book_keeping") == ()
+  assert model.uncovered(params, state, images)["book_keeping"] == ()
 
 
 def test_a_new_bottleneck_has_unit_scales_and_a_gradient_in_every_parameter():
@@ -263,7 +263,7 @@ def test_a_registered_constructor_is_used_and_cannot_be_replaced(monkeypatch):
 def test_blocks_computed_again_change_no_clipped_sum_and_stay_covered(method):
   kept, params, state = with_weights("se_resnext_micro")
   again = create_model(ModelConfig(name="se_resnext_micro"), CLASSES, remat=True)
-  assert again.uncovered(params, state, IMAGES, method) == ()
+  assert again.uncovered(params, state, IMAGES)[method] == ()
   images, labels, mask = jnp.asarray(IMAGES), jnp.arange(4) % CLASSES, jnp.arange(4) < 3
 
   def total(model):
