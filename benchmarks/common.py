@@ -50,10 +50,15 @@ def envelope(benchmark: str) -> dict[str, Any]:
 
 
 def commit() -> str:
-  """The commit of the working tree, with -dirty where files differ from it; '' outside git."""
+  """The commit of the working tree, with -dirty where files but results differ; '' outside git."""
+
+  def git(*arguments: str) -> str:
+    done = subprocess.run(["git", *arguments], capture_output=True, text=True, check=True)
+    return done.stdout.strip()
+
   try:
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    tracked = git("diff", "HEAD", "--name-only", "--", ":/", ":(top,exclude)benchmarks/results")
+    return git("rev-parse", "--short=12", "HEAD") + ("-dirty" if tracked else "")
   except (OSError, subprocess.CalledProcessError):
     return ""
 

@@ -6,13 +6,9 @@ one JSON object on stdout and, without --json, nothing more than that; progress 
 Example: python -m benchmarks.compile_time --json
 """
 
-import argparse
-import datetime
-import importlib.metadata
 import json
 import os
 import pathlib
-import platform
 import statistics
 import subprocess
 import sys
@@ -20,8 +16,9 @@ import tempfile
 import time
 from typing import Any
 
+from benchmarks import common
+
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "dp-accounting", "numpy")
 
 CONFIG = """
 from fedjax_med.core.config import *
@@ -119,7 +116,6 @@ def measure(folder: pathlib.Path, repeats: int) -> dict[str, Any]:
     config.write_text(CONFIG.format(**settings))
     if name == "large":
       found = [compile_once(config) for _ in range(repeats)]
-      results["device"] = f"{found[0]['device']}, {os.cpu_count()} cores"
       note("cold_s", [one["compile_s"] for one in found])
       for part in ("build_s", "trace_s", "lower_s"):
         note(part, [one[part] for one in found])
@@ -131,23 +127,12 @@ def measure(folder: pathlib.Path, repeats: int) -> dict[str, Any]:
 
 
 def main() -> None:
-  parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-  parser.add_argument("--json", action="store_true", help="print one JSON object (the default)")
-  parser.add_argument("--repeats", type=int, default=1, help="processes per figure")
-  arguments = parser.parse_args()
+  parser = common.parser(__doc__ or "")
+  parser.set_defaults(repeats=1)
+  options = parser.parse_args()
   with tempfile.TemporaryDirectory() as folder:
-    results = measure(pathlib.Path(folder), arguments.repeats)
-  commit = subprocess.run(
-    ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
-  )
-  record = {
-    "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-    "commit": commit.stdout.strip(),
-    "command": " ".join(["python -m benchmarks.compile_time", *sys.argv[1:]]),
-    "versions": {name: importlib.metadata.version(name) for name in PACKAGES}
-    | {"python": platform.python_version()},
-  }
-  print(json.dumps(results | record))
+    results = measure(pathlib.Path(folder), options.repeats)
+  common.finish(common.envelope("compile_time") | results, options)
 
 
 if __name__ == "__main__":

@@ -116,11 +116,13 @@ class _Program(NamedTuple):
   settings: dict[str, Any]
 
 
-def make_model(workload: specs.Workload, devices: int = 1) -> tuple[Model, str]:
+def make_model(
+  workload: specs.Workload, devices: int = 1, lowering: str = "auto"
+) -> tuple[Model, str]:
   """The workload's network, and how its convolutions are lowered, in words."""
-  lowering, reason = choose_lowering("auto", cpu_cores() // devices)
+  chosen, reason = choose_lowering(lowering, cpu_cores() // devices)
   config = ModelConfig(name=workload.network)
-  return registry.create_model(config, workload.num_classes, lowering), reason
+  return registry.create_model(config, workload.num_classes, chosen), reason
 
 
 def _build(workload: specs.Workload, private: bool, layout: str, chunk: int) -> _Program:

@@ -1,7 +1,8 @@
 """A federated loop in plain PyTorch, with Opacus where it is private, in one or two processes.
 
-One process gives each step both cores; two processes of one thread each share the clients between
-them and meet at the end of the round, which is the faster form where a step is small.
+One process gives each step both cores, or the GPU where there is one; two processes of one thread
+each share the clients between them and meet at the end of the round, which is the faster form where
+a step is small.
 """
 
 import os
@@ -25,7 +26,9 @@ class Worker:
     torch.set_num_threads(threads)
     self.workload, self.pool = workload, training.Pool(workload)
     self.network = training.create(workload)
+    training.allow_tf32(False)
     self.errors = training.check_trainer(self.network, workload, mode, reference)
+    training.allow_tf32(mode.startswith("plain"))
     self.flat = None if mode == "plain_channels_last" else training.Flat(self.network)
     self.trainer = training.create_trainer(self.network, workload, mode)
     torch.manual_seed(os.getpid())
@@ -75,6 +78,7 @@ def main() -> None:
   workload = specs.WORKLOADS[arguments.workload]
   mode, processes = arguments.variant.rsplit("_", 1)
   threads = 2 if processes == "1" else 1
+  gpu = processes == "1" and training.use_accelerator()
   worker = Worker(workload, mode, threads, arguments.reference)
   weights = worker.vector().clone().share_memory_()
   total = torch.zeros_like(weights)
@@ -106,7 +110,12 @@ def main() -> None:
   about = {
     "system": "torch_loop",
     "variant": arguments.variant,
-    "settings": {"processes": int(processes), "threads_each": threads, "mode": mode},
+    "settings": {
+      "processes": int(processes),
+      "threads_each": threads,
+      "mode": mode,
+      "device": torch.cuda.get_device_name() if gpu else "cpu",
+    },
     "gradient_errors": worker.errors,
     "versions": protocol.versions("torch", *(["opacus"] if not mode.startswith("plain") else [])),
   }

@@ -41,6 +41,23 @@ def contiguous(images: torch.Tensor) -> torch.Tensor:
   return torch.empty(images.shape, dtype=images.dtype).copy_(images)
 
 
+def use_accelerator() -> bool:
+  """Makes a GPU the device of all that follows, where there is one."""
+  if torch.cuda.is_available():
+    torch.set_default_device("cuda")
+  return torch.cuda.is_available()
+
+
+def allow_tf32(allowed: bool) -> None:
+  """Products of float32 in TF32, as jax has them by default; gradients are checked without."""
+  torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = allowed
+
+
+def placed(values: torch.Tensor) -> torch.Tensor:
+  """The tensor on the device in use; ``from_numpy`` leaves it on the CPU."""
+  return values.to(torch.get_default_device())
+
+
 class Pool:
   """Every client's images, NCHW uint8, and labels; client k is block k."""
 
@@ -48,7 +65,7 @@ class Pool:
     images, labels = specs.make_pool(workload)
     shape = (workload.num_clients, workload.examples, *workload.shape)
     self.images = contiguous(torch.from_numpy(images).reshape(shape).permute(0, 1, 4, 2, 3))
-    self.labels = torch.from_numpy(labels).long().reshape(shape[:2])
+    self.labels = placed(torch.from_numpy(labels).long().reshape(shape[:2]))
 
 
 def create(workload: specs.Workload) -> nn.Module:
@@ -208,7 +225,7 @@ def check(
   else:
     images, labels = (array[: workload.batch] for array in specs.make_pool(workload))
   images = contiguous(torch.from_numpy(images).permute(0, 3, 1, 2))
-  labels = torch.from_numpy(labels).long()
+  labels = placed(torch.from_numpy(labels).long())
   truth.eval()
   rows = []
   for i in range(len(labels)):
@@ -236,7 +253,7 @@ def check(
   errors |= {"float32_smallest": min(pairs), "float32_largest": max(pairs)}
   if file:
     key = "clipped/" if private else "mean/"
-    other = torch.cat([theirs(key, name).reshape(-1) for name in names])
+    other = placed(torch.cat([theirs(key, name).reshape(-1) for name in names]))
     errors["jax_side"] = _distance(
       other / (len(labels) if private else 1), expected(slice(None), clip_norm)
     )

@@ -49,7 +49,8 @@ def split_cpu(devices: int) -> None:
 
 
 def _is_split() -> bool:
-  return jax.config.values["jax_num_cpu_devices"] > 0  # -1 where nobody said
+  # -1 where nobody said
+  return jax.config.jax_num_cpu_devices > 0  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def choose_devices(devices: int, cohort: int) -> Devices:

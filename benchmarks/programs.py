@@ -1,0 +1,145 @@
+"""Blocks of rounds on random images, compiled and ready to be timed or weighed."""
+
+import dataclasses
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fedjax_med.core.config import (
+  ClientConfig,
+  Config,
+  DataConfig,
+  ExecutionConfig,
+  ModelConfig,
+  PrivacyConfig,
+)
+from fedjax_med.core.keys import base_key
+from fedjax_med.data.dataset import Dataset
+from fedjax_med.experiment.build import make_program
+from fedjax_med.federated.algorithm import Client, Hyper, Pool
+from fedjax_med.simulation.mesh import choose_devices, replicate
+
+POOL = 512  # images; clients share them, so that memory shows the program and not the data
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+  """What is compiled: the federation, the network and how they are laid out.
+
+  Attributes:
+    model: name in the registry.
+    image_size: pixels a side.
+    clients: K, all alike.
+    batch_size: of a local step; expected, where it is private.
+    examples: of a client, at least the batch; a private batch of all of them has no padding.
+    steps: local steps a round.
+    private: DP-SGD instead of SGD.
+    clipping: privacy.clipping.
+    remat: execution.remat.
+    dtype: of activations.
+    chunk: clients at once on a device; 0 leaves the layout to the plan.
+    devices: execution.devices.
+  """
+
+  model: str
+  image_size: int
+  clients: int
+  batch_size: int
+  examples: int
+  steps: int
+  private: bool = False
+  clipping: str = "auto"
+  remat: str = "auto"
+  dtype: str = "float32"
+  chunk: int = 0
+  devices: int = 0
+
+
+class Measured(NamedTuple):
+  """A compiled block.
+
+  Attributes:
+    run: (number of rounds) -> seconds.
+    chunk: clients at once on a device.
+    compile_seconds: to trace and compile.
+    temporary_bytes: working memory by the compiler's account, None where it does not say.
+  """
+
+  run: Callable[[int], float]
+  chunk: int
+  compile_seconds: float
+  temporary_bytes: int | None
+
+
+def prepare(setting: Setting) -> Measured:
+  """Compiles the block."""
+  config = Config(
+    data=DataConfig(image_size=setting.image_size),
+    model=ModelConfig(name=setting.model, dtype=setting.dtype),
+    client=ClientConfig(batch_size=setting.batch_size),
+    privacy=PrivacyConfig(
+      mechanism="dp_sgd" if setting.private else "none", clipping=setting.clipping
+    ),
+    execution=ExecutionConfig(
+      layout="chunk" if setting.chunk else "auto", chunk_size=setting.chunk, remat=setting.remat
+    ),
+  )
+  random = np.random.default_rng(0)
+  inputs = random.integers(0, 256, (POOL, setting.image_size, setting.image_size, 1), np.uint8)
+  labels = random.integers(0, 2, POOL).astype(np.int32)
+  dataset = Dataset(inputs, labels, names=(), class_names=("a", "b"))
+  clients, examples = setting.clients, setting.examples
+  devices = choose_devices(setting.devices, clients)
+  steps = np.full(clients, setting.steps, np.int64)
+  program = make_program(
+    config,
+    dataset,
+    devices=devices,
+    steps=steps,
+    max_examples=examples,
+    shared_steps=setting.steps,
+    batch_cap=examples,
+  )
+  q = min(1.0, setting.batch_size / examples)
+  each = np.ones(clients, np.float32)
+  data = (
+    Client(
+      number=jnp.arange(clients),
+      indices=jnp.asarray(random.integers(0, POOL, (clients, examples)), jnp.int32),
+      num_examples=jnp.full((clients,), examples, jnp.int32),
+      weight=jnp.asarray(each / clients),
+      num_steps=jnp.asarray(steps, jnp.int32),
+      sampling_probability=jnp.asarray(each * q),
+      expected_batch_size=jnp.asarray(each * q * examples),
+      noise_multiplier=jnp.asarray(each),
+    ),
+    Pool(jnp.asarray(inputs), jnp.asarray(labels)),
+    # learning rates, no proximal term, C = 1, no average, everyone takes part
+    Hyper(*(jnp.float32(value) for value in (0.01, 1, 0, 1, 0, 1))),
+    base_key(0),
+  )
+  data = replicate(data, devices.mesh)
+  state = program.initial()
+  started = time.perf_counter()
+  compiled = program.block.lower(state, *data, jnp.asarray(1)).compile()
+  compile_seconds = time.perf_counter() - started
+  analysis = compiled.memory_analysis()
+  current = [state]
+
+  def run(rounds: int) -> float:
+    number = replicate(jnp.asarray(rounds), devices.mesh)
+    started = time.perf_counter()
+    current[0], _ = jax.block_until_ready(compiled(current[0], *data, number))
+    return time.perf_counter() - started
+
+  run(1)  # the first call also loads
+  return Measured(
+    run,
+    program.plan.chunk,
+    compile_seconds,
+    None if analysis is None else analysis.temp_size_in_bytes,
+  )
