@@ -17,7 +17,10 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
 
 
 def parser(description: str) -> argparse.ArgumentParser:
-  """A parser with the arguments of every benchmark."""
+  """A parser with the arguments of every benchmark; the CPU is split as in a run."""
+  from fedjax_med.simulation.mesh import split_cpu
+
+  split_cpu(0)
   made = argparse.ArgumentParser(description=description)
   made.add_argument("--json", action="store_true", help="one JSON object on stdout, no table")
   made.add_argument("--out", help="file that gets the JSON object as well")

@@ -46,6 +46,8 @@ import jax
 from fedjax_med.data.hospitals import load_hospitals
 from fedjax_med.experiment.build import build
 from fedjax_med.experiment.loop import block_arguments
+from fedjax_med.simulation.mesh import split_cpu
+split_cpu(0)
 config = runpy.run_path(sys.argv[1])["get_config"]()
 config.execution.memory_gib = 4096.0  # else build may compile the rounds, to look at their memory
 hospitals = load_hospitals(config)

@@ -41,6 +41,7 @@ def operations(workload: specs.Workload) -> float:
     return loss(logits, labels).mean()
 
   analysis = jax.jit(jax.grad(mean_loss)).lower(params, state).cost_analysis()
+  assert analysis is not None
   return analysis["flops"] / workload.batch
 
 

@@ -203,9 +203,7 @@ def main() -> None:
   if workload.private and not arguments.plain:
     variants["private"] = True
   from benchmarks.workloads import write_reference
-  from fedjax_med.simulation.mesh import split_cpu
 
-  split_cpu(0)  # as a run does
   result = common.envelope("rounds") | {"workload": workload.name}
   with tempfile.TemporaryDirectory() as folder:
     reference = os.path.join(folder, "reference.npz")

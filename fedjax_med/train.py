@@ -7,6 +7,9 @@ import concurrent.futures
 import pathlib
 import shlex
 import sys
+import threading
+from collections.abc import Callable
+from typing import Any
 
 from absl import flags
 from ml_collections import config_flags
@@ -27,6 +30,21 @@ flags.DEFINE_integer("num_processes", None, "Processes that share the run.")
 flags.DEFINE_integer("process_id", None, "Number of this process, from 0; process 0 writes.")
 
 
+def _meanwhile(work: Callable[[], Any]) -> Callable[[], Any]:
+  """Starts ``work``; the function returned waits for its result, or raises what it raised."""
+  outcome = concurrent.futures.Future()
+
+  def run() -> None:
+    try:
+      outcome.set_result(work())
+    except BaseException as error:
+      outcome.set_exception(error)
+
+  # A daemon, so that Ctrl-C or an error elsewhere does not wait for it.
+  threading.Thread(target=run, daemon=True).start()
+  return outcome.result
+
+
 def main(_: list[str]) -> None:
   config = load_config()
   values = flags.FLAGS
@@ -41,9 +59,7 @@ def main(_: list[str]) -> None:
     from fedjax_med.experiment.processes import join
 
     join(*places)
-  # Data need no jax, whose imports take as long.
-  thread = concurrent.futures.ThreadPoolExecutor(1)
-  hospitals = thread.submit(load_hospitals, config).result
+  hospitals = _meanwhile(lambda: load_hospitals(config))  # without jax, whose imports take as long
   from fedjax_med.experiment import run  # after the flags: a typo must not wait for jax
   from fedjax_med.experiment.cache import use_compilation_cache
   from fedjax_med.simulation.mesh import split_cpu

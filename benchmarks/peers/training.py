@@ -45,6 +45,7 @@ def use_accelerator() -> bool:
   """Makes a GPU the device of all that follows, where there is one."""
   if torch.cuda.is_available():
     torch.set_default_device("cuda")
+    torch.backends.cudnn.benchmark = True  # as XLA tries algorithms out
   return torch.cuda.is_available()
 
 

@@ -14,6 +14,7 @@ from fedjax_med.core.config import Config, fingerprint, to_dict
 from fedjax_med.core.keys import Stream, base_key, key_for
 from fedjax_med.data.dataset import ClientTable, Dataset, Hospitals, client_rows, client_table
 from fedjax_med.experiment import planning
+from fedjax_med.experiment.processes import least
 from fedjax_med.federated.algorithm import Client, FederatedAlgorithm, Hyper, Pool
 from fedjax_med.federated.local import (
   cross_entropy,
@@ -24,6 +25,7 @@ from fedjax_med.federated.local import (
 from fedjax_med.federated.optimizers import client_optimizer, schedule, server_optimizer
 from fedjax_med.federated.registry import create_algorithm
 from fedjax_med.models.model import Model
+from fedjax_med.models.ops import Lowering
 from fedjax_med.models.registry import create_model, has_remat
 from fedjax_med.privacy.accounting import resolve_deltas
 from fedjax_med.privacy.clipping import resolve_method
@@ -182,21 +184,23 @@ def make_program(
   num_clients = len(steps)
   cohort_cap = _cohort_cap(config, num_clients)
   cohort = cohort_cap or num_clients
-  lowering, lowering_reason = choose_lowering(
-    config.execution.lowering, cpu_cores() // min(devices.number, cohort)
-  )
+  cores = int(least(cpu_cores()))
   loss = cross_entropy(config.client.label_smoothing)
   client, server = config.client, config.server
   counts = np.full(1, max_examples) if counts is None else counts
   rates = np.minimum(1, client.batch_size / counts)
 
+  def lowering_on(devices: int) -> tuple[Lowering, str]:
+    training = max(1, min(devices, cohort) // jax.process_count())
+    return choose_lowering(config.execution.lowering, cores // training)
+
   @functools.cache
-  def model_of(remat: bool) -> Model:
-    return create_model(config.model, classes, lowering, remat=remat)
+  def model_of(remat: bool, devices: int) -> Model:
+    return create_model(config.model, classes, lowering_on(devices)[0], remat=remat)
 
   @functools.cache
   def uncovered(remat: bool) -> dict[str, tuple[str, ...]]:
-    model = model_of(remat)
+    model = model_of(remat, devices.number)
     params, state = jax.eval_shape(model.init, base_key(0), image)
     return clipping_problems(model, params, state, image, config.model.dtype)
 
@@ -206,7 +210,7 @@ def make_program(
       "normalisation": config.data.normalisation,
       "microbatch": choice.microbatch,
     }
-    model = model_of(choice.remat)
+    model = model_of(choice.remat, choice.devices)
     if private:
       gradient = private_gradient(
         model, loss, clipping=choice.clipping, batch_cap=batch_cap, **shape
@@ -249,7 +253,7 @@ def make_program(
 
   def initial(seed: Any) -> SimulationState:
     key = key_for(base_key(seed), Stream.INIT)
-    params, state = model_of(False).init(key, jnp.zeros(image.shape, image.dtype))
+    params, state = model_of(False, devices.number).init(key, jnp.zeros(image.shape, image.dtype))
     return init_state(algorithm_as(first), params, state, num_clients)
 
   seed = np.int32(config.seed)
@@ -260,7 +264,8 @@ def make_program(
     counts=counts,
     rates=rates,
     batch=batch_cap if private else client.batch_size,
-    model=planning.footprint(model_of(remat), image),
+    # Products hold patches, native convolutions do not: the most that either needs.
+    model=planning.footprint(create_model(config.model, classes, "matmul", remat=remat), image),
     arguments=arguments,
     may_remat=has_remat(config.model, classes),
     may_share_less=may_share_less,
@@ -270,7 +275,7 @@ def make_program(
   def time_chunk(choice: Choice) -> float:
     return planning.time_steps(
       train_as(choice, None),
-      model_of(remat),
+      model_of(remat, choice.devices),
       image,
       choice.chunk,
       max_examples=max_examples,
@@ -288,6 +293,7 @@ def make_program(
     )
   mesh = devices.mesh
   initial = jax.jit(initial) if mesh is None else jax.jit(initial, out_shardings=replicated(mesh))
+  lowering, lowering_reason = lowering_on(choice.devices)
   rate = 1.0 if cohort_cap is None else server.participation_rate
   padding_reason = describe_padding(steps, choice.chunk, devices.number, rate)
   reasons = [devices.reason, *reasons, padding_reason, lowering_reason]
@@ -310,7 +316,7 @@ def make_program(
     lambda: initial(seed),
     block_as(choice),
     *make_predict(
-      model_of(False),
+      model_of(False, choice.devices),
       batch_size=config.eval.batch_size,
       normalisation=config.data.normalisation,
       mesh=mesh,
@@ -450,24 +456,35 @@ def _baseline_config(config: Config) -> Config:
   return dataclasses.replace(config, server=server)
 
 
+def _for_one_client(federation: Experiment) -> tuple[Pool, Devices]:
+  """Where a single client trains: one device, unless several processes must all take part."""
+  pool, devices = federation.pool, federation.program.devices
+  if devices.mesh is None or jax.process_count() > 1:
+    return pool, devices
+  one = Pool(*(leaf.addressable_data(0) for leaf in pool))  # the copy of the first device
+  return one, Devices(1, None, "devices 1: there is one client")
+
+
 def pooled(federation: Experiment) -> Experiment:
   """One model on everyone's data in one place, with as many local steps a round as all together."""
   hospitals = federation.hospitals
   rows = client_table([np.concatenate(client_rows(hospitals.train))])
   number, steps = np.array([len(hospitals.names)]), np.array([federation.steps.sum()])
   config = _baseline_config(federation.config)
-  pool, devices = federation.pool, federation.program.devices
+  pool, devices = _for_one_client(federation)
   return _assemble(config, hospitals, ("pooled",), rows, number, steps, pool, devices)
 
 
 def alone(federation: Experiment) -> list[Experiment]:
   """Each hospital by itself, with the same steps and ε; all share one compiled program."""
   hospitals, config = federation.hospitals, _baseline_config(federation.config)
-  table, mesh = hospitals.train, federation.program.devices.mesh
+  table = hospitals.train
+  pool, devices = _for_one_client(federation)
+  put = functools.partial(replicate, mesh=devices.mesh)
   program = make_program(
     config,
     hospitals.dataset,
-    devices=federation.program.devices,
+    devices=devices,
     steps=federation.steps.max(keepdims=True),
     max_examples=table.indices.shape[1],
     shared_steps=None,
@@ -476,18 +493,20 @@ def alone(federation: Experiment) -> list[Experiment]:
   )
 
   def run(k: int) -> Experiment:
-    clients = jax.tree.map(lambda leaf: leaf[k : k + 1], federation.clients)
+    clients = jax.tree.map(lambda leaf: np.asarray(leaf)[k : k + 1], federation.clients)
     rows = ClientTable(table.indices[k : k + 1], table.counts[k : k + 1])
     names = (hospitals.names[k],)
     run_id = _run_id(config, hospitals, rows, names)
     return federation._replace(
       config=config,
       names=names,
-      clients=clients._replace(weight=replicate(np.ones(1, np.float32), mesh)),
+      clients=put(clients._replace(weight=np.ones(1, np.float32))),
       mechanisms=federation.mechanisms and federation.mechanisms[k : k + 1],
       deltas=federation.deltas[k : k + 1],
       steps=federation.steps[k : k + 1],
-      key=replicate(_run_key(config, run_id), mesh),
+      hyper=put(_hyper(config)),
+      pool=pool,
+      key=put(_run_key(config, run_id)),
       program=program,
       run_id=run_id,
     )

@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import sys
 
 import jax
 
@@ -26,7 +27,7 @@ def use_compilation_cache(folder: str) -> None:
     writable = False
   if not writable:
     if folder == ExecutionConfig().compilation_cache:
-      print(f"note: {folder} cannot be written, so compiled programs are not kept")
+      print(f"note: {folder} cannot be written, so compiled programs are not kept", file=sys.stderr)
       return
     raise UserError(
       f"execution.compilation_cache={folder} cannot be made or written; name another folder or turn"

@@ -11,13 +11,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 
 from fedjax_med.core.config import Config, fingerprint, to_dict
 from fedjax_med.core.keys import base_key
+from fedjax_med.experiment.processes import least
 from fedjax_med.federated.algorithm import Client, Hyper, Pool
 from fedjax_med.models.model import Model
 from fedjax_med.simulation.cohort import load
+from fedjax_med.simulation.mesh import cpu_cores
 from fedjax_med.simulation.plan import (
   MAX_AT_ONCE,
   Choice,
@@ -50,8 +51,8 @@ def memory_budget(gib: float) -> Budget:
     limit = (device.memory_stats() or {}).get("bytes_limit")
     size, reason = (limit and 0.8 * limit), "80% of the device's memory"
   if jax.process_count() > 1:
-    least = float(np.min(multihost_utils.process_allgather(np.float32(size or np.inf))))
-    size = least if np.isfinite(least) else None
+    size = least(size or np.inf)
+    size = size if np.isfinite(size) else None
   return Budget(size, reason) if size else Budget(None, "unknown on this machine")
 
 
@@ -70,6 +71,11 @@ def free_memory() -> float | None:
   except (OSError, ValueError):  # no limit reads "max"
     pass
   return float(max(0, min(known))) if known else None
+
+
+def shared_devices(devices: int) -> int:
+  """How many of ``devices`` divide one memory: those of a CPU, in each process."""
+  return max(1, devices // jax.process_count()) if jax.default_backend() == "cpu" else 1
 
 
 class Footprint(NamedTuple):
@@ -110,8 +116,8 @@ def _values(program: Any) -> int:
   moves = ("squeeze", "reshape", "slice", "transpose", "broadcast_in_dim", "convert_element_type")
   total = 0
   for eqn in program.eqns:
-    inner = [value for value in eqn.params.values() if hasattr(value, "eqns")]
-    inner += [value.jaxpr for value in eqn.params.values() if hasattr(value, "jaxpr")]
+    programs = [getattr(value, "jaxpr", value) for value in eqn.params.values()]
+    inner = [program for program in programs if hasattr(program, "eqns")]
     if inner:
       total += eqn.params.get("length", 1) * sum(map(_values, inner))
     elif eqn.primitive.name not in moves:
@@ -132,9 +138,9 @@ def rough_bytes(choice: Choice, model: Footprint, num_clients: int, data: int) -
   copies = 7  # local weights, gradient, noise and its sum, up to two moments, delta
   if choice.clipping == "reference":
     copies += 2 * choice.microbatch
-  # Every value of the forward pass: fused kernels keep a fraction of them, which leaves room for
-  # cotangents and for the records that clipping keeps.
-  examples = choice.microbatch * model.activations
+  # Every value of the forward pass twice: fused kernels keep a fraction of them, which leaves room
+  # for cotangents and for the records that clipping keeps.
+  examples = 2 * choice.microbatch * model.activations
   return data + 4 * weights + 1024 * num_clients + choice.chunk * (copies * weights + examples)
 
 
@@ -378,17 +384,13 @@ def decide(
     )
     return start._replace(chunk=chunk, microbatch=microbatch), reason
 
-  def shared(choice: Choice) -> int:
-    """CPU devices of one process divide one memory."""
-    cpu = jax.default_backend() == "cpu"
-    return max(1, choice.devices // jax.process_count()) if cpu else 1
-
   def estimate(choice: Choice) -> float:
-    return shared(choice) * rough_bytes(choice, subject.model, num_clients, data)
+    shared = shared_devices(choice.devices)
+    return shared * rough_bytes(choice, subject.model, num_clients, data)
 
   def measure(choice: Choice) -> float | None:
     parts = block_memory(block(choice), subject.arguments)
-    return None if parts is None else float(shared(choice) * sum(parts.values()))
+    return None if parts is None else float(shared_devices(choice.devices) * sum(parts.values()))
 
   devices = start.devices
   share = -(-subject.cohort // devices)
@@ -409,6 +411,8 @@ def decide(
       "clipping": start.clipping,
       "optimizer": config.client.optimizer,
       "lowering": execution.lowering,
+      "devices": devices,
+      "cores": cpu_cores(),
       "examples": [int(np.median(subject.counts)), subject.arguments[1].indices.shape[1]],
       "cohort": subject.cohort,
     }
@@ -426,7 +430,7 @@ def decide(
       subject.uncovered(r)["two_pass"] for r in ({False, True} if remat else {start.remat})
     )
     free = Freedom(
-      devices=subject.may_share_less,
+      devices=subject.may_share_less and execution.layout in ("auto", "scan"),
       chunk=execution.layout == "auto",
       microbatch=execution.microbatch == 0 and not fixed,
       remat=remat,

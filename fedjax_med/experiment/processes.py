@@ -40,6 +40,13 @@ def join(
     ) from error
 
 
+def least(value: float) -> float:
+  """The smallest of what the processes have: they must plan alike."""
+  if jax.process_count() == 1:
+    return value
+  return float(np.min(multihost_utils.process_allgather(np.float32(value))))
+
+
 def is_first() -> bool:
   """Whether this process is the one that prints and writes."""
   return jax.process_index() == 0

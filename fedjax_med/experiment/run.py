@@ -30,7 +30,7 @@ from fedjax_med.experiment.loop import (
   start_compiling,
   train_rounds,
 )
-from fedjax_med.experiment.planning import block_memory
+from fedjax_med.experiment.planning import block_memory, shared_devices
 from fedjax_med.experiment.processes import is_first, require_same_run
 from fedjax_med.experiment.report import write_report
 
@@ -117,17 +117,22 @@ def planned(experiment: Experiment) -> tuple[int, tuple[float, ...]]:
 
 def dry_run(config: Config, hospitals: Callable[[], Hospitals] | None = None) -> None:
   """Prints config, hospitals, plan, memory estimate and planned ε; trains nothing."""
+  data = hospitals() if hospitals else load_hospitals(config)  # its readers may silence stdout
   console = terminal.make_console()
   console.print_json(data=to_dict(config))
-  experiment = build(config, hospitals() if hospitals else load_hospitals(config))
+  experiment = build(config, data)
   terminal.describe(console, experiment, *planned(experiment), num_parameters(experiment))
   program = experiment.program
+  devices = shared_devices(program.devices.number)
   memory = block_memory(program.block, program.arguments) or {}
+  memory = {name: devices * size for name, size in memory.items()}
   budget = program.budget
   console.print(
     "Memory estimate of the compiled rounds: "
     + (", ".join(f"{name} {size / 2**20:,.0f} MiB" for name, size in memory.items()) or "unknown")
-    + f"; together {sum(memory.values()) / 2**20:,.0f} MiB of a device's budget of "
+    + f"; together {sum(memory.values()) / 2**20:,.0f} MiB"
+    + (f" on {devices} CPU devices" if devices > 1 else "")
+    + " of a budget of "
     + (f"{budget.size / 2**20:,.0f} MiB" if budget.size else "unknown size")
     + f" ({budget.reason})"
   )

@@ -204,10 +204,9 @@ def _in_parts(part, microbatch: int, params, state, slots, mask, key):
 
 def _all_finite(leaves: list[jax.Array]) -> jax.Array:
   """Whether every number is finite; vectors are looked at as one, for fewer kernels to compile."""
-  short = [leaf for leaf in leaves if leaf.ndim < 2]
-  arrays = [leaf for leaf in leaves if leaf.ndim >= 2]
-  arrays.append(jnp.concatenate([leaf.reshape(-1) for leaf in short]))
-  return jnp.stack([jnp.isfinite(leaf).all() for leaf in arrays]).all()
+  short = [jnp.isfinite(leaf).reshape(-1) for leaf in leaves if leaf.ndim < 2]
+  arrays = [jnp.isfinite(leaf) for leaf in leaves if leaf.ndim >= 2]
+  return jnp.stack([each.all() for each in [*arrays, jnp.concatenate(short)]]).all()
 
 
 def local_training(

@@ -39,6 +39,7 @@ class Factors:
     units: U; B / U consecutive rows are one unit.
     geometry: how the kernel slides.
     shape: of the kernel.
+    lowering: of its products.
   """
 
   inputs: jax.Array
@@ -46,6 +47,7 @@ class Factors:
   units: int = dataclasses.field(metadata={"static": True})
   geometry: ops.Geometry = dataclasses.field(metadata={"static": True})
   shape: tuple[int, ...] = dataclasses.field(metadata={"static": True})
+  lowering: ops.Lowering = dataclasses.field(metadata={"static": True})
 
 
 # By parameter name: the gradient of every unit [U, *shape of the parameter], or its factors.
@@ -113,7 +115,7 @@ def conv_layer(
 
   def record(params, constants, inputs, cotangent, units):
     del constants
-    kernel = _kernel_record(inputs.astype(dtype), cotangent, units, geometry, shape)
+    kernel = _kernel_record(inputs.astype(dtype), cotangent, units, geometry, shape, lowering)
     return {"kernel": kernel} | _bias_record(params, cotangent, units)
 
   def total(params, constants, inputs, cotangent):
@@ -153,7 +155,7 @@ def dense_layer(
     batch = inputs.shape[0]  # a 1x1 convolution of a column of positions
     images = inputs.astype(dtype).reshape(batch, -1, 1, fan_in)
     errors = cotangent.reshape(batch, -1, 1, fan_out)
-    kernel = _kernel_record(images, errors, units, ops.Geometry((1, 1)), shape)
+    kernel = _kernel_record(images, errors, units, ops.Geometry((1, 1)), shape, "matmul")
     return {"kernel": kernel} | _bias_record(params, cotangent, units)
 
   def total(params, constants, inputs, cotangent):
@@ -245,14 +247,16 @@ def _kernel_record(
   units: int,
   geometry: ops.Geometry,
   shape: tuple[int, ...],
+  lowering: ops.Lowering,
 ) -> jax.Array | Factors:
   batch, height, width, channels_out = cotangent.shape
   fan_in = math.prod(geometry.window) * inputs.shape[3] // geometry.groups
   positions = batch // units * height * width
   if keeps_factors(positions, fan_in, channels_out // geometry.groups):
-    return Factors(inputs, cotangent, units, geometry, shape)
+    return Factors(inputs, cotangent, units, geometry, shape, lowering)
   inputs, cotangent = _float32(inputs, cotangent)
-  return ops.conv_gradients(inputs, cotangent, geometry, units=units).reshape(units, *shape)
+  gradients = ops.conv_gradients(inputs, cotangent, geometry, units=units, lowering=lowering)
+  return gradients.reshape(units, *shape)
 
 
 def _bias_record(params: Params, cotangent: jax.Array, units: int) -> Record:
@@ -296,7 +300,8 @@ def _weighted_sum(entry: jax.Array | Factors, weights: jax.Array) -> jax.Array:
   inputs, cotangent = _finite_float32(entry.inputs, entry.cotangent)
   rows = jnp.repeat(weights.astype(cotangent.dtype), cotangent.shape[0] // entry.units)
   scaled = cotangent * rows[:, None, None, None]
-  return ops.conv_gradients(inputs, scaled, entry.geometry, units=1).reshape(entry.shape)
+  total = ops.conv_gradients(inputs, scaled, entry.geometry, units=1, lowering=entry.lowering)
+  return total.reshape(entry.shape)
 
 
 def _exact(equation: str, left: jax.Array, right: jax.Array) -> jax.Array:

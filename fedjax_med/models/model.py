@@ -58,7 +58,7 @@ def from_flax(module: nn.Module, lowering: ops.Lowering = "matmul") -> Model:
   """Wraps a Linen module whose ``__call__`` takes inputs [B, ...] and returns logits [B, classes].
 
   ``train=`` is passed if ``__call__`` has such an argument; the random stream is 'dropout'.
-  ``lowering`` says how convolutions run: 'matmul' (fast when clients are vmapped) or 'native'.
+  ``lowering`` says how convolutions run: 'matmul', 'native' or 'auto' (see ``ops.conv``).
   """
   takes_train = "train" in inspect.signature(type(module).__call__).parameters
 

@@ -127,7 +127,8 @@ def conv(
   groups, hundreds of times slower than need be on a CPU. 'matmul' is a dot for 1x1 kernels and one
   batched product of patches and kernel, groups leading, for all others. 'auto' chooses for output,
   input gradient and kernel gradient apart: native where no vmap gives each image or client a kernel
-  of its own and the shapes are those at which it won. All agree to rounding.
+  of its own (nor adds any other axis) and the shapes are those at which it won on a CPU core. All
+  agree to rounding.
   """
   geometry = Geometry((kernel.shape[0], kernel.shape[1]), strides, padding, dilation, groups)
   if lowering == "native":
@@ -218,8 +219,10 @@ def _conv_backward(geometry, mixed, residuals, cotangent):
   """Forms the patches again rather than keep them: k² times the memory of the inputs."""
   inputs, kernel = residuals
 
+  shape = jax.ShapeDtypeStruct(inputs.shape, inputs.dtype)
+
   def products(kernel, cotangent):
-    return jax.linear_transpose(lambda x: _convolve(x, kernel, geometry), inputs)(cotangent)[0]
+    return jax.linear_transpose(lambda x: _convolve(x, kernel, geometry), shape)(cotangent)[0]
 
   within = all(max(pad) < k for pad, k in zip(geometry.padding, geometry.window, strict=True))
   if (

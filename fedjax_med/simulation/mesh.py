@@ -1,6 +1,7 @@
 """Devices of a run: a mesh whose one axis clients are dealt over, and copies on every device."""
 
 import os
+import pathlib
 from typing import Any, NamedTuple
 
 import jax
@@ -29,11 +30,16 @@ class Devices(NamedTuple):
 
 
 def cpu_cores() -> int:
-  """Cores that this process may use."""
+  """Cores that this process may use, whole ones of a container's share."""
   try:
-    return len(os.sched_getaffinity(0))
+    cores = len(os.sched_getaffinity(0))
   except AttributeError:  # not Linux
-    return os.cpu_count() or 1
+    cores = os.cpu_count() or 1
+  try:
+    quota, period = pathlib.Path("/sys/fs/cgroup/cpu.max").read_text().split()
+    return max(1, min(cores, round(int(quota) / int(period))))
+  except (OSError, ValueError):  # no share reads "max"
+    return cores
 
 
 def split_cpu(devices: int) -> None:

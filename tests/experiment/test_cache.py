@@ -6,6 +6,8 @@ import pathlib
 import subprocess
 import sys
 
+from fedjax_med.simulation.mesh import MAX_CPU_DEVICES, cpu_cores
+
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 # The entry point as users start it, and then what the compiler was asked for and what it answered.
@@ -47,3 +49,8 @@ def test_the_second_start_of_the_same_config_compiles_nothing(tmp_path):
   assert second["asked"] > 2
   assert second["asked"] == second["found"]
   assert {path.name for path in (tmp_path / "xla").glob("*-cache")} == programs
+  # Started like this a CPU is a device a core, each with a client of its own.
+  plan = json.loads((tmp_path / "second" / "summary.json").read_text())["plan"]
+  devices = min(3, cpu_cores(), MAX_CPU_DEVICES)
+  assert plan["devices"] == devices
+  assert plan["lowering"] == ("matmul" if cpu_cores() // devices > 1 else "auto")

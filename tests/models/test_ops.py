@@ -21,6 +21,7 @@ CONVS = {
   "1x1_grouped": ((3, 3), 8, 4, (1, 1), (1, 1), ops.NO_PADDING, (1, 1), 4),
   "3x3": ((5, 5), 3, 4, (3, 3), (1, 1), ONE, (1, 1), 1),
   "wide": ((6, 5), 16, 4, (3, 3), (1, 1), ((1, 0), (2, 1)), (1, 1), 1),
+  "wide_1x3_padded": ((5, 6), 16, 4, (1, 3), (1, 1), ((1, 1), (3, 4)), (1, 1), 1),
   "wide_strided": ((7, 6), 16, 4, (3, 3), (2, 2), ONE, (1, 1), 1),
   "stem_7x7": ((10, 9), 1, 4, (7, 7), (2, 2), ((3, 3), (3, 3)), (1, 1), 1),
   "merged_groups": ((4, 4), 32, 32, (3, 3), (1, 1), ONE, (1, 1), 8),
@@ -50,6 +51,7 @@ def value_and_gradients(options, lowering):
   return run
 
 
+NATIVE_TOO = ("1x1_strided", "stem_7x7", "wide", "wide_1x3_padded", "wide_strided", "merged_groups")
 FLOAT32_TOO = ("1x1_strided", "stem_7x7", "merged_strided", "depthwise")
 
 
@@ -75,9 +77,7 @@ def test_matmul_conv_equals_native_in_value_and_gradient_under_client_vmap(name,
 
 
 @pytest.mark.parametrize("clients", [1, 2])
-@pytest.mark.parametrize(
-  "name", ["1x1_strided", "stem_7x7", "wide", "wide_strided", "merged_groups"]
-)
+@pytest.mark.parametrize("name", NATIVE_TOO)
 def test_auto_conv_equals_native_in_value_and_gradient_with_one_kernel_and_with_many(name, clients):
   options, *arrays = conv_case(name, clients)
   run = value_and_gradients(options, "auto")
@@ -89,6 +89,39 @@ def test_auto_conv_equals_native_in_value_and_gradient_with_one_kernel_and_with_
     theirs = jax.lax.map(lambda client: reference(*client), arrays) if clients > 1 else None
     for one, other in zip(ours, theirs or reference(*arrays), strict=True):
       assert np.abs(one - other).max() < 1e-11 * np.abs(other).max()
+
+
+@pytest.mark.parametrize("axes", [(0, None), (None, 0), (0, 0)])
+def test_auto_conv_under_two_vmaps_and_with_one_kernel_for_all_equals_native(axes):
+  options, inputs, kernel, _ = conv_case("wide", clients=2)
+
+  def each(lowering):
+    def run(inputs, kernel):
+      return jax.grad(
+        lambda x, k: jnp.square(ops.conv(x, k, lowering=lowering, **options)).sum(), (0, 1)
+      )(inputs, kernel)
+
+    return run
+
+  arrays = [x if axis == 0 else x[0] for x, axis in zip((inputs, kernel), axes, strict=True)]
+  swept = [np.stack([x, 2 * x]).astype(np.float32) for x in arrays]
+  ours = jax.jit(jax.vmap(jax.vmap(each("auto"), axes)))(*swept)
+  for s in range(2):
+    for c in range(2):
+      one = [x[s][c] if axis == 0 else x[s] for x, axis in zip(swept, axes, strict=True)]
+      for got, want in zip(ours, each("native")(*one), strict=True):
+        assert np.abs(got[s, c] - want).max() < 1e-5 * np.abs(want).max()
+
+
+def test_a_configured_matmul_lowering_runs_no_native_convolution():
+  options, inputs, kernel, cotangent = conv_case("wide", clients=1)
+  geometry = ops.Geometry((3, 3), options["strides"], options["padding"])
+  sums = jax.make_jaxpr(
+    lambda x, g: ops.conv_gradients(x, g, geometry, units=1, lowering="matmul")
+  )(inputs[0], cotangent[0])
+  whole = jax.make_jaxpr(value_and_gradients(options, "matmul"))(inputs[0], kernel[0], cotangent[0])
+  assert not equations(sums, "conv_general_dilated")
+  assert not equations(whole, "conv_general_dilated")
 
 
 def test_auto_conv_is_native_for_one_kernel_in_the_order_of_axes_that_is_fast_in_loops():

@@ -40,7 +40,7 @@ def test_layout_follows_the_flag_and_else_the_backend(
 def test_lowering_follows_the_flag_and_else_the_cores_of_a_device():
   assert choose_lowering("auto", 1)[0] == "auto"
   assert choose_lowering("auto", 2)[0] == "matmul"
-  assert choose_lowering("auto", 2, "gpu")[0] == "auto"
+  assert choose_lowering("auto", 1, "gpu")[0] == "matmul"
   assert choose_lowering("matmul", 1)[0] == "matmul"
   assert choose_lowering("native", 2)[0] == "native"
 
