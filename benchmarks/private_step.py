@@ -18,6 +18,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from benchmarks import common, specs
 from benchmarks.workloads import make_model, write_reference
@@ -27,7 +28,7 @@ from fedjax_med.federated.optimizers import descend
 from fedjax_med.privacy.clipping import METHODS, clipped_sum
 from fedjax_med.privacy.noise import private_mean
 
-RATE = jnp.float32(0.01)
+RATE = np.float32(0.01)  # NumPy: nothing of jax may run before the CPU is split
 MIB = 2**20
 
 
