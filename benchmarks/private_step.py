@@ -18,7 +18,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from benchmarks import common, specs
 from benchmarks.workloads import make_model, write_reference
@@ -28,7 +27,7 @@ from fedjax_med.federated.optimizers import descend
 from fedjax_med.privacy.clipping import METHODS, clipped_sum
 from fedjax_med.privacy.noise import private_mean
 
-RATE = np.float32(0.01)  # NumPy: nothing of jax may run before the CPU is split
+RATE = 0.01
 MIB = 2**20
 
 
@@ -42,7 +41,7 @@ def step(method: str, model: Any, batch: int, *, noisy: bool = True) -> Callable
     def mean_loss(params):
       return loss(model.apply(params, state, inputs, train=True)[0], labels).mean()
 
-    return descend(params, jax.grad(mean_loss)(params), RATE)
+    return descend(params, jax.grad(mean_loss)(params), jnp.float32(RATE))
 
   def private(params, state, inputs, labels, key):
     mask = jnp.ones(batch, bool)
@@ -54,7 +53,7 @@ def step(method: str, model: Any, batch: int, *, noisy: bool = True) -> Callable
       gradient = private_mean(total, key, specs.NOISE_MULTIPLIER, specs.CLIP_NORM, batch)
     else:
       gradient = jax.tree.map(lambda leaf: leaf / batch, total)
-    return descend(params, gradient, RATE)
+    return descend(params, gradient, jnp.float32(RATE))
 
   return plain if method == "plain" else private
 
