@@ -65,7 +65,7 @@ def check() -> dict[str, Any]:
 
   def distance(got: Any, want: Any) -> float:
     """Largest over leaves of the l2 error over the leaf's norm; a leaf near zero counts by 1e-3."""
-    whole = float(optax.global_norm(want))
+    whole = float(optax.tree.norm(want))
     errors = jax.tree.map(
       lambda a, b: jnp.linalg.norm(a - b) / jnp.maximum(jnp.linalg.norm(b), 1e-3 * whole), got, want
     )
