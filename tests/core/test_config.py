@@ -5,17 +5,9 @@ import dataclasses
 import pytest
 
 from configs import br35h, br35h_private, quickstart, smoke
-from fedjax_med.core.config import (
-  CHOICES,
-  RANGES,
-  Config,
-  fingerprint,
-  from_dict,
-  get_field,
-  to_dict,
-  validate,
-)
+from fedjax_med.core.config import Config, fingerprint, from_dict, get_field, to_dict
 from fedjax_med.core.errors import UserError
+from fedjax_med.core.validation import CHOICES, RANGES, REFUSED, validate
 
 
 def with_value(path: str, value, config: Config | None = None) -> Config:

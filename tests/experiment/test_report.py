@@ -107,16 +107,21 @@ def fake_workdir(
     "timing": {"compile": 21.4, "train": 184.2, "total": 223.9},
   }  # fmt: skip
   if private:
-    files["privacy"] = {
-      "unit": "one image", "adjacency": "zero-out (n is public)",
-      "accountant": {"name": "PLD", "interval": 0.001}, "mechanism": "dp_sgd",
+    guarantee = {
+      "unit": "record", "protects": "one image", "adjacency": "zero-out (n is public)",
+      "mechanism": "dp_sgd", "holds_against": ["the server", "everybody else"], "not_against": [],
+      "accountant": {"name": "PLD", "library": "dp-accounting", "version": "0.6"},
       "epsilon_max": max(epsilons),
-      "hospitals": [
-        {"name": n, "n": sum(t), "sampling_probability": 32 / sum(t), "batch_cap": 61,
-         "noise_multiplier": 0.9137, "clip_norm": 1.0, "steps": 80, "delta": 0.1 / sum(t),
-         "epsilon": e} for n, t, e in rows
+      "parties": [
+        {"name": n, "n": sum(t), "sampling_probability": min(1, 32 / sum(t)),
+         "batch_cap": min(sum(t), 70), "noise_multiplier": 0.9137, "clip_norm": 1.0, "steps": 80,
+         "delta": 0.1 / sum(t), "epsilon": e} for n, t, e in rows
       ],
+    }  # fmt: skip
+    files["privacy"] = {
+      "mechanism": "dp_sgd", "epsilon_max": max(epsilons), "guarantees": [guarantee],
       "not_covered": ["Losses and metrics shown in this report.", "Choice of hyperparameters."],
+      "ledger": "5e" * 32,
     }  # fmt: skip
   if baselines:
     files["baselines"] = {"alone": alone, "pooled": {"curve": pooled}}
@@ -306,7 +311,7 @@ def test_report_again_gives_the_same_bytes_and_keeps_the_examples_of_the_run(tmp
     ("summary.json", None, "summary.json cannot be read"),
     ("summary.json", "{", "summary.json is not JSON"),
     ("summary.json", "[]", "must be dict"),
-    ("privacy.json", '{"mechanism": "dp_sgd", "epsilon_max": 3}', "lacks 'unit'"),
+    ("privacy.json", '{"mechanism": "dp_sgd", "epsilon_max": 3}', "lacks 'guarantees'"),
     ("privacy.json", '{"mechanism": "none", "epsilon_max": "3"}', "must be int | float or null"),
     ("metrics.jsonl", '{"round": 1, "split": "te', "metrics.jsonl, line 1 is not JSON"),
     ("metrics.jsonl", "", "no line with split=test"),
