@@ -279,7 +279,7 @@ def alone(federation: Experiment) -> list[Experiment]:
       config=config,
       names=names[k : k + 1],
       clients=put(clients._replace(weight=np.ones(1, np.float32))),
-      local=local and Guarantee(local.unit, *(each[k : k + 1] for each in local[1:])),
+      local=local and local.only(k),
       central=None,
       steps=federation.steps[k : k + 1],
       hyper=put(_hyper(config, protection)),

@@ -75,10 +75,10 @@ def evaluated_params(state: SimulationState) -> Tree:
   return state.server.average or state.server.params
 
 
-def releases(experiment: Experiment, rounds: int, steps: np.ndarray) -> list[np.ndarray]:
+def releases(experiment: Experiment, rounds: int, steps: np.ndarray) -> list[list[int]]:
   """What was executed by each party of each guarantee after ``rounds`` and ``steps`` [K]."""
   return [
-    np.array([rounds]) if guarantee is experiment.central else np.asarray(steps)
+    [rounds] if guarantee is experiment.central else [int(count) for count in steps]
     for guarantee in experiment.guarantees
   ]
 

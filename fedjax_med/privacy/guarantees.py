@@ -101,6 +101,11 @@ class Guarantee(NamedTuple):
   mechanisms: tuple[PoissonGaussian, ...]
   deltas: tuple[float, ...]
 
+  def only(self, party: int) -> "Guarantee":
+    """The guarantee of one party by itself."""
+    one = slice(party, party + 1)
+    return Guarantee(self.unit, self.names[one], self.mechanisms[one], self.deltas[one])
+
 
 def spent(guarantee: Guarantee, counts: Sequence[int] | np.ndarray) -> tuple[float, ...]:
   """[P] ε of every party after ``counts`` [P] releases of each, empty batches counted.

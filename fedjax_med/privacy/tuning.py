@@ -29,7 +29,7 @@ def tuned_epsilon(
     UserError: δ is refused, or ``mean_runs`` is under 1.
   """
   import dp_accounting
-  from dp_accounting import rdp
+  from dp_accounting import dp_event, rdp
 
   require(mean_runs >= 1, f"mean_runs={mean_runs} must be at least 1", "use 10")
   check_delta(delta, mechanism.num_units)
@@ -41,5 +41,5 @@ def tuned_epsilon(
   )
   run = dp_accounting.SelfComposedDpEvent(step, steps)
   accountant = rdp.RdpAccountant(RDP_ORDERS, dp_accounting.NeighboringRelation.REPLACE_SPECIAL)
-  accountant.compose(dp_accounting.RepeatAndSelectDpEvent(run, mean_runs, math.inf))
+  accountant.compose(dp_event.RepeatAndSelectDpEvent(run, mean_runs, math.inf))
   return float(accountant.get_epsilon(delta)), total

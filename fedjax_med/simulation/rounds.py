@@ -227,9 +227,9 @@ def make_round(
     metrics = jax.tree.map(scatter, no_metrics((num_clients,)), metrics)
     clip_norm, someone = state.clip_norm, weight > 0
     if client_level:
-      update, clip_norm = noisy_mean(
-        total.params, bits, clip_norm, hyper.client_level, key, server.round
-      )
+      level = hyper.client_level
+      assert level is not None
+      update, clip_norm = noisy_mean(total.params, bits, clip_norm, level, key, server.round)
       mean = ClientDelta(update, jax.tree.map(jnp.zeros_like, total.state))  # state is not clipped
     else:
       scale = 1 / jnp.where(someone, weight, 1)

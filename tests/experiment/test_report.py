@@ -14,6 +14,7 @@ from fedjax_med.core.errors import UserError
 from fedjax_med.core.metrics import METRICS, classification_metrics, confusion_matrix
 from fedjax_med.experiment import figures
 from fedjax_med.experiment.report import write_report
+from fedjax_med.privacy.statement import ASSUMPTIONS
 
 VOID = {"meta", "img", "br", "link"}
 FIGURES = ("partition", "rounds", "hospitals", "confusion")
@@ -247,19 +248,20 @@ def test_privacy_section_says_what_is_and_what_is_not_guaranteed(run):
   parsed = outline(page)
   text = " ".join("".join(parsed.text).split())
   if files["privacy"]["mechanism"] == "none":
-    assert "privacy" not in parsed.rows
+    assert not any(name.startswith("privacy") for name in parsed.rows)
     assert "this run gives no formal privacy guarantee" in text
     assert "ε ≤" not in text
     return
-  rows = parsed.rows["privacy"][1:]
-  assert [row[0] for row in rows] == [row["name"] for row in files["privacy"]["hospitals"]]
-  for row, hospital in zip(rows, files["privacy"]["hospitals"], strict=True):
+  rows = parsed.rows["privacy-record"][1:]
+  (guarantee,) = files["privacy"]["guarantees"]
+  assert [row[0] for row in rows] == [row["name"] for row in guarantee["parties"]]
+  for row, hospital in zip(rows, guarantee["parties"], strict=True):
     assert row[1:5] == [
       hospital[key] for key in ("n", "sampling_probability", "batch_cap", "noise_multiplier")
     ]
     assert hospital["epsilon"] <= float(row[8]) < hospital["epsilon"] + 0.01
-  for phrase in (files["privacy"]["unit"], files["privacy"]["adjacency"],
-                 *files["privacy"]["not_covered"]):  # fmt: skip
+  for phrase in (guarantee["protects"], guarantee["adjacency"], *guarantee["holds_against"],
+                 *files["privacy"]["not_covered"], *ASSUMPTIONS, "No audit was made"):  # fmt: skip
     assert phrase in text
 
 

@@ -310,7 +310,9 @@ def test_a_target_epsilon_is_met_at_every_hospital(tmp_path):
   assert summary["stopped"] == "completed"
 
 
-def test_whole_hospitals_are_protected_beside_their_records_and_both_epsilons_are_reported(tmp_path):
+def test_whole_hospitals_are_protected_beside_their_records_and_both_epsilons_are_reported(
+  tmp_path,
+):
   changes = {
     "server__weighting": "uniform",
     "client_privacy__mechanism": "dp_fedavg",

@@ -123,7 +123,7 @@ def test_taking_a_patient_away_moves_the_sum_by_at_most_the_clip_norm(rows_per_u
   whole = flat(run(pool, client, base_key(2))[0])
   random = np.random.default_rng(5)
   for unit, size in enumerate(SIZES):
-    start = int(client.units.starts[unit])
+    start = sum(SIZES[:unit])
     rows = ROWS[start : start + size]
     # Whatever the patient's images were: the others' part of the sum is the same.
     other = pool._replace(
@@ -139,7 +139,7 @@ def test_taking_a_patient_away_moves_the_sum_by_at_most_the_clip_norm(rows_per_u
 def test_a_patient_of_many_images_shows_each_of_them_in_turn():
   run, row_gradient = make(rows_per_unit=2)
   pool, client = make_pool(), make_client(q=1.0)
-  only = client._replace(units=Units(jnp.zeros(1, jnp.int32), jnp.full(1, 5), jnp.int32(1)))
+  only = client._replace(units=Units(jnp.zeros(8, jnp.int32), jnp.full(8, 5), jnp.int32(1)))
   one = {}
   for first in range(5):
     rows = [ROWS[first], ROWS[(first + 1) % 5]]

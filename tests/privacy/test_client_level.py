@@ -2,6 +2,7 @@
 
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -52,7 +53,9 @@ def federation(**changes):
   return make_federation(client_level=True, **changes)
 
 
-def one_round(state=None, cohort_cap=None, private=False, chunk=3, clients=None, devices=1, **levels):
+def one_round(
+  state=None, cohort_cap=None, private=False, chunk=3, clients=None, devices=1, **levels
+):
   initial, block, _ = federation(
     cohort_cap=cohort_cap, private=private, chunk=chunk, devices=devices
   )
@@ -65,8 +68,9 @@ def one_round(state=None, cohort_cap=None, private=False, chunk=3, clients=None,
 
 def moved(after):
   initial, _, _ = federation()
-  return jax.tree.map(lambda new, old: np.asarray(new - old), after.server.params,
-                      initial().server.params)
+  return jax.tree.map(
+    lambda new, old: np.asarray(new - old), after.server.params, initial().server.params
+  )
 
 
 def flat(tree):
@@ -90,8 +94,11 @@ def test_the_round_is_the_sum_of_clipped_updates_over_the_fixed_denominator():
 
 
 def test_noise_is_on_the_sum_in_every_round_even_where_nobody_takes_part():
-  noisy = moved(one_round(cohort_cap=2, rate=0.0, noise_multiplier=5.0, clip_norm_state=2.0,
-                          expected_cohort=4.0))
+  noisy = moved(
+    one_round(
+      cohort_cap=2, rate=0.0, noise_multiplier=5.0, clip_norm_state=2.0, expected_cohort=4.0
+    )
+  )
   values = flat(noisy)
   assert values.size >= 30
   assert 0.6 < values.std() / (5.0 * 2.0 / 4.0) < 1.5
@@ -153,8 +160,12 @@ def test_one_hospital_moves_the_sum_by_at_most_the_clip_norm():
 
 @pytest.mark.parametrize(("chunk", "devices"), [(1, 1), (2, 1), (1, 8), (2, 2)])
 def test_layouts_and_devices_agree_to_rounding(chunk, devices):
-  settings = {"noise_multiplier": 1.0, "clip_norm_state": 0.3, "clip_learning_rate": 0.2,
-              "count_noise": 1.0}
+  settings: dict[str, Any] = {
+    "noise_multiplier": 1.0,
+    "clip_norm_state": 0.3,
+    "clip_learning_rate": 0.2,
+    "count_noise": 1.0,
+  }
   expected = one_round(**settings)
   found = one_round(chunk=chunk, devices=devices, **settings)
   np.testing.assert_allclose(flat(moved(found)), flat(moved(expected)), rtol=2e-5, atol=1e-6)

@@ -148,7 +148,7 @@ def test_epsilon_is_recomputed_from_the_ledger_alone_at_any_delta(tmp_path):
   small = command.recompute(tmp_path, delta=1e-6)["guarantees"][0]["parties"][0]
   assert small["delta"] == 1e-6
   assert small["epsilon"] == epsilon(LOCAL.mechanisms[0], 10, 1e-6)
-  with pytest.raises(UserError, match="delta=0.05 must be"):
+  with pytest.raises(UserError, match=r"delta=0.05 must be"):
     command.recompute(tmp_path, delta=0.05)
 
 
