@@ -19,7 +19,7 @@ from fedjax_med.core.config import (
 )
 from fedjax_med.core.keys import base_key
 from fedjax_med.data.dataset import Dataset
-from fedjax_med.experiment.build import make_program
+from fedjax_med.experiment.program import make_program
 from fedjax_med.federated.algorithm import Client, Hyper, Pool
 from fedjax_med.simulation.mesh import choose_devices, replicate
 

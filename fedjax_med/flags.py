@@ -21,8 +21,9 @@ from typing import Any, NoReturn
 from absl import flags
 from ml_collections import config_flags
 
-from fedjax_med.core.config import Config, validate
+from fedjax_med.core.config import Config
 from fedjax_med.core.errors import UserError, nearest, require
+from fedjax_med.core.validation import validate
 
 _HELP = ("--help", "-help", "-h", "--helpfull", "--helpshort")
 _WIDTH = 100

@@ -104,7 +104,7 @@ WRONG = {
   "forgotten --config": (["configs/good.py"], "'configs/good.py' is not a flag; pass a preset as"),
   "misspelt field": ([GOOD, "--config.client.bach_size=3"], "'--config.client.batch_size'?"),
   "misspelt section": ([GOOD, "--config.clint.batch_size=3"], "'--config.client.batch_size'?"),
-  "half a field": ([GOOD, "--config.privacy.noise=1"], "'--config.privacy.noise_multiplier'?"),
+  "half a field": ([GOOD, "--config.privacy.noise_mult=1"], "'--config.privacy.noise_multiplier'?"),
   "misspelt switch": ([GOOD, "--noconfig.data.strct"], "'--config.data.strict'?"),
   "no section": (
     [GOOD, "--config.learning_rate=1"],

@@ -27,8 +27,10 @@ def imported_modules(source: str, module: str) -> set[str]:
 
 
 def layer_of(module: str) -> int:
-  """Position in LAYERS; modules directly in the package are entry points, above all layers."""
+  """Position in LAYERS; modules directly in the package, and __main__, are entry points above."""
   parts = module.split(".")
+  if parts[-1] == "__main__":
+    return len(LAYERS)
   return LAYERS.index(parts[1]) if len(parts) > 1 and parts[1] in LAYERS else len(LAYERS)
 
 

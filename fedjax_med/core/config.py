@@ -1,15 +1,13 @@
-"""The configuration of a run: typed dataclasses, their meaning, and the rules they obey.
+"""The configuration of a run: typed dataclasses and their meaning.
 
 A preset in ``configs/`` returns a ``Config``; flags such as ``--config.privacy.clip_norm=0.5``
-assign to it; ``validate`` runs once, after which a config is never changed.
+assign to it; ``core.validation.validate`` runs once, after which a config is never changed.
 """
 
 import dataclasses
 import hashlib
 import json
 from typing import Any
-
-from fedjax_med.core.errors import require, require_choice
 
 
 @dataclasses.dataclass
@@ -100,6 +98,8 @@ class ClientConfig:
     num_local_steps: local steps a round; 0 means ``num_local_epochs`` decides.
     num_local_epochs: passes over the hospital's data a round.
     label_smoothing: 0 to 1.
+    augmentation: none, flip (left to right), shift (by up to an eighth of the side) or flip_shift,
+      drawn anew for every image and step.
   """
 
   optimizer: str = "sgd"
@@ -112,6 +112,7 @@ class ClientConfig:
   num_local_steps: int = 0
   num_local_epochs: float = 1.0
   label_smoothing: float = 0.0
+  augmentation: str = "none"
 
 
 @dataclasses.dataclass
@@ -145,19 +146,68 @@ class ServerConfig:
 
 @dataclasses.dataclass
 class PrivacyConfig:
-  """Record-level differential privacy of each hospital's updates (DP-SGD).
+  """Differential privacy of each hospital's records or patients (DP-SGD in its local steps).
 
   Attributes:
     mechanism: none or dp_sgd.
+    unit: record (one image) or patient (all images of a patient or near-duplicate group, which
+      data.split=grouped keeps in one hospital); client-level privacy is in ``client_privacy``.
+    rows_per_unit: images of a patient that a step looks at, at most; 0 means all, up to 8.
+    augmentation_multiplicity: random changes of each image in a step, whose mean gradient is
+      clipped once; needs client.augmentation.
     noise_multiplier: σ; noise standard deviation over clip norm. 0 with a target ε: calibrated.
     target_epsilon: with noise_multiplier=0 the ε that σ is calibrated to, per hospital; with a
       noise_multiplier the budget before which the run stops. 0 means none.
+    solve_for: what target_epsilon decides: noise (or the budget, see above), rounds, batch_size
+      (each the most that the target allows at the given noise_multiplier) or clip_norm (the largest
+      that the given noise_stddev allows).
+    same_noise: calibrate one σ for all hospitals, the largest that any of them needs.
+    noise_stddev: standard deviation of the noise on the sum, σ·C, for solve_for=clip_norm.
     clip_norm: C, largest l2 norm of one example's gradient.
     delta: δ; 0 means 1 / (10 n) at each hospital. It must be under 1/n.
     batch_cap: examples a truncated Poisson batch holds at most; 0 means 5 standard deviations
       above the expected size.
     clipping: auto, book_keeping (one backward pass), two_pass (two, least memory) or reference (a
       gradient per example, any model); all exact.
+    adjacency: zero_out (a unit replaced by nothing; the number of units is public).
+    sampling: poisson (each unit by itself, with one probability).
+  """
+
+  mechanism: str = "none"
+  unit: str = "record"
+  rows_per_unit: int = 0
+  augmentation_multiplicity: int = 1
+  noise_multiplier: float = 0.0
+  target_epsilon: float = 0.0
+  solve_for: str = "noise"
+  same_noise: bool = False
+  noise_stddev: float = 0.0
+  clip_norm: float = 1.0
+  delta: float = 0.0
+  batch_cap: int = 0
+  clipping: str = "auto"
+  adjacency: str = "zero_out"
+  sampling: str = "poisson"
+
+
+@dataclasses.dataclass
+class ClientPrivacyConfig:
+  """Differential privacy of whole hospitals, by a trusted server (DP-FedAvg).
+
+  Attributes:
+    mechanism: none or dp_fedavg; runs together with privacy.mechanism=dp_sgd, and both ε are
+      reported.
+    noise_multiplier: σ; noise standard deviation on the sum of updates over clip norm. 0 with a
+      target ε: calibrated.
+    target_epsilon: with noise_multiplier=0 what σ is calibrated to; with a noise_multiplier the
+      budget before which the run stops. 0 means none.
+    clip_norm: largest l2 norm of one hospital's update; with clipping=adaptive of the first round.
+    delta: δ; 0 means 1 / (10 K). It must be under 1/K, K being the number of hospitals.
+    clipping: fixed, or adaptive (the clip norm follows a quantile of the updates' norms, noised).
+    quantile: share of updates that an adaptive clip norm lets pass unclipped.
+    clip_learning_rate: geometric step of an adaptive clip norm.
+    count_noise: noise on the count of unclipped updates; 0 means a twentieth of the expected
+      cohort, and at least the noise multiplier. Its cost is inside σ.
   """
 
   mechanism: str = "none"
@@ -165,8 +215,10 @@ class PrivacyConfig:
   target_epsilon: float = 0.0
   clip_norm: float = 1.0
   delta: float = 0.0
-  batch_cap: int = 0
-  clipping: str = "auto"
+  clipping: str = "fixed"
+  quantile: float = 0.5
+  clip_learning_rate: float = 0.2
+  count_noise: float = 0.0
 
 
 @dataclasses.dataclass
@@ -231,69 +283,9 @@ class Config:
   client: ClientConfig = dataclasses.field(default_factory=ClientConfig)
   server: ServerConfig = dataclasses.field(default_factory=ServerConfig)
   privacy: PrivacyConfig = dataclasses.field(default_factory=PrivacyConfig)
+  client_privacy: ClientPrivacyConfig = dataclasses.field(default_factory=ClientPrivacyConfig)
   execution: ExecutionConfig = dataclasses.field(default_factory=ExecutionConfig)
   eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
-
-
-CHOICES = {
-  "data.source": ("phantoms", "folder", "br35h", "sars_cov2_ct"),
-  "data.split": ("grouped", "paper"),
-  "data.normalisation": ("image", "fixed"),
-  "partition.scheme": ("auto", "iid", "dirichlet", "quantity", "shards", "site"),
-  "model.norm": ("group", "batch", "frozen_batch"),
-  "model.dtype": ("float32", "bfloat16"),
-  "client.optimizer": ("sgd", "momentum", "adam", "adamw"),
-  "client.schedule": ("constant", "cosine", "linear"),
-  "server.optimizer": ("sgd", "momentum", "adam", "yogi"),
-  "server.weighting": ("examples", "uniform"),
-  "server.participation": ("full", "poisson"),
-  "privacy.mechanism": ("none", "dp_sgd"),
-  "privacy.clipping": ("auto", "book_keeping", "two_pass", "reference"),
-  "execution.layout": ("auto", "vmap", "chunk", "scan"),
-  "execution.lowering": ("auto", "matmul", "native"),
-  "execution.remat": ("auto", "off", "blocks"),
-  "execution.probe": ("auto", "on", "off"),
-}
-
-# field: (lowest, highest, lowest itself allowed, remedy)
-RANGES: dict[str, tuple[float, float, bool, str]] = {
-  "data.image_size": (8, 4096, True, "use 64 to 224; the paper uses 192"),
-  "seed": (0, 2**31 - 1, True, "use 0"),
-  "data.seed": (0, 2**31 - 1, True, "use 0"),
-  "data.min_size": (1, 4096, True, "use 32"),
-  "data.test_fraction": (0, 0.9, False, "use 0.2"),
-  "data.num_examples": (50, 10_000_000, True, "use 4000"),
-  "partition.num_clients": (0, 100_000, True, "use 5"),
-  "partition.alpha": (0, float("inf"), False, "0.1 is strong skew, 100 is nearly IID"),
-  "partition.classes_per_client": (1, 100_000, True, "use 1 or more"),
-  "partition.min_client_size": (1, 10_000_000, True, "use 8"),
-  "model.dropout": (0, 0.95, True, "use 0 to 0.5"),
-  "client.learning_rate": (0, float("inf"), False, "use 0.01 to 0.1 with sgd"),
-  "client.warmup_rounds": (0, 1_000_000, True, "use 0"),
-  "client.momentum": (0, 0.9999, True, "use 0.9"),
-  "client.weight_decay": (0, 10, True, "use 0"),
-  "client.batch_size": (1, 1_000_000, True, "use 32"),
-  "client.num_local_steps": (0, 1_000_000, True, "use 0 to let num_local_epochs decide"),
-  "client.num_local_epochs": (0, 10_000, False, "use 1"),
-  "client.label_smoothing": (0, 0.9, True, "use 0"),
-  "server.num_rounds": (1, 10_000_000, True, "use 10"),
-  "server.learning_rate": (0, float("inf"), False, "use 1 with sgd"),
-  "server.momentum": (0, 0.9999, True, "use 0.9"),
-  "server.participation_rate": (0, 1, False, "use 1 for every client in every round"),
-  "server.proximal_weight": (0, float("inf"), True, "use 0 for plain FedAvg, 0.01 for FedProx"),
-  "server.ema_decay": (0, 0.9999, True, "use 0 or 0.9"),
-  "privacy.noise_multiplier": (0, 1e6, True, "use 1"),
-  "privacy.target_epsilon": (0, 1e6, True, "use 8, or 0 for none"),
-  "privacy.clip_norm": (0, 1e6, False, "use 1"),
-  "privacy.delta": (0, 1, True, "use 0 for 1/(10 n)"),
-  "privacy.batch_cap": (0, 1_000_000, True, "use 0 to let it be chosen"),
-  "execution.chunk_size": (0, 100_000, True, "use 0 unless layout=chunk"),
-  "execution.devices": (0, 100_000, True, "use 0 to let them be chosen"),
-  "execution.microbatch": (0, 1_000_000, True, "use 0 to let it be chosen"),
-  "execution.memory_gib": (0, 1_000_000, True, "use 0 for a share of what the device has"),
-  "eval.every": (1, 1_000_000, True, "use 1"),
-  "eval.batch_size": (1, 1_000_000, True, "use 64"),
-}
 
 
 def to_dict(config: Config) -> dict[str, Any]:
@@ -323,70 +315,3 @@ def get_field(config: Config, path: str) -> Any:
   for name in path.split("."):
     value = getattr(value, name)
   return value
-
-
-def validate(config: Config) -> None:
-  """Checks every rule that needs no data; raises UserError with value, rule and remedy."""
-  for path, choices in CHOICES.items():
-    require_choice(path, get_field(config, path), choices)
-  for path, (low, high, low_allowed, remedy) in RANGES.items():
-    value = get_field(config, path)
-    inside = (value >= low if low_allowed else value > low) and value <= high
-    inside = inside and value != float("inf")
-    rule = f"{'at least' if low_allowed else 'above'} {low:g}"
-    rule += " and finite" if high == float("inf") else f" and at most {high:g}"
-    require(inside, f"{path}={value} must be {rule}", remedy)
-
-  data, partition, privacy = config.data, config.partition, config.privacy
-  require(
-    data.source == "phantoms" or data.path != "",
-    f"data.source='{data.source}' needs data.path, which is empty",
-    "point --config.data.path at the folder that holds the class folders",
-  )
-  require(
-    partition.scheme == "site" or partition.num_clients >= 2,
-    f"partition.num_clients={partition.num_clients} is under 2",
-    "use at least two hospitals",
-  )
-  layout, chunk = config.execution.layout, config.execution.chunk_size
-  require(
-    (layout == "chunk") == (chunk > 0),
-    f"execution.layout='{layout}' with execution.chunk_size={chunk} contradict each other",
-    "set layout=chunk and chunk_size>=1 together",
-  )
-  require(
-    config.execution.probe != "on" or layout == "auto",
-    f"execution.probe='on' with execution.layout='{layout}' contradict each other",
-    "use layout=auto, which the probe chooses for, or probe=auto",
-  )
-  require(
-    config.execution.microbatch == 0 or config.model.norm != "batch",
-    f"execution.microbatch={config.execution.microbatch} with model.norm='batch' would change"
-    " results: statistics would be of a microbatch, not of the batch",
-    "use execution.microbatch=0, or model.norm=group",
-  )
-  if privacy.mechanism == "none":
-    require(
-      privacy.noise_multiplier == 0 and privacy.target_epsilon == 0,
-      f"privacy.mechanism='none' ignores privacy.noise_multiplier={privacy.noise_multiplier:g}"
-      f" and privacy.target_epsilon={privacy.target_epsilon:g}",
-      "set --config.privacy.mechanism=dp_sgd, or both of them to 0",
-    )
-    return
-  require(
-    privacy.noise_multiplier > 0 or privacy.target_epsilon > 0,
-    "privacy.mechanism='dp_sgd' has neither privacy.noise_multiplier nor privacy.target_epsilon",
-    "set one of them above 0",
-  )
-  require(
-    config.model.norm != "batch",
-    "model.norm='batch' mixes the examples of a batch, so clipping one example's gradient does"
-    " not bound its influence",
-    "use model.norm=group or model.norm=frozen_batch with privacy.mechanism=dp_sgd",
-  )
-  require(
-    config.model.dtype == "float32" or privacy.clipping != "two_pass",
-    f"privacy.clipping='two_pass' with model.dtype='{config.model.dtype}' rounds a clipped gradient"
-    " to up to 1.003 C, above the sensitivity that ε is computed from",
-    "use privacy.clipping=auto, or model.dtype=float32",
-  )

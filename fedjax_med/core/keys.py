@@ -20,6 +20,8 @@ class Stream(enum.IntEnum):
   PARTICIPATION = 3  # which clients take part in a round
   DROPOUT = 4
   SHUFFLE = 5  # order of a non-private epoch
+  CLIENT_NOISE = 6  # Gaussian noise of a round, at the server
+  AUGMENT = 7  # which rows of a patient, and how an image is changed
 
 
 def base_key(seed: int | jax.Array) -> jax.Array:

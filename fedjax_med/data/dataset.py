@@ -101,6 +101,36 @@ def client_table(rows: list[np.ndarray]) -> ClientTable:
   return ClientTable(indices, counts)
 
 
+@dataclasses.dataclass(frozen=True)
+class UnitTable:
+  """Who holds which patients: the rows of each client sorted so that a patient's stand together.
+
+  Attributes:
+    rows: the clients' examples in that order.
+    starts: [K, u_max] int32 slot of each unit's first example; 0 past ``counts``.
+    sizes: [K, u_max] int32 examples of each unit; 1 past ``counts``.
+    counts: [K] int32 units of each client.
+  """
+
+  rows: ClientTable
+  starts: np.ndarray
+  sizes: np.ndarray
+  counts: np.ndarray
+
+
+def unit_table(table: ClientTable, groups: np.ndarray) -> UnitTable:
+  """Sorts every client's examples by their group; ``groups`` [N] numbers those of all examples."""
+  rows = [row[np.argsort(groups[row], kind="stable")] for row in client_rows(table)]
+  sizes = [np.unique(groups[row], return_counts=True)[1] for row in rows]
+  counts = np.array([len(each) for each in sizes], np.int32)
+  shape = len(sizes), max(1, counts.max(initial=0))
+  starts, padded = np.zeros(shape, np.int32), np.ones(shape, np.int32)
+  for k, each in enumerate(sizes):
+    starts[k, : len(each)] = np.cumsum(each) - each
+    padded[k, : len(each)] = each
+  return UnitTable(client_table(rows), starts, padded, counts)
+
+
 def client_rows(table: ClientTable) -> list[np.ndarray]:
   """Inverse of ``client_table``: the K ragged rows."""
   return [row[:count] for row, count in zip(table.indices, table.counts, strict=True)]

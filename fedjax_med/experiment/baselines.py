@@ -41,7 +41,7 @@ def run_baselines(federation: Experiment, folder: pathlib.Path, console: Console
       curves[name] = _curve(place)
   if not is_first():
     return {"curves": {}, "summary": {}}
-  if federation.mechanisms:
+  if federation.local:
     _note_releases(folder, curves)
 
   names = federation.hospitals.names

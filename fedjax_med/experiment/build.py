@@ -3,81 +3,33 @@
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedjax_med.core.config import Config, fingerprint, to_dict
-from fedjax_med.core.keys import Stream, base_key, key_for
-from fedjax_med.data.dataset import ClientTable, Dataset, Hospitals, client_rows, client_table
-from fedjax_med.experiment import planning
-from fedjax_med.experiment.processes import least
-from fedjax_med.federated.algorithm import Client, FederatedAlgorithm, Hyper, Pool
-from fedjax_med.federated.local import (
-  cross_entropy,
-  local_training,
-  plain_gradient,
-  private_gradient,
-)
-from fedjax_med.federated.optimizers import client_optimizer, schedule, server_optimizer
-from fedjax_med.federated.registry import create_algorithm
-from fedjax_med.models.model import Model
-from fedjax_med.models.ops import Lowering
-from fedjax_med.models.registry import create_model, has_remat
-from fedjax_med.privacy.accounting import resolve_deltas
-from fedjax_med.privacy.clipping import resolve_method
-from fedjax_med.privacy.clipping import uncovered as clipping_problems
-from fedjax_med.privacy.mechanism import PoissonGaussian, batch_size_bound, plan_mechanisms
-from fedjax_med.simulation.evaluation import make_predict
-from fedjax_med.simulation.mesh import (
-  Devices,
-  choose_devices,
-  client_mesh,
-  cpu_cores,
-  replicate,
-  replicated,
-)
-from fedjax_med.simulation.plan import Choice, Plan, choose_lowering, describe_padding
-from fedjax_med.simulation.rounds import SimulationState, init_state, make_block, make_round
-
-
-class Program(NamedTuple):
-  """The compiled side of a run: it knows shapes, not data.
-
-  Attributes:
-    plan: how it is laid out.
-    devices: where it runs; what a block gets and returns lies whole on each of them.
-    initial: SimulationState before round 0, made anew at each call.
-    block: a jitted block of rounds.
-    predict: class probabilities of given pool rows.
-    lower_predict: lowers predict for a compiler, of the same arguments or their shapes.
-    arguments: shapes of what a block is called with.
-    budget: memory that the plan kept to.
-  """
-
-  plan: Plan
-  devices: Devices
-  initial: Callable[[], SimulationState]
-  block: jax.stages.Wrapped
-  predict: Callable[..., np.ndarray]
-  lower_predict: Callable[..., jax.stages.Lowered]
-  arguments: tuple[Any, ...]
-  budget: planning.Budget
+from fedjax_med.core.config import ClientPrivacyConfig, Config, fingerprint, to_dict
+from fedjax_med.core.keys import base_key
+from fedjax_med.data.dataset import ClientTable, Hospitals, client_rows, client_table
+from fedjax_med.experiment.program import Program, make_program
+from fedjax_med.experiment.protection import Protection, cohort_cap, protect
+from fedjax_med.federated.algorithm import Client, Hyper, Pool, Units
+from fedjax_med.privacy.client_level import ClientLevel
+from fedjax_med.privacy.guarantees import Guarantee
+from fedjax_med.simulation.mesh import Devices, choose_devices, replicate
 
 
 class Experiment(NamedTuple):
   """One training run, ready to start: the federation itself or one of its baselines.
 
   Attributes:
-    config: the validated config.
+    config: the validated config, with what ``privacy.solve_for`` leaves open filled in.
     hospitals: the data; its test table is what every run is measured on.
     names: names of the training clients.
     clients: stacked Client records of the training clients.
-    mechanisms: privacy mechanism of each training client, or None without privacy.
-    deltas: δ of each training client (empty without privacy).
+    local: what protects the records or patients of each training client, or None.
+    central: what protects a client as a whole, or None.
     steps: [K] int64 local steps a round of each training client.
     hyper: traced hyperparameters.
     pool: all examples on the device.
@@ -90,8 +42,8 @@ class Experiment(NamedTuple):
   hospitals: Hospitals
   names: tuple[str, ...]
   clients: Client
-  mechanisms: tuple[PoissonGaussian, ...] | None
-  deltas: tuple[float, ...]
+  local: Guarantee | None
+  central: Guarantee | None
   steps: np.ndarray
   hyper: Hyper
   pool: Pool
@@ -99,273 +51,83 @@ class Experiment(NamedTuple):
   program: Program
   run_id: str
 
-
-def local_steps(config: Config, counts: np.ndarray) -> np.ndarray:
-  """[K] local steps a round: as configured, or epochs · n / batch size, at least 1."""
-  client = config.client
-  if client.num_local_steps:
-    return np.full(len(counts), client.num_local_steps, np.int64)
-  batches = client.num_local_epochs * counts / client.batch_size
-  # Without privacy an epoch ends with a partial batch; a Poisson epoch is 1/q expected draws.
-  steps = np.ceil(batches) if config.privacy.mechanism == "none" else np.round(batches)
-  return np.maximum(1, steps).astype(np.int64)
+  @property
+  def guarantees(self) -> tuple[Guarantee, ...]:
+    """What the run promises, the local guarantee first."""
+    return tuple(each for each in (self.local, self.central) if each is not None)
 
 
-def _mechanisms(
-  config: Config, counts: np.ndarray, steps: np.ndarray
-) -> tuple[tuple[PoissonGaussian, ...] | None, tuple[float, ...]]:
-  privacy = config.privacy
-  if privacy.mechanism == "none":
-    return None, ()
-  mechanisms = plan_mechanisms(
-    counts,
-    config.client.batch_size,
-    steps=steps * config.server.num_rounds,
-    clip_norm=privacy.clip_norm,
-    batch_cap=privacy.batch_cap,
-    noise_multiplier=privacy.noise_multiplier,
-    target_epsilon=privacy.target_epsilon,
-    delta=privacy.delta,
-  )
-  return mechanisms, resolve_deltas(counts, privacy.delta)
-
-
-def _run_id(config: Config, hospitals: Hospitals, rows: ClientTable, names: tuple[str, ...]) -> str:
+def _run_id(
+  config: Config, hospitals: Hospitals, names: tuple[str, ...], table: list[np.ndarray]
+) -> str:
   """Fingerprint of the trajectory: equal ids mean equal weights after equal rounds.
 
-  To rounding; bit for bit with the same layout, package versions and machine.
+  To rounding; bit for bit with the same layout, package versions and machine. ``table`` says who
+  holds what.
   """
   values: dict[str, Any] = to_dict(config)
   # Neither what is measured, nor the layout, nor where files lie changes the trajectory.
   for section, name in (("data", "path"), ("data", "cache_dir"), ("data", "strict")):
     del values[section][name]
   del values["execution"], values["eval"]
-  calibrated = config.privacy.target_epsilon > 0 and config.privacy.noise_multiplier == 0
-  if config.client.schedule == "constant" and not calibrated:
+  levels = config.privacy, config.client_privacy
+  calibrated = [p.target_epsilon > 0 and p.noise_multiplier == 0 for p in levels]
+  if config.client.schedule == "constant" and not any(calibrated):
     del values["server"]["num_rounds"]  # so that 5 rounds and 5 more equal 10
-  if not calibrated:
-    del values["privacy"]["target_epsilon"]  # a budget: it ends a run, it does not change it
+  for section, is_calibrated in zip(("privacy", "client_privacy"), calibrated, strict=True):
+    if not is_calibrated:
+      del values[section]["target_epsilon"]  # a budget: it ends a run, it does not change it
   sha = hashlib.sha256()
-  for array in (hospitals.dataset.inputs, hospitals.dataset.labels, rows.indices, rows.counts):
+  for array in (hospitals.dataset.inputs, hospitals.dataset.labels, *table):
     sha.update(np.ascontiguousarray(array).tobytes())
   return fingerprint({"config": values, "data": sha.hexdigest(), "names": names})
 
 
-def make_program(
-  config: Config,
-  dataset: Dataset,
-  *,
-  devices: Devices,
-  steps: np.ndarray,
-  max_examples: int,
-  shared_steps: int | None,
-  batch_cap: int,
-  counts: np.ndarray | None = None,
-  may_share_less: bool = False,
-) -> Program:
-  """Builds model, algorithm and compiled functions for clients of at most ``max_examples``.
+def _hyper(config: Config, protection: Protection) -> Hyper:
+  def scalars(*values: float) -> list[jax.Array]:
+    return [jnp.asarray(value, jnp.float32) for value in values]
 
-  Args:
-    config: validated config.
-    dataset: gives image shape and classes.
-    devices: where it is to run, unless ``may_share_less``.
-    steps: [K] local steps a round.
-    max_examples: slots of a client's index row.
-    shared_steps: local steps a round where all clients take the same number, else None.
-    batch_cap: slots of a truncated Poisson batch (private runs).
-    counts: examples of each client, for the microbatch; None if all hold ``max_examples``.
-    may_share_less: whether fewer devices may be taken to save memory.
-
-  Raises:
-    UserError: the rounds do not fit into the memory budget, whatever may be changed.
-  """
-  classes, private = len(dataset.class_names), config.privacy.mechanism != "none"
-  image = jax.ShapeDtypeStruct((1, *dataset.inputs.shape[1:]), jnp.float32)
-  num_clients = len(steps)
-  cohort_cap = _cohort_cap(config, num_clients)
-  cohort = cohort_cap or num_clients
-  cores = int(least(cpu_cores()))
-  loss = cross_entropy(config.client.label_smoothing)
-  client, server = config.client, config.server
-  counts = np.full(1, max_examples) if counts is None else counts
-  rates = np.minimum(1, client.batch_size / counts)
-
-  def lowering_on(devices: int) -> tuple[Lowering, str]:
-    training = max(1, min(devices, cohort) // jax.process_count())
-    return choose_lowering(config.execution.lowering, cores // training)
-
-  @functools.cache
-  def model_of(remat: bool, devices: int) -> Model:
-    return create_model(config.model, classes, lowering_on(devices)[0], remat=remat)
-
-  @functools.cache
-  def uncovered(remat: bool) -> dict[str, tuple[str, ...]]:
-    model = model_of(remat, devices.number)
-    params, state = jax.eval_shape(model.init, base_key(0), image)
-    return clipping_problems(model, params, state, image, config.model.dtype)
-
-  def train_as(choice: Choice, shared_steps: int | None) -> Callable:
-    shape = {
-      "max_examples": max_examples,
-      "normalisation": config.data.normalisation,
-      "microbatch": choice.microbatch,
-    }
-    model = model_of(choice.remat, choice.devices)
-    if private:
-      gradient = private_gradient(
-        model, loss, clipping=choice.clipping, batch_cap=batch_cap, **shape
-      )
-    else:
-      gradient = plain_gradient(model, loss, batch_size=client.batch_size, **shape)
-    return local_training(
-      gradient,
-      client_optimizer(client.optimizer, client.momentum, client.weight_decay),
-      schedule(client.schedule, server.num_rounds, client.warmup_rounds),
-      shared_steps,
-    )
-
-  def algorithm_as(choice: Choice) -> FederatedAlgorithm:
-    return create_algorithm(
-      server.algorithm,
-      train_as(choice, shared_steps),
-      server_optimizer(server.optimizer, server.momentum),
-      average=server.ema_decay > 0,
-    )
-
-  @functools.cache
-  def block_as(choice: Choice) -> jax.stages.Wrapped:
-    mesh = devices.mesh if choice.devices == devices.number else client_mesh(choice.devices)
-    run_round = make_round(
-      algorithm_as(choice),
-      num_clients=num_clients,
-      cohort_cap=cohort_cap,
-      chunk=choice.chunk,
-      mesh=mesh,
-    )
-    return make_block(run_round, num_clients, mesh)
-
-  remat = config.execution.remat == "blocks"
-  clipping, clipping_reason = "none", None
-  if private:
-    clipping, clipping_reason = resolve_method(config.privacy.clipping, uncovered(remat))
-
-  first = Choice(devices.number, 1, 0, remat, clipping)
-
-  def initial(seed: Any) -> SimulationState:
-    key = key_for(base_key(seed), Stream.INIT)
-    params, state = model_of(False, devices.number).init(key, jnp.zeros(image.shape, image.dtype))
-    return init_state(algorithm_as(first), params, state, num_clients)
-
-  seed = np.int32(config.seed)
-  arguments = planning.block_arguments(lambda: initial(seed), num_clients, max_examples, dataset)
-  subject = planning.Subject(
-    cohort=cohort,
-    steps=steps,
-    counts=counts,
-    rates=rates,
-    batch=batch_cap if private else client.batch_size,
-    # Products hold patches, native convolutions do not: the most that either needs.
-    model=planning.footprint(create_model(config.model, classes, "matmul", remat=remat), image),
-    arguments=arguments,
-    may_remat=has_remat(config.model, classes),
-    may_share_less=may_share_less,
-    uncovered=uncovered,
-  )
-
-  def time_chunk(choice: Choice) -> float:
-    return planning.time_steps(
-      train_as(choice, None),
-      model_of(remat, choice.devices),
-      image,
-      choice.chunk,
-      max_examples=max_examples,
-      num_examples=int(np.median(counts)),
-      rate=float(np.median(rates)),
-    )
-
-  budget = planning.memory_budget(config.execution.memory_gib)
-  layout, choice, reasons = planning.decide(config, subject, first, budget, block_as, time_chunk)
-  if choice.devices < devices.number:
-    devices = Devices(
-      choice.devices,
-      client_mesh(choice.devices),
-      f"devices {choice.devices}: {devices.number} exceed the memory",
-    )
-  mesh = devices.mesh
-  initial = jax.jit(initial) if mesh is None else jax.jit(initial, out_shardings=replicated(mesh))
-  lowering, lowering_reason = lowering_on(choice.devices)
-  rate = 1.0 if cohort_cap is None else server.participation_rate
-  padding_reason = describe_padding(steps, choice.chunk, devices.number, rate)
-  reasons = [devices.reason, *reasons, padding_reason, lowering_reason]
-  if clipping_reason is not None:
-    same = choice.clipping == clipping
-    reasons.append(f"clipping {choice.clipping}: {clipping_reason if same else 'to save memory'}")
-  return Program(
-    Plan(
-      layout,
-      choice.chunk,
-      devices.number,
-      lowering,
-      choice.clipping,
-      choice.microbatch,
-      choice.remat,
-      config.model.dtype,
-      tuple(reasons),
-    ),
-    devices,
-    lambda: initial(seed),
-    block_as(choice),
-    *make_predict(
-      model_of(False, choice.devices),
-      batch_size=config.eval.batch_size,
-      normalisation=config.data.normalisation,
-      mesh=mesh,
-    ),
-    arguments,
-    budget,
-  )
-
-
-def _cohort_cap(config: Config, num_clients: int) -> int | None:
-  """Most clients of a Poisson cohort (expected + 5 standard deviations), None for all clients."""
-  if config.server.participation == "full":
-    return None
-  return min(num_clients, batch_size_bound(num_clients, config.server.participation_rate, 5))
-
-
-def _hyper(config: Config) -> Hyper:
-  return Hyper(
-    *(
-      jnp.asarray(value, jnp.float32)
-      for value in (
-        config.client.learning_rate,
-        config.server.learning_rate,
-        config.server.proximal_weight,
-        config.privacy.clip_norm,
-        config.server.ema_decay,
-        config.server.participation_rate,
+  level = None
+  if protection.central is not None:
+    (mechanism,) = protection.central.mechanisms
+    client = config.client_privacy
+    level = ClientLevel(
+      *scalars(
+        protection.update_noise,
+        mechanism.expected_batch_size,
+        protection.count_noise,
+        client.quantile,
+        client.clip_learning_rate if client.clipping == "adaptive" else 0.0,
       )
     )
+  values = scalars(
+    config.client.learning_rate,
+    config.server.learning_rate,
+    config.server.proximal_weight,
+    config.privacy.clip_norm,
+    config.server.ema_decay,
+    config.server.participation_rate,
   )
+  return Hyper(*values, client_level=level)
 
 
 def _stack_clients(
-  config: Config,
-  rows: ClientTable,
-  numbers: np.ndarray,
-  steps: np.ndarray,
-  mechanisms: tuple[PoissonGaussian, ...] | None,
+  config: Config, rows: ClientTable, numbers: np.ndarray, protection: Protection
 ) -> Client:
   num_clients = len(rows.counts)
   weights = rows.counts if config.server.weighting == "examples" else np.ones(num_clients)
-  private = mechanisms or ()
+  private = protection.local.mechanisms if protection.local else ()
   absent = [0.0] * (0 if private else num_clients)
+  table = protection.units
+  units = None
+  if table is not None:
+    units = Units(*(jnp.asarray(x, jnp.int32) for x in (table.starts, table.sizes, table.counts)))
   return Client(
     number=jnp.asarray(numbers, jnp.int32),
     indices=jnp.asarray(rows.indices, jnp.int32),
     num_examples=jnp.asarray(rows.counts, jnp.int32),
     weight=jnp.asarray(weights / weights.sum(), jnp.float32),
-    num_steps=jnp.asarray(steps, jnp.int32),
+    num_steps=jnp.asarray(protection.steps, jnp.int32),
     sampling_probability=jnp.asarray(
       [m.sampling_probability for m in private] or absent, jnp.float32
     ),
@@ -373,18 +135,17 @@ def _stack_clients(
       [m.expected_batch_size for m in private] or absent, jnp.float32
     ),
     noise_multiplier=jnp.asarray([m.noise_multiplier for m in private] or absent, jnp.float32),
+    units=units,
   )
 
 
 def build(config: Config, hospitals: Hospitals) -> Experiment:
   """The federation itself: every hospital is a client."""
-  counts = hospitals.train.counts.astype(np.int64)
-  numbers = np.arange(len(counts))
-  steps = local_steps(config, counts)
-  cohort = _cohort_cap(config, len(counts)) or len(counts)
+  num_clients = len(hospitals.names)
+  cohort = cohort_cap(config, num_clients) or num_clients
   devices = choose_devices(config.execution.devices, cohort)
   names, table = hospitals.names, hospitals.train
-  return _assemble(config, hospitals, names, table, numbers, steps, None, devices)
+  return _assemble(config, hospitals, names, table, np.arange(num_clients), None, None, devices)
 
 
 def _assemble(
@@ -393,12 +154,14 @@ def _assemble(
   names: tuple[str, ...],
   rows: ClientTable,
   numbers: np.ndarray,
-  steps: np.ndarray,
+  steps: np.ndarray | None,  # None: as configured
   pool: Pool | None,  # None: it is to be made, on as many devices as the plan finds best
   devices: Devices,
 ) -> Experiment:
-  mechanisms, deltas = _mechanisms(config, rows.counts.astype(np.int64), steps)
-  run_id = _run_id(config, hospitals, rows, names)
+  protection = protect(config, names, rows, hospitals.split.units, steps)
+  config, steps, units = protection.config, protection.steps, protection.units
+  rows = rows if units is None else units.rows
+  run_id = _run_id(config, hospitals, names, _tables(rows, protection))
   cpu = jax.default_backend() == "cpu" and jax.process_count() == 1
   dataset = hospitals.dataset
   program = make_program(
@@ -408,8 +171,10 @@ def _assemble(
     steps=steps,
     max_examples=rows.indices.shape[1],
     shared_steps=int(steps[0]) if (steps == steps[0]).all() else None,
-    batch_cap=_batch_cap(mechanisms),
-    counts=rows.counts.astype(np.int64),
+    batch_cap=_batch_cap(protection.local),
+    counts=(rows.counts if units is None else units.counts).astype(np.int64),
+    max_units=0 if units is None else units.starts.shape[1],
+    rows_per_unit=protection.rows_per_unit,
     # The devices of a CPU share its memory; fewer would save an accelerator nothing.
     may_share_less=pool is None and cpu and config.execution.devices == 0,
   )
@@ -420,16 +185,21 @@ def _assemble(
     config,
     hospitals,
     names,
-    replicate(_stack_clients(config, rows, numbers, steps, mechanisms), mesh),
-    mechanisms,
-    deltas,
+    replicate(_stack_clients(config, rows, numbers, protection), mesh),
+    protection.local,
+    protection.central,
     steps,
-    replicate(_hyper(config), mesh),
+    replicate(_hyper(config, protection), mesh),
     pool,
     replicate(_run_key(config, run_id), mesh),
     program,
     run_id,
   )
+
+
+def _tables(rows: ClientTable, protection: Protection) -> list[np.ndarray]:
+  units = protection.units
+  return [rows.indices, rows.counts, *([] if units is None else [units.starts, units.sizes])]
 
 
 def _run_key(config: Config, run_id: str) -> jax.Array:
@@ -439,21 +209,21 @@ def _run_key(config: Config, run_id: str) -> jax.Array:
   neither two configurations with the default seed, nor a federation and its baselines.
   """
   key = base_key(config.seed)
-  if config.privacy.mechanism == "none":
+  if config.privacy.mechanism == "none" and config.client_privacy.mechanism == "none":
     return key
   return jax.random.fold_in(key, int(run_id[:8], 16))
 
 
-def _batch_cap(mechanisms: tuple[PoissonGaussian, ...] | None) -> int:
-  return max((mechanism.batch_cap for mechanism in mechanisms or ()), default=0)
+def _batch_cap(local: Guarantee | None) -> int:
+  return max((mechanism.batch_cap for mechanism in local.mechanisms), default=0) if local else 0
 
 
 def _baseline_config(config: Config) -> Config:
-  """A single client needs no server optimiser and takes part in every round."""
+  """A single client needs no server optimiser, no noise of a server, and is in every round."""
   server = dataclasses.replace(
     config.server, optimizer="sgd", learning_rate=1.0, participation="full", proximal_weight=0.0
   )
-  return dataclasses.replace(config, server=server)
+  return dataclasses.replace(config, server=server, client_privacy=ClientPrivacyConfig())
 
 
 def _for_one_client(federation: Experiment) -> tuple[Pool, Devices]:
@@ -478,9 +248,12 @@ def pooled(federation: Experiment) -> Experiment:
 def alone(federation: Experiment) -> list[Experiment]:
   """Each hospital by itself, with the same steps and ε; all share one compiled program."""
   hospitals, config = federation.hospitals, _baseline_config(federation.config)
-  table = hospitals.train
+  names = hospitals.names
   pool, devices = _for_one_client(federation)
   put = functools.partial(replicate, mesh=devices.mesh)
+  protection = protect(config, names, hospitals.train, hospitals.split.units, federation.steps)
+  units = protection.units
+  table = hospitals.train if units is None else units.rows
   program = make_program(
     config,
     hospitals.dataset,
@@ -488,27 +261,32 @@ def alone(federation: Experiment) -> list[Experiment]:
     steps=federation.steps.max(keepdims=True),
     max_examples=table.indices.shape[1],
     shared_steps=None,
-    batch_cap=_batch_cap(federation.mechanisms),
-    counts=table.counts.astype(np.int64),
+    batch_cap=_batch_cap(federation.local),
+    counts=(table.counts if units is None else units.counts).astype(np.int64),
+    max_units=0 if units is None else units.starts.shape[1],
+    rows_per_unit=protection.rows_per_unit,
   )
 
   def run(k: int) -> Experiment:
-    clients = jax.tree.map(lambda leaf: np.asarray(leaf)[k : k + 1], federation.clients)
-    rows = ClientTable(table.indices[k : k + 1], table.counts[k : k + 1])
-    names = (hospitals.names[k],)
-    run_id = _run_id(config, hospitals, rows, names)
+    def only(leaf: Any) -> np.ndarray:
+      return np.asarray(leaf)[k : k + 1]
+
+    clients = jax.tree.map(only, federation.clients)
+    rows = _tables(table, protection)
+    run_id = _run_id(config, hospitals, names[k : k + 1], [array[k : k + 1] for array in rows])
+    local = federation.local
     return federation._replace(
       config=config,
-      names=names,
+      names=names[k : k + 1],
       clients=put(clients._replace(weight=np.ones(1, np.float32))),
-      mechanisms=federation.mechanisms and federation.mechanisms[k : k + 1],
-      deltas=federation.deltas[k : k + 1],
+      local=local and local.only(k),
+      central=None,
       steps=federation.steps[k : k + 1],
-      hyper=put(_hyper(config)),
+      hyper=put(_hyper(config, protection)),
       pool=pool,
       key=put(_run_key(config, run_id)),
       program=program,
       run_id=run_id,
     )
 
-  return [run(k) for k in range(len(hospitals.names))]
+  return [run(k) for k in range(len(names))]

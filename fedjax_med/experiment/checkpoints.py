@@ -36,13 +36,15 @@ def open_checkpoints(workdir: pathlib.Path) -> Iterator[ocp.CheckpointManager]:
     yield manager
 
 
-def save(manager: ocp.CheckpointManager, state: SimulationState, run_id: str) -> None:
+def save(
+  manager: ocp.CheckpointManager, state: SimulationState, run_id: str, ledger: str | None
+) -> None:
   """Starts saving ``state`` under its round number; the run goes on meanwhile.
 
-  The privacy ledger's step counts are part of the state, so weights and ledger cannot drift apart.
+  ``ledger`` is the head of the privacy ledger by then: a ledger that lacks it is not this run's.
   """
   host = jax.device_get(state)
-  meta = {"run_id": run_id, "digest": digest(host)}
+  meta = {"run_id": run_id, "digest": digest(host), "ledger": ledger}
   manager.save(
     int(host.server.round),
     args=ocp.args.Composite(
@@ -53,8 +55,8 @@ def save(manager: ocp.CheckpointManager, state: SimulationState, run_id: str) ->
 
 def restore(
   manager: ocp.CheckpointManager, like: SimulationState, run_id: str
-) -> SimulationState | None:
-  """The newest checkpoint, or None where there is none.
+) -> tuple[SimulationState | None, str | None]:
+  """The newest checkpoint (None where there is none) and the ledger's head it was saved after.
 
   Args:
     manager: from ``open_checkpoints``.
@@ -66,7 +68,7 @@ def restore(
   """
   step = manager.latest_step()
   if step is None:
-    return None
+    return None, None
   folder = pathlib.Path(manager.directory) / str(step)
   remedy = f"delete {folder} to go on from the checkpoint before it, or use another --workdir"
   try:
@@ -94,4 +96,4 @@ def restore(
     f"checkpoint {folder} was altered: its contents do not match their digest",
     remedy,
   )
-  return jax.tree.map(jax.numpy.asarray, state)
+  return jax.tree.map(jax.numpy.asarray, state), meta.get("ledger")

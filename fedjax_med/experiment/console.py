@@ -20,6 +20,7 @@ from rich.table import Table
 from fedjax_med.experiment.build import Experiment
 from fedjax_med.experiment.loop import Listener, LogPoint, Outcome
 from fedjax_med.experiment.processes import is_first
+from fedjax_med.privacy.guarantees import UNITS
 
 MOST_ROWS = 20  # hospitals in a table on the terminal; files and report hold all of them
 
@@ -45,6 +46,7 @@ def describe(
   experiment: Experiment,
   rounds: int,
   planned: tuple[float, ...],
+  client_epsilon: float | None,
   num_parameters: int,
 ) -> None:
   """Prints what will run: data, hospitals, model, plan, and the ε spent after ``rounds`` rounds."""
@@ -74,14 +76,22 @@ def describe(
   for reason in experiment.program.plan.reasons:
     console.print(f"  plan: {reason}")
   console.print(_hospital_table(experiment, planned))
-  if experiment.mechanisms:
-    total = config.server.num_rounds
-    end = "" if rounds == total else f"; the budget stops the run before round {rounds + 1}"
+  total = config.server.num_rounds
+  end = "" if rounds == total else f"; the budget stops the run before round {rounds + 1}"
+  if experiment.local:
     console.print(
-      f"Privacy: one image of one hospital, zero-out adjacency, DP-SGD; {rounds} of {total} rounds"
-      f" would spend ε = {max(planned):.3f} at the worst hospital{end}"
+      f"Privacy of {UNITS[experiment.local.unit].protects}, zero-out adjacency, DP-SGD:"
+      f" {rounds} of {total} rounds would spend ε = {max(planned):.3f} at the worst hospital{end}"
     )
-  else:
+  if experiment.central:
+    (mechanism,) = experiment.central.mechanisms
+    console.print(
+      f"Privacy of {UNITS['client'].protects}, with a trusted server, DP-FedAvg:"
+      f" q {mechanism.sampling_probability:g}, σ {mechanism.noise_multiplier:.3f}, clip norm"
+      f" {mechanism.clip_norm:g}, δ {experiment.central.deltas[0]:.1e}; {rounds} of {total} rounds"
+      f" would spend ε = {client_epsilon:.3f}{end}"
+    )
+  if not experiment.guarantees:
     console.print("Privacy: none (privacy.mechanism=none)")
 
 
@@ -90,16 +100,20 @@ def _hospital_table(experiment: Experiment, planned: tuple[float, ...]) -> Table
   table = Table(title="Who trains", title_justify="left")
   table.add_column("hospital")
   columns = ["train", "test", "steps/round"]
-  columns += ["q", "batch cap", "σ", "δ", "ε planned"] if experiment.mechanisms else []
+  local = experiment.local
+  if local and local.unit == "patient":
+    columns.append("patients")
+  columns += ["q", "batch cap", "σ", "δ", "ε planned"] if local else []
   for column in columns:
     table.add_column(column, justify="right")
   for k, name in enumerate(hospitals.names[:MOST_ROWS]):
     row = [name, str(hospitals.train.counts[k]), str(hospitals.test.counts[k])]
     row.append(str(experiment.steps[k]))
-    if experiment.mechanisms:
-      mechanism = experiment.mechanisms[k]
+    if local:
+      mechanism = local.mechanisms[k]
+      row += [str(mechanism.num_units)] if local.unit == "patient" else []
       row += [f"{mechanism.sampling_probability:.4f}", str(mechanism.batch_cap)]
-      row += [f"{mechanism.noise_multiplier:.3f}", f"{experiment.deltas[k]:.1e}"]
+      row += [f"{mechanism.noise_multiplier:.3f}", f"{local.deltas[k]:.1e}"]
       row.append(f"{planned[k]:.3f}")
     table.add_row(*row)
   _add_rest(table, len(hospitals.names))
@@ -120,6 +134,8 @@ def progress(console: Console, name: str, num_rounds: int) -> Iterator[Listener]
     parts = [f"accuracy {number(point.test['accuracy'])}", f"AUROC {number(point.test['auroc'])}"]
     if point.epsilons:
       parts.append(f"ε {max(point.epsilons):.3f}")
+    if point.client_epsilon is not None:
+      parts.append(f"ε of a hospital {point.client_epsilon:.3f}")
     return "  ".join(parts)
 
   def time_left(done: int) -> str:

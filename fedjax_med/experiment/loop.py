@@ -16,8 +16,12 @@ from fedjax_med.data.dataset import client_rows
 from fedjax_med.experiment import checkpoints
 from fedjax_med.experiment import workdir as files
 from fedjax_med.experiment.build import Experiment
+from fedjax_med.experiment.processes import is_first
 from fedjax_med.federated.algorithm import RoundMetrics, Tree
-from fedjax_med.privacy.accounting import affordable_steps, epsilon, privacy_report
+from fedjax_med.privacy import ledger
+from fedjax_med.privacy.calibration import affordable_steps
+from fedjax_med.privacy.guarantees import NO_PRIVACY, Guarantee, privacy_record
+from fedjax_med.privacy.guarantees import spent as epsilons_of
 from fedjax_med.simulation.mesh import replicate, replicated
 from fedjax_med.simulation.rounds import NEVER, BlockMetrics, SimulationState
 
@@ -28,9 +32,10 @@ class LogPoint(NamedTuple):
   Attributes:
     rounds: finished rounds.
     test: metrics on the whole test set.
-    clients: the same for each hospital's test set, with its ε where it trained privately.
+    clients: the same for each hospital's test set, with its ε where its records are protected.
     probabilities: [n_test, classes] of the test examples, in the order of ``evaluation_rows``.
-    epsilons: ε spent by each training client (empty without privacy).
+    epsilons: ε of each training client's records or patients (empty where none protects them).
+    client_epsilon: ε of whole hospitals, None where none protects them.
   """
 
   rounds: int
@@ -38,6 +43,7 @@ class LogPoint(NamedTuple):
   clients: list[dict[str, Any]]
   probabilities: np.ndarray
   epsilons: tuple[float, ...]
+  client_epsilon: float | None
 
 
 class Outcome(NamedTuple):
@@ -69,38 +75,62 @@ def evaluated_params(state: SimulationState) -> Tree:
   return state.server.average or state.server.params
 
 
-def spent(experiment: Experiment, steps: np.ndarray) -> tuple[float, ...]:
-  """ε of each training client after ``steps`` local steps; empty without privacy."""
-  return tuple(
-    epsilon(mechanism, int(count), delta)
-    for mechanism, count, delta in zip(
-      experiment.mechanisms or (), steps, experiment.deltas, strict=False
-    )
+def releases(experiment: Experiment, rounds: int, steps: np.ndarray) -> list[list[int]]:
+  """What was executed by each party of each guarantee after ``rounds`` and ``steps`` [K]."""
+  return [
+    [rounds] if guarantee is experiment.central else [int(count) for count in steps]
+    for guarantee in experiment.guarantees
+  ]
+
+
+def spent(
+  experiment: Experiment, rounds: int, steps: np.ndarray
+) -> tuple[tuple[float, ...], float | None]:
+  """ε of each training client after ``steps`` local steps (empty without), and of whole clients."""
+  local, central = experiment.local, experiment.central
+  return (
+    epsilons_of(local, steps) if local else (),
+    epsilons_of(central, [rounds])[0] if central else None,
   )
 
 
-def privacy_record(experiment: Experiment, steps: np.ndarray) -> dict[str, Any]:
-  """What privacy.json says after ``steps`` [K] executed local steps."""
-  if not experiment.mechanisms:
-    return {"mechanism": "none", "epsilon_max": None, "hospitals": []}
-  counts = [int(count) for count in steps]
-  return privacy_report(experiment.names, experiment.mechanisms, counts, experiment.deltas)
-
-
-def affordable(experiment: Experiment) -> np.ndarray | None:
-  """[K] steps each client can take within the ε budget, or None where there is no budget.
+def affordable_rounds(experiment: Experiment, steps: np.ndarray, done: int) -> float:
+  """Rounds still allowed by the ε budgets after ``steps`` [K]; infinite where there is none.
 
   A calibrated run has its budget built into σ; a given σ with a target ε is a budget.
   """
-  privacy = experiment.config.privacy
-  if not experiment.mechanisms or not (privacy.noise_multiplier and privacy.target_epsilon):
+  left = [math.inf]
+  config = experiment.config
+  if experiment.local and config.privacy.noise_multiplier and config.privacy.target_epsilon:
+    allowed = _affordable(experiment.local, config.privacy.target_epsilon)
+    left.append(int(((allowed - np.asarray(steps)) // experiment.steps).min()))
+  client = config.client_privacy
+  if experiment.central and client.noise_multiplier and client.target_epsilon:
+    left.append(int(_affordable(experiment.central, client.target_epsilon)[0]) - done)
+  return min(left)
+
+
+def _affordable(guarantee: Guarantee, budget: float) -> np.ndarray:
+  rows = zip(guarantee.mechanisms, guarantee.deltas, strict=True)
+  return np.array([affordable_steps(mechanism, delta, budget) for mechanism, delta in rows])
+
+
+def _write_privacy(
+  experiment: Experiment, folder: pathlib.Path, rounds: int, steps: np.ndarray
+) -> str | None:
+  """Brings ledger and privacy.json up to ``rounds``; returns the ledger's head, None without one.
+
+  privacy.json says what the ledger says: of a resumed run also the rounds that it does again.
+  """
+  if not is_first():
     return None
-  return np.array(
-    [
-      affordable_steps(mechanism, delta, privacy.target_epsilon)
-      for mechanism, delta in zip(experiment.mechanisms, experiment.deltas, strict=True)
-    ]
-  )
+  if not experiment.guarantees:
+    files.write_json(folder / "privacy.json", NO_PRIVACY)
+    return None
+  book = ledger.record(folder, rounds, releases(experiment, rounds, steps))
+  record = privacy_record(experiment.guarantees, book.counts)
+  files.write_json(folder / "privacy.json", {**record, "ledger": book.head})
+  return book.head
 
 
 def observe(experiment: Experiment, state: SimulationState) -> LogPoint:
@@ -122,7 +152,7 @@ def observe(experiment: Experiment, state: SimulationState) -> LogPoint:
     f"lower client.learning_rate={config.client.learning_rate:g}"
     f" or server.learning_rate={config.server.learning_rate:g}",
   )
-  epsilons = spent(experiment, np.asarray(state.steps))
+  epsilons, client_epsilon = spent(experiment, rounds, np.asarray(state.steps))
   by_name = dict(zip(experiment.names, epsilons, strict=False))
   ends = np.cumsum(experiment.hospitals.test.counts)
   clients = []
@@ -135,7 +165,7 @@ def observe(experiment: Experiment, state: SimulationState) -> LogPoint:
     line = {"name": name, **classification_metrics(part, part_labels)}
     clients.append({**line, "epsilon": by_name.get(name)} if by_name else line)
   test = classification_metrics(probabilities, labels)
-  return LogPoint(rounds, test, clients, probabilities, epsilons)
+  return LogPoint(rounds, test, clients, probabilities, epsilons, client_epsilon)
 
 
 def _train_line(experiment: Experiment, metrics: BlockMetrics) -> dict[str, Any]:
@@ -150,10 +180,10 @@ def _train_line(experiment: Experiment, metrics: BlockMetrics) -> dict[str, Any]
     if not math.isfinite(line["loss"]):
       line["loss"] = None
     line |= {"accuracy": float(part.correct) / examples, "steps": int(part.steps)}
-    if experiment.mechanisms:
-      norm = float(part.norm) / examples
+    if experiment.local:
+      norm = float(part.norm) / float(part.units)
       line["mean_gradient_norm"] = norm if math.isfinite(norm) else None
-      line["clipped_fraction"] = float(part.clipped) / examples
+      line["clipped_fraction"] = float(part.clipped) / float(part.units)
     return line
 
   total = RoundMetrics(*(np.sum(leaf) for leaf in sums))
@@ -234,11 +264,9 @@ def train_rounds(
   """
   config, program = experiment.config, experiment.program
   compiling = compiling or start_compiling(experiment)
-  allowance = affordable(experiment)
-
   with checkpoints.open_checkpoints(folder) as manager:
     shapes = jax.eval_shape(program.initial)
-    restored = checkpoints.restore(manager, shapes, experiment.run_id)
+    restored, head = checkpoints.restore(manager, shapes, experiment.run_id)
     mesh = program.devices.mesh
     state = program.initial() if restored is None else replicate(restored, mesh)
     saved = None if restored is None else int(state.server.round)
@@ -247,15 +275,21 @@ def train_rounds(
       f"server.num_rounds={config.server.num_rounds} is under the {saved} rounds done in {folder}",
       "ask for at least as many, or use another --workdir",
     )
+    if experiment.guarantees and is_first():
+      book = ledger.start(folder, experiment.run_id, experiment.guarantees)
+      if saved is not None:
+        ledger.require_covers(book, folder, head)
     files.keep_metrics_to(folder, -1 if saved is None else saved)
 
     seconds = {"compile": compiling()}
     started = time.monotonic()
 
-    def log(state: SimulationState, train: dict[str, Any] | None) -> LogPoint:
+    def log(state: SimulationState, train: dict[str, Any] | None) -> tuple[LogPoint, str | None]:
+      """Writes a log point; returns it and the head of the ledger."""
       point = observe(experiment, state)
       common = {
-        "epsilon_max": max(point.epsilons, default=None),
+        "epsilon_max": max(point.epsilons, default=point.client_epsilon),
+        **({"client_epsilon": point.client_epsilon} if experiment.central else {}),
         "seconds": round(time.monotonic() - started, 3),
       }
       place = {"round": point.rounds, "split": "test"}
@@ -263,26 +297,25 @@ def train_rounds(
       if train is not None:
         lines.append({**place, "split": "train", **train, **common})
       # Before the log line and the checkpoint: what is on disk never understates ε.
-      files.write_json(folder / "privacy.json", privacy_record(experiment, np.asarray(state.steps)))
+      head = _write_privacy(experiment, folder, point.rounds, np.asarray(state.steps))
       if train is not None or saved is None:
         files.append_metrics(folder, lines)
       listen(point)
-      return point
+      return point, head
 
     stopped = "completed"
-    point = log(state, None)
+    point, head = log(state, None)
     while (done := point.rounds) < config.server.num_rounds:
       length = min(config.eval.every - done % config.eval.every, config.server.num_rounds - done)
-      if allowance is not None:
-        left = int(((allowance - np.asarray(state.steps)) // experiment.steps).min())
-        if left <= 0:
-          stopped = "budget"
-          break
-        length = min(length, left)
+      left = affordable_rounds(experiment, np.asarray(state.steps), done)
+      if left <= 0:
+        stopped = "budget"
+        break
+      length = int(min(length, left))
       state, metrics = program.block(state, *block_arguments(experiment, length))
       _require_finite(experiment, metrics, saved)
-      point = log(state, _train_line(experiment, metrics))
-      checkpoints.save(manager, state, experiment.run_id)
+      point, head = log(state, _train_line(experiment, metrics))
+      checkpoints.save(manager, state, experiment.run_id, head)
       saved = point.rounds
 
   seconds["train"] = time.monotonic() - started

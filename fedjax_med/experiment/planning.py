@@ -15,8 +15,9 @@ import numpy as np
 from fedjax_med.core.config import Config, fingerprint, to_dict
 from fedjax_med.core.keys import base_key
 from fedjax_med.experiment.processes import least
-from fedjax_med.federated.algorithm import Client, Hyper, Pool
+from fedjax_med.federated.algorithm import Client, Hyper, Pool, Units
 from fedjax_med.models.model import Model
+from fedjax_med.privacy.client_level import ClientLevel
 from fedjax_med.simulation.cohort import load
 from fedjax_med.simulation.mesh import cpu_cores
 from fedjax_med.simulation.plan import (
@@ -145,7 +146,12 @@ def rough_bytes(choice: Choice, model: Footprint, num_clients: int, data: int) -
 
 
 def block_arguments(
-  initial: Callable[[], Any], num_clients: int, max_examples: int, pool: Any
+  initial: Callable[[], Any],
+  num_clients: int,
+  max_examples: int,
+  pool: Any,
+  max_units: int = 0,
+  client_level: bool = False,
 ) -> tuple[Any, ...]:
   """Shapes of what ``block`` is called with; ``pool`` has inputs and labels."""
   shape: Any = jax.ShapeDtypeStruct  # stands in for an array
@@ -154,8 +160,13 @@ def block_arguments(
   clients = Client(
     number, shape((num_clients, max_examples), jnp.int32), number, real, number, real, real, real
   )
+  if max_units:
+    table = shape((num_clients, max_units), jnp.int32)
+    clients = clients._replace(units=Units(table, table, number))
   data = Pool(*(shape(part.shape, part.dtype) for part in (pool.inputs, pool.labels)))
-  hyper = Hyper(*(shape((), jnp.float32) for _ in Hyper._fields))
+  scalar = shape((), jnp.float32)
+  level = ClientLevel(*(scalar for _ in ClientLevel._fields)) if client_level else None
+  hyper = Hyper(*(scalar for _ in Hyper._fields[:-1]), client_level=level)
   key = jax.eval_shape(lambda: base_key(0))
   return jax.eval_shape(initial), clients, data, hyper, key, shape((), jnp.int32)
 
@@ -264,6 +275,8 @@ def time_steps(
   max_examples: int,
   num_examples: int,
   rate: float,
+  max_units: int = 0,
+  rows_per_unit: int = 1,
   clock: Callable[[], float] = time.perf_counter,
 ) -> float:
   """Seconds of one local step of one of ``chunk`` clients, on zeros and a key of its own.
@@ -278,6 +291,8 @@ def time_steps(
     max_examples: slots of an index row.
     num_examples: n of each client.
     rate: q of each client.
+    max_units: slots of a client's table of units that hold several rows; 0 without such.
+    rows_per_unit: rows of such a unit.
     clock: seconds.
   """
 
@@ -299,6 +314,10 @@ def time_steps(
     expected_batch_size=each * (rate * num_examples),
     noise_multiplier=each,
   )
+  if max_units:
+    table = jnp.zeros((chunk, max_units), jnp.int32)
+    units = Units(table, table + rows_per_unit, clients.num_examples)
+    clients = clients._replace(units=units)
 
   @jax.jit
   def run(params, state, pool, clients):  # as arguments: zeros that are constants would fold
@@ -329,6 +348,7 @@ class Subject(NamedTuple):
     counts: [K] examples of each client, or fewer where they are alike.
     rates: its sampling probability, as many.
     batch: slots of a batch.
+    rows_per_unit: images in a slot.
     model: sizes of the model.
     arguments: shapes of what a block is called with.
     may_remat: whether the network has blocks to compute again.
@@ -341,6 +361,7 @@ class Subject(NamedTuple):
   counts: np.ndarray
   rates: np.ndarray
   batch: int
+  rows_per_unit: int
   model: Footprint
   arguments: tuple[Any, ...]
   may_remat: bool
@@ -413,6 +434,7 @@ def decide(
       "lowering": execution.lowering,
       "devices": devices,
       "cores": cpu_cores(),
+      "rows": subject.rows_per_unit,
       "examples": [int(np.median(subject.counts)), subject.arguments[1].indices.shape[1]],
       "cohort": subject.cohort,
     }

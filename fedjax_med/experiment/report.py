@@ -14,6 +14,7 @@ import numpy as np
 from fedjax_med.core.errors import UserError, require
 from fedjax_med.core.metrics import METRICS
 from fedjax_med.experiment import figures
+from fedjax_med.privacy.statement import ASSUMPTIONS, audit_sentence, tuning_costs, write_out
 
 # The shape a file must have: {key: shape}, [shape of every element] or an isinstance type.
 NUMBER = int | float | None
@@ -42,14 +43,16 @@ SHAPES: dict[str, Any] = {
   },
   "timing.json": {"compile": NUMBER, "train": NUMBER, "total": NUMBER},
 }  # fmt: skip
-PRIVATE = {
-  "unit": str, "adjacency": str, "accountant": dict, "not_covered": [str],
-  "hospitals": [
+GUARANTEE = {
+  "unit": str, "protects": str, "adjacency": str, "mechanism": str, "holds_against": [str],
+  "not_against": [str], "accountant": dict, "epsilon_max": NUMBER,
+  "parties": [
     {"name": str, "n": int, "sampling_probability": NUMBER, "batch_cap": int,
      "noise_multiplier": NUMBER, "clip_norm": NUMBER, "steps": int, "delta": NUMBER,
      "epsilon": NUMBER},
   ],
 }  # fmt: skip
+PRIVATE = {"guarantees": [GUARANTEE], "not_covered": [str], "ledger": str}
 LINES = {
   "test": {"round": int, "epsilon_max": NUMBER, "clients": [CLIENT], **VALUES},
   "train": {"round": int, "loss": NUMBER},
@@ -79,7 +82,7 @@ def write_report(workdir: pathlib.Path) -> pathlib.Path:
     **run,
     "images": _draw(workdir, run),
     "rows": _rows(run),
-    "delta_max": max((h["delta"] for h in run["privacy"].get("hospitals", [])), default=None),
+    "statement": _statement(workdir, run),
     "stopped": STOPPED.get(run["summary"]["stopped"], run["summary"]["stopped"]),
     "max_bars": figures.MAX_BARS,
   }
@@ -143,8 +146,9 @@ def load(workdir: pathlib.Path) -> dict[str, Any]:
   )
   names = [hospital["name"] for hospital in held["hospitals"]]
   _same_hospitals(names, run["summary"]["clients"], workdir / "summary.json")
-  if run["privacy"]["mechanism"] != "none":
-    _same_hospitals(names, run["privacy"]["hospitals"], workdir / "privacy.json")
+  for guarantee in run["privacy"].get("guarantees", []):
+    if guarantee["unit"] != "client":
+      _same_hospitals(names, guarantee["parties"], workdir / "privacy.json")
   if baselines is not None:
     _same_hospitals(names, baselines["alone"], workdir / "baselines.json")
     curves = [row["curve"] for row in (baselines["pooled"], *baselines["alone"])]
@@ -224,10 +228,36 @@ def _draw(workdir: pathlib.Path, run: dict[str, Any]) -> dict[str, dict[str, Any
   return images
 
 
+def _statement(workdir: pathlib.Path, run: dict[str, Any]) -> dict[str, Any]:
+  """What the section on privacy shows beside privacy.json."""
+  audit = _read(workdir / "audit.json") if (workdir / "audit.json").exists() else None
+  return {
+    "assumptions": ASSUMPTIONS,
+    "audit": audit_sentence(audit),
+    "tuning": [tuning_costs(guarantee) for guarantee in run["privacy"].get("guarantees", [])],
+  }
+
+
+def write_statement(workdir: pathlib.Path) -> pathlib.Path:
+  """Writes WORKDIR/privacy_statement.md from privacy.json, and audit.json if there is one.
+
+  Raises:
+    UserError: a file is missing or is not what a run writes.
+  """
+  record, config = _read(workdir / "privacy.json"), _read(workdir / "config.json")
+  if record["mechanism"] != "none":
+    _check(record, PRIVATE, workdir / "privacy.json")
+  audit = _read(workdir / "audit.json") if (workdir / "audit.json").exists() else None
+  path = workdir / "privacy_statement.md"
+  path.write_text(write_out(record, config["run_id"], audit), encoding="utf-8")
+  return path
+
+
 def _rows(run: dict[str, Any]) -> list[dict[str, Any]]:
   """Everything known of each hospital in one record, in the order of hospitals.json."""
   count = len(run["hospitals"]["hospitals"])
-  privacy = run["privacy"].get("hospitals") or [None] * count
+  local = [g["parties"] for g in run["privacy"].get("guarantees", []) if g["unit"] != "client"]
+  privacy = local[0] if local else [None] * count
   alone = run["baselines"]["alone"] if run["baselines"] else [None] * count
   return [
     {

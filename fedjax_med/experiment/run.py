@@ -23,7 +23,7 @@ from fedjax_med.experiment.build import Experiment, build
 from fedjax_med.experiment.checkpoints import digest
 from fedjax_med.experiment.loop import (
   Outcome,
-  affordable,
+  affordable_rounds,
   evaluated_params,
   evaluation_rows,
   spent,
@@ -32,7 +32,7 @@ from fedjax_med.experiment.loop import (
 )
 from fedjax_med.experiment.planning import block_memory, shared_devices
 from fedjax_med.experiment.processes import is_first, require_same_run
-from fedjax_med.experiment.report import write_report
+from fedjax_med.experiment.report import write_report, write_statement
 
 PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "dp-accounting", "numpy")
 
@@ -94,7 +94,8 @@ def _summary(
     "config_name": name,
     "rounds": outcome.last.rounds,
     "stopped": outcome.stopped,
-    "epsilon_max": max(outcome.last.epsilons, default=None),
+    "epsilon_max": max(outcome.last.epsilons, default=outcome.last.client_epsilon),
+    "client_epsilon": outcome.last.client_epsilon,
     "test": outcome.last.test,
     "clients": outcome.last.clients,
     "confusion": confusion_matrix(outcome.last.probabilities, labels).tolist(),
@@ -106,13 +107,11 @@ def _summary(
   return summary if baselines is None else {**summary, "baselines": baselines["summary"]}
 
 
-def planned(experiment: Experiment) -> tuple[int, tuple[float, ...]]:
-  """Rounds that the budget allows, and each hospital's ε after them (empty without privacy)."""
-  rounds = experiment.config.server.num_rounds
-  allowance = affordable(experiment)
-  if allowance is not None:
-    rounds = min(rounds, int((allowance // experiment.steps).min()))
-  return rounds, spent(experiment, experiment.steps * rounds)
+def planned(experiment: Experiment) -> tuple[int, tuple[float, ...], float | None]:
+  """Rounds that the budgets allow, and after them each hospital's ε and that of whole hospitals."""
+  allowed = affordable_rounds(experiment, np.zeros_like(experiment.steps), 0)
+  rounds = int(min(experiment.config.server.num_rounds, allowed))
+  return rounds, *spent(experiment, rounds, experiment.steps * rounds)
 
 
 def dry_run(config: Config, hospitals: Callable[[], Hospitals] | None = None) -> None:
@@ -182,7 +181,8 @@ def run(
 
   if not is_first():
     return
-  if config.privacy.mechanism == "none" or config.data.source == "phantoms":
+  write_statement(folder)
+  if not experiment.guarantees or config.data.source == "phantoms":
     _draw_examples(experiment, folder)  # pictures of patients are no private release
   terminal.results(console, experiment, outcome)
   report = write_report(folder)

@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from fedjax_med.privacy.client_level import ClientLevel
+
 Tree = Any  # a pytree of arrays
 
 
@@ -21,6 +23,20 @@ class Pool(NamedTuple):
   labels: jax.Array
 
 
+class Units(NamedTuple):
+  """A client's privacy units where they hold several rows: stretches of ``Client.indices``.
+
+  Attributes:
+    starts: [u_max] int32 slot of the unit's first row.
+    sizes: [u_max] int32 rows of the unit, at least 1; 1 past ``number``.
+    number: int32 units the client holds.
+  """
+
+  starts: jax.Array
+  sizes: jax.Array
+  number: jax.Array
+
+
 class Client(NamedTuple):
   """One client as the program sees it; stacked over K clients every field gains a leading axis.
 
@@ -33,6 +49,7 @@ class Client(NamedTuple):
     sampling_probability: float32 q of the Poisson draw (private runs).
     expected_batch_size: float32 q·n, the fixed denominator (private runs).
     noise_multiplier: float32 σ (private runs).
+    units: what is sampled and clipped as a whole; None if it is the single example.
   """
 
   number: jax.Array
@@ -43,6 +60,7 @@ class Client(NamedTuple):
   sampling_probability: jax.Array
   expected_batch_size: jax.Array
   noise_multiplier: jax.Array
+  units: Units | None = None
 
 
 class Hyper(NamedTuple):
@@ -55,6 +73,7 @@ class Hyper(NamedTuple):
     clip_norm: C, bound on one example's gradient norm.
     ema_decay: decay of the evaluated average over rounds.
     participation_rate: probability that a client takes part in a round.
+    client_level: settings of client-level privacy, or None without it.
   """
 
   client_learning_rate: jax.Array
@@ -63,6 +82,7 @@ class Hyper(NamedTuple):
   clip_norm: jax.Array
   ema_decay: jax.Array
   participation_rate: jax.Array
+  client_level: ClientLevel | None = None
 
 
 class ClientDelta(NamedTuple):
@@ -91,14 +111,15 @@ class ServerState(NamedTuple):
 
 
 class RoundMetrics(NamedTuple):
-  """Sums over the local steps of one client's round; divide by the last two for means.
+  """Sums over the local steps of one client's round.
 
   Attributes:
     loss: summed over examples.
     correct: correctly classified examples.
-    norm: per-example gradient norms, summed (private runs, else 0).
-    clipped: examples whose gradient was scaled down (private runs, else 0).
+    norm: gradient norms of the privacy units, summed (private runs, else 0).
+    clipped: units whose gradient was scaled down (private runs, else 0).
     examples: examples seen.
+    units: privacy units seen (private runs, else 0).
     steps: local steps executed.
     finite: whether every weight the client sends is finite.
   """
@@ -108,6 +129,7 @@ class RoundMetrics(NamedTuple):
   norm: jax.Array
   clipped: jax.Array
   examples: jax.Array
+  units: jax.Array
   steps: jax.Array
   finite: jax.Array
 
@@ -116,7 +138,7 @@ def no_metrics(shape: tuple[int, ...] = ()) -> RoundMetrics:
   """RoundMetrics of nothing done, every field of the given shape: the zero of add_metrics."""
   zero = jnp.zeros(shape, jnp.float32)
   return RoundMetrics(
-    zero, zero, zero, zero, zero, jnp.zeros(shape, jnp.int32), jnp.ones(shape, bool)
+    zero, zero, zero, zero, zero, zero, jnp.zeros(shape, jnp.int32), jnp.ones(shape, bool)
   )
 
 

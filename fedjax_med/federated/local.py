@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from fedjax_med.core.keys import Stream, key_for
+from fedjax_med.data.augmentation import Changes, change, draw_changes
 from fedjax_med.data.normalisation import normalise
 from fedjax_med.federated.algorithm import (
   Client,
@@ -54,9 +55,39 @@ def cross_entropy(label_smoothing: float) -> Loss:
   return loss
 
 
-def _take(context: StepContext, slots: jax.Array, how: str) -> tuple[jax.Array, jax.Array]:
-  rows = context.client.indices[slots]
-  return normalise(context.pool.inputs[rows], how), context.pool.labels[rows]
+class _Drawn(NamedTuple):
+  """What a step drew, slot by slot.
+
+  Attributes:
+    slots: [S] int32 slots of the client's table of examples or units.
+    mask: [S] bool, slots that count.
+    turn: [S] float32 in 0 .. 1, where in a unit of many rows to begin.
+    changes: how each of the slot's images is changed, [S, images]; None if it is not.
+  """
+
+  slots: jax.Array
+  mask: jax.Array
+  turn: jax.Array
+  changes: Changes | None
+
+
+def _rows(client: Client, drawn: _Drawn, rows_per_unit: int) -> tuple[jax.Array, jax.Array]:
+  """Rows of the pool and which of them count, both [S, rows_per_unit]."""
+  if client.units is None:
+    return client.indices[drawn.slots][:, None], drawn.mask[:, None]
+  starts, sizes = client.units.starts[drawn.slots], client.units.sizes[drawn.slots]
+  # A stretch that begins anywhere and goes round: every row of a large unit has its turn.
+  first = jnp.floor(drawn.turn * sizes.astype(jnp.float32)).astype(jnp.int32)
+  first = jnp.where(sizes > rows_per_unit, first, 0)
+  turn = jnp.arange(rows_per_unit)
+  places = starts[:, None] + (first[:, None] + turn[None]) % sizes[:, None]
+  return client.indices[places], drawn.mask[:, None] & (turn[None] < sizes[:, None])
+
+
+def _images(pool: Pool, rows: jax.Array, changes: Changes | None, how: str) -> jax.Array:
+  """Normalised images of the pool's ``rows`` [B]."""
+  images = pool.inputs[rows]
+  return normalise(images if changes is None else change(images, changes), how)
 
 
 def _masked_sum(values: jax.Array, mask: jax.Array) -> jax.Array:
@@ -70,6 +101,7 @@ def plain_gradient(
   batch_size: int,
   max_examples: int,
   normalisation: str,
+  augmentation: str = "none",
   microbatch: int = 0,
 ) -> Gradient:
   """Gradient of the mean loss over the next batch of a client's shuffled epoch.
@@ -91,11 +123,20 @@ def plain_gradient(
     )
     # Padding repeats the batch's own examples: it counts in no loss, but batch norm looks at it.
     slots = slots[jnp.arange(batch_size) % jnp.maximum(mask.sum(), 1)]
-    key = key_for(context.key, Stream.DROPOUT, client.number, context.round, context.step)
+    where = (client.number, context.round, context.step)
+    key = key_for(context.key, Stream.DROPOUT, *where)
+    changes = None
+    if augmentation != "none":
+      changes = draw_changes(
+        key_for(context.key, Stream.AUGMENT, *where), (batch_size,), augmentation
+      )
+    drawn = _Drawn(slots, mask, jnp.zeros((batch_size,), jnp.float32), changes)
     count = jnp.maximum(mask.sum(dtype=jnp.float32), 1)
 
-    def part(state, slots, mask, key):
-      inputs, labels = _take(context, slots, normalisation)
+    def part(state, drawn, key):
+      rows, mask = client.indices[drawn.slots], drawn.mask
+      inputs = _images(context.pool, rows, drawn.changes, normalisation)
+      labels = context.pool.labels[rows]
 
       def mean_loss(params):
         logits, new_state = model.apply(params, state, inputs, key=key, train=True)
@@ -111,7 +152,7 @@ def plain_gradient(
       )
       return grad, new_state, metrics
 
-    grad, state, metrics = _in_parts(part, microbatch, params, state, slots, mask, key)
+    grad, state, metrics = _in_parts(part, microbatch, params, state, drawn, key)
     return grad, state, metrics._replace(steps=jnp.ones((), jnp.int32))
 
   return gradient
@@ -125,45 +166,80 @@ def private_gradient(
   batch_cap: int,
   max_examples: int,
   normalisation: str,
+  augmentation: str = "none",
+  rows_per_unit: int = 1,
+  copies: int = 1,
   microbatch: int = 0,
 ) -> Gradient:
-  """DP-SGD gradient (Abadi et al. 2016) of a truncated Poisson batch.
+  """DP-SGD gradient (Abadi et al. 2016) of a truncated Poisson batch of privacy units.
 
-  Sum of clipped per-example gradients, plus noise of standard deviation σC on the sum, divided
-  by the fixed expected batch size q·n. Batch and noise are functions of (client, round, step)
-  alone: a replayed step is the same release. ``microbatch`` examples are clipped at once (0: the
-  cap), and no more microbatches run than hold an example that was drawn.
+  Sum of clipped gradients, one of each unit, plus noise of standard deviation σC on the sum,
+  divided by the fixed expected batch size q·n. Batch and noise are functions of (client, round,
+  step) alone: a replayed step is the same release. ``microbatch`` units are clipped at once (0: the
+  cap), and no more microbatches run than hold a unit that was drawn.
+
+  A unit is one example, or where ``client.units`` says so a patient: of those with more than
+  ``rows_per_unit`` rows a step looks at that many. Each row is seen in ``copies`` random changes
+  (augmentation multiplicity, De et al. 2022, arXiv 2204.13650); the loss of a unit is the mean over
+  all of that, so that its gradient is clipped once.
   """
+  images = rows_per_unit * copies
 
   def gradient(params, state, context):
     client, hyper = context.client, context.hyper
     where = (client.number, context.round, context.step)
+    units = client.units
     slots, mask = poisson_batch(
       key_for(context.key, Stream.SAMPLE, *where),
-      client.num_examples,
+      client.num_examples if units is None else units.number,
       client.sampling_probability,
-      max_examples=max_examples,
+      max_examples=max_examples if units is None else units.starts.shape[0],
       batch_cap=batch_cap,
     )
+    turn, changes = jnp.zeros((batch_cap,), jnp.float32), None
+    if units is not None:
+      turn = jax.random.uniform(key_for(context.key, Stream.AUGMENT, *where, 0), (batch_cap,))
+    if augmentation != "none":
+      changes = draw_changes(
+        key_for(context.key, Stream.AUGMENT, *where, 1), (batch_cap, images), augmentation
+      )
 
-    def part(state, slots, mask, key):
-      inputs, labels = _take(context, slots, normalisation)
+    def part(state, drawn, key):
+      rows, mask = (
+        jnp.repeat(each, copies, axis=1).reshape(-1) for each in _rows(client, drawn, rows_per_unit)
+      )
+      changes = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), drawn.changes)
+      inputs = _images(context.pool, rows, changes, normalisation)
+      labels = context.pool.labels[rows]
       # Norms and sums must round alike: TF32 products would not hold the bound C.
       with jax.default_matmul_precision("highest"):
         total, clip = clipped_sum(
-          clipping, model, loss, params, state, inputs, labels, mask, hyper.clip_norm, key
+          clipping,
+          model,
+          loss,
+          params,
+          state,
+          inputs,
+          labels,
+          mask,
+          hyper.clip_norm,
+          key,
+          rows_per_unit=images,
         )
+      present = drawn.mask
       metrics = no_metrics()._replace(
         loss=_masked_sum(clip.loss, mask),
         correct=_masked_sum(clip.logits.argmax(-1) == labels, mask),
-        norm=_masked_sum(clip.norm, mask),
-        clipped=_masked_sum(clip.norm > hyper.clip_norm, mask),
+        norm=_masked_sum(clip.norm, present),
+        clipped=_masked_sum(clip.norm > hyper.clip_norm, present),
         examples=mask.sum(dtype=jnp.float32),
+        units=present.sum(dtype=jnp.float32),
       )
       return total, state, metrics
 
     key = key_for(context.key, Stream.DROPOUT, *where)
-    total, state, metrics = _in_parts(part, microbatch, params, state, slots, mask, key)
+    drawn = _Drawn(slots, mask, turn, changes)
+    total, state, metrics = _in_parts(part, microbatch, params, state, drawn, key)
     grad = private_mean(
       total,
       key_for(context.key, Stream.NOISE, *where),
@@ -176,30 +252,31 @@ def private_gradient(
   return gradient
 
 
-def _in_parts(part, microbatch: int, params, state, slots, mask, key):
-  """Sums ``part(state, slots, mask, key) -> (gradient, state, metrics)`` over microbatches.
+def _in_parts(part, microbatch: int, params, state, drawn: _Drawn, key):
+  """Sums ``part(state, drawn, key) -> (gradient, state, metrics)`` over microbatches of slots.
 
   Drawn slots come first, so the loop ends where they do: a batch's padding costs less than a
   microbatch, and an empty batch nothing.
   """
-  size = slots.shape[0]
+  size = drawn.slots.shape[0]
   if not 0 < microbatch < size:
-    return part(state, slots, mask, key)
-  padding = -size % microbatch
-  slots, mask = jnp.pad(slots, (0, padding), mode="wrap"), jnp.pad(mask, (0, padding))
+    return part(state, drawn, key)
+  again = jnp.arange(size + -size % microbatch) % size
+  drawn = jax.tree.map(lambda leaf: leaf[again], drawn)
+  drawn = drawn._replace(mask=drawn.mask & (jnp.arange(len(again)) < size))
 
   def body(index, carry):
     total, state, metrics = carry
 
-    def take(rows):
-      return jax.lax.dynamic_slice_in_dim(rows, index * microbatch, microbatch)
+    def take(leaf):
+      return jax.lax.dynamic_slice_in_dim(leaf, index * microbatch, microbatch)
 
-    grad, state, new = part(state, take(slots), take(mask), jax.random.fold_in(key, index))
+    grad, state, new = part(state, jax.tree.map(take, drawn), jax.random.fold_in(key, index))
     return jax.tree.map(jnp.add, total, grad), state, add_metrics(metrics, new)
 
-  drawn = (mask.sum(dtype=jnp.int32) + (microbatch - 1)) // microbatch
+  parts = (drawn.mask.sum(dtype=jnp.int32) + (microbatch - 1)) // microbatch
   zeros = jax.tree.map(jnp.zeros_like, params)
-  return jax.lax.fori_loop(0, drawn, body, (zeros, state, no_metrics()))
+  return jax.lax.fori_loop(0, parts, body, (zeros, state, no_metrics()))
 
 
 def _all_finite(leaves: list[jax.Array]) -> jax.Array:

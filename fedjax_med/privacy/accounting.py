@@ -1,69 +1,47 @@
-"""ε of each hospital: what its mechanism, its steps and its δ add up to, and σ for a target ε.
+"""ε of a mechanism: what its releases and its δ add up to.
 
-Adjacency is zero-out (``REPLACE_SPECIAL``): one record is replaced by nothing while the hospital's
-size n stays, because q = batch_size / n and the denominator q·n make n public. Add-or-remove would
-change n, which this analysis does not allow. Every figure is an upper bound.
+Adjacency is zero-out (``REPLACE_SPECIAL``): one unit (record, patient or hospital) is replaced by
+nothing while the number of units n stays, because q = batch_size / n and the denominator q·n make n
+public. Add-or-remove would change n, which this analysis does not allow. Every figure is an upper
+bound.
 
 Two accountants. ``pld`` composes dp-accounting's privacy loss distribution of the truncated
 Poisson Gaussian (arXiv 2508.15089; connect-the-dots, arXiv 2207.04380). ``rdp`` is an independent
 and looser bound, see ``_rdp_epsilon``.
 """
 
-import dataclasses
 import functools
-import importlib.metadata
 import math
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fedjax_med.core.errors import UserError, require, require_choice
+from fedjax_med.core.errors import require, require_choice
 from fedjax_med.privacy.mechanism import PoissonGaussian, require_whole
 
 if TYPE_CHECKING:
   from dp_accounting import TruncatedSubsampledGaussianDpEvent as Event
   from dp_accounting.pld.privacy_loss_distribution import PrivacyLossDistribution
 
-ADJACENCY = "zero-out (replace one record by nothing; hospital sizes are public)"
-MECHANISM = (
-  "DP-SGD: Poisson-sampled batches cut to batch_cap, each record's gradient clipped to clip_norm,"
-  " Gaussian noise of noise_multiplier * clip_norm on the sum, fixed denominator"
-)
-NOT_COVERED = (
-  "Losses, accuracies and gradient norms shown or stored during training are not noised.",
-  "Normalisation statistics taken over more than one image are not noised.",
-  "Stopping, or choosing a round, by a validation score uses data outside the guarantee.",
-  "Tuning: the guarantee is of one run, not of the runs tried before it.",
-  "The number of hospitals and how many images of each class each one holds are public.",
-  "Whoever has the seed and the code can recompute the noise.",
-  "A patient with several records is protected as single records, not as a patient.",
-  "Simulation-grade randomness: float32 normals stop at 5.42 standard deviations and threefry is"
-  " no certified cryptographic generator; the values hold for ideal randomness.",
-)
-
-# affordable_steps answers no more than this.
-MAX_STEPS = 10_000_000
 # FFT composition is exact to about 1e-12 in probability.
 MIN_DELTA = 1e-10
-# calibrate_noise looks for σ in this range.
-NOISE_RANGE = (0.05, 1e5)
 # Orders of rdp: integers, for which the moments of the Poisson-sampled Gaussian are a finite sum.
 RDP_ORDERS = (*range(2, 65), 80, 96, 128, 192, 256, 512, 1024)
 
 
-def default_delta(num_examples: int) -> float:
+def default_delta(num_units: int) -> float:
   """1 / (10 n)."""
-  require_whole("num_examples", num_examples, 1, "use a hospital with training examples")
-  return 1 / (10 * int(num_examples))
+  require_whole("num_units", num_units, 1, "use a hospital with training examples")
+  return 1 / (10 * int(num_units))
 
 
-def check_delta(delta: float, num_examples: int) -> None:
+def check_delta(delta: float, num_units: int) -> None:
   """Raises UserError unless 1e-10 ≤ δ < 1/n; from 1/n on, publishing one record is 'private'."""
   require(
-    MIN_DELTA <= delta < 1 / num_examples,
-    f"delta={delta} must be at least {MIN_DELTA:g} and under 1/n={1 / num_examples:.3g}",
-    f"use 1/(10 n)={default_delta(num_examples):.3g}, or 0 in the configuration to have it chosen",
+    MIN_DELTA <= delta < 1 / num_units,
+    f"delta={delta} must be at least {MIN_DELTA:g} and under 1/n={1 / num_units:.3g}",
+    f"use 1/(10 n)={default_delta(num_units):.3g}, or 0 in the configuration to have it chosen",
   )
 
 
@@ -85,7 +63,7 @@ def epsilon(mechanism: PoissonGaussian, steps: int, delta: float, accountant: st
     UserError: δ outside [1e-10, 1/n), steps not a whole number from 0, or an unknown accountant.
   """
   require_whole("steps", steps, 0, "count the steps executed")
-  check_delta(delta, mechanism.num_examples)
+  check_delta(delta, mechanism.num_units)
   require_choice("accountant", accountant, ("pld", "rdp"))
   if steps == 0:
     return 0.0
@@ -107,130 +85,16 @@ def discretization_interval(mechanism: PoissonGaussian) -> float:
   return _interval(mechanism.event())
 
 
-@functools.lru_cache(maxsize=4096)
-def calibrate_noise(
-  num_examples: int,
-  sampling_probability: float,
-  batch_cap: int,
-  steps: int,
-  delta: float,
-  target_epsilon: float,
-) -> float:
-  """A σ whose PLD ε lies in [0.995, 1] of ``target_epsilon``, never above it.
-
-  Starts from the central limit and follows the slope of log ε over log σ. A target that σ = 0.05
-  already meets gets σ = 0.05.
-
-  Raises:
-    UserError: the target is not above 0, or no σ up to 1e5 reaches it.
-  """
-  require(
-    0 < target_epsilon < math.inf, f"target_epsilon={target_epsilon} must be above 0", "use 8"
-  )
-  require_whole("steps", steps, 1, "calibrate for at least one step")
-  # The clip norm does not enter ε.
-  template = PoissonGaussian(num_examples, sampling_probability, batch_cap, 1.0, 1.0)
-  check_delta(delta, num_examples)
-
-  def epsilon_at(inverse: float) -> float:
-    return epsilon(dataclasses.replace(template, noise_multiplier=1 / inverse), steps, delta)
-
-  # Solves μ = q sqrt(T (exp(1/σ²) - 1)) of the central limit (Bu et al., arXiv 1911.11607) for 1/σ.
-  mu = _gaussian_mu(target_epsilon, delta)
-  guess = math.sqrt(math.log1p(mu**2 / (sampling_probability**2 * steps)))
-  lowest, highest = (1 / sigma for sigma in reversed(NOISE_RANGE))
-  inverse = _largest_within(
-    epsilon_at, target_epsilon, lowest, highest, guess, slope=1.0, slack=0.005
-  )
-  if inverse is None:
-    raise UserError(
-      f"target_epsilon={target_epsilon:g} cannot be reached in {steps} steps with n={num_examples}"
-      f" and delta={delta:.3g}, even noise_multiplier={NOISE_RANGE[1]:g} exceeds it; raise"
-      " target_epsilon, or lower the number of steps or batch_size"
-    )
-  return 1 / inverse
+def cut_probability(mechanism: PoissonGaussian) -> float:
+  """Probability that a given unit is drawn and kept in a batch that overflows, in one step."""
+  return _cut_probability(mechanism.num_units, mechanism.drawn_probability, mechanism.batch_cap)
 
 
-def affordable_steps(mechanism: PoissonGaussian, delta: float, budget: float) -> int:
-  """Largest number of steps with PLD ε ≤ ``budget``, 0 to 10 million: stop before, not after.
+def _cut_probability(n: int, q: float, cap: int) -> float:
+  """Of k > cap units drawn each is kept with probability cap / k: P(k > cap) · cap / n."""
+  from scipy import stats
 
-  Raises:
-    UserError: the budget is not above 0, or δ is refused.
-  """
-  require(0 < budget < math.inf, f"budget={budget} must be finite and above 0", "use 8")
-  check_delta(delta, mechanism.num_examples)
-  if mechanism.noise_multiplier == 0:
-    return 0
-  loss_variance = math.expm1(min(mechanism.noise_multiplier**-2, 100.0))
-  guess = (_gaussian_mu(budget, delta) / mechanism.drawn_probability) ** 2 / loss_variance
-  steps = _largest_within(
-    lambda count: epsilon(mechanism, int(count), delta), budget, 1, MAX_STEPS, guess, slope=0.5
-  )
-  return int(steps or 0)
-
-
-def privacy_report(
-  names: Sequence[str],
-  mechanisms: Sequence[PoissonGaussian],
-  steps: Sequence[int] | np.ndarray,
-  deltas: Sequence[float] | np.ndarray,
-) -> dict[str, Any]:
-  """What a run may claim: ε of every hospital and their maximum, and what is not covered.
-
-  A record lies in one hospital, so hospitals compose in parallel: never a sum. No credit is taken
-  for client sampling (steps are those executed) nor for aggregation over hospitals.
-
-  Args:
-    names: K hospital names.
-    mechanisms: K mechanisms.
-    steps: [K] private steps executed, resumed ones counted once, with empty batches counted.
-    deltas: [K] δ of each hospital.
-
-  Returns:
-    Plain dictionary; ``epsilon`` is infinite for a hospital that trained without noise, and
-    ``value_discretization_interval`` is the largest of the hospitals'.
-
-  Raises:
-    UserError: lengths differ, there is no hospital, or any number is not valid.
-  """
-  lengths = (len(names), len(mechanisms), len(steps), len(deltas))
-  require(
-    len(set(lengths)) == 1 and len(names) > 0,
-    f"names, mechanisms, steps and deltas have lengths {lengths}",
-    "give one of each for every hospital, at least one hospital",
-  )
-  spent = [epsilon(*each) for each in zip(mechanisms, steps, deltas, strict=True)]
-  hospitals = [
-    {
-      "name": name,
-      "n": mechanism.num_examples,
-      "sampling_probability": mechanism.sampling_probability,
-      "batch_cap": mechanism.batch_cap,
-      "noise_multiplier": mechanism.noise_multiplier,
-      "clip_norm": mechanism.clip_norm,
-      "steps": int(count),
-      "delta": float(delta),
-      "epsilon": value,
-    }
-    for name, mechanism, count, delta, value in zip(
-      names, mechanisms, steps, deltas, spent, strict=True
-    )
-  ]
-  intervals = [discretization_interval(m) for m in mechanisms if m.noise_multiplier > 0]
-  return {
-    "unit": "record",
-    "adjacency": ADJACENCY,
-    "accountant": {
-      "name": "PLD",
-      "library": "dp-accounting",
-      "version": importlib.metadata.version("dp-accounting"),
-      "value_discretization_interval": max(intervals, default=0.0),
-    },
-    "mechanism": MECHANISM,
-    "epsilon_max": max(spent),
-    "hospitals": hospitals,
-    "not_covered": list(NOT_COVERED),
-  }
+  return float(stats.binom.sf(cap, n, q)) * min(cap / n, 1.0)
 
 
 def _interval(event: "Event") -> float:
@@ -283,11 +147,10 @@ def _rdp_epsilon(event: "Event", steps: int, delta: float) -> float:
   step = dp_accounting.PoissonSampledDpEvent(q, dp_accounting.GaussianDpEvent(sigma))
   uncut = rdp.RdpAccountant(RDP_ORDERS, relation).compose(step).rdp
   orders = np.array(RDP_ORDERS, float)
-  # Of k > cap records drawn each is kept with probability cap / k: P(cut) = P(k > cap) cap / n.
-  cut_probability = float(stats.binom.sf(cap, n, q)) * min(cap / n, 1.0)
-  num_cut = np.arange(int(stats.binom.isf(delta / 1e4, steps, cut_probability)) + 1)
-  weights = stats.binom.pmf(num_cut, steps, cut_probability)
-  rest = float(stats.binom.sf(num_cut[-1], steps, cut_probability))
+  cut = _cut_probability(n, q, cap)
+  num_cut = np.arange(int(stats.binom.isf(delta / 1e4, steps, cut)) + 1)
+  weights = stats.binom.pmf(num_cut, steps, cut)
+  rest = float(stats.binom.sf(num_cut[-1], steps, cut))
   moments = (steps - num_cut)[:, None] * uncut + num_cut[:, None] * (2 * orders / sigma**2)
 
   def delta_at(value: float) -> float:
@@ -302,60 +165,3 @@ def _rdp_epsilon(event: "Event", steps: int, delta: float) -> float:
     middle = (low + high) / 2
     low, high = (low, middle) if delta_at(middle) <= delta else (middle, high)
   return high
-
-
-def _gaussian_mu(target_epsilon: float, delta: float) -> float:
-  """μ with which μ-Gaussian DP is (ε, δ)-DP (Balle and Wang, arXiv 1805.06530, theorem 8)."""
-  from scipy import optimize, special
-
-  def excess(log_mu: float) -> float:
-    mu = math.exp(log_mu)
-    below = special.log_ndtr(-target_epsilon / mu - mu / 2) + target_epsilon
-    return float(special.ndtr(mu / 2 - target_epsilon / mu) - math.exp(min(below, 0.0))) - delta
-
-  return math.exp(float(optimize.brentq(excess, -30.0, 15.0)))  # pyright: ignore[reportArgumentType]
-
-
-def _largest_within(
-  value: Callable[[float], float],
-  target: float,
-  low: float,
-  high: float,
-  guess: float,
-  *,
-  slope: float,
-  slack: float = 0.0,
-) -> float | None:
-  """Largest x in [low, high] with value(x) ≤ target; None where even ``low`` exceeds it.
-
-  ``value`` rises with x, about like x**slope. With ``slack`` any x with value(x) of at least
-  (1 - slack)·target will do; without it x is whole and x + 1 exceeds the target. Secant steps in
-  log x, log value, inside the bracket known so far; plain bisection after 15 of them.
-  """
-  aim = math.log(target) + math.log1p(-slack / 2)
-  inside, outside = 0.0, math.inf  # x known to be within, x known to exceed
-  last: tuple[float, float] | None = None
-  x = guess
-  for trial in range(200):
-    if outside < math.inf and inside > 0 and (trial > 15 or not inside < x < outside):
-      x = math.sqrt(inside * outside)
-    x = min(max(x, low), high)
-    if slack == 0:
-      x = float(min(max(round(x - 0.5), inside + 1), outside - 1))
-    found = value(x)
-    if found <= target:
-      inside = x
-    else:
-      outside = x
-    if inside >= high or (inside == x and slack > 0 and found >= (1 - slack) * target):
-      return inside
-    if outside <= low:
-      return None
-    if slack == 0 and outside - inside == 1:
-      return inside
-    point = (math.log(x), math.log(min(max(found, 1e-12), 1e12)))
-    if last is not None and last[0] != point[0]:
-      slope = min(max((point[1] - last[1]) / (point[0] - last[0]), slope / 2), slope * 2)
-    last = point
-    x = math.exp(point[0] + min(max((aim - point[1]) / slope, -3.0), 3.0))
-  raise ArithmeticError(f"no x found with value(x) <= {target}")

@@ -1,7 +1,7 @@
-"""The private mechanism of one hospital: one object gives the sampler and the accounted event.
+"""The private mechanism: one object gives the sampler and the accounted event.
 
-Everything a local step does that matters to privacy stands in ``PoissonGaussian``: the device
-sampler is called with its numbers, and the accountant sees nothing but its ``event``.
+Everything a release does that matters to privacy stands in ``PoissonGaussian``: the device sampler
+is called with its numbers, and the accountant sees nothing but its ``event``.
 """
 
 import dataclasses
@@ -22,29 +22,32 @@ UNIFORM_STEP = 2.0**-23
 
 @dataclasses.dataclass(frozen=True)
 class PoissonGaussian:
-  """One local step of DP-SGD at a hospital: truncated Poisson batch, clipped sum, Gaussian noise.
+  """One release: a truncated Poisson draw of units, their clipped sum, Gaussian noise on it.
+
+  A local step of DP-SGD draws records or patients of a hospital; a round of DP-FedAvg draws
+  hospitals.
 
   Attributes:
-    num_examples: n, records of the hospital (public), at least 1.
-    sampling_probability: q, probability that a record enters the batch, above 0 and at most 1.
-    batch_cap: records a batch holds at most; a larger draw is cut to a uniform subset. It must be
+    num_units: n, units of the hospital (public), at least 1; a unit is a record or a patient.
+    sampling_probability: q, probability that a unit enters the batch, above 0 and at most 1.
+    batch_cap: units a batch holds at most; a larger draw is cut to a uniform subset. It must be
       at least n, or the expected size plus 2 standard deviations.
     noise_multiplier: σ, noise standard deviation on the sum over ``clip_norm``; 0 is no noise.
-    clip_norm: C, largest l2 norm of one record's contribution.
+    clip_norm: C, largest l2 norm of one unit's contribution.
 
   Raises:
     UserError: a value breaks its rule.
   """
 
-  num_examples: int
+  num_units: int
   sampling_probability: float
   batch_cap: int
   noise_multiplier: float
   clip_norm: float
 
   def __post_init__(self) -> None:
-    n, q, cap = self.num_examples, self.sampling_probability, self.batch_cap
-    require_whole("num_examples", n, 1, "give the hospital at least one training example")
+    n, q, cap = self.num_units, self.sampling_probability, self.batch_cap
+    require_whole("num_units", n, 1, "give the hospital at least one training example")
     require(
       0 < q <= 1, f"sampling_probability={q} must be above 0 and at most 1", "use batch_size / n"
     )
@@ -65,7 +68,7 @@ class PoissonGaussian:
   @property
   def expected_batch_size(self) -> float:
     """q·n, the fixed denominator of every step, whatever the size of the batch drawn."""
-    return self.sampling_probability * self.num_examples
+    return self.sampling_probability * self.num_units
 
   @property
   def drawn_probability(self) -> float:
@@ -81,7 +84,7 @@ class PoissonGaussian:
     import dp_accounting
 
     return dp_accounting.TruncatedSubsampledGaussianDpEvent(
-      dataset_size=self.num_examples,
+      dataset_size=self.num_units,
       sampling_probability=self.drawn_probability,
       truncated_batch_size=self.batch_cap,
       noise_multiplier=self.noise_multiplier,
@@ -102,7 +105,7 @@ def plan_mechanisms(
   """The mechanism of each hospital.
 
   Args:
-    counts: [K] records of each hospital.
+    counts: [K] units of each hospital.
     batch_size: expected batch size; q_i = min(1, batch_size / n_i).
     steps: [K] local steps each hospital will take in all; used to calibrate σ.
     clip_norm: C.
@@ -115,8 +118,8 @@ def plan_mechanisms(
   Raises:
     UserError: a value breaks its rule, or the target cannot be reached.
   """
-  # accounting is built on this module's PoissonGaussian.
-  from fedjax_med.privacy import accounting
+  # Both are built on this module's PoissonGaussian.
+  from fedjax_med.privacy import accounting, calibration
 
   require_whole("batch_size", batch_size, 1, "use 32")
   require(len(counts) > 0, "there is no hospital", "use at least one")
@@ -131,7 +134,7 @@ def plan_mechanisms(
     "set one of them above 0",
   )
   for count in counts:
-    require_whole("num_examples", count, 1, "give every hospital at least one training example")
+    require_whole("num_units", count, 1, "give every hospital at least one training example")
   sizes = [int(count) for count in counts]
   deltas = accounting.resolve_deltas(sizes, delta)
   rates = [min(1.0, batch_size / n) for n in sizes]
@@ -139,16 +142,16 @@ def plan_mechanisms(
   cap = min(batch_cap or largest, max(sizes))
   mechanisms = []
   for n, q, num_steps, hospital_delta in zip(sizes, rates, steps, deltas, strict=True):
-    sigma = float(noise_multiplier) or accounting.calibrate_noise(
+    sigma = float(noise_multiplier) or calibration.calibrate_noise(
       n, q, cap, int(num_steps), hospital_delta, target_epsilon
     )
     mechanisms.append(PoissonGaussian(n, q, cap, sigma, clip_norm))
   return tuple(mechanisms)
 
 
-def batch_size_bound(num_examples: int, sampling_probability: float, num_stds: float) -> int:
+def batch_size_bound(num_units: int, sampling_probability: float, num_stds: float) -> int:
   """Expected Poisson batch size plus ``num_stds`` standard deviations, rounded up."""
-  expected = num_examples * sampling_probability
+  expected = num_units * sampling_probability
   std = math.sqrt(expected * (1 - sampling_probability))
   return math.ceil(expected + num_stds * std - 1e-9)
 

@@ -20,6 +20,7 @@ from fedjax_med.federated.algorithm import (
   add_metrics,
   no_metrics,
 )
+from fedjax_med.privacy.client_level import clip_update, noisy_mean
 from fedjax_med.privacy.sampling import poisson_batch
 from fedjax_med.simulation.cohort import deal
 from fedjax_med.simulation.mesh import CLIENTS, replicated
@@ -34,11 +35,13 @@ class SimulationState(NamedTuple):
     server: the server's state.
     kept: what each client keeps, leading axis K.
     steps: [K] int32 local steps executed so far by each client: the privacy ledger's counts.
+    clip_norm: [] float32 bound on an update's norm under client-level privacy, else {}.
   """
 
   server: ServerState
   kept: Tree
   steps: jax.Array
+  clip_norm: Tree
 
 
 class BlockMetrics(NamedTuple):
@@ -54,14 +57,29 @@ class BlockMetrics(NamedTuple):
 
 
 def init_state(
-  algorithm: FederatedAlgorithm, params: Tree, state: Tree, num_clients: int
+  algorithm: FederatedAlgorithm,
+  params: Tree,
+  state: Tree,
+  num_clients: int,
+  clip_norm: float | None = None,
 ) -> SimulationState:
-  """State before round 0; every client keeps a copy of its own."""
+  """State before round 0; every client keeps a copy of its own.
+
+  Args:
+    algorithm: the federated algorithm.
+    params: initial weights.
+    state: initial non-trained state.
+    num_clients: K.
+    clip_norm: bound on an update's norm in round 0 (client-level privacy).
+  """
   kept = jax.tree.map(
     lambda leaf: jnp.repeat(leaf[None], num_clients, axis=0), algorithm.init_client(params, state)
   )
   return SimulationState(
-    algorithm.init_server(params, state), kept, jnp.zeros((num_clients,), jnp.int32)
+    algorithm.init_server(params, state),
+    kept,
+    jnp.zeros((num_clients,), jnp.int32),
+    {} if clip_norm is None else jnp.asarray(clip_norm, jnp.float32),
   )
 
 
@@ -86,7 +104,7 @@ def _over_devices(train: Callable, mesh: Mesh) -> Callable:
   sharded = jax.shard_map(
     share,
     mesh=mesh,
-    in_specs=(whole,) * 6 + (dealt,),
+    in_specs=(whole,) * 7 + (dealt,),
     out_specs=(whole, dealt),
     check_vma=False,  # else each loop of a model would have to say what differs between devices
   )
@@ -105,6 +123,7 @@ def make_round(
   cohort_cap: int | None,
   chunk: int,
   mesh: Mesh | None = None,
+  client_level: bool = False,
 ) -> Callable:
   """Builds one round: ``(SimulationState, clients, pool, hyper, key) -> (state, metrics [K])``.
 
@@ -115,6 +134,8 @@ def make_round(
     chunk: clients trained at once on a device; K is vmap, 1 is a scan. Deltas are folded into a
       weighted sum chunk by chunk, so memory grows with the chunk, not with K.
     mesh: devices that the chunks are dealt over (all arguments lie whole on each), or None.
+    client_level: whether updates are clipped and their sum noised by ``hyper.client_level``
+      (DP-FedAvg); weights are then not used, every client of the cohort counts 1.
   """
   cohort = num_clients if cohort_cap is None else cohort_cap
   devices = 1 if mesh is None else mesh.size
@@ -142,11 +163,17 @@ def make_round(
       numbers = numbers[jnp.argsort(-steps, stable=True)]
     return numbers[seats]
 
-  def train_chunks(server: ServerState, kept: Tree, clients: Client, pool, hyper, key, numbers):
-    """Runs the chunks [chunks, chunk] of one device: (Σ delta, Σ weight), (kept, metrics)."""
+  def train_chunks(
+    server: ServerState, clip_norm, kept: Tree, clients: Client, pool, hyper, key, numbers
+  ):
+    """Runs a device's chunks [chunks, chunk]: (Σ delta, Σ weight, Σ bit), (kept, metrics)."""
 
     def update(kept, client):
-      return algorithm.client_update(server, kept, client, pool, hyper, key)
+      delta, kept, metrics = algorithm.client_update(server, kept, client, pool, hyper, key)
+      if not client_level:
+        return delta, kept, metrics, jnp.zeros((), jnp.float32)
+      update, within = clip_update(delta.params, clip_norm)
+      return delta._replace(params=update), kept, metrics, within - 0.5
 
     def take(numbers):
       def rows(leaf):
@@ -163,12 +190,14 @@ def make_round(
         result = jax.tree.map(lambda leaf: leaf[None], update(*first))
       else:
         result = jax.vmap(update)(kept, client)
-      delta, kept, metrics = result
-      weights = jnp.where(present, client.weight, 0)
-      return _reduce(total, delta, weights), (kept, metrics, weights.sum())
+      delta, kept, metrics, bits = result
+      weights = jnp.where(present, 1.0 if client_level else client.weight, 0)
+      sums = weights.sum(), jnp.where(present, bits, 0).sum()
+      return _reduce(total, delta, weights), (kept, metrics, sums)
 
     def skip_chunk(total, numbers):
-      return total, (take(numbers)[1], no_metrics((chunk,)), jnp.zeros((), jnp.float32))
+      nothing = jnp.zeros((), jnp.float32)
+      return total, (take(numbers)[1], no_metrics((chunk,)), (nothing, nothing))
 
     def run_if_any(total, numbers):  # clients come before empty slots
       return jax.lax.cond(numbers[0] < num_clients, run_chunk, skip_chunk, total, numbers)
@@ -176,10 +205,10 @@ def make_round(
     zeros = ClientDelta(
       jax.tree.map(jnp.zeros_like, server.params), jax.tree.map(jnp.zeros_like, server.state)
     )
-    total, (kept, metrics, weight) = jax.lax.scan(
+    total, (kept, metrics, (weight, bits)) = jax.lax.scan(
       run_if_any if some_absent else run_chunk, zeros, numbers
     )
-    return (total, weight.sum()), (kept, metrics)
+    return (total, weight.sum(), bits.sum()), (kept, metrics)
 
   train = train_chunks if mesh is None else _over_devices(train_chunks, mesh)
 
@@ -187,21 +216,31 @@ def make_round(
     server = state.server
     numbers, present = draw_cohort(key, server.round, hyper.participation_rate)
     numbers = seat(clients, numbers, present)
-    (total, weight), (kept, metrics) = train(server, state.kept, clients, pool, hyper, key, numbers)
+    (total, weight, bits), (kept, metrics) = train(
+      server, state.clip_norm, state.kept, clients, pool, hyper, key, numbers
+    )
 
     def scatter(old, new):
       return old.at[numbers].set(new, mode="drop")
 
     kept = jax.tree.map(scatter, state.kept, kept)
     metrics = jax.tree.map(scatter, no_metrics((num_clients,)), metrics)
-    someone = weight > 0
-    scale = 1 / jnp.where(someone, weight, 1)
-    mean = jax.tree.map(lambda leaf: leaf * scale, total)
+    clip_norm, someone = state.clip_norm, weight > 0
+    if client_level:
+      level = hyper.client_level
+      assert level is not None
+      update, clip_norm = noisy_mean(total.params, bits, clip_norm, level, key, server.round)
+      mean = ClientDelta(update, jax.tree.map(jnp.zeros_like, total.state))  # state is not clipped
+    else:
+      scale = 1 / jnp.where(someone, weight, 1)
+      mean = jax.tree.map(lambda leaf: leaf * scale, total)
     updated = algorithm.server_update(server, mean, hyper)
-    if cohort_cap is not None:  # an empty cohort leaves all but the round's number as it was
+    if (
+      cohort_cap is not None and not client_level
+    ):  # an empty cohort leaves all but the round's number as it was
       absent = server._replace(round=updated.round)
       updated = jax.tree.map(lambda new, old: jnp.where(someone, new, old), updated, absent)
-    return SimulationState(updated, kept, state.steps + metrics.steps), metrics
+    return SimulationState(updated, kept, state.steps + metrics.steps, clip_norm), metrics
 
   return run_round
 

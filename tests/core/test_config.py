@@ -5,17 +5,9 @@ import dataclasses
 import pytest
 
 from configs import br35h, br35h_private, quickstart, smoke
-from fedjax_med.core.config import (
-  CHOICES,
-  RANGES,
-  Config,
-  fingerprint,
-  from_dict,
-  get_field,
-  to_dict,
-  validate,
-)
+from fedjax_med.core.config import Config, fingerprint, from_dict, get_field, to_dict
 from fedjax_med.core.errors import UserError
+from fedjax_med.core.validation import CHOICES, RANGES, REFUSED, validate
 
 
 def with_value(path: str, value, config: Config | None = None) -> Config:
@@ -55,6 +47,7 @@ def test_unknown_choices_are_answered_with_the_nearest(path):
 def test_every_number_has_a_range_and_every_two_way_name_its_choices():
   free = {"data.path", "data.cache_dir", "data.patient_pattern", "model.name", "server.algorithm"}
   free |= {"execution.compilation_cache", "data.strict", "eval.local_baselines"}
+  free |= {"privacy.same_noise"}
   known = set(RANGES) | set(CHOICES) | free
   for field in dataclasses.fields(Config):
     value = getattr(Config(), field.name)
@@ -76,6 +69,19 @@ def test_every_number_has_a_range_and_every_two_way_name_its_choices():
     ({"privacy.noise_multiplier": 0.0}, "neither privacy.noise_multiplier nor"),
     ({"model.norm": "batch"}, "use model.norm=group or model.norm=frozen_batch"),
     ({"model.dtype": "bfloat16", "privacy.clipping": "two_pass"}, "or model.dtype=float32"),
+    ({"privacy.unit": "patient", "data.split": "paper"}, "use data.split=grouped"),
+    ({"privacy.rows_per_unit": 2}, "set --config.privacy.unit=patient"),
+    ({"privacy.augmentation_multiplicity": 4}, "set --config.client.augmentation=flip_shift"),
+    ({"privacy.solve_for": "rounds"}, "solve_for='rounds' does not go with"),
+    ({"privacy.solve_for": "clip_norm"}, "clip_norm takes a noise_stddev and a target_epsilon"),
+    ({"privacy.noise_stddev": 2.0}, "noise takes no noise_stddev"),
+    ({"privacy.same_noise": True}, "privacy.same_noise with privacy.noise_multiplier=1"),
+    ({"client_privacy.noise_multiplier": 1.0}, "set --config.client_privacy.mechanism=dp_fedavg"),
+    ({"client_privacy.mechanism": "dp_fedavg"}, "neither client_privacy.noise_multiplier nor"),
+    (
+      {"client_privacy.mechanism": "dp_fedavg", "client_privacy.noise_multiplier": 1.0},
+      "use server.weighting=uniform with",
+    ),
   ],
 )
 def test_values_that_contradict_each_other_are_refused(changes, sentence):
@@ -84,6 +90,14 @@ def test_values_that_contradict_each_other_are_refused(changes, sentence):
     with_value(path, value, config)
   with pytest.raises(UserError, match=sentence):
     validate(config)
+
+
+@pytest.mark.parametrize(("path", "value"), REFUSED)
+def test_what_epsilon_would_not_hold_with_is_refused_with_reason_and_remedy(path, value):
+  with pytest.raises(UserError) as caught:
+    validate(with_value(path, value))
+  why, remedy = REFUSED[path, value]
+  assert str(caught.value) == f"{path}='{value}' is refused: {why}; {remedy}"
 
 
 def test_fingerprint_depends_on_values_not_on_order():

@@ -52,4 +52,6 @@ def test_stream_numbers_never_change():
     ("PARTICIPATION", 3),
     ("DROPOUT", 4),
     ("SHUFFLE", 5),
+    ("CLIENT_NOISE", 6),
+    ("AUGMENT", 7),
   ]

@@ -14,6 +14,7 @@ from fedjax_med.core.errors import UserError
 from fedjax_med.core.metrics import METRICS, classification_metrics, confusion_matrix
 from fedjax_med.experiment import figures
 from fedjax_med.experiment.report import write_report
+from fedjax_med.privacy.statement import ASSUMPTIONS
 
 VOID = {"meta", "img", "br", "link"}
 FIGURES = ("partition", "rounds", "hospitals", "confusion")
@@ -107,16 +108,21 @@ def fake_workdir(
     "timing": {"compile": 21.4, "train": 184.2, "total": 223.9},
   }  # fmt: skip
   if private:
-    files["privacy"] = {
-      "unit": "one image", "adjacency": "zero-out (n is public)",
-      "accountant": {"name": "PLD", "interval": 0.001}, "mechanism": "dp_sgd",
+    guarantee = {
+      "unit": "record", "protects": "one image", "adjacency": "zero-out (n is public)",
+      "mechanism": "dp_sgd", "holds_against": ["the server", "everybody else"], "not_against": [],
+      "accountant": {"name": "PLD", "library": "dp-accounting", "version": "0.6"},
       "epsilon_max": max(epsilons),
-      "hospitals": [
-        {"name": n, "n": sum(t), "sampling_probability": 32 / sum(t), "batch_cap": 61,
-         "noise_multiplier": 0.9137, "clip_norm": 1.0, "steps": 80, "delta": 0.1 / sum(t),
-         "epsilon": e} for n, t, e in rows
+      "parties": [
+        {"name": n, "n": sum(t), "sampling_probability": min(1, 32 / sum(t)),
+         "batch_cap": min(sum(t), 70), "noise_multiplier": 0.9137, "clip_norm": 1.0, "steps": 80,
+         "delta": 0.1 / sum(t), "epsilon": e} for n, t, e in rows
       ],
+    }  # fmt: skip
+    files["privacy"] = {
+      "mechanism": "dp_sgd", "epsilon_max": max(epsilons), "guarantees": [guarantee],
       "not_covered": ["Losses and metrics shown in this report.", "Choice of hyperparameters."],
+      "ledger": "5e" * 32,
     }  # fmt: skip
   if baselines:
     files["baselines"] = {"alone": alone, "pooled": {"curve": pooled}}
@@ -242,19 +248,20 @@ def test_privacy_section_says_what_is_and_what_is_not_guaranteed(run):
   parsed = outline(page)
   text = " ".join("".join(parsed.text).split())
   if files["privacy"]["mechanism"] == "none":
-    assert "privacy" not in parsed.rows
+    assert not any(name.startswith("privacy") for name in parsed.rows)
     assert "this run gives no formal privacy guarantee" in text
     assert "ε ≤" not in text
     return
-  rows = parsed.rows["privacy"][1:]
-  assert [row[0] for row in rows] == [row["name"] for row in files["privacy"]["hospitals"]]
-  for row, hospital in zip(rows, files["privacy"]["hospitals"], strict=True):
+  rows = parsed.rows["privacy-record"][1:]
+  (guarantee,) = files["privacy"]["guarantees"]
+  assert [row[0] for row in rows] == [row["name"] for row in guarantee["parties"]]
+  for row, hospital in zip(rows, guarantee["parties"], strict=True):
     assert row[1:5] == [
       hospital[key] for key in ("n", "sampling_probability", "batch_cap", "noise_multiplier")
     ]
     assert hospital["epsilon"] <= float(row[8]) < hospital["epsilon"] + 0.01
-  for phrase in (files["privacy"]["unit"], files["privacy"]["adjacency"],
-                 *files["privacy"]["not_covered"]):  # fmt: skip
+  for phrase in (guarantee["protects"], guarantee["adjacency"], *guarantee["holds_against"],
+                 *files["privacy"]["not_covered"], *ASSUMPTIONS, "No audit was made"):  # fmt: skip
     assert phrase in text
 
 
@@ -306,7 +313,7 @@ def test_report_again_gives_the_same_bytes_and_keeps_the_examples_of_the_run(tmp
     ("summary.json", None, "summary.json cannot be read"),
     ("summary.json", "{", "summary.json is not JSON"),
     ("summary.json", "[]", "must be dict"),
-    ("privacy.json", '{"mechanism": "dp_sgd", "epsilon_max": 3}', "lacks 'unit'"),
+    ("privacy.json", '{"mechanism": "dp_sgd", "epsilon_max": 3}', "lacks 'guarantees'"),
     ("privacy.json", '{"mechanism": "none", "epsilon_max": "3"}', "must be int | float or null"),
     ("metrics.jsonl", '{"round": 1, "split": "te', "metrics.jsonl, line 1 is not JSON"),
     ("metrics.jsonl", "", "no line with split=test"),

@@ -19,10 +19,13 @@ import pytest
 
 from configs.smoke import get_config
 from fedjax_med.core.errors import UserError
+from fedjax_med.data.dataset import client_rows
 from fedjax_med.data.hospitals import load_hospitals
 from fedjax_med.experiment import build
 from fedjax_med.experiment import run as runs
 from fedjax_med.experiment.loop import train_rounds
+from fedjax_med.privacy import __main__ as command
+from fedjax_med.privacy import ledger
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
@@ -57,6 +60,8 @@ def test_a_run_leaves_every_promised_file(finished):
     "config.json",
     "metrics.jsonl",
     "privacy.json",
+    "ledger.jsonl",
+    "privacy_statement.md",
     "summary.json",
     "hospitals.json",
     "timing.json",
@@ -89,13 +94,33 @@ def test_metrics_hold_a_line_a_log_point_with_every_hospital(finished):
 
 def test_privacy_file_states_the_mechanism_that_ran(finished):
   record = json.loads((finished / "privacy.json").read_text())
-  assert {"unit", "adjacency", "accountant", "epsilon_max"} <= record.keys()
-  for hospital in record["hospitals"]:
+  (guarantee,) = record["guarantees"]
+  assert {"unit", "adjacency", "accountant", "epsilon_max"} <= guarantee.keys()
+  for hospital in guarantee["parties"]:
     assert hospital["steps"] == 6 * 2
     assert hospital["sampling_probability"] == pytest.approx(min(1, 16 / hospital["n"]))
     assert hospital["delta"] < 1 / hospital["n"]
-  assert record["epsilon_max"] == max(hospital["epsilon"] for hospital in record["hospitals"])
+  assert record["epsilon_max"] == max(party["epsilon"] for party in guarantee["parties"])
   assert record["epsilon_max"] == metrics(finished)[-1]["epsilon_max"]
+
+
+def test_the_command_recomputes_what_privacy_file_says(finished):
+  found = command.recompute(finished)
+  record = json.loads((finished / "privacy.json").read_text())
+  assert found["epsilon_max"] == pytest.approx(record["epsilon_max"], rel=1e-9)
+  assert found["rounds"] == 6
+
+
+def test_a_run_whose_ledger_is_gone_or_behind_is_not_resumed(finished, tmp_path):
+  folder = shutil.copytree(finished, tmp_path / "copy")
+  path = folder / ledger.FILE
+  lines = path.read_text().splitlines(keepends=True)
+  path.write_text("".join(lines[:-1]))
+  with pytest.raises(UserError, match=r"does not hold the line .*; restore the ledger"):
+    run(folder)
+  path.unlink()
+  with pytest.raises(UserError, match=r"does not hold the line .*; restore the ledger"):
+    run(folder)
 
 
 def test_summary_agrees_with_its_own_parts(finished):
@@ -163,7 +188,7 @@ def test_killed_at_random_moments_and_rerun_equals_the_unbroken_run(tmp_path):
   _, errors = last.communicate(timeout=300)
   assert last.returncode == 0, errors
   assert kills >= 2
-  for name in ("summary.json", "privacy.json", "hospitals.json"):
+  for name in ("summary.json", "privacy.json", "hospitals.json", "ledger.jsonl"):
     assert (tmp_path / "broken" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
   def lines_of(name):
@@ -258,7 +283,9 @@ def test_the_ledger_on_disk_is_never_behind_the_log(tmp_path):
   def listen(point):
     record = json.loads((tmp_path / "privacy.json").read_text())
     assert record["epsilon_max"] == max(point.epsilons)
-    assert {hospital["steps"] for hospital in record["hospitals"]} == {2 * point.rounds}
+    (guarantee,) = record["guarantees"]
+    assert {hospital["steps"] for hospital in guarantee["parties"]} == {2 * point.rounds}
+    assert ledger.read(tmp_path).counts == ((2 * point.rounds,) * 3,)
     seen.append(point.rounds)
 
   train_rounds(experiment, tmp_path, listen)
@@ -278,9 +305,65 @@ def test_the_run_stops_before_the_budget_is_crossed(tmp_path):
 def test_a_target_epsilon_is_met_at_every_hospital(tmp_path):
   summary = run(tmp_path, privacy__noise_multiplier=0.0, privacy__target_epsilon=3.0)
   record = json.loads((tmp_path / "privacy.json").read_text())
-  for hospital in record["hospitals"]:
+  for hospital in record["guarantees"][0]["parties"]:
     assert 0.98 * 3 <= hospital["epsilon"] <= 3
   assert summary["stopped"] == "completed"
+
+
+def test_whole_hospitals_are_protected_beside_their_records_and_both_epsilons_are_reported(
+  tmp_path,
+):
+  changes = {
+    "server__weighting": "uniform",
+    "client_privacy__mechanism": "dp_fedavg",
+    "client_privacy__noise_multiplier": 3.0,
+    "client_privacy__clipping": "adaptive",
+  }
+  summary = run(tmp_path, **changes)
+  record = json.loads((tmp_path / "privacy.json").read_text())
+  local, central = record["guarantees"]
+  assert (local["unit"], central["unit"]) == ("record", "client")
+  assert central["parties"][0]["steps"] == 6
+  assert central["parties"][0]["n"] == 3
+  assert summary["client_epsilon"] == central["epsilon_max"]
+  assert summary["epsilon_max"] == local["epsilon_max"]
+  report = (tmp_path / "report.html").read_text()
+  assert 'id="privacy-record"' in report
+  assert 'id="privacy-client"' in report
+  assert "which sees every update" in (tmp_path / "privacy_statement.md").read_text()
+  assert command.recompute(tmp_path)["guarantees"][1]["epsilon_max"] == central["epsilon_max"]
+
+
+def test_whole_hospitals_alone_are_protected_and_the_budget_of_theirs_ends_the_run(tmp_path):
+  summary = run(
+    tmp_path,
+    privacy__mechanism="none",
+    privacy__noise_multiplier=0.0,
+    server__weighting="uniform",
+    server__num_rounds=50,
+    client_privacy__mechanism="dp_fedavg",
+    client_privacy__noise_multiplier=2.0,
+    client_privacy__target_epsilon=4.0,
+  )
+  assert summary["stopped"] == "budget"
+  assert 0 < summary["rounds"] < 50
+  assert summary["epsilon_max"] == summary["client_epsilon"] <= 4
+  (guarantee,) = json.loads((tmp_path / "privacy.json").read_text())["guarantees"]
+  assert guarantee["unit"] == "client"
+
+
+def test_patients_are_counted_sampled_and_reported_as_such(tmp_path):
+  config = get_config()
+  hospitals = load_hospitals(config)
+  groups = np.arange(len(hospitals.dataset.labels), dtype=np.int32) // 3  # three images a patient
+  owner = [groups[row] for row in client_rows(hospitals.train)]
+  patients = [np.unique(row) for row in owner]
+  alike = dataclasses.replace(hospitals, split=dataclasses.replace(hospitals.split, units=groups))
+  config.model.name, config.privacy.unit, config.privacy.rows_per_unit = "linear", "patient", 2
+  runs.run(config, tmp_path, "smoke", "test", lambda: alike)
+  (guarantee,) = json.loads((tmp_path / "privacy.json").read_text())["guarantees"]
+  assert guarantee["unit"] == "patient"
+  assert [party["n"] for party in guarantee["parties"]] == [len(p) for p in patients]
 
 
 def test_baselines_train_each_hospital_alone_and_pooled(tmp_path):
@@ -292,7 +375,7 @@ def test_baselines_train_each_hospital_alone_and_pooled(tmp_path):
   assert summary["baselines"]["pooled"]["accuracy"] is not None
   privacy = json.loads((tmp_path / "privacy.json").read_text())
   alone = curves["alone"][1]["curve"][-1]["all"]["epsilon_max"]
-  assert alone == pytest.approx(privacy["hospitals"][1]["epsilon"])
+  assert alone == pytest.approx(privacy["guarantees"][0]["parties"][1]["epsilon"])
 
 
 def test_an_unwritable_workdir_is_a_sentence(tmp_path):

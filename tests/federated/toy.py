@@ -81,6 +81,8 @@ def make_federation(
   average: bool = False,
   rate_schedule: str = "constant",
   devices: int = 1,
+  num_clients: int = 3,
+  client_level: bool = False,
 ):
   """(initial state maker, block, run_round) of the toy federation."""
   model = create_model(ModelConfig(name=model_name), 2, "matmul")
@@ -95,10 +97,17 @@ def make_federation(
   )
   algorithm = create_algorithm(name, train, server_optimizer(server, 0.9), average=average)
   mesh = client_mesh(devices)
-  run_round = make_round(algorithm, num_clients=3, cohort_cap=cohort_cap, chunk=chunk, mesh=mesh)
+  run_round = make_round(
+    algorithm,
+    num_clients=num_clients,
+    cohort_cap=cohort_cap,
+    chunk=chunk,
+    mesh=mesh,
+    client_level=client_level,
+  )
 
   def initial():
     params, state = model.init(base_key(1), jnp.zeros((1, 4, 4, 1)))
-    return init_state(algorithm, params, state, 3)
+    return init_state(algorithm, params, state, num_clients, 1.0 if client_level else None)
 
-  return initial, make_block(run_round, 3, mesh), run_round
+  return initial, make_block(run_round, num_clients, mesh), run_round

@@ -1,7 +1,6 @@
 """ε against closed forms, integration, a second bound and the library; σ and steps for an ε."""
 
 import dataclasses
-import importlib.metadata
 import math
 
 import dp_accounting
@@ -13,14 +12,12 @@ from scipy import optimize, stats
 from fedjax_med.core.errors import UserError
 from fedjax_med.privacy import accounting
 from fedjax_med.privacy.accounting import (
-  affordable_steps,
-  calibrate_noise,
   check_delta,
   default_delta,
   discretization_interval,
   epsilon,
-  privacy_report,
 )
+from fedjax_med.privacy.calibration import affordable_steps, calibrate_noise
 from fedjax_med.privacy.mechanism import PoissonGaussian, batch_size_bound
 
 ZERO_OUT = dp_accounting.NeighboringRelation.REPLACE_SPECIAL
@@ -113,7 +110,7 @@ def test_epsilon_is_the_librarys_for_the_self_composed_event():
 @pytest.mark.parametrize("adjacency", ["REPLACE_SPECIAL", "ADD_OR_REMOVE_ONE"])
 def test_without_truncation_epsilon_is_that_of_poisson_sampling(adjacency):
   m = mechanism(num_stds=100)
-  assert m.batch_cap == m.num_examples
+  assert m.batch_cap == m.num_units
   event = dp_accounting.PoissonSampledDpEvent(
     m.drawn_probability, dp_accounting.GaussianDpEvent(m.noise_multiplier)
   )
@@ -241,51 +238,3 @@ def test_a_calibrated_run_affords_the_steps_it_was_calibrated_for():
   sigma = calibrate_noise(300, m.sampling_probability, m.batch_cap, 200, 1e-4, 2.0)
   steps = affordable_steps(dataclasses.replace(m, noise_multiplier=sigma), 1e-4, 2.0)
   assert 200 <= steps <= 204
-
-
-def test_report_has_every_hospital_and_the_largest_epsilon():
-  mechanisms = [mechanism(), mechanism(n=60, clip_norm=0.5)]
-  report = privacy_report(["North", "South"], mechanisms, np.array([100, 20]), [1e-4, 1e-3])
-  expected = [epsilon(mechanisms[0], 100, 1e-4), epsilon(mechanisms[1], 20, 1e-3)]
-  assert report["epsilon_max"] == max(expected)
-  assert [hospital["epsilon"] for hospital in report["hospitals"]] == expected
-  assert report["hospitals"][1] == {
-    "name": "South",
-    "n": 60,
-    "sampling_probability": 0.5,
-    "batch_cap": mechanisms[1].batch_cap,
-    "noise_multiplier": 2.0,
-    "clip_norm": 0.5,
-    "steps": 20,
-    "delta": 1e-3,
-    "epsilon": expected[1],
-  }
-  assert report["unit"] == "record"
-  assert report["adjacency"].startswith("zero-out")
-  assert report["accountant"]["name"] == "PLD"
-  assert report["accountant"]["version"] == importlib.metadata.version("dp-accounting")
-  assert report["accountant"]["value_discretization_interval"] <= 2**-8
-  topics = ("loss", "normalisation", "validation", "tuning", "float32", "threefry")
-  text = " ".join(report["not_covered"]).lower()
-  assert [topic for topic in topics if topic not in text] == []
-
-
-@pytest.mark.parametrize(
-  ("names", "steps", "deltas"),
-  [
-    (["A"], [1, 1], [1e-4]),
-    ([], [], []),
-    (["A"], [-1], [1e-4]),
-    (["A"], [math.nan], [1e-4]),
-    (["A"], [1], [math.nan]),
-    (["A"], [1], [0.5]),
-  ],
-)
-def test_report_fails_closed(names, steps, deltas):
-  with pytest.raises(UserError):
-    privacy_report(names, [mechanism()] * len(names), steps, deltas)
-
-
-def test_report_says_infinite_without_noise():
-  report = privacy_report(["A", "B"], [mechanism(), mechanism(sigma=0.0)], [1, 1], [1e-4, 1e-4])
-  assert report["epsilon_max"] == math.inf

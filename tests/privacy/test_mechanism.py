@@ -18,7 +18,7 @@ from fedjax_med.privacy.sampling import poisson_batch
 
 def mechanism(**changes):
   values = {
-    "num_examples": 100,
+    "num_units": 100,
     "sampling_probability": 0.1,
     "batch_cap": 25,
     "noise_multiplier": 1.0,
@@ -42,7 +42,7 @@ def test_a_sampler_called_with_the_mechanism_draws_batches_of_the_event():
   _, mask = jax.jit(
     jax.vmap(
       lambda key: poisson_batch(
-        key, m.num_examples, m.sampling_probability, max_examples=120, batch_cap=m.batch_cap
+        key, m.num_units, m.sampling_probability, max_examples=120, batch_cap=m.batch_cap
       )
     )
   )(keys)
@@ -80,8 +80,8 @@ def test_a_mechanism_cannot_be_changed():
 @pytest.mark.parametrize(
   ("changes", "message"),
   [
-    ({"num_examples": 0}, "num_examples=0 must be a whole number of at least 1"),
-    ({"num_examples": 10.5}, "num_examples=10.5 must be"),
+    ({"num_units": 0}, "num_units=0 must be a whole number of at least 1"),
+    ({"num_units": 10.5}, "num_units=10.5 must be"),
     ({"sampling_probability": 0.0}, "sampling_probability=0.0 must be above 0 and at most 1"),
     ({"sampling_probability": 1.01}, "sampling_probability=1.01 must be"),
     ({"sampling_probability": math.nan}, "sampling_probability=nan must be"),
@@ -110,7 +110,7 @@ def test_plan_gives_one_cap_and_the_expected_batch_size_everywhere():
   planned = plan_mechanisms(
     np.array(counts, np.int32), 32, steps=np.ones(3, int), clip_norm=1.0, noise_multiplier=1.2
   )
-  assert [m.num_examples for m in planned] == counts
+  assert [m.num_units for m in planned] == counts
   assert [m.sampling_probability for m in planned] == [1.0, 0.16, 32 / 3000]
   assert [m.expected_batch_size for m in planned] == pytest.approx([20, 32, 32])
   assert {m.batch_cap for m in planned} == {batch_size_bound(3000, 32 / 3000, 5)}
@@ -129,7 +129,7 @@ def test_plan_calibrates_each_hospital_to_its_target():
   counts, steps = [50, 400, 400], [40, 40, 80]
   planned = plan_mechanisms(counts, 16, steps=steps, clip_norm=1.0, target_epsilon=4.0)
   for m, num_steps in zip(planned, steps, strict=True):
-    reached = epsilon(m, num_steps, default_delta(m.num_examples))
+    reached = epsilon(m, num_steps, default_delta(m.num_units))
     assert 0.99 * 4 <= reached <= 4
   sigmas = [m.noise_multiplier for m in planned]
   assert sigmas[0] > sigmas[2] > sigmas[1]
@@ -139,7 +139,7 @@ def test_plan_calibrates_each_hospital_to_its_target():
   ("changes", "message"),
   [
     ({"counts": []}, "there is no hospital"),
-    ({"counts": [100, 0]}, "num_examples=0 must be"),
+    ({"counts": [100, 0]}, "num_units=0 must be"),
     ({"steps": [1]}, "steps has 1 entries for 2 hospitals"),
     ({"noise_multiplier": 0.0}, "leave σ open"),
     ({"noise_multiplier": -1.0}, "noise_multiplier=-1.0 must be"),

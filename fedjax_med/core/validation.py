@@ -1,0 +1,265 @@
+"""The rules that a configuration obeys, as far as they need no data."""
+
+from fedjax_med.core.config import Config, get_field
+from fedjax_med.core.errors import require, require_choice
+
+CHOICES = {
+  "data.source": ("phantoms", "folder", "br35h", "sars_cov2_ct"),
+  "data.split": ("grouped", "paper"),
+  "data.normalisation": ("image", "fixed"),
+  "partition.scheme": ("auto", "iid", "dirichlet", "quantity", "shards", "site"),
+  "model.norm": ("group", "batch", "frozen_batch"),
+  "model.dtype": ("float32", "bfloat16"),
+  "client.optimizer": ("sgd", "momentum", "adam", "adamw"),
+  "client.schedule": ("constant", "cosine", "linear"),
+  "server.optimizer": ("sgd", "momentum", "adam", "yogi"),
+  "server.weighting": ("examples", "uniform"),
+  "server.participation": ("full", "poisson"),
+  "privacy.mechanism": ("none", "dp_sgd"),
+  "privacy.clipping": ("auto", "book_keeping", "two_pass", "reference"),
+  "privacy.unit": ("record", "patient"),
+  "privacy.solve_for": ("noise", "rounds", "batch_size", "clip_norm"),
+  "privacy.adjacency": ("zero_out",),
+  "privacy.sampling": ("poisson",),
+  "client_privacy.mechanism": ("none", "dp_fedavg"),
+  "client_privacy.clipping": ("fixed", "adaptive"),
+  "client.augmentation": ("none", "flip", "shift", "flip_shift"),
+  "execution.layout": ("auto", "vmap", "chunk", "scan"),
+  "execution.lowering": ("auto", "matmul", "native"),
+  "execution.remat": ("auto", "off", "blocks"),
+  "execution.probe": ("auto", "on", "off"),
+}
+
+# field: (lowest, highest, lowest itself allowed, remedy)
+RANGES: dict[str, tuple[float, float, bool, str]] = {
+  "data.image_size": (8, 4096, True, "use 64 to 224; the paper uses 192"),
+  "seed": (0, 2**31 - 1, True, "use 0"),
+  "data.seed": (0, 2**31 - 1, True, "use 0"),
+  "data.min_size": (1, 4096, True, "use 32"),
+  "data.test_fraction": (0, 0.9, False, "use 0.2"),
+  "data.num_examples": (50, 10_000_000, True, "use 4000"),
+  "partition.num_clients": (0, 100_000, True, "use 5"),
+  "partition.alpha": (0, float("inf"), False, "0.1 is strong skew, 100 is nearly IID"),
+  "partition.classes_per_client": (1, 100_000, True, "use 1 or more"),
+  "partition.min_client_size": (1, 10_000_000, True, "use 8"),
+  "model.dropout": (0, 0.95, True, "use 0 to 0.5"),
+  "client.learning_rate": (0, float("inf"), False, "use 0.01 to 0.1 with sgd"),
+  "client.warmup_rounds": (0, 1_000_000, True, "use 0"),
+  "client.momentum": (0, 0.9999, True, "use 0.9"),
+  "client.weight_decay": (0, 10, True, "use 0"),
+  "client.batch_size": (1, 1_000_000, True, "use 32"),
+  "client.num_local_steps": (0, 1_000_000, True, "use 0 to let num_local_epochs decide"),
+  "client.num_local_epochs": (0, 10_000, False, "use 1"),
+  "client.label_smoothing": (0, 0.9, True, "use 0"),
+  "server.num_rounds": (1, 10_000_000, True, "use 10"),
+  "server.learning_rate": (0, float("inf"), False, "use 1 with sgd"),
+  "server.momentum": (0, 0.9999, True, "use 0.9"),
+  "server.participation_rate": (0, 1, False, "use 1 for every client in every round"),
+  "server.proximal_weight": (0, float("inf"), True, "use 0 for plain FedAvg, 0.01 for FedProx"),
+  "server.ema_decay": (0, 0.9999, True, "use 0 or 0.9"),
+  "privacy.noise_multiplier": (0, 1e6, True, "use 1"),
+  "privacy.target_epsilon": (0, 1e6, True, "use 8, or 0 for none"),
+  "privacy.clip_norm": (0, 1e6, False, "use 1"),
+  "privacy.delta": (0, 1, True, "use 0 for 1/(10 n)"),
+  "privacy.batch_cap": (0, 1_000_000, True, "use 0 to let it be chosen"),
+  "privacy.rows_per_unit": (0, 100_000, True, "use 0 to let it be chosen"),
+  "privacy.augmentation_multiplicity": (1, 1000, True, "use 1, or 4 to 16"),
+  "privacy.noise_stddev": (0, 1e6, True, "use 0 unless solve_for=clip_norm"),
+  "client_privacy.noise_multiplier": (0, 1e6, True, "use 1"),
+  "client_privacy.target_epsilon": (0, 1e6, True, "use 8, or 0 for none"),
+  "client_privacy.clip_norm": (0, 1e6, False, "use 1"),
+  "client_privacy.delta": (0, 1, True, "use 0 for 1/(10 K)"),
+  "client_privacy.quantile": (0, 1, False, "use 0.5"),
+  "client_privacy.clip_learning_rate": (0, 10, True, "use 0.2"),
+  "client_privacy.count_noise": (0, 1e6, True, "use 0 to let it be chosen"),
+  "execution.chunk_size": (0, 100_000, True, "use 0 unless layout=chunk"),
+  "execution.devices": (0, 100_000, True, "use 0 to let them be chosen"),
+  "execution.microbatch": (0, 1_000_000, True, "use 0 to let it be chosen"),
+  "execution.memory_gib": (0, 1_000_000, True, "use 0 for a share of what the device has"),
+  "eval.every": (1, 1_000_000, True, "use 1"),
+  "eval.batch_size": (1, 1_000_000, True, "use 64"),
+}
+
+
+# Values that people ask for and that ε would not hold with: why, and what to do instead.
+REFUSED = {
+  ("privacy.unit", "client"): (
+    "whole hospitals are protected by the server's noise, not by that of local steps",
+    "set --config.client_privacy.mechanism=dp_fedavg",
+  ),
+  ("privacy.adjacency", "add_remove"): (
+    "the sampling probability batch_size/n and the denominator q·n make the number of records n"
+    " public, and adding or removing a record would change them",
+    "use privacy.adjacency=zero_out, which replaces a record by nothing",
+  ),
+  ("privacy.adjacency", "replace_one"): (
+    "replacing a record by another one has twice the sensitivity that the noise is made for",
+    "use privacy.adjacency=zero_out, and twice the noise for the same ε",
+  ),
+  ("privacy.sampling", "shuffle"): (
+    "no ε is known for batches of a shuffled epoch that comes near that of Poisson sampling",
+    "use privacy.sampling=poisson, or privacy.mechanism=none, which shuffles",
+  ),
+  ("privacy.sampling", "class_balanced"): (
+    "the probability of a record would depend on the labels of the others",
+    "use privacy.sampling=poisson",
+  ),
+}
+
+
+def validate(config: Config) -> None:
+  """Checks every rule that needs no data; raises UserError with value, rule and remedy."""
+  _refuse(config)
+  for path, choices in CHOICES.items():
+    require_choice(path, get_field(config, path), choices)
+  for path, (low, high, low_allowed, remedy) in RANGES.items():
+    value = get_field(config, path)
+    inside = (value >= low if low_allowed else value > low) and value <= high
+    inside = inside and value != float("inf")
+    rule = f"{'at least' if low_allowed else 'above'} {low:g}"
+    rule += " and finite" if high == float("inf") else f" and at most {high:g}"
+    require(inside, f"{path}={value} must be {rule}", remedy)
+
+  data, partition = config.data, config.partition
+  require(
+    data.source == "phantoms" or data.path != "",
+    f"data.source='{data.source}' needs data.path, which is empty",
+    "point --config.data.path at the folder that holds the class folders",
+  )
+  require(
+    partition.scheme == "site" or partition.num_clients >= 2,
+    f"partition.num_clients={partition.num_clients} is under 2",
+    "use at least two hospitals",
+  )
+  layout, chunk = config.execution.layout, config.execution.chunk_size
+  require(
+    (layout == "chunk") == (chunk > 0),
+    f"execution.layout='{layout}' with execution.chunk_size={chunk} contradict each other",
+    "set layout=chunk and chunk_size>=1 together",
+  )
+  require(
+    config.execution.probe != "on" or layout == "auto",
+    f"execution.probe='on' with execution.layout='{layout}' contradict each other",
+    "use layout=auto, which the probe chooses for, or probe=auto",
+  )
+  require(
+    config.execution.microbatch == 0 or config.model.norm != "batch",
+    f"execution.microbatch={config.execution.microbatch} with model.norm='batch' would change"
+    " results: statistics would be of a microbatch, not of the batch",
+    "use execution.microbatch=0, or model.norm=group",
+  )
+  _validate_privacy(config)
+  _validate_client_privacy(config)
+
+
+def _refuse(config: Config) -> None:
+  for (path, value), (why, remedy) in REFUSED.items():
+    require(get_field(config, path) != value, f"{path}='{value}' is refused: {why}", remedy)
+
+
+def _validate_privacy(config: Config) -> None:
+  privacy = config.privacy
+  copies = privacy.augmentation_multiplicity
+  if privacy.mechanism == "none":
+    unused = {
+      "noise_multiplier": privacy.noise_multiplier,
+      "target_epsilon": privacy.target_epsilon,
+      "noise_stddev": privacy.noise_stddev,
+    }
+    require(
+      not any(unused.values()) and privacy.unit == "record" and copies == 1,
+      "privacy.mechanism='none' ignores "
+      + ", ".join(f"privacy.{name}={value:g}" for name, value in unused.items())
+      + f", privacy.unit='{privacy.unit}', privacy.augmentation_multiplicity={copies}",
+      "set --config.privacy.mechanism=dp_sgd, or leave them at 0, 'record' and 1",
+    )
+    return
+  require(
+    privacy.noise_multiplier > 0 or privacy.target_epsilon > 0,
+    "privacy.mechanism='dp_sgd' has neither privacy.noise_multiplier nor privacy.target_epsilon",
+    "set one of them above 0",
+  )
+  _validate_solve_for(config)
+  require(
+    config.model.norm != "batch",
+    "model.norm='batch' mixes the examples of a batch, so clipping one example's gradient does"
+    " not bound its influence",
+    "use model.norm=group or model.norm=frozen_batch with privacy.mechanism=dp_sgd",
+  )
+  require(
+    config.model.dtype == "float32" or privacy.clipping != "two_pass",
+    f"privacy.clipping='two_pass' with model.dtype='{config.model.dtype}' rounds a clipped gradient"
+    " to up to 1.003 C, above the sensitivity that ε is computed from",
+    "use privacy.clipping=auto, or model.dtype=float32",
+  )
+  require(
+    privacy.unit != "patient" or config.data.split == "grouped",
+    f"privacy.unit='patient' with data.split='{config.data.split}' would leave the images of one"
+    " patient in several hospitals",
+    "use data.split=grouped, which keeps patients and near-duplicates together",
+  )
+  require(
+    privacy.rows_per_unit == 0 or privacy.unit == "patient",
+    f"privacy.rows_per_unit={privacy.rows_per_unit} with privacy.unit='record' means nothing",
+    "set --config.privacy.unit=patient, or leave it at 0",
+  )
+  require(
+    copies == 1 or config.client.augmentation != "none",
+    f"privacy.augmentation_multiplicity={copies} with client.augmentation='none' would take the"
+    " same image several times",
+    "set --config.client.augmentation=flip_shift, or leave it at 1",
+  )
+
+
+def _validate_solve_for(config: Config) -> None:
+  privacy = config.privacy
+  solve, sigma, stddev = privacy.solve_for, privacy.noise_multiplier, privacy.noise_stddev
+  given = {
+    "noise": stddev == 0,
+    "rounds": sigma > 0 and stddev == 0 and privacy.target_epsilon > 0,
+    "batch_size": sigma > 0 and stddev == 0 and privacy.target_epsilon > 0,
+    "clip_norm": sigma == 0 and stddev > 0 and privacy.target_epsilon > 0,
+  }
+  require(
+    given[solve],
+    f"privacy.solve_for='{solve}' does not go with privacy.noise_multiplier={sigma:g},"
+    f" privacy.noise_stddev={stddev:g} and privacy.target_epsilon={privacy.target_epsilon:g}",
+    "noise takes no noise_stddev; rounds and batch_size take a noise_multiplier and a"
+    " target_epsilon; clip_norm takes a noise_stddev and a target_epsilon",
+  )
+  require(
+    not privacy.same_noise or sigma == 0,
+    f"privacy.same_noise with privacy.noise_multiplier={sigma:g} means nothing: a given σ is"
+    " everybody's",
+    "use it with noise_multiplier=0 and a target_epsilon",
+  )
+
+
+def _validate_client_privacy(config: Config) -> None:
+  client = config.client_privacy
+  if client.mechanism == "none":
+    require(
+      client.noise_multiplier == 0 and client.target_epsilon == 0,
+      "client_privacy.mechanism='none' ignores client_privacy.noise_multiplier="
+      f"{client.noise_multiplier:g} and client_privacy.target_epsilon={client.target_epsilon:g}",
+      "set --config.client_privacy.mechanism=dp_fedavg, or both of them to 0",
+    )
+    return
+  require(
+    client.noise_multiplier > 0 or client.target_epsilon > 0,
+    "client_privacy.mechanism='dp_fedavg' has neither client_privacy.noise_multiplier nor"
+    " client_privacy.target_epsilon",
+    "set one of them above 0",
+  )
+  require(
+    config.server.weighting == "uniform",
+    f"server.weighting='{config.server.weighting}' with client-level privacy would let a large"
+    " hospital move the sum by more than the clip norm",
+    "use server.weighting=uniform with client_privacy.mechanism=dp_fedavg",
+  )
+  require(
+    config.model.norm != "batch",
+    "model.norm='batch' sends statistics of a hospital's images, which are neither clipped nor"
+    " noised",
+    "use model.norm=group or model.norm=frozen_batch with client_privacy.mechanism=dp_fedavg",
+  )

@@ -1,0 +1,256 @@
+"""The compiled side of a run: model, algorithm and plan, made from shapes."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fedjax_med.core.config import Config
+from fedjax_med.core.keys import Stream, base_key, key_for
+from fedjax_med.data.dataset import Dataset
+from fedjax_med.experiment import planning
+from fedjax_med.experiment.processes import least
+from fedjax_med.experiment.protection import cohort_cap
+from fedjax_med.federated.algorithm import FederatedAlgorithm
+from fedjax_med.federated.local import (
+  cross_entropy,
+  local_training,
+  plain_gradient,
+  private_gradient,
+)
+from fedjax_med.federated.optimizers import client_optimizer, schedule, server_optimizer
+from fedjax_med.federated.registry import create_algorithm
+from fedjax_med.models.model import Model
+from fedjax_med.models.ops import Lowering
+from fedjax_med.models.registry import create_model, has_remat
+from fedjax_med.privacy.clipping import resolve_method
+from fedjax_med.privacy.clipping import uncovered as clipping_problems
+from fedjax_med.simulation.evaluation import make_predict
+from fedjax_med.simulation.mesh import Devices, client_mesh, cpu_cores, replicated
+from fedjax_med.simulation.plan import Choice, Plan, choose_lowering, describe_padding
+from fedjax_med.simulation.rounds import SimulationState, init_state, make_block, make_round
+
+
+class Program(NamedTuple):
+  """The compiled side of a run: it knows shapes, not data.
+
+  Attributes:
+    plan: how it is laid out.
+    devices: where it runs; what a block gets and returns lies whole on each of them.
+    initial: SimulationState before round 0, made anew at each call.
+    block: a jitted block of rounds.
+    predict: class probabilities of given pool rows.
+    lower_predict: lowers predict for a compiler, of the same arguments or their shapes.
+    arguments: shapes of what a block is called with.
+    budget: memory that the plan kept to.
+  """
+
+  plan: Plan
+  devices: Devices
+  initial: Callable[[], SimulationState]
+  block: jax.stages.Wrapped
+  predict: Callable[..., np.ndarray]
+  lower_predict: Callable[..., jax.stages.Lowered]
+  arguments: tuple[Any, ...]
+  budget: planning.Budget
+
+
+def make_program(
+  config: Config,
+  dataset: Dataset,
+  *,
+  devices: Devices,
+  steps: np.ndarray,
+  max_examples: int,
+  shared_steps: int | None,
+  batch_cap: int,
+  counts: np.ndarray | None = None,
+  max_units: int = 0,
+  rows_per_unit: int = 1,
+  may_share_less: bool = False,
+) -> Program:
+  """Builds model, algorithm and compiled functions for clients of at most ``max_examples``.
+
+  Args:
+    config: validated config.
+    dataset: gives image shape and classes.
+    devices: where it is to run, unless ``may_share_less``.
+    steps: [K] local steps a round.
+    max_examples: slots of a client's index row.
+    shared_steps: local steps a round where all clients take the same number, else None.
+    batch_cap: slots of a truncated Poisson batch (private runs).
+    counts: units (examples, patients) of each client, for the microbatch; None if all hold
+      ``max_examples``.
+    max_units: slots of a client's table of units that hold several rows; 0 without such.
+    rows_per_unit: rows of a unit that a step looks at.
+    may_share_less: whether fewer devices may be taken to save memory.
+
+  Raises:
+    UserError: the rounds do not fit into the memory budget, whatever may be changed.
+  """
+  classes, private = len(dataset.class_names), config.privacy.mechanism != "none"
+  image = jax.ShapeDtypeStruct((1, *dataset.inputs.shape[1:]), jnp.float32)
+  num_clients = len(steps)
+  most = cohort_cap(config, num_clients)
+  cohort = most or num_clients
+  cores = int(least(cpu_cores()))
+  loss = cross_entropy(config.client.label_smoothing)
+  client, server = config.client, config.server
+  client_level = config.client_privacy.mechanism != "none"
+  copies = config.privacy.augmentation_multiplicity if private else 1
+  counts = np.full(1, max_examples) if counts is None else counts
+  rates = np.minimum(1, client.batch_size / counts)
+
+  def lowering_on(devices: int) -> tuple[Lowering, str]:
+    training = max(1, min(devices, cohort) // jax.process_count())
+    return choose_lowering(config.execution.lowering, cores // training)
+
+  @functools.cache
+  def model_of(remat: bool, devices: int) -> Model:
+    return create_model(config.model, classes, lowering_on(devices)[0], remat=remat)
+
+  @functools.cache
+  def uncovered(remat: bool) -> dict[str, tuple[str, ...]]:
+    model = model_of(remat, devices.number)
+    params, state = jax.eval_shape(model.init, base_key(0), image)
+    return clipping_problems(model, params, state, image, config.model.dtype)
+
+  def train_as(choice: Choice, shared_steps: int | None) -> Callable:
+    shape = {
+      "max_examples": max_examples,
+      "normalisation": config.data.normalisation,
+      "augmentation": client.augmentation,
+      "microbatch": choice.microbatch,
+    }
+    model = model_of(choice.remat, choice.devices)
+    if private:
+      gradient = private_gradient(
+        model,
+        loss,
+        clipping=choice.clipping,
+        batch_cap=batch_cap,
+        rows_per_unit=rows_per_unit,
+        copies=copies,
+        **shape,
+      )
+    else:
+      gradient = plain_gradient(model, loss, batch_size=client.batch_size, **shape)
+    return local_training(
+      gradient,
+      client_optimizer(client.optimizer, client.momentum, client.weight_decay),
+      schedule(client.schedule, server.num_rounds, client.warmup_rounds),
+      shared_steps,
+    )
+
+  def algorithm_as(choice: Choice) -> FederatedAlgorithm:
+    return create_algorithm(
+      server.algorithm,
+      train_as(choice, shared_steps),
+      server_optimizer(server.optimizer, server.momentum),
+      average=server.ema_decay > 0,
+    )
+
+  @functools.cache
+  def block_as(choice: Choice) -> jax.stages.Wrapped:
+    mesh = devices.mesh if choice.devices == devices.number else client_mesh(choice.devices)
+    run_round = make_round(
+      algorithm_as(choice),
+      num_clients=num_clients,
+      cohort_cap=most,
+      chunk=choice.chunk,
+      mesh=mesh,
+      client_level=client_level,
+    )
+    return make_block(run_round, num_clients, mesh)
+
+  remat = config.execution.remat == "blocks"
+  clipping, clipping_reason = "none", None
+  if private:
+    clipping, clipping_reason = resolve_method(config.privacy.clipping, uncovered(remat))
+
+  first = Choice(devices.number, 1, 0, remat, clipping)
+
+  def initial(seed: Any) -> SimulationState:
+    key = key_for(base_key(seed), Stream.INIT)
+    params, state = model_of(False, devices.number).init(key, jnp.zeros(image.shape, image.dtype))
+    clip_norm = config.client_privacy.clip_norm if client_level else None
+    return init_state(algorithm_as(first), params, state, num_clients, clip_norm)
+
+  seed = np.int32(config.seed)
+  arguments = planning.block_arguments(
+    lambda: initial(seed), num_clients, max_examples, dataset, max_units, client_level
+  )
+  # Products hold patches, native convolutions do not: the most that either needs.
+  footprint = planning.footprint(create_model(config.model, classes, "matmul", remat=remat), image)
+  footprint = footprint._replace(activations=rows_per_unit * copies * footprint.activations)
+  subject = planning.Subject(
+    cohort=cohort,
+    steps=steps,
+    counts=counts,
+    rates=rates,
+    batch=batch_cap if private else client.batch_size,
+    rows_per_unit=rows_per_unit * copies,
+    model=footprint,
+    arguments=arguments,
+    may_remat=has_remat(config.model, classes),
+    may_share_less=may_share_less,
+    uncovered=uncovered,
+  )
+
+  def time_chunk(choice: Choice) -> float:
+    return planning.time_steps(
+      train_as(choice, None),
+      model_of(remat, choice.devices),
+      image,
+      choice.chunk,
+      max_examples=max_examples,
+      num_examples=int(np.median(counts)),
+      rate=float(np.median(rates)),
+      max_units=max_units,
+      rows_per_unit=rows_per_unit,
+    )
+
+  budget = planning.memory_budget(config.execution.memory_gib)
+  layout, choice, reasons = planning.decide(config, subject, first, budget, block_as, time_chunk)
+  if choice.devices < devices.number:
+    devices = Devices(
+      choice.devices,
+      client_mesh(choice.devices),
+      f"devices {choice.devices}: {devices.number} exceed the memory",
+    )
+  mesh = devices.mesh
+  initial = jax.jit(initial) if mesh is None else jax.jit(initial, out_shardings=replicated(mesh))
+  lowering, lowering_reason = lowering_on(choice.devices)
+  rate = 1.0 if most is None else server.participation_rate
+  padding_reason = describe_padding(steps, choice.chunk, devices.number, rate)
+  reasons = [devices.reason, *reasons, padding_reason, lowering_reason]
+  if clipping_reason is not None:
+    same = choice.clipping == clipping
+    reasons.append(f"clipping {choice.clipping}: {clipping_reason if same else 'to save memory'}")
+  return Program(
+    Plan(
+      layout,
+      choice.chunk,
+      devices.number,
+      lowering,
+      choice.clipping,
+      choice.microbatch,
+      choice.remat,
+      config.model.dtype,
+      tuple(reasons),
+    ),
+    devices,
+    lambda: initial(seed),
+    block_as(choice),
+    *make_predict(
+      model_of(False, choice.devices),
+      batch_size=config.eval.batch_size,
+      normalisation=config.data.normalisation,
+      mesh=mesh,
+    ),
+    arguments,
+    budget,
+  )

@@ -1,0 +1,212 @@
+"""From a config and the sizes of the hospitals to the mechanisms that protect them."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+
+from fedjax_med.core.config import Config
+from fedjax_med.core.errors import UserError, require
+from fedjax_med.data.dataset import ClientTable, UnitTable, unit_table
+from fedjax_med.privacy.accounting import epsilon, resolve_deltas
+from fedjax_med.privacy.calibration import affordable_steps, calibrate_noise
+from fedjax_med.privacy.client_level import split_noise
+from fedjax_med.privacy.guarantees import Guarantee
+from fedjax_med.privacy.mechanism import PoissonGaussian, batch_size_bound, plan_mechanisms
+
+# Rows of a patient in a step where nothing is asked for: a stack of slices is mostly one picture.
+ROWS_PER_UNIT = 8
+
+
+class Protection(NamedTuple):
+  """What protects a run.
+
+  Attributes:
+    config: the config, with what ``privacy.solve_for`` leaves open filled in.
+    steps: [K] int64 local steps a round of each client.
+    units: privacy units that hold several rows, or None.
+    rows_per_unit: rows of a unit that a step looks at.
+    local: DP-SGD in the clients' local steps, or None.
+    central: DP-FedAvg at the server, or None.
+    update_noise: noise multiplier on the sum of updates (below ``central``'s σ never).
+    count_noise: noise on the count of unclipped updates.
+  """
+
+  config: Config
+  steps: np.ndarray
+  units: UnitTable | None
+  rows_per_unit: int
+  local: Guarantee | None
+  central: Guarantee | None
+  update_noise: float
+  count_noise: float
+
+
+def local_steps(config: Config, counts: np.ndarray) -> np.ndarray:
+  """[K] local steps a round: as configured, or epochs · n / batch size, at least 1."""
+  client = config.client
+  if client.num_local_steps:
+    return np.full(len(counts), client.num_local_steps, np.int64)
+  batches = client.num_local_epochs * counts / client.batch_size
+  # Without privacy an epoch ends with a partial batch; a Poisson epoch is 1/q expected draws.
+  steps = np.ceil(batches) if config.privacy.mechanism == "none" else np.round(batches)
+  return np.maximum(1, steps).astype(np.int64)
+
+
+def cohort_cap(config: Config, num_clients: int) -> int | None:
+  """Most clients of a Poisson cohort (expected + 5 standard deviations), None for all clients."""
+  if config.server.participation == "full":
+    return None
+  return min(num_clients, batch_size_bound(num_clients, config.server.participation_rate, 5))
+
+
+def protect(
+  config: Config,
+  names: tuple[str, ...],
+  rows: ClientTable,
+  groups: np.ndarray,
+  steps: np.ndarray | None = None,
+) -> Protection:
+  """Mechanisms of every client and of the server.
+
+  Args:
+    config: validated config.
+    names: K clients.
+    rows: who holds what.
+    groups: [N] patient or near-duplicate group of each example.
+    steps: [K] local steps a round, None as configured.
+
+  Raises:
+    UserError: a rule that needs the sizes is broken, or a target cannot be reached.
+  """
+  private = config.privacy.mechanism != "none"
+  units, rows_per_unit = None, 1
+  if private and config.privacy.unit == "patient":
+    units = unit_table(rows, groups)
+    rows_per_unit = config.privacy.rows_per_unit or min(ROWS_PER_UNIT, int(units.sizes.max()))
+  counts = (rows.counts if units is None else units.counts).astype(np.int64)
+  config = _solved(config, counts)
+  steps = local_steps(config, counts) if steps is None else steps
+  local = None
+  if private:
+    mechanisms, deltas = _mechanisms(config, counts, steps)
+    local = Guarantee(config.privacy.unit, names, mechanisms, deltas)
+  return Protection(config, steps, units, rows_per_unit, local, *_central(config, len(names)))
+
+
+def _mechanisms(
+  config: Config, counts: np.ndarray, steps: np.ndarray
+) -> tuple[tuple[PoissonGaussian, ...], tuple[float, ...]]:
+  privacy = config.privacy
+  mechanisms = plan_mechanisms(
+    counts,
+    config.client.batch_size,
+    steps=steps * config.server.num_rounds,
+    clip_norm=privacy.clip_norm,
+    batch_cap=privacy.batch_cap,
+    noise_multiplier=privacy.noise_multiplier,
+    target_epsilon=privacy.target_epsilon,
+    delta=privacy.delta,
+  )
+  if privacy.same_noise:
+    sigma = max(mechanism.noise_multiplier for mechanism in mechanisms)
+    mechanisms = tuple(dataclasses.replace(m, noise_multiplier=sigma) for m in mechanisms)
+  return mechanisms, resolve_deltas(counts, privacy.delta)
+
+
+def _solved(config: Config, counts: np.ndarray) -> Config:
+  """The config with the rounds, the batch size or the clip norm that the target ε allows."""
+  solve = config.privacy.solve_for
+  if config.privacy.mechanism == "none" or solve == "noise":
+    return config
+  solver = {
+    "rounds": _solve_rounds,
+    "batch_size": _solve_batch_size,
+    "clip_norm": _solve_clip_norm,
+  }[solve]
+  solved = solver(config, counts)
+  # Solved once: baselines of the run take it as it is.
+  privacy = dataclasses.replace(solved.privacy, solve_for="noise", noise_stddev=0.0)
+  return dataclasses.replace(solved, privacy=privacy)
+
+
+def _solve_rounds(config: Config, counts: np.ndarray) -> Config:
+  steps, target = local_steps(config, counts), config.privacy.target_epsilon
+  mechanisms, deltas = _mechanisms(config, counts, steps)
+  rounds = min(
+    affordable_steps(mechanism, delta, target) // int(each)
+    for mechanism, delta, each in zip(mechanisms, deltas, steps, strict=True)
+  )
+  require(
+    rounds >= 1,
+    f"privacy.target_epsilon={target:g} does not allow one round at"
+    f" privacy.noise_multiplier={config.privacy.noise_multiplier:g}",
+    "raise either of them, or take fewer local steps a round",
+  )
+  return dataclasses.replace(config, server=dataclasses.replace(config.server, num_rounds=rounds))
+
+
+def _with_batch(config: Config, batch_size: int) -> Config:
+  return dataclasses.replace(
+    config, client=dataclasses.replace(config.client, batch_size=batch_size)
+  )
+
+
+def _solve_batch_size(config: Config, counts: np.ndarray) -> Config:
+  target = config.privacy.target_epsilon
+
+  def allowed(batch_size: int) -> bool:
+    candidate = _with_batch(config, batch_size)
+    steps = local_steps(candidate, counts)
+    rows = zip(*_mechanisms(candidate, counts, steps), steps, strict=True)
+    return all(
+      epsilon(mechanism, int(each) * config.server.num_rounds, delta) <= target
+      for mechanism, delta, each in rows
+    )
+
+  size = _largest(allowed, int(counts.max()))
+  if size == 0:
+    raise UserError(
+      f"privacy.target_epsilon={target:g} allows no batch at privacy.noise_multiplier="
+      f"{config.privacy.noise_multiplier:g} in {config.server.num_rounds} rounds; raise either of"
+      " the first two, or lower server.num_rounds"
+    )
+  return _with_batch(config, size)
+
+
+def _largest(allowed: Callable[[int], bool], limit: int) -> int:
+  """Largest whole number up to ``limit`` that is allowed, if smaller ones are; 0 if not even 1."""
+  low, high = 0, limit + 1
+  while high - low > 1:
+    middle = (low + high) // 2
+    low, high = (middle, high) if allowed(middle) else (low, middle)
+  return low
+
+
+def _solve_clip_norm(config: Config, counts: np.ndarray) -> Config:
+  mechanisms, _ = _mechanisms(config, counts, local_steps(config, counts))
+  sigma = max(mechanism.noise_multiplier for mechanism in mechanisms)
+  clip_norm = config.privacy.noise_stddev / sigma
+  privacy = dataclasses.replace(config.privacy, clip_norm=clip_norm, same_noise=True)
+  return dataclasses.replace(config, privacy=privacy)
+
+
+def _central(config: Config, num_clients: int) -> tuple[Guarantee | None, float, float]:
+  """Client-level guarantee, noise multiplier on the updates, noise on the count."""
+  client, server = config.client_privacy, config.server
+  if client.mechanism == "none":
+    return None, 0.0, 0.0
+  cap = cohort_cap(config, num_clients) or num_clients
+  rate = 1.0 if server.participation == "full" else server.participation_rate
+  (delta,) = resolve_deltas([num_clients], client.delta)
+  sigma = client.noise_multiplier or calibrate_noise(
+    num_clients, rate, cap, server.num_rounds, delta, client.target_epsilon
+  )
+  mechanism = PoissonGaussian(num_clients, rate, cap, sigma, client.clip_norm)
+  update_noise = count_noise = 0.0
+  if client.clipping == "adaptive":
+    count_noise = client.count_noise or max(mechanism.expected_batch_size / 20, sigma)
+    update_noise = split_noise(sigma, count_noise)
+  guarantee = Guarantee("client", ("all hospitals",), (mechanism,), (delta,))
+  return guarantee, update_noise or sigma, count_noise

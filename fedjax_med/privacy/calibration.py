@@ -1,0 +1,134 @@
+"""What ε ≤ target leaves free: σ, or the number of steps, solved with the PLD accountant."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+
+from fedjax_med.core.errors import UserError, require
+from fedjax_med.privacy.accounting import check_delta, epsilon
+from fedjax_med.privacy.mechanism import PoissonGaussian, require_whole
+
+# affordable_steps answers no more than this.
+MAX_STEPS = 10_000_000
+# calibrate_noise looks for σ in this range.
+NOISE_RANGE = (0.05, 1e5)
+
+
+@functools.lru_cache(maxsize=4096)
+def calibrate_noise(
+  num_units: int,
+  sampling_probability: float,
+  batch_cap: int,
+  steps: int,
+  delta: float,
+  target_epsilon: float,
+) -> float:
+  """A σ whose PLD ε lies in [0.995, 1] of ``target_epsilon``, never above it.
+
+  Starts from the central limit and follows the slope of log ε over log σ. A target that σ = 0.05
+  already meets gets σ = 0.05.
+
+  Raises:
+    UserError: the target is not above 0, or no σ up to 1e5 reaches it.
+  """
+  require(
+    0 < target_epsilon < math.inf, f"target_epsilon={target_epsilon} must be above 0", "use 8"
+  )
+  require_whole("steps", steps, 1, "calibrate for at least one step")
+  # The clip norm does not enter ε.
+  template = PoissonGaussian(num_units, sampling_probability, batch_cap, 1.0, 1.0)
+  check_delta(delta, num_units)
+
+  def epsilon_at(inverse: float) -> float:
+    return epsilon(dataclasses.replace(template, noise_multiplier=1 / inverse), steps, delta)
+
+  # Solves μ = q sqrt(T (exp(1/σ²) - 1)) of the central limit (Bu et al., arXiv 1911.11607) for 1/σ.
+  mu = _gaussian_mu(target_epsilon, delta)
+  guess = math.sqrt(math.log1p(mu**2 / (sampling_probability**2 * steps)))
+  lowest, highest = (1 / sigma for sigma in reversed(NOISE_RANGE))
+  inverse = _largest_within(
+    epsilon_at, target_epsilon, lowest, highest, guess, slope=1.0, slack=0.005
+  )
+  if inverse is None:
+    raise UserError(
+      f"target_epsilon={target_epsilon:g} cannot be reached in {steps} steps with n={num_units}"
+      f" and delta={delta:.3g}, even noise_multiplier={NOISE_RANGE[1]:g} exceeds it; raise"
+      " target_epsilon, or lower the number of steps or batch_size"
+    )
+  return 1 / inverse
+
+
+def affordable_steps(mechanism: PoissonGaussian, delta: float, budget: float) -> int:
+  """Largest number of steps with PLD ε ≤ ``budget``, 0 to 10 million: stop before, not after.
+
+  Raises:
+    UserError: the budget is not above 0, or δ is refused.
+  """
+  require(0 < budget < math.inf, f"budget={budget} must be finite and above 0", "use 8")
+  check_delta(delta, mechanism.num_units)
+  if mechanism.noise_multiplier == 0:
+    return 0
+  loss_variance = math.expm1(min(mechanism.noise_multiplier**-2, 100.0))
+  guess = (_gaussian_mu(budget, delta) / mechanism.drawn_probability) ** 2 / loss_variance
+  steps = _largest_within(
+    lambda count: epsilon(mechanism, int(count), delta), budget, 1, MAX_STEPS, guess, slope=0.5
+  )
+  return int(steps or 0)
+
+
+def _gaussian_mu(target_epsilon: float, delta: float) -> float:
+  """μ with which μ-Gaussian DP is (ε, δ)-DP (Balle and Wang, arXiv 1805.06530, theorem 8)."""
+  from scipy import optimize, special
+
+  def excess(log_mu: float) -> float:
+    mu = math.exp(log_mu)
+    below = special.log_ndtr(-target_epsilon / mu - mu / 2) + target_epsilon
+    return float(special.ndtr(mu / 2 - target_epsilon / mu) - math.exp(min(below, 0.0))) - delta
+
+  return math.exp(float(optimize.brentq(excess, -30.0, 15.0)))  # pyright: ignore[reportArgumentType]
+
+
+def _largest_within(
+  value: Callable[[float], float],
+  target: float,
+  low: float,
+  high: float,
+  guess: float,
+  *,
+  slope: float,
+  slack: float = 0.0,
+) -> float | None:
+  """Largest x in [low, high] with value(x) ≤ target; None where even ``low`` exceeds it.
+
+  ``value`` rises with x, about like x**slope. With ``slack`` any x with value(x) of at least
+  (1 - slack)·target will do; without it x is whole and x + 1 exceeds the target. Secant steps in
+  log x, log value, inside the bracket known so far; plain bisection after 15 of them.
+  """
+  aim = math.log(target) + math.log1p(-slack / 2)
+  inside, outside = 0.0, math.inf  # x known to be within, x known to exceed
+  last: tuple[float, float] | None = None
+  x = guess
+  for trial in range(200):
+    if outside < math.inf and inside > 0 and (trial > 15 or not inside < x < outside):
+      x = math.sqrt(inside * outside)
+    x = min(max(x, low), high)
+    if slack == 0:
+      x = float(min(max(round(x - 0.5), inside + 1), outside - 1))
+    found = value(x)
+    if found <= target:
+      inside = x
+    else:
+      outside = x
+    if inside >= high or (inside == x and slack > 0 and found >= (1 - slack) * target):
+      return inside
+    if outside <= low:
+      return None
+    if slack == 0 and outside - inside == 1:
+      return inside
+    point = (math.log(x), math.log(min(max(found, 1e-12), 1e12)))
+    if last is not None and last[0] != point[0]:
+      slope = min(max((point[1] - last[1]) / (point[0] - last[0]), slope / 2), slope * 2)
+    last = point
+    x = math.exp(point[0] + min(max((aim - point[1]) / slope, -3.0), 3.0))
+  raise ArithmeticError(f"no x found with value(x) <= {target}")

@@ -1,0 +1,106 @@
+"""DP-FedAvg at the server: clipped updates, a noisy sum, a clip norm that may follow a quantile.
+
+McMahan et al. 2018 (arXiv 1710.06963) with a fixed denominator; the clip norm by Andrew et al. 2021
+(arXiv 1905.03871).
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from fedjax_med.core.errors import require
+from fedjax_med.core.keys import Stream, key_for
+from fedjax_med.privacy.noise import private_mean
+
+Tree = Any  # a pytree of arrays
+
+
+class ClientLevel(NamedTuple):
+  """Traced float32 scalars of client-level privacy.
+
+  Attributes:
+    noise_multiplier: noise on the sum of updates, over the clip norm; see ``split_noise``.
+    expected_cohort: q·K, the fixed denominator.
+    count_noise: standard deviation of the noise on the sum of (bit - 1/2), where a bit says whether
+      an update was within the clip norm.
+    quantile: share of the updates that the clip norm shall let pass unclipped.
+    clip_learning_rate: geometric step of the clip norm; 0 keeps it as it is.
+  """
+
+  noise_multiplier: jax.Array
+  expected_cohort: jax.Array
+  count_noise: jax.Array
+  quantile: jax.Array
+  clip_learning_rate: jax.Array
+
+
+def split_noise(noise_multiplier: float, count_noise: float) -> float:
+  """Noise multiplier left for the updates, if the noisy count is to cost nothing on top.
+
+  Updates over z·C and bits over ``count_noise`` (a bit - 1/2 is at most 1/2) are one Gaussian
+  mechanism of noise multiplier σ with 1/σ² = 1/z² + 1/(2 count_noise)² (Andrew et al. 2021,
+  theorem 1).
+
+  Args:
+    noise_multiplier: σ, accounted for the whole round.
+    count_noise: standard deviation of the noise on the count.
+
+  Raises:
+    UserError: the count alone would cost more than σ allows.
+  """
+  require(
+    2 * count_noise > noise_multiplier,
+    f"client_privacy.count_noise={count_noise:g} must be above half the noise multiplier"
+    f" {noise_multiplier:g}",
+    f"use {noise_multiplier:.3g} or more, or client_privacy.clipping=fixed",
+  )
+  return 1 / math.sqrt(noise_multiplier**-2 - (2 * count_noise) ** -2)
+
+
+def clip_update(update: Tree, clip_norm: jax.Array) -> tuple[Tree, jax.Array]:
+  """Scales one client's update to l2 norm at most C; returns it and whether it was within (0 or 1).
+
+  An update whose norm is not finite becomes exactly 0.
+  """
+  leaves = jax.tree.leaves(update)
+  # By the largest value first: squares of float32 overflow from 1.8e19 and vanish under 1e-19.
+  largest = jnp.stack([jnp.abs(leaf).max() for leaf in leaves]).max().astype(jnp.float32)
+  unit = jnp.where((largest > 0) & jnp.isfinite(largest), largest, 1)
+  squares = [jnp.square(leaf.astype(jnp.float32) / unit).sum() for leaf in leaves]
+  norm = unit * jnp.sqrt(jnp.stack(squares).sum())
+  finite = jnp.isfinite(norm) & jnp.isfinite(largest)
+  inside = finite & (norm <= clip_norm)
+  scale = jnp.where(inside, 1, clip_norm / jnp.where(finite & ~inside, norm, 1))
+
+  def scaled(leaf):
+    return jnp.where(finite, leaf * scale.astype(leaf.dtype), jnp.zeros_like(leaf))
+
+  return jax.tree.map(scaled, update), inside.astype(jnp.float32)
+
+
+def noisy_mean(
+  total: Tree,
+  count: jax.Array,
+  clip_norm: jax.Array,
+  level: ClientLevel,
+  key: jax.Array,
+  round: Any,
+) -> tuple[Tree, jax.Array]:
+  """The released mean update of a round, and the clip norm of the next one.
+
+  Args:
+    total: sum of the cohort's clipped updates; exactly 0 for an empty cohort, noise is added still.
+    count: [] sum of (bit - 1/2) over the cohort.
+    clip_norm: [] C of this round.
+    level: traced settings.
+    key: key of the run.
+    round: [] int32; the noise is a function of (key, round), so a replayed round is no new release.
+  """
+  updates, bits = (key_for(key, Stream.CLIENT_NOISE, round, number) for number in (0, 1))
+  mean = private_mean(total, updates, level.noise_multiplier, clip_norm, level.expected_cohort)
+  noisy = count + level.count_noise * jax.random.normal(bits, (), jnp.float32)
+  within = noisy / level.expected_cohort + 0.5
+  step = level.clip_learning_rate * (within - level.quantile)
+  return mean, clip_norm * jnp.exp(-step)

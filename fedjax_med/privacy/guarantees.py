@@ -1,0 +1,185 @@
+"""What a run promises to one kind of unit (record, patient, client), and what it does not."""
+
+import importlib.metadata
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from fedjax_med.core.errors import require
+from fedjax_med.privacy.accounting import discretization_interval, epsilon
+from fedjax_med.privacy.mechanism import PoissonGaussian
+
+# Where a mechanism stands in privacy.json when there is none.
+NO_PRIVACY: dict[str, Any] = {"mechanism": "none", "epsilon_max": None, "guarantees": []}
+
+
+class Unit(NamedTuple):
+  """How a unit of privacy is described.
+
+  Attributes:
+    protects: what one unit is.
+    adjacency: which two datasets ε compares.
+    mechanism: what is done to protect it.
+    holds_against: who may look.
+    not_against: who may not, or empty.
+  """
+
+  protects: str
+  adjacency: str
+  mechanism: str
+  holds_against: tuple[str, ...]
+  not_against: tuple[str, ...]
+
+
+_DP_SGD = (
+  "DP-SGD at the hospital: in each local step a Poisson sample of the {unit}s, cut to batch_cap;"
+  " the gradient of each {unit} clipped to clip_norm; Gaussian noise of noise_multiplier *"
+  " clip_norm on the sum; a fixed denominator"
+)
+_EVERYBODY = (
+  "the server, though it reads every update of every hospital",
+  "the other hospitals, though they see the global model of every round",
+  "whoever gets a model of any round",
+)
+UNITS = {
+  "record": Unit(
+    "one training image of one hospital",
+    "zero-out (one record replaced by nothing; the number of records of each hospital is public)",
+    _DP_SGD.format(unit="record"),
+    _EVERYBODY,
+    (),
+  ),
+  "patient": Unit(
+    "all training images of one patient or near-duplicate group, together",
+    "zero-out (one patient replaced by nothing; the number of patients of each hospital is public)",
+    _DP_SGD.format(unit="patient"),
+    _EVERYBODY,
+    (),
+  ),
+  "client": Unit(
+    "everything that one hospital holds",
+    "zero-out (one hospital's update replaced by nothing; the number of hospitals is public)",
+    "DP-FedAvg at the server: in each round a Poisson sample of the hospitals, cut to batch_cap;"
+    " the update of each hospital clipped to clip_norm; Gaussian noise of noise_multiplier *"
+    " clip_norm on the sum; a fixed denominator",
+    (
+      "the other hospitals, though they see the global model of every round",
+      "whoever gets a model of any round",
+    ),
+    ("the server, which sees every update before it adds the noise and has to be trusted",),
+  ),
+}
+NOT_COVERED = (
+  "Losses, accuracies and gradient norms shown or stored during training are not noised.",
+  "Normalisation statistics taken over more than one image are not noised.",
+  "Stopping, or choosing a round, by a validation score uses data outside the guarantee.",
+  "A run that stops because a loss is not finite tells that much of the data.",
+  "Tuning: the guarantee is of one run, not of the runs tried before it.",
+  "The number of hospitals and how many images of each class each one holds are public.",
+  "Whoever has the seed and the code can recompute the noise.",
+  "A round that was interrupted and is run again has the same sample and the same noise; on another"
+  " machine, layout or package version its result differs by rounding, which ε does not count.",
+  "Simulation-grade randomness: float32 normals stop at 5.42 standard deviations and threefry is"
+  " no certified cryptographic generator; the values hold for ideal randomness.",
+)
+_RECORDS_ONLY = "A patient with several records is protected as single records, not as a patient."
+
+
+class Guarantee(NamedTuple):
+  """The mechanisms that protect one kind of unit in a run, from which its ε follows.
+
+  Attributes:
+    unit: a name of UNITS.
+    names: [P] parties: the hospitals, or the one server.
+    mechanisms: [P] what one release of each is.
+    deltas: [P] δ of each.
+  """
+
+  unit: str
+  names: tuple[str, ...]
+  mechanisms: tuple[PoissonGaussian, ...]
+  deltas: tuple[float, ...]
+
+  def only(self, party: int) -> "Guarantee":
+    """The guarantee of one party by itself."""
+    one = slice(party, party + 1)
+    return Guarantee(self.unit, self.names[one], self.mechanisms[one], self.deltas[one])
+
+
+def spent(guarantee: Guarantee, counts: Sequence[int] | np.ndarray) -> tuple[float, ...]:
+  """[P] ε of every party after ``counts`` [P] releases of each, empty batches counted.
+
+  A unit lies at one party, so parties compose in parallel: never a sum. No credit is taken for
+  client sampling at record or patient level, nor for aggregation over hospitals.
+
+  Raises:
+    UserError: lengths differ, there is no party, or a number is not valid.
+  """
+  lengths = (*map(len, guarantee[1:]), len(counts))
+  require(
+    len(set(lengths)) == 1 and len(counts) > 0,
+    f"names, mechanisms, deltas and counts have lengths {lengths}",
+    "give one of each for every hospital, at least one hospital",
+  )
+  rows = zip(guarantee.mechanisms, counts, guarantee.deltas, strict=True)
+  return tuple(epsilon(*row) for row in rows)
+
+
+def describe(guarantee: Guarantee, counts: Sequence[int] | np.ndarray) -> dict[str, Any]:
+  """One guarantee as privacy.json holds it, after ``counts`` [P] releases; see ``spent``."""
+  epsilons = spent(guarantee, counts)
+  unit = UNITS[guarantee.unit]
+  intervals = [discretization_interval(m) for m in guarantee.mechanisms if m.noise_multiplier > 0]
+  return {
+    "unit": guarantee.unit,
+    "protects": unit.protects,
+    "adjacency": unit.adjacency,
+    "mechanism": unit.mechanism,
+    "holds_against": list(unit.holds_against),
+    "not_against": list(unit.not_against),
+    "accountant": {
+      "name": "PLD",
+      "library": "dp-accounting",
+      "version": importlib.metadata.version("dp-accounting"),
+      "value_discretization_interval": max(intervals, default=0.0),
+    },
+    "epsilon_max": max(epsilons),
+    "parties": [
+      {
+        "name": name,
+        "n": mechanism.num_units,
+        "sampling_probability": mechanism.sampling_probability,
+        "batch_cap": mechanism.batch_cap,
+        "noise_multiplier": mechanism.noise_multiplier,
+        "clip_norm": mechanism.clip_norm,
+        "steps": int(count),
+        "delta": float(delta),
+        "epsilon": value,
+      }
+      for name, mechanism, count, delta, value in zip(
+        *guarantee[1:3], counts, guarantee.deltas, epsilons, strict=True
+      )
+    ],
+  }
+
+
+def privacy_record(
+  guarantees: Sequence[Guarantee], counts: Sequence[Sequence[int] | np.ndarray]
+) -> dict[str, Any]:
+  """What a run may claim after ``counts`` releases of each party of each guarantee.
+
+  Returns:
+    Plain dictionary; ``epsilon_max`` is of the first guarantee (ε of different units are never
+    added), and infinite where a party trained without noise.
+  """
+  if not guarantees:
+    return NO_PRIVACY
+  described = [describe(*each) for each in zip(guarantees, counts, strict=True)]
+  units = {guarantee.unit for guarantee in guarantees}
+  return {
+    "mechanism": "; ".join(UNITS[guarantee.unit].mechanism for guarantee in guarantees),
+    "epsilon_max": described[0]["epsilon_max"],
+    "guarantees": described,
+    "not_covered": [*NOT_COVERED, *([_RECORDS_ONLY] if "record" in units else [])],
+  }

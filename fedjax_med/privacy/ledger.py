@@ -1,0 +1,217 @@
+"""The privacy ledger of a run: which private mechanisms were executed, and ε from that alone.
+
+``ledger.jsonl`` only ever grows. Its first line names the mechanisms of every guarantee; each
+further one says how often each of them was executed after some round. A line carries the digest of
+itself and of the line before it, so that an edit shows; it is no signature, and protects against
+mistakes and not against whoever recomputes all digests.
+
+A round that a resumed run repeats is the same release (same sample, same noise) and gets no line.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import pathlib
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from fedjax_med.core.errors import UserError, require
+from fedjax_med.privacy.guarantees import UNITS, Guarantee
+from fedjax_med.privacy.mechanism import PoissonGaussian
+
+FILE = "ledger.jsonl"
+SAMPLER = (
+  "poisson: float32 uniform < float32(sampling_probability); a larger draw cut to a uniform subset"
+  " of batch_cap"
+)
+_LOCAL = "threefry2x32, folded from the run's key: {stream}, client, round, local step"
+KEYS = {
+  "record": _LOCAL.format(stream="1 (sample) or 2 (noise)"),
+  "patient": _LOCAL.format(stream="1 (sample) or 2 (noise)"),
+  "client": "threefry2x32, folded from the run's key: 3 (sample) or 6 (noise), round",
+}
+
+Counts = tuple[tuple[int, ...], ...]
+
+
+class Ledger(NamedTuple):
+  """What a ledger says.
+
+  Attributes:
+    run_id: fingerprint of the run.
+    guarantees: what protects each kind of unit.
+    rounds: rounds after the last line.
+    counts: releases of each party of each guarantee that were executed by then.
+    digests: of every line, in order; the last stands for the whole.
+  """
+
+  run_id: str
+  guarantees: tuple[Guarantee, ...]
+  rounds: int
+  counts: Counts
+  digests: tuple[str, ...]
+
+  @property
+  def head(self) -> str:
+    """Digest of the last line; it stands for all of them."""
+    return self.digests[-1]
+
+
+def start(folder: pathlib.Path, run_id: str, guarantees: Sequence[Guarantee]) -> Ledger:
+  """Begins the ledger of a run, or reads the one that the same run began before.
+
+  Raises:
+    UserError: the ledger was edited, or is of other mechanisms.
+  """
+  first = {"run_id": run_id, "guarantees": [_to_json(guarantee) for guarantee in guarantees]}
+  path = folder / FILE
+  if not path.exists() or b"\n" not in path.read_bytes():  # a kill may have cut the first line
+    _append(path, "", first)
+    return read(folder)
+  found = {key: value for key, value in _lines(path)[0].items() if key != "digest"}
+  require(
+    found == json.loads(json.dumps(first)),
+    f"{path} is the ledger of run {found.get('run_id')} with other mechanisms than this run's",
+    "use another --workdir, or the flags and data of the first start to resume it",
+  )
+  return read(folder)
+
+
+def record(folder: pathlib.Path, rounds: int, counts: Sequence[Sequence[int]]) -> Ledger:
+  """Writes down that ``rounds`` rounds are done and what was executed by then.
+
+  It reaches the disk before this returns. Rounds that are in the ledger already are not written
+  again.
+
+  Args:
+    folder: the workdir.
+    rounds: finished rounds.
+    counts: releases of each party of each guarantee, in all.
+
+  Raises:
+    UserError: the ledger was edited, or says more releases for fewer rounds.
+  """
+  before = read(folder)
+  now = tuple(tuple(int(count) for count in row) for row in counts)
+  done = rounds <= before.rounds
+  fewer, more = (now, before.counts) if done else (before.counts, now)
+  require(
+    _at_most(fewer, more),
+    f"{folder / FILE} counts {_shown(before.counts)} releases after {before.rounds} rounds, the run"
+    f" {_shown(now)} after {rounds}",
+    "the ledger is of another run: use another --workdir",
+  )
+  if done:
+    return before
+  _append(folder / FILE, before.head, {"rounds": int(rounds), "counts": now})
+  return read(folder)
+
+
+def read(folder: pathlib.Path) -> Ledger:
+  """Reads and verifies a ledger; a last line that a kill cut short does not count.
+
+  Raises:
+    UserError: there is none, or it was edited, with the line.
+  """
+  path = folder / FILE
+  require(
+    path.exists(),
+    f"{path} is missing",
+    "give the --workdir of a private run; without its ledger no ε can be claimed for it",
+  )
+  first, *later = lines = _lines(path)
+  try:
+    guarantees = tuple(_from_json(value) for value in first["guarantees"])
+    rounds, counts = 0, tuple((0,) * len(guarantee.names) for guarantee in guarantees)
+    for number, line in enumerate(later, 2):
+      now = tuple(tuple(int(count) for count in row) for row in line["counts"])
+      if line["rounds"] <= rounds or not _at_most(counts, now):
+        raise UserError(f"{path}, line {number} counts fewer rounds or steps; restore the file")
+      rounds, counts = line["rounds"], now
+    digests = tuple(line["digest"] for line in lines)
+    return Ledger(first["run_id"], guarantees, rounds, counts, digests)
+  except (KeyError, TypeError, ValueError) as error:
+    raise UserError(f"{path} is not a ledger ({error}); restore the file") from error
+
+
+def require_covers(ledger: Ledger, folder: pathlib.Path, head: str | None) -> None:
+  """Raises UserError unless the ledger holds the line that a checkpoint was saved after."""
+  require(
+    head in ledger.digests,
+    f"{folder / FILE} does not hold the line that the newest checkpoint was saved after",
+    "restore the ledger; without it no ε can be claimed for this run",
+  )
+
+
+def _at_most(fewer: Counts, more: Counts) -> bool:
+  same = [len(row) for row in fewer] == [len(row) for row in more]
+  pairs = zip(sum(fewer, ()), sum(more, ()), strict=False)
+  return same and all(a <= b for a, b in pairs)
+
+
+def _shown(counts: Counts) -> str:
+  return "; ".join(", ".join(map(str, row[:8])) + " ..." * (len(row) > 8) for row in counts)
+
+
+def _to_json(guarantee: Guarantee) -> dict[str, Any]:
+  rows = zip(guarantee.names, guarantee.mechanisms, guarantee.deltas, strict=True)
+  return {
+    "unit": guarantee.unit,
+    "adjacency": UNITS[guarantee.unit].adjacency,
+    "sampler": SAMPLER,
+    "keys": KEYS[guarantee.unit],
+    "parties": [
+      {"name": name, **dataclasses.asdict(mechanism), "delta": float(delta)}
+      for name, mechanism, delta in rows
+    ],
+  }
+
+
+def _from_json(value: dict[str, Any]) -> Guarantee:
+  fields = [field.name for field in dataclasses.fields(PoissonGaussian)]
+  parties = value["parties"]
+  return Guarantee(
+    value["unit"],
+    tuple(party["name"] for party in parties),
+    tuple(PoissonGaussian(**{name: party[name] for name in fields}) for party in parties),
+    tuple(party["delta"] for party in parties),
+  )
+
+
+def _digest(previous: str, content: dict[str, Any]) -> str:
+  text = json.dumps(content, sort_keys=True, allow_nan=False)
+  return hashlib.sha256(f"{previous}\n{text}".encode()).hexdigest()
+
+
+def _append(path: pathlib.Path, previous: str, content: dict[str, Any]) -> None:
+  line = json.dumps({**content, "digest": _digest(previous, content)}, allow_nan=False)
+  whole = path.read_bytes() if path.exists() else b""
+  with path.open("r+b" if whole else "wb") as file:
+    file.seek(whole.rfind(b"\n") + 1)  # over what a kill cut short
+    file.truncate()
+    file.write(line.encode() + b"\n")
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _lines(path: pathlib.Path) -> list[dict[str, Any]]:
+  """All lines, each checked against its digest and the one before it."""
+  texts = path.read_bytes().split(b"\n")
+  lines, previous = [], ""
+  for number, text in enumerate(texts[:-1], 1):  # the last has no end of line: empty, or cut short
+    try:
+      line = json.loads(text)
+      content = {key: value for key, value in line.items() if key != "digest"}
+      intact = line["digest"] == _digest(previous, content)
+    except (ValueError, KeyError, AttributeError, TypeError):
+      intact, line = False, {}
+    require(
+      intact,
+      f"{path}, line {number} was edited: its digest does not follow from the lines up to it",
+      "restore the file; without it no ε can be claimed for this run",
+    )
+    lines.append(line)
+    previous = line["digest"]
+  require(bool(lines), f"{path} is empty", "restore the file")
+  return lines

@@ -1,0 +1,140 @@
+"""The privacy statement of a run: what privacy.json holds, for a hospital's data officer."""
+
+import math
+from typing import Any
+
+from fedjax_med.privacy.guarantees import UNITS
+from fedjax_med.privacy.mechanism import PoissonGaussian
+from fedjax_med.privacy.tuning import tuned_epsilon
+
+# Mean numbers of runs that the cost of choosing the best is told for.
+RUNS = (5, 20, 100)
+ASSUMPTIONS = (
+  "The number of hospitals, and how many records or patients each of them holds, may be known to"
+  " everybody.",
+  "Hospitals run this program as it is and do not look at the random numbers.",
+  "The random numbers are those of a simulation (float32 normals, threefry): good enough to study"
+  " what privacy costs, not certified for protecting patients in a deployment.",
+  "No record lies in two hospitals.",
+)
+
+
+def round_up(value: float) -> str:
+  """ε for people: two decimals, never below the value."""
+  return "infinite" if math.isinf(value) else f"{math.ceil(value * 100 - 1e-9) / 100:.2f}"
+
+
+def tuning_costs(guarantee: dict[str, Any]) -> list[dict[str, Any]]:
+  """ε and δ at the worst party if this run is the best of many; see ``tuned_epsilon``."""
+  worst = max(guarantee["parties"], key=lambda party: party["epsilon"])
+  mechanism = PoissonGaussian(
+    worst["n"],
+    worst["sampling_probability"],
+    worst["batch_cap"],
+    worst["noise_multiplier"],
+    worst["clip_norm"],
+  )
+  costs = []
+  for runs in RUNS:
+    found = tuned_epsilon(mechanism, worst["steps"], worst["delta"], runs)
+    costs.append({"runs": runs, "epsilon": found and found[0], "delta": found and found[1]})
+  return costs
+
+
+def write_out(record: dict[str, Any], run_id: str, audit: dict[str, Any] | None = None) -> str:
+  """The statement in Markdown.
+
+  Args:
+    record: privacy.json.
+    run_id: of the run.
+    audit: result of an audit, if one was made.
+  """
+  lines = [f"# Privacy statement of run {run_id}", ""]
+  if not record["guarantees"]:
+    return "\n".join(
+      [
+        *lines,
+        "This run has **no formal privacy guarantee**. The images stay at their hospital, but the"
+        " model updates that leave it may reveal them: without noise nothing bounds what can be"
+        " learned about one image.",
+        "",
+      ]
+    )
+  for guarantee in record["guarantees"]:
+    lines += _guarantee(guarantee)
+  lines += ["## What ε does not cover", ""]
+  lines += [f"- {item}" for item in record["not_covered"]]
+  lines += ["", "## What is assumed", ""]
+  lines += [f"- {item}" for item in ASSUMPTIONS]
+  lines += ["", "## Audit", "", audit_sentence(audit), "", "## How to check", ""]
+  lines += [
+    "`ledger.jsonl` in the folder of the run lists every mechanism that was executed;"
+    " `python -m fedjax_med.privacy --workdir=DIR` recomputes each ε from it alone, with two"
+    f" accountants, at any δ. Last line of the ledger: `{record.get('ledger', 'none')}`.",
+    "",
+  ]
+  return "\n".join(lines)
+
+
+def audit_sentence(audit: dict[str, Any] | None) -> str:
+  """What an audit found, in a sentence."""
+  if audit is None:
+    return "No audit was made of this run (`python -m fedjax_med.audit` makes one)."
+  return (
+    "Planted records whose presence an attacker guesses gave"
+    f" ε ≥ {audit['epsilon_lower']:.2f} (with {100 * audit['confidence']:g}% confidence) at the"
+    " hospital where most was found; the claim of that audit was"
+    f" ε ≤ {round_up(audit['epsilon'])}. The bound from below"
+    f" {'stays under the claim' if audit['passed'] else 'CONTRADICTS THE CLAIM'}."
+  )
+
+
+def _guarantee(guarantee: dict[str, Any]) -> list[str]:
+  unit = UNITS[guarantee["unit"]]
+  worst = max(guarantee["parties"], key=lambda party: party["epsilon"])
+  epsilon = guarantee["epsilon_max"]
+  factor = f"{math.exp(min(epsilon, 700)):,.1f}" if epsilon < 15 else f"{math.exp(epsilon):.1e}"
+  lines = [
+    f"## Unit of protection: {guarantee['unit']}",
+    "",
+    f"**What is protected:** {unit.protects}.",
+    "",
+    f"**How strongly:** ε ≤ {round_up(epsilon)} at δ = {worst['delta']:.2g}. Whatever can be"
+    " computed from what this run gives out, its probability changes by at most a factor of"
+    f" e^ε = {factor}"
+    f" if {unit.protects} is taken away, but for a probability of δ. ε = 0 would be perfect; values"
+    " up to 1 are strong, up to about 10 in common use, above that the formal promise is weak.",
+    "",
+    "**Against whom:**",
+    "",
+    *[f"- {who};" for who in unit.holds_against],
+    *[f"- **not** against {who};" for who in unit.not_against],
+    "",
+    "| party | n | sampling q | cap | noise σ | clip C | releases | δ | ε, rounded up |",
+    "|---|---|---|---|---|---|---|---|---|",
+  ]
+  for party in guarantee["parties"]:
+    lines.append(
+      f"| {party['name']} | {party['n']} | {party['sampling_probability']:.4f}"
+      f" | {party['batch_cap']} | {party['noise_multiplier']:.3f} | {party['clip_norm']:.3g}"
+      f" | {party['steps']} | {party['delta']:.2g} | {round_up(party['epsilon'])} |"
+    )
+  accountant = guarantee["accountant"]
+  lines += [
+    "",
+    f"**Mechanism:** {unit.mechanism}. **Adjacency:** {unit.adjacency}. **Accountant:**"
+    f" {accountant['name']} of {accountant['library']} {accountant['version']}. The ε of different"
+    " parties are not added: a unit lies at one of them.",
+    "",
+    "**If this run was chosen as the best of many** (a Poisson-distributed number of them, of which"
+    " nothing else is shown), the cost at the worst party is:",
+    "",
+    "| runs on average | ε | δ |",
+    "|---|---|---|",
+  ]
+  for cost in tuning_costs(guarantee):
+    if cost["epsilon"] is None:
+      lines.append(f"| {cost['runs']} | no bound: δ would reach 1/n; raise the batch cap | |")
+    else:
+      lines.append(f"| {cost['runs']} | {round_up(cost['epsilon'])} | {cost['delta']:.2g} |")
+  return [*lines, ""]

@@ -1,0 +1,177 @@
+"""The ledger: ε from it alone, nothing lost or doubled, every edit seen."""
+
+import json
+import random
+
+import pytest
+
+from fedjax_med.core.errors import UserError
+from fedjax_med.privacy import __main__ as command
+from fedjax_med.privacy import ledger
+from fedjax_med.privacy.accounting import epsilon
+from fedjax_med.privacy.guarantees import Guarantee, privacy_record
+from fedjax_med.privacy.mechanism import PoissonGaussian
+
+LOCAL = Guarantee(
+  "patient",
+  ("hospital 1", "hospital 2"),
+  (PoissonGaussian(60, 0.2, 28, 1.3, 1.0), PoissonGaussian(40, 0.3, 26, 1.7, 1.0)),
+  (1e-3, 2e-3),
+)
+CENTRAL = Guarantee("client", ("all hospitals",), (PoissonGaussian(9, 1.0, 9, 4.0, 0.5),), (1e-2,))
+BOTH = (LOCAL, CENTRAL)
+
+
+def counts(rounds):
+  return [[2 * rounds, 3 * rounds], [rounds]]
+
+
+def write(folder, rounds=(1, 2, 5)):
+  """A ledger and the privacy.json that goes with it."""
+  ledger.start(folder, "abc", BOTH)
+  for number in rounds:
+    book = ledger.record(folder, number, counts(number))
+    record = privacy_record(BOTH, book.counts)
+    (folder / "privacy.json").write_text(json.dumps({**record, "ledger": book.head}))
+
+
+def test_what_was_written_is_read(tmp_path):
+  write(tmp_path)
+  book = ledger.read(tmp_path)
+  assert book.guarantees == BOTH
+  assert (book.run_id, book.rounds) == ("abc", 5)
+  assert book.counts == ((10, 15), (5,))
+  assert len(book.digests) == 4
+  assert book.head == book.digests[-1]
+
+
+def test_a_resumed_run_doubles_nothing_and_loses_nothing(tmp_path):
+  write(tmp_path)
+  whole = (tmp_path / ledger.FILE).read_bytes()
+  ledger.start(tmp_path, "abc", BOTH)
+  for number in (0, 1, 2, 3, 4, 5):  # rounds that it does again, at other log points too
+    assert ledger.record(tmp_path, number, counts(number)).rounds == 5
+  assert (tmp_path / ledger.FILE).read_bytes() == whole
+  assert ledger.record(tmp_path, 6, counts(6)).counts == ((12, 18), (6,))
+
+
+def test_a_kill_at_any_byte_costs_at_most_the_line_that_was_being_written(tmp_path):
+  write(tmp_path)
+  path = tmp_path / ledger.FILE
+  whole = path.read_bytes()
+  ends = [i + 1 for i, byte in enumerate(whole) if byte == 10]
+  chance = random.Random(0)
+  for size in sorted(chance.sample(range(len(whole)), 60)) + ends:
+    path.write_bytes(whole[:size])
+    book = ledger.start(tmp_path, "abc", BOTH)
+    complete = sum(end <= size for end in ends)
+    assert book.rounds == (0, 0, 1, 2, 5)[complete]
+    for number in (1, 2, 5):
+      ledger.record(tmp_path, number, counts(number))
+    assert path.read_bytes() == whole
+
+
+@pytest.mark.parametrize(
+  ("old", "new"),
+  [
+    ('"noise_multiplier": 1.3', '"noise_multiplier": 2.6'),
+    ('"counts": [[4, 6], [2]]', '"counts": [[3, 6], [2]]'),
+    ('"run_id": "abc"', '"run_id": "abd"'),
+    ('"rounds": 5', '"rounds": 4'),
+    ('"delta": 0.001', '"delta": 0.002'),
+  ],
+)
+def test_an_edited_number_is_refused_with_its_line(tmp_path, old, new):
+  write(tmp_path)
+  path = tmp_path / ledger.FILE
+  text = path.read_text()
+  assert text.count(old) >= 1
+  path.write_text(text.replace(old, new, 1))
+  line = text[: text.index(old)].count("\n") + 1
+  with pytest.raises(UserError, match=rf"line {line} was edited: its digest.*; restore the file"):
+    ledger.read(tmp_path)
+
+
+def test_a_line_removed_or_moved_is_refused(tmp_path):
+  write(tmp_path)
+  path = tmp_path / ledger.FILE
+  lines = path.read_text().splitlines(keepends=True)
+  for changed in (lines[:1] + lines[2:], [lines[0], lines[2], lines[1], lines[3]], lines[1:]):
+    path.write_text("".join(changed))
+    with pytest.raises(UserError, match="was edited"):
+      ledger.read(tmp_path)
+
+
+def test_a_ledger_that_lost_its_last_line_does_not_cover_the_checkpoint(tmp_path):
+  write(tmp_path)
+  head = ledger.read(tmp_path).head
+  path = tmp_path / ledger.FILE
+  path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
+  with pytest.raises(UserError, match="does not hold the line that the newest checkpoint"):
+    ledger.require_covers(ledger.read(tmp_path), tmp_path, head)
+
+
+def test_other_mechanisms_in_the_same_folder_are_refused(tmp_path):
+  write(tmp_path)
+  with pytest.raises(UserError, match="other mechanisms than this run's; use another --workdir"):
+    ledger.start(tmp_path, "abc", (LOCAL,))
+
+
+def test_fewer_releases_for_more_rounds_are_refused(tmp_path):
+  write(tmp_path)
+  with pytest.raises(UserError, match="counts 10, 15; 5 releases after 5 rounds, the run 9"):
+    ledger.record(tmp_path, 6, [[9, 15], [6]])
+  with pytest.raises(UserError, match="releases after 5 rounds, the run 99"):
+    ledger.record(tmp_path, 4, [[99, 12], [4]])
+
+
+def test_a_missing_ledger_is_a_sentence(tmp_path):
+  with pytest.raises(UserError, match=r"ledger.jsonl is missing; give the --workdir"):
+    ledger.read(tmp_path)
+
+
+def test_epsilon_is_recomputed_from_the_ledger_alone_at_any_delta(tmp_path):
+  write(tmp_path)
+  found = command.recompute(tmp_path)
+  local, central = found["guarantees"]
+  assert [p["epsilon"] for p in local["parties"]] == [
+    epsilon(LOCAL.mechanisms[0], 10, 1e-3),
+    epsilon(LOCAL.mechanisms[1], 15, 2e-3),
+  ]
+  assert central["parties"][0]["epsilon"] == epsilon(CENTRAL.mechanisms[0], 5, 1e-2)
+  assert found["epsilon_max"] == local["epsilon_max"]
+  for party in (*local["parties"], *central["parties"]):
+    assert party["epsilon"] <= party["epsilon_rdp"]
+    curve = [value for _, value in party["curve"]]
+    assert curve == sorted(curve, reverse=True)
+    assert len(curve) >= 7
+  small = command.recompute(tmp_path, delta=1e-6)["guarantees"][0]["parties"][0]
+  assert small["delta"] == 1e-6
+  assert small["epsilon"] == epsilon(LOCAL.mechanisms[0], 10, 1e-6)
+  with pytest.raises(UserError, match=r"delta=0.05 must be"):
+    command.recompute(tmp_path, delta=0.05)
+
+
+@pytest.mark.parametrize(
+  ("path", "value", "message"),
+  [
+    (("guarantees", 0, "parties", 1, "epsilon"), 0.5, "ε at 'hospital 2'"),
+    (("guarantees", 0, "parties", 0, "steps"), 9, "steps at 'hospital 1'"),
+    (("guarantees", 1, "parties", 0, "delta"), 0.02, "δ at 'all hospitals'"),
+    (("epsilon_max",), 0.1, "the largest ε"),
+    (("epsilon_max",), None, "the largest ε is None"),
+    (("ledger",), "0" * 64, "names ledger 0000"),
+    (("guarantees",), [], "about 0 parties, the ledger about 3"),
+  ],
+)
+def test_a_privacy_file_that_claims_something_else_is_refused(tmp_path, path, value, message):
+  write(tmp_path)
+  file = tmp_path / "privacy.json"
+  record = json.loads(file.read_text())
+  place = record
+  for key in path[:-1]:
+    place = place[key]
+  place[path[-1]] = value
+  file.write_text(json.dumps(record))
+  with pytest.raises(UserError, match=message):
+    command.recompute(tmp_path)

@@ -1,0 +1,94 @@
+"""The statement: every promise and every gap of privacy.json, ε never rounded down, tuning paid."""
+
+import math
+
+import dp_accounting
+import pytest
+from dp_accounting import dp_event, rdp
+
+from fedjax_med.core.errors import UserError
+from fedjax_med.privacy.accounting import RDP_ORDERS, epsilon
+from fedjax_med.privacy.guarantees import NO_PRIVACY, UNITS, Guarantee, privacy_record
+from fedjax_med.privacy.mechanism import PoissonGaussian
+from fedjax_med.privacy.statement import ASSUMPTIONS, round_up, tuning_costs, write_out
+from fedjax_med.privacy.tuning import tuned_epsilon
+
+MECHANISM = PoissonGaussian(200, 0.2, 72, 1.5, 1.0)
+RECORD = privacy_record(
+  [
+    Guarantee("patient", ("North", "South"), (MECHANISM, MECHANISM), (4e-4, 3e-4)),
+    Guarantee("client", ("all hospitals",), (PoissonGaussian(9, 1.0, 9, 4.0, 0.5),), (1e-2,)),
+  ],
+  [[30, 20], [6]],
+)
+
+
+def tuned(*arguments):
+  found = tuned_epsilon(*arguments)
+  assert found is not None
+  return found
+
+
+def test_everything_a_data_officer_asks_for_is_there():
+  text = write_out({**RECORD, "ledger": "5e" * 32}, "abc")
+  for guarantee in RECORD["guarantees"]:
+    unit = UNITS[guarantee["unit"]]
+    for phrase in (unit.protects, unit.adjacency, unit.mechanism, *unit.holds_against):
+      assert phrase in text
+    for party in guarantee["parties"]:
+      assert f"| {party['name']} | {party['n']} |" in text
+      assert f"| {party['delta']:.2g} | {round_up(party['epsilon'])} |" in text
+  assert f"**not** against {UNITS['client'].not_against[0]}" in text
+  for phrase in (*RECORD["not_covered"], *ASSUMPTIONS, "No audit was made", "5e5e"):
+    assert phrase in text
+
+
+def test_an_audit_is_told_with_its_claim_and_a_contradiction_is_loud():
+  audit = {"epsilon_lower": 1.234, "confidence": 0.95, "epsilon": 7.9, "passed": True}
+  assert "ε ≥ 1.23 (with 95% confidence)" in write_out(RECORD, "abc", audit)
+  assert "CONTRADICTS" not in write_out(RECORD, "abc", audit)
+  assert "CONTRADICTS THE CLAIM" in write_out(RECORD, "abc", {**audit, "passed": False})
+
+
+def test_without_a_mechanism_it_promises_nothing():
+  text = write_out(NO_PRIVACY, "abc")
+  assert "no formal privacy guarantee" in text
+  assert "ε ≤" not in text
+
+
+@pytest.mark.parametrize(
+  ("value", "shown"), [(7.971, "7.98"), (7.98, "7.98"), (0.0, "0.00"), (math.inf, "infinite")]
+)
+def test_epsilon_is_never_rounded_down(value, shown):
+  assert round_up(value) == shown
+
+
+def test_choosing_the_best_of_many_runs_costs_more_the_more_there_are():
+  costs = tuning_costs(RECORD["guarantees"][0])
+  values = [RECORD["guarantees"][0]["parties"][0]["epsilon"], *(cost["epsilon"] for cost in costs)]
+  assert values == sorted(values)
+  assert all(4e-4 < cost["delta"] < 1 / 200 for cost in costs)
+
+
+def test_the_cost_of_choosing_is_the_librarys_where_no_batch_is_ever_cut():
+  whole = PoissonGaussian(200, 0.2, 200, 1.5, 1.0)
+  step = dp_accounting.PoissonSampledDpEvent(
+    whole.drawn_probability, dp_accounting.GaussianDpEvent(1.5)
+  )
+  event = dp_event.RepeatAndSelectDpEvent(dp_accounting.SelfComposedDpEvent(step, 30), 20, math.inf)
+  accountant = rdp.RdpAccountant(RDP_ORDERS).compose(event)
+  value, delta = tuned(whole, 30, 4e-4, 20)
+  assert value == pytest.approx(accountant.get_epsilon(4e-4))
+  assert delta == 4e-4
+
+
+def test_the_cost_of_choosing_is_above_that_of_one_run_even_for_one_run_on_average():
+  value, _ = tuned(MECHANISM, 30, 4e-4, 1)
+  assert value > epsilon(MECHANISM, 30, 4e-4)
+
+
+def test_a_tight_cap_or_no_noise_has_no_bound_for_choosing():
+  assert tuned_epsilon(PoissonGaussian(200, 0.2, 52, 1.5, 1.0), 300, 4e-4, 100) is None
+  assert tuned_epsilon(PoissonGaussian(200, 0.2, 72, 0.0, 1.0), 30, 4e-4, 5) is None
+  with pytest.raises(UserError, match=r"mean_runs=0.5 must be at least 1"):
+    tuned_epsilon(MECHANISM, 30, 4e-4, 0.5)
