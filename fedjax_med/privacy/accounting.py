@@ -131,11 +131,13 @@ def _pld_epsilon(event: "Event", steps: int, delta: float) -> float:
 def _rdp_epsilon(event: "Event", steps: int, delta: float) -> float:
   """Rényi bound of the truncated Poisson Gaussian, without dp-accounting's mixture argument.
 
-  Call a step cut if the record is drawn and kept in a batch that overflows. That has a probability
-  which does not depend on the record's value, so the number J of cut steps, Binomial, may be
-  revealed: δ(ε) ≤ Σ_j P(J = j) δ_j(ε). In a cut step the record stands in another one's place: a
-  Gaussian of sensitivity 2C. Any other step is a Poisson-sampled Gaussian of probability at most q
-  (Mironov et al., arXiv 1908.10530). δ_j by Canonne et al., arXiv 2004.00010, proposition 12.
+  Call a step cut if the record is drawn and kept in a batch that overflows. Draws do not depend on
+  the record's value and with nothing in its place they can be made as well, so the number J of cut
+  steps, Binomial, may be revealed: δ(ε) ≤ Σ_j P(J = j) δ_j(ε). In a cut step the record stands in
+  another one's place: a Gaussian of sensitivity 2C. In any other step let the batch drawn without
+  the record be known: if it has room, the record joins it with probability q, if it is full, never;
+  so no worse than a Poisson-sampled Gaussian (Mironov et al., arXiv 1908.10530). δ_j by Canonne et
+  al., arXiv 2004.00010, proposition 12.
   """
   import dp_accounting
   from dp_accounting import rdp

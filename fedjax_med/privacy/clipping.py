@@ -100,9 +100,11 @@ def clipped_sum(
   finite in float32 counts exactly 0. Dropout draws differ between methods: 'reference' folds the
   unit's number into ``key``.
 
-  How far rounding carries a contribution past C: 1e-6 of it in float32 products, with bfloat16
-  activations too where norm and sum come from one backward pass ('book_keeping', 'reference'). The
-  second backward pass of 'two_pass' rounds unlike the first (3e-3 in a small CNN in bfloat16).
+  How far rounding carries a contribution past C, from C = 1e-12 on: about 1e-6 of it, and under
+  ``gradients.NORM_SLACK`` (1e-3) whatever the numbers, with bfloat16 activations too, where norm
+  and sum come from one backward pass ('book_keeping', 'reference'). The second backward pass of
+  'two_pass' rounds unlike the first, which no constant bounds: 3e-3 in a small CNN in bfloat16, and
+  in float32 what cancels in that pass (10 C for an input of 1e10 under weights that cancel).
 
   Args:
     method: 'book_keeping' (one backward pass; keeps activations and their cotangents), 'two_pass'

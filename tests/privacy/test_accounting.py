@@ -1,13 +1,14 @@
 """ε against closed forms, integration, a second bound and the library; σ and steps for an ε."""
 
 import dataclasses
+import functools
 import math
 
 import dp_accounting
 import numpy as np
 import pytest
 from dp_accounting import pld, rdp
-from scipy import optimize, stats
+from scipy import integrate, optimize, special, stats
 
 from fedjax_med.core.errors import UserError
 from fedjax_med.privacy import accounting
@@ -44,6 +45,60 @@ def test_full_batches_match_the_analytic_gaussian_mechanism(sigma, steps):
   assert exact <= epsilon(m, steps, 1e-3) <= 1.005 * exact
 
 
+def poisson_deltas(eps, q, sigma):
+  """Hockey-stick divergences at ε of a Poisson-sampled Gaussian step: a record leaves, or comes.
+
+  P = (1 - q) N(0, σ²) + q N(1, σ²) with the record, N(0, σ²) without it; P over N(0, σ²) rises, so
+  one divergence is an integral above, the other below a point.
+  """
+
+  def point(ratio):  # where P is ``ratio`` times N(0, σ²)
+    return math.log((ratio - 1 + q) / q) * sigma**2 + 0.5 if ratio > 1 - q else -math.inf
+
+  def above(point, mean):
+    return special.ndtr((mean - point) / sigma)
+
+  up, down, scale = point(math.exp(eps)), point(math.exp(-eps)), math.exp(eps)
+  leaves = (1 - q - scale) * above(up, 0) + q * above(up, 1)
+  comes = (1 - scale * (1 - q)) * (1 - above(down, 0)) - scale * q * (1 - above(down, 1))
+  return leaves, comes
+
+
+def two_step_deltas(eps, q, sigma):
+  """The same after two steps: the second may take what the loss of the first leaves of ε."""
+
+  def density(x, mean):
+    return math.exp(-0.5 * ((x - mean) / sigma) ** 2) / (sigma * math.sqrt(2 * math.pi))
+
+  def integrand(x, way):
+    without, with_record = density(x, 0), (1 - q) * density(x, 0) + q * density(x, 1)
+    loss = math.log(1 - q + q * math.exp((x - 0.5) / sigma**2))
+    left = eps + (loss if way else -loss)
+    return (without if way else with_record) * poisson_deltas(left, q, sigma)[way]
+
+  def total(way):
+    ends = (-12 * sigma, 1 + 12 * sigma)
+    return integrate.quad(integrand, *ends, args=(way,), limit=500, epsabs=1e-13, epsrel=1e-9)[0]
+
+  return total(0), total(1)
+
+
+@pytest.mark.parametrize("deltas", [poisson_deltas, two_step_deltas])
+@pytest.mark.parametrize(("q", "sigma"), [(2**-8, 0.6), (2**-3, 1.0), (2**-1, 2.0), (7 / 8, 0.8)])
+def test_poisson_sampled_steps_match_the_integral_of_their_divergence(q, sigma, deltas):
+  m = PoissonGaussian(50, q, 50, sigma, 1.0)
+  assert m.drawn_probability == q
+  steps = 1 + (deltas is two_step_deltas)
+  for delta in (1e-3, 1e-5):
+    excess = functools.partial(lambda d, eps: max(deltas(eps, q, sigma)) - d, delta)
+    exact = optimize.root_scalar(excess, bracket=(1e-6, 30), xtol=1e-10).root
+    leaves, comes = deltas(exact, q, sigma)
+    assert leaves >= comes
+    # The grid moves a step's loss up by less than its interval.
+    highest = exact + steps * discretization_interval(m)
+    assert exact - 1e-8 <= epsilon(m, steps, delta) <= highest
+
+
 def mixture(parts, grid, sigma):
   return sum(weight * stats.norm.pdf(grid, mean, sigma) for mean, weight in parts.items())
 
@@ -70,15 +125,26 @@ def outcome(n, q, cap, value, *, keeps_slot):
   return parts
 
 
-def exact_delta(n, q, cap, sigma, eps):
-  """Largest hockey-stick divergence of one step on the data of ``outcome``, by integration."""
+def divergence(p, r, width, eps, steps):
+  """Hockey-stick divergence of one or two steps of densities p over r, by integration."""
+  loss = np.log(p) - np.log(r)
+  order = np.argsort(loss)
+  left = np.array([eps]) if steps == 1 else eps - loss
+  above = np.searchsorted(loss[order], left)  # the points whose loss exceeds what is left of ε
+  upper, lower = (np.append(np.cumsum(v[order][::-1])[::-1], 0.0) * width for v in (p, r))
+  deltas = upper[above] - np.exp(left) * lower[above]
+  return deltas[0] if steps == 1 else (p * deltas).sum() * width
+
+
+def exact_delta(n, q, cap, sigma, eps, steps=1):
+  """Largest hockey-stick divergence of the steps on the data of ``outcome``."""
   grid = np.linspace(-cap - 9 * sigma, 9 * sigma + 1, 40_001)
   present = mixture(outcome(n, q, cap, 1, keeps_slot=True), grid, sigma)
   deltas = []
   for keeps_slot in (True, False):
     nothing = mixture(outcome(n, q, cap, 0, keeps_slot=keeps_slot), grid, sigma)
     for p, r in ((present, nothing), (nothing, present)):
-      deltas.append(np.trapezoid(np.maximum(p - math.exp(eps) * r, 0), grid))
+      deltas.append(divergence(p, r, grid[1] - grid[0], eps, steps))
   return max(deltas)
 
 
@@ -88,10 +154,11 @@ def event_of(n, q, cap):
 
 @pytest.mark.parametrize("compute", [accounting._pld_epsilon, accounting._rdp_epsilon])
 @pytest.mark.parametrize(("q", "cap"), [(0.5, 29), (0.5, 23), (0.5, 21), (0.5, 16), (0.9, 5)])
-def test_epsilon_bounds_the_exact_divergence_of_a_truncated_step(compute, q, cap):
+@pytest.mark.parametrize("steps", [1, 2])
+def test_epsilon_bounds_the_exact_divergence_of_truncated_steps(compute, q, cap, steps):
   for delta in (1e-2, 1e-3, 1e-5):
-    eps = compute(event_of(30, q, cap), 1, delta)
-    assert exact_delta(30, q, cap, 0.7, eps) <= delta
+    eps = compute(event_of(30, q, cap), steps, delta)
+    assert exact_delta(30, q, cap, 0.7, eps, steps) <= delta
 
 
 def test_accounting_for_plain_poisson_sampling_would_not_bound_a_tight_cap():
