@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from fedjax_med.core.config import Config
 from fedjax_med.core.keys import Stream, base_key, key_for
@@ -42,6 +43,7 @@ class Program(NamedTuple):
     devices: where it runs; what a block gets and returns lies whole on each of them.
     initial: SimulationState before round 0, made anew at each call.
     block: a jitted block of rounds.
+    round: one round on a single device, not jitted; see ``simulation.rounds.make_round``.
     predict: class probabilities of given pool rows.
     lower_predict: lowers predict for a compiler, of the same arguments or their shapes.
     arguments: shapes of what a block is called with.
@@ -52,6 +54,7 @@ class Program(NamedTuple):
   devices: Devices
   initial: Callable[[], SimulationState]
   block: jax.stages.Wrapped
+  round: Callable[..., Any]
   predict: Callable[..., np.ndarray]
   lower_predict: Callable[..., jax.stages.Lowered]
   arguments: tuple[Any, ...]
@@ -153,10 +156,8 @@ def make_program(
       average=server.ema_decay > 0,
     )
 
-  @functools.cache
-  def block_as(choice: Choice) -> jax.stages.Wrapped:
-    mesh = devices.mesh if choice.devices == devices.number else client_mesh(choice.devices)
-    run_round = make_round(
+  def round_as(choice: Choice, mesh: Mesh | None) -> Callable[..., Any]:
+    return make_round(
       algorithm_as(choice),
       num_clients=num_clients,
       cohort_cap=most,
@@ -164,7 +165,11 @@ def make_program(
       mesh=mesh,
       client_level=client_level,
     )
-    return make_block(run_round, num_clients, mesh)
+
+  @functools.cache
+  def block_as(choice: Choice) -> jax.stages.Wrapped:
+    mesh = devices.mesh if choice.devices == devices.number else client_mesh(choice.devices)
+    return make_block(round_as(choice, mesh), num_clients, mesh)
 
   remat = config.execution.remat == "blocks"
   clipping, clipping_reason = "none", None
@@ -245,6 +250,7 @@ def make_program(
     devices,
     lambda: initial(seed),
     block_as(choice),
+    round_as(choice, None),
     *make_predict(
       model_of(False, choice.devices),
       batch_size=config.eval.batch_size,

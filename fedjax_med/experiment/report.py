@@ -238,6 +238,16 @@ def _statement(workdir: pathlib.Path, run: dict[str, Any]) -> dict[str, Any]:
   }
 
 
+def require_run(workdir: pathlib.Path, run_id: str) -> None:
+  """Raises UserError unless ``workdir`` holds the run of that id."""
+  found = _read(workdir / "config.json").get("run_id")
+  require(
+    found == run_id,
+    f"workdir={workdir} holds run {found}, this configuration is run {run_id}",
+    "give the flags of that run, or no --workdir",
+  )
+
+
 def write_statement(workdir: pathlib.Path) -> pathlib.Path:
   """Writes WORKDIR/privacy_statement.md from privacy.json, and audit.json if there is one.
 

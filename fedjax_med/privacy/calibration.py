@@ -44,7 +44,7 @@ def calibrate_noise(
     return epsilon(dataclasses.replace(template, noise_multiplier=1 / inverse), steps, delta)
 
   # Solves μ = q sqrt(T (exp(1/σ²) - 1)) of the central limit (Bu et al., arXiv 1911.11607) for 1/σ.
-  mu = _gaussian_mu(target_epsilon, delta)
+  mu = gaussian_mu(target_epsilon, delta)
   guess = math.sqrt(math.log1p(mu**2 / (sampling_probability**2 * steps)))
   lowest, highest = (1 / sigma for sigma in reversed(NOISE_RANGE))
   inverse = _largest_within(
@@ -70,14 +70,14 @@ def affordable_steps(mechanism: PoissonGaussian, delta: float, budget: float) ->
   if mechanism.noise_multiplier == 0:
     return 0
   loss_variance = math.expm1(min(mechanism.noise_multiplier**-2, 100.0))
-  guess = (_gaussian_mu(budget, delta) / mechanism.drawn_probability) ** 2 / loss_variance
+  guess = (gaussian_mu(budget, delta) / mechanism.drawn_probability) ** 2 / loss_variance
   steps = _largest_within(
     lambda count: epsilon(mechanism, int(count), delta), budget, 1, MAX_STEPS, guess, slope=0.5
   )
   return int(steps or 0)
 
 
-def _gaussian_mu(target_epsilon: float, delta: float) -> float:
+def gaussian_mu(target_epsilon: float, delta: float) -> float:
   """μ with which μ-Gaussian DP is (ε, δ)-DP (Balle and Wang, arXiv 1805.06530, theorem 8)."""
   from scipy import optimize, special
 

@@ -1,0 +1,85 @@
+"""Attacks a run's privacy mechanism as it is executed and says what ε can be shown from below.
+
+Example: python -m fedjax_med.audit --config=configs/quickstart.py --workdir=runs/quickstart
+"""
+
+import json
+import pathlib
+from typing import Any
+
+from absl import flags
+
+from fedjax_med.core.errors import require
+from fedjax_med.data.hospitals import load_hospitals
+from fedjax_med.flags import define_config, load_config, run_main
+
+define_config()
+_TRIALS = flags.DEFINE_integer(
+  "trials", 40_000, "Runs with one planted record at each hospital, at most."
+)
+_SHADOWS = flags.DEFINE_integer(
+  "shadow_runs", 0, "Also train this many models on halves of the data and tell members by them."
+)
+_SEED = flags.DEFINE_integer("audit_seed", 0, "Seed of the audit's own draws.")
+_JSON = flags.DEFINE_bool("json", False, "Print one JSON object, and nothing else.")
+
+
+def main(_: list[str]) -> None:
+  config = load_config()
+  require(
+    config.privacy.mechanism != "none",
+    "privacy.mechanism='none' leaves nothing to audit",
+    "give a config with privacy.mechanism=dp_sgd",
+  )
+  require(_TRIALS.value >= 1000, f"--trials={_TRIALS.value} is under 1000", "use 40000")
+  from fedjax_med.experiment import audit as audits
+  from fedjax_med.experiment import build, report, shadows
+  from fedjax_med.experiment.cache import use_compilation_cache
+  from fedjax_med.simulation.mesh import split_cpu
+
+  split_cpu(config.execution.devices)
+  use_compilation_cache(config.execution.compilation_cache)
+  hospitals = load_hospitals(config)
+  experiment = build.build(config, hospitals)
+  folder = None
+  if flags.FLAGS.workdir:
+    folder = pathlib.Path(flags.FLAGS.workdir).expanduser()
+    report.require_run(folder, experiment.run_id)
+  tell = (lambda text: None) if _JSON.value else (lambda text: print(text, flush=True))
+  result = audits.audit_run(experiment, _TRIALS.value, _SEED.value, tell)
+  result["membership"] = None
+  if _SHADOWS.value:
+    tell(f"Training {_SHADOWS.value} models on halves of the data ...")
+    result["membership"] = shadows.attack(config, hospitals, _SHADOWS.value, _SEED.value)
+  if folder is not None:
+    (folder / "audit.json").write_text(json.dumps(result, indent=2, allow_nan=False) + "\n")
+    report.write_statement(folder)
+  if _JSON.value:
+    print(json.dumps(result))
+  else:
+    _show(result)
+
+
+def _show(result: dict[str, Any]) -> None:
+  failed = [check for check in result["checks"] if not check["passed"]]
+  print(f"{len(result['checks']) - len(failed)} of {len(result['checks'])} checks hold")
+  for check in failed:
+    print(f"  FAILED: {check['name']} (p = {check['p_value']:.1e})")
+  print(
+    f"{result['epsilon_lower']:.3f} ≤ ε ≤ {result['epsilon']:.3f} with"
+    f" {100 * result['confidence']:g}% confidence; without noise the audit would have shown"
+    f" {result['epsilon_lower_without_noise']:.3f}"
+  )
+  member = result["membership"]
+  for name in ("loss", "likelihood_ratio") if member else ():
+    found = member[name]
+    print(
+      f"Telling members by the {name.replace('_', ' ')}: {100 * found['tpr']:.2f}% found at"
+      f" {100 * member['false_positive_rate']:g}% false alarms (chance: 0.1%), balanced accuracy"
+      f" {found['balanced_accuracy']:.3f} (chance: 0.5)"
+    )
+  print("The audit " + ("agrees with the claim." if result["passed"] else "REFUTES THE CLAIM."))
+
+
+if __name__ == "__main__":
+  run_main(main)

@@ -1,0 +1,135 @@
+"""Membership inference on a whole run: shadow runs on random halves of every hospital's records."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec
+
+from fedjax_med.core.config import Config
+from fedjax_med.core.errors import require
+from fedjax_med.core.keys import base_key
+from fedjax_med.data.dataset import Hospitals, client_rows, client_table
+from fedjax_med.experiment.build import Experiment, build
+from fedjax_med.experiment.loop import evaluated_params
+from fedjax_med.privacy.membership import lira_scores, logit_confidence, tpr_at_fpr
+from fedjax_med.simulation.mesh import CLIENTS, client_mesh
+
+FALSE_POSITIVES = 1e-3
+LEAST_RUNS = 4  # each example in two of them and out of two, on average
+
+
+def attack(config: Config, hospitals: Hospitals, runs: int, seed: int) -> dict[str, Any]:
+  """Trains ``runs`` models on halves of the data and attacks each with the others' help.
+
+  Every run has the config's number of rounds, privacy and batch size, on half of each hospital's
+  training examples (n is halved, so its ε is above that of the whole run at the same noise). The
+  attacker knows the labels, the initial weights and all other runs.
+
+  Returns:
+    TPR at 0.1% FPR, and balanced accuracy of the best threshold, of two attacks: the loss, and the
+    likelihood ratio (LiRA, Carlini et al. 2022), pooled over all runs and examples.
+
+  Raises:
+    UserError: too few runs, or a unit that is not a record.
+  """
+  require(runs >= LEAST_RUNS, f"--shadow_runs={runs} is under {LEAST_RUNS}", "use 16")
+  require(
+    config.privacy.unit == "record",
+    f"privacy.unit='{config.privacy.unit}': membership inference is made for single records",
+    "use --shadow_runs=0",
+  )
+  halves = [_halves(hospitals, seed, run) for run in range(runs)]
+  experiment = build(config, _with_train(hospitals, halves[0]))
+  rows = np.sort(np.concatenate(client_rows(hospitals.train)))
+  member = np.stack([np.isin(rows, np.concatenate(half)) for half in halves])
+  labels = hospitals.dataset.labels[rows]
+  confidences = np.stack(
+    [
+      _confidence(experiment.program.predict(*weights, experiment.pool, rows), labels)
+      for weights in _train(experiment, halves, seed)
+    ]
+  )
+  ratios = np.stack([lira_scores(confidences, member, run) for run in range(runs)])
+  return {
+    "runs": runs,
+    "examples": len(rows),
+    "false_positive_rate": FALSE_POSITIVES,
+    "loss": _summary(confidences, member),
+    "likelihood_ratio": _summary(ratios, member),
+  }
+
+
+def _halves(hospitals: Hospitals, seed: int, run: int) -> list[np.ndarray]:
+  """Half of every hospital's rows; the same number of them in every run."""
+  rng = np.random.default_rng([seed, run])
+  return [
+    np.sort(rng.permutation(row)[: max(1, len(row) // 2)]) for row in client_rows(hospitals.train)
+  ]
+
+
+def _with_train(hospitals: Hospitals, rows: list[np.ndarray]) -> Hospitals:
+
+  return dataclasses.replace(hospitals, train=client_table(rows))
+
+
+def _train(experiment: Experiment, halves: list[list[np.ndarray]], seed: int) -> list[Any]:
+  """(weights, state) after all rounds of every run, the runs shared out over the devices."""
+  program, rounds = experiment.program, experiment.config.server.num_rounds
+  devices = min(jax.local_device_count(), len(halves)) if jax.process_count() == 1 else 1
+  padded = len(halves) + -len(halves) % devices
+  tables = np.stack([client_table(half).indices for half in halves])[
+    np.arange(padded) % len(halves)
+  ]
+  # Runs side by side fill an accelerator; a core is full with one.
+  at_once = 1 if jax.default_backend() == "cpu" else 8
+
+  def several(initial, clients, pool, hyper, key, tables, numbers):
+    def one(each):
+      indices, number = each
+      own = clients._replace(indices=indices)
+      own_key = jax.random.fold_in(key, number)
+
+      def body(_, state):
+        return program.round(state, own, pool, hyper, own_key)[0]
+
+      state = jax.lax.fori_loop(0, rounds, body, initial)
+      return evaluated_params(state), state.server.state
+
+    return jax.lax.map(one, (tables, numbers), batch_size=at_once)
+
+  mesh = client_mesh(devices)
+  run = several
+  if mesh is not None:
+    whole, dealt = PartitionSpec(), PartitionSpec(CLIENTS)
+    specs = (whole,) * 5 + (dealt, dealt)
+    run = jax.shard_map(several, mesh=mesh, in_specs=specs, out_specs=dealt, check_vma=False)
+  host = jax.device_get((program.initial(), experiment.clients, experiment.pool, experiment.hyper))
+  found = jax.device_get(
+    jax.jit(run)(*host, base_key(seed), tables, jnp.arange(padded, dtype=jnp.int32))
+  )
+  return [jax.tree.map(functools.partial(_take, k), found) for k in range(len(halves))]
+
+
+def _take(number: int, leaf: np.ndarray) -> np.ndarray:
+  return leaf[number]
+
+
+def _confidence(probabilities: np.ndarray, labels: np.ndarray) -> np.ndarray:
+  """[examples] logit-scaled; probabilities that round to 0 or 1 are taken from just inside."""
+  inside = np.clip(np.asarray(probabilities, np.float64), 1e-12, 1)
+  return logit_confidence(inside, labels)
+
+
+def _summary(scores: np.ndarray, member: np.ndarray) -> dict[str, float]:
+  flat, bits = scores.ravel(), member.ravel()
+  order = np.argsort(-flat, kind="stable")
+  true = np.cumsum(bits[order]) / bits.sum()
+  false = np.cumsum(~bits[order]) / (~bits).sum()
+  return {
+    "tpr": tpr_at_fpr(flat, bits, FALSE_POSITIVES),
+    "balanced_accuracy": float((1 + (true - false).max()) / 2),
+  }

@@ -1,0 +1,189 @@
+"""The audit: it agrees with the program as it is and catches every way of breaking it."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fedjax_med.experiment import audit as audits
+from fedjax_med.federated import local
+from fedjax_med.privacy import clipping, noise
+from fedjax_med.privacy.auditing import fixed_threshold_epsilon
+from fedjax_med.privacy.guarantees import Guarantee, spent
+from fedjax_med.privacy.mechanism import PoissonGaussian
+from fedjax_med.privacy.sampling import epoch_batch
+
+STEPS = 24
+Q = 0.25
+
+
+def subject(unit="record", sigma=1.5, method="book_keeping", q=Q, cap=36):
+  mechanisms = (PoissonGaussian(60, q, cap, sigma, 0.7), PoissonGaussian(40, q, cap, sigma, 0.7))
+  guarantee = Guarantee(unit, ("North", "South"), mechanisms, (1e-3, 2e-3))
+  return audits.Subject(guarantee, (STEPS, STEPS), method)
+
+
+def failed(given=None):
+  return [check.name for check in audits.check_execution(given or subject()) if not check.passed]
+
+
+@functools.cache
+def result():
+  return audits.audit(subject(), 3000)
+
+
+def test_the_bound_from_below_stays_under_the_claim_at_every_hospital():
+  found, checks, _ = result()
+  assert [each.epsilon for each in found] == list(spent(subject().guarantee, (STEPS, STEPS)))
+  for each in found:
+    assert 0.1 < each.epsilon_lower <= each.epsilon
+  assert all(check.passed for check in checks)
+
+
+def test_without_noise_the_bound_exceeds_the_claim():
+  found, _, power = result()
+  assert power > max(each.epsilon for each in found)
+
+
+@pytest.mark.parametrize(
+  "given",
+  [
+    subject("patient"),
+    subject(method="reference"),
+    subject(method="two_pass"),
+    subject(q=1.0, cap=60),
+  ],
+  ids=["patients", "reference", "two_pass", "whole batches"],
+)
+def test_checks_hold_for_every_unit_method_and_rate(given):
+  assert failed(given) == []
+
+
+# Each mutant: (where, name, what stands there instead, words of a check that must fail).
+def no_noise(clipped_sum, key, sigma, clip_norm, size):
+  return noise.private_mean(clipped_sum, key, 0.0, clip_norm, size)
+
+
+def noise_on_the_mean(clipped_sum, key, sigma, clip_norm, size):
+  return noise.private_mean(clipped_sum, key, sigma / size, clip_norm, size)
+
+
+def sigma_halved(clipped_sum, key, sigma, clip_norm, size):
+  return noise.private_mean(clipped_sum, key, sigma / 2, clip_norm, size)
+
+
+def no_noise_on_empty_batches(clipped_sum, key, sigma, clip_norm, size):
+  someone = sum(jnp.abs(leaf).sum() for leaf in jax.tree.leaves(clipped_sum)) > 0
+  return noise.private_mean(clipped_sum, key, jnp.where(someone, sigma, 0), clip_norm, size)
+
+
+def same_noise_in_every_layer(clipped_sum, key, sigma, clip_norm, size):
+  leaves, structure = jax.tree.flatten(clipped_sum)
+  means = [noise.private_mean(leaf, key, sigma, clip_norm, size) for leaf in leaves]
+  return jax.tree.unflatten(structure, means)
+
+
+def without(stream, *positions):
+  """key_for that forgets counters of one stream."""
+
+  def key_for(base, asked, *counters):
+    if asked == stream:
+      counters = tuple(0 if i in positions else c for i, c in enumerate(counters))
+    return keys_for(base, asked, *counters)
+
+  keys_for = local.key_for
+  return key_for
+
+
+def one_layer_unclipped(method, model, loss, params, state, inputs, labels, mask, clip, key, **kw):
+  total, metrics = clipping.clipped_sum(
+    method, model, loss, params, state, inputs, labels, mask, clip, key, **kw
+  )
+  free, _ = clipping.clipped_sum(
+    method, model, loss, params, state, inputs, labels, mask, jnp.float32(1e6), key, **kw
+  )
+  return {**total, "second": free["second"]}, metrics
+
+
+def clipped_after_the_sum(
+  method, model, loss, params, state, inputs, labels, mask, clip, key, **kw
+):
+  total, metrics = clipping.clipped_sum(
+    method, model, loss, params, state, inputs, labels, mask, jnp.float32(1e6), key, **kw
+  )
+  norm = jnp.sqrt(sum(jnp.square(leaf).sum() for leaf in jax.tree.leaves(total)))
+  scale = jnp.minimum(1, clip / jnp.maximum(norm, 1e-9))
+  return jax.tree.map(lambda leaf: leaf * scale, total), metrics
+
+
+def q_halved(key, number, q, **sizes):
+  return local_poisson(key, number, q / 2, **sizes)
+
+
+def q_doubled(key, number, q, **sizes):
+  return local_poisson(key, number, q * 2, **sizes)
+
+
+def shuffled(key, number, q, *, max_examples, batch_cap):
+  """A random batch of the expected size, as of a shuffled epoch."""
+  slots, mask = epoch_batch(key, 0, number, batch_size=batch_cap, max_examples=max_examples)
+  return slots, mask & (jnp.arange(batch_cap) < jnp.round(q * jnp.float32(number)))
+
+
+local_poisson = local.poisson_batch
+MUTANTS = {
+  "no noise": ("private_mean", no_noise, "standard deviation"),
+  "noise on the mean": ("private_mean", noise_on_the_mean, "standard deviation"),
+  "σ halved": ("private_mean", sigma_halved, "standard deviation"),
+  "empty batches without noise": ("private_mean", no_noise_on_empty_batches, "draws nobody"),
+  "layers share noise": ("private_mean", same_noise_in_every_layer, "each layer draws"),
+  "one layer unclipped": ("clipped_sum", one_layer_unclipped, "more than the clip norm"),
+  "clip after sum": ("clipped_sum", clipped_after_the_sum, "moves the sum by the clip norm"),
+  "q halved": ("poisson_batch", q_halved, "probability q"),
+  "q doubled": ("poisson_batch", q_doubled, "probability q"),
+  "shuffle accounted as Poisson": ("poisson_batch", shuffled, "batch sizes vary"),
+  "steps share a noise key": ("key_for", without(2, 2), "each step draws"),
+  "hospitals share a noise key": ("key_for", without(2, 0), "noise of their own"),
+}
+
+
+@pytest.mark.parametrize("mutant", MUTANTS)
+def test_a_mutant_is_caught(mutant, monkeypatch):
+  name, replacement, words = MUTANTS[mutant]
+  monkeypatch.setattr(local, name, replacement)
+  assert any(words in check for check in failed())
+
+
+def test_no_noise_is_caught_by_the_attack_alone(monkeypatch):
+  monkeypatch.setattr(local, "private_mean", no_noise)
+  given = subject()
+  number = 3000
+  scores = audits.single_canaries(given, audits.make_trials(given, 1), 0, number, noise=True)
+  (epsilon, _) = spent(given.guarantee, given.steps)
+  lower = max(fixed_threshold_epsilon(*pair, 0.0, 1e-3) for pair in scores.values())
+  assert lower > epsilon
+
+
+def test_trials_over_devices_are_the_same_trials():
+  given = subject()
+  one, two = (
+    audits.single_canaries(given, audits.make_trials(given, devices), 0, 900, noise=True)
+    for devices in (1, 2)
+  )
+  for share, pair in one.items():
+    for first, second in zip(pair, two[share], strict=True):
+      np.testing.assert_allclose(first, second, rtol=1e-4, atol=1e-4)
+
+
+def test_the_attackers_ratio_is_that_of_the_densities():
+  client = audits._client(subject(), 0, noise=True)
+  y, sigma = 0.8, 1.5
+
+  def density(mean):
+    return np.exp(-((y - mean) ** 2) / (2 * sigma**2))
+
+  expected = np.log(((1 - Q) * density(0) + Q * density(1)) / density(0))
+  found = float(audits._ratio(jnp.float32(y), client, jnp.float32(sigma)))
+  assert found == pytest.approx(expected, rel=1e-5)

@@ -1,0 +1,45 @@
+"""Membership inference: it finds the members of an overfitted model and none behind noise."""
+
+import numpy as np
+import pytest
+
+from configs.smoke import get_config
+from fedjax_med.core.errors import UserError
+from fedjax_med.data.dataset import client_rows
+from fedjax_med.data.hospitals import load_hospitals
+from fedjax_med.experiment import shadows
+
+
+def config_with(mechanism, sigma, rounds=60):
+  config = get_config()
+  config.model.name = "mlp"
+  config.data.num_examples = 200
+  config.privacy.mechanism, config.privacy.noise_multiplier = mechanism, sigma
+  config.server.num_rounds, config.client.learning_rate = rounds, 0.3
+  return config
+
+
+def test_members_of_an_overfitted_model_are_found_and_noise_hides_them():
+  bare = config_with("none", 0.0)
+  hospitals = load_hospitals(bare)
+  open_model = shadows.attack(bare, hospitals, 8, 0)
+  hidden = shadows.attack(config_with("dp_sgd", 3.0), hospitals, 8, 0)
+  assert open_model["examples"] == hospitals.train.counts.sum()
+  assert open_model["likelihood_ratio"]["balanced_accuracy"] > 0.6
+  assert hidden["likelihood_ratio"]["balanced_accuracy"] < 0.56
+  assert 0 <= hidden["likelihood_ratio"]["tpr"] <= 0.02
+
+
+def test_halves_are_of_one_size_and_differ_between_runs():
+  hospitals = load_hospitals(get_config())
+  first, second = (shadows._halves(hospitals, 0, run) for run in (0, 1))
+  for whole, one, other in zip(client_rows(hospitals.train), first, second, strict=True):
+    assert len(one) == len(other) == len(whole) // 2
+    assert set(one) <= set(whole)
+    assert set(one) != set(other)
+    assert 0.2 < np.isin(one, other).mean() < 0.8
+
+
+def test_too_few_runs_are_refused():
+  with pytest.raises(UserError, match=r"--shadow_runs=3 is under 4; use 16"):
+    shadows.attack(get_config(), load_hospitals(get_config()), 3, 0)
