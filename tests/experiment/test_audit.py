@@ -129,7 +129,9 @@ def q_doubled(key, number, q, **sizes):
 def shuffled(key, number, q, *, max_examples, batch_cap):
   """A random batch of the expected size, as of a shuffled epoch."""
   slots, mask = epoch_batch(key, 0, number, batch_size=batch_cap, max_examples=max_examples)
-  return slots, mask & (jnp.arange(batch_cap) < jnp.round(q * jnp.float32(number)))
+  return slots, mask & (
+    jnp.arange(batch_cap, dtype=jnp.float32) < jnp.round(q * jnp.float32(number))
+  )
 
 
 local_poisson = local.poisson_batch
