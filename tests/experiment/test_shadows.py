@@ -12,12 +12,13 @@ from fedjax_med.data.hospitals import load_hospitals
 from fedjax_med.experiment import shadows
 
 
-def config_with(mechanism, sigma, rounds=60):
+def config_with(mechanism, sigma, rounds=300):
   config = get_config()
   config.model.name = "mlp"
   config.data.num_examples = 200
   config.privacy.mechanism, config.privacy.noise_multiplier = mechanism, sigma
-  config.server.num_rounds, config.client.learning_rate = rounds, 0.3
+  config.server.num_rounds, config.client.num_local_steps = rounds, 8
+  config.client.learning_rate = 0.1
   return config
 
 
@@ -29,7 +30,7 @@ def test_members_of_an_overfitted_model_are_found_and_noise_hides_them():
   dataset = dataclasses.replace(hospitals.dataset, labels=labels)
   hospitals = dataclasses.replace(hospitals, dataset=dataset)
   open_model = shadows.attack(bare, hospitals, 8, 0)
-  hidden = shadows.attack(config_with("dp_sgd", 3.0), hospitals, 8, 0)
+  hidden = shadows.attack(config_with("dp_sgd", 50.0), hospitals, 8, 0)
   assert open_model["examples"] == hospitals.train.counts.sum()
   assert open_model["likelihood_ratio"]["balanced_accuracy"] > 0.6
   assert hidden["likelihood_ratio"]["balanced_accuracy"] < 0.56
