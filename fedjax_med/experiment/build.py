@@ -36,6 +36,7 @@ class Experiment(NamedTuple):
     key: base key of every random draw but the initial weights.
     program: compiled functions.
     run_id: fingerprint of all that shapes the trajectory; a checkpoint of another one is refused.
+    table: arrays that say who holds what, for the fingerprint.
   """
 
   config: Config
@@ -50,6 +51,7 @@ class Experiment(NamedTuple):
   key: jax.Array
   program: Program
   run_id: str
+  table: list[np.ndarray]
 
   @property
   def guarantees(self) -> tuple[Guarantee, ...]:
@@ -161,7 +163,8 @@ def _assemble(
   protection = protect(config, names, rows, hospitals.split.units, steps)
   config, steps, units = protection.config, protection.steps, protection.units
   rows = rows if units is None else units.rows
-  run_id = _run_id(config, hospitals, names, _tables(rows, protection))
+  table = _tables(rows, protection)
+  run_id = _run_id(config, hospitals, names, table)
   cpu = jax.default_backend() == "cpu" and jax.process_count() == 1
   dataset = hospitals.dataset
   program = make_program(
@@ -194,6 +197,7 @@ def _assemble(
     replicate(_run_key(config, run_id), mesh),
     program,
     run_id,
+    table,
   )
 
 
@@ -212,6 +216,13 @@ def _run_key(config: Config, run_id: str) -> jax.Array:
   if config.privacy.mechanism == "none" and config.client_privacy.mechanism == "none":
     return key
   return jax.random.fold_in(key, int(run_id[:8], 16))
+
+
+def run_key(experiment: Experiment, seed: int) -> jax.Array:
+  """Key of the same run with another seed, as ``build`` would give it."""
+  config = dataclasses.replace(experiment.config, seed=seed)
+  run_id = _run_id(config, experiment.hospitals, experiment.names, experiment.table)
+  return _run_key(config, run_id)
 
 
 def _batch_cap(local: Guarantee | None) -> int:
@@ -272,8 +283,8 @@ def alone(federation: Experiment) -> list[Experiment]:
       return np.asarray(leaf)[k : k + 1]
 
     clients = jax.tree.map(only, federation.clients)
-    rows = _tables(table, protection)
-    run_id = _run_id(config, hospitals, names[k : k + 1], [array[k : k + 1] for array in rows])
+    own = [array[k : k + 1] for array in _tables(table, protection)]
+    run_id = _run_id(config, hospitals, names[k : k + 1], own)
     local = federation.local
     return federation._replace(
       config=config,
@@ -287,6 +298,7 @@ def alone(federation: Experiment) -> list[Experiment]:
       key=put(_run_key(config, run_id)),
       program=program,
       run_id=run_id,
+      table=own,
     )
 
   return [run(k) for k in range(len(names))]

@@ -41,7 +41,7 @@ class Program(NamedTuple):
   Attributes:
     plan: how it is laid out.
     devices: where it runs; what a block gets and returns lies whole on each of them.
-    initial: SimulationState before round 0, made anew at each call.
+    initial: SimulationState before round 0, made anew at each call; of a seed, or the config's.
     block: a jitted block of rounds.
     round: one round on a single device, not jitted; see ``simulation.rounds.make_round``.
     predict: class probabilities of given pool rows.
@@ -52,7 +52,7 @@ class Program(NamedTuple):
 
   plan: Plan
   devices: Devices
-  initial: Callable[[], SimulationState]
+  initial: Callable[..., SimulationState]
   block: jax.stages.Wrapped
   round: Callable[..., Any]
   predict: Callable[..., np.ndarray]
@@ -248,7 +248,7 @@ def make_program(
       tuple(reasons),
     ),
     devices,
-    lambda: initial(seed),
+    lambda seed=seed: initial(seed),
     block_as(choice),
     round_as(choice, None),
     *make_predict(

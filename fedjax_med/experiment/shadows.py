@@ -5,18 +5,15 @@ import functools
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.sharding import PartitionSpec
 
 from fedjax_med.core.config import Config
 from fedjax_med.core.errors import require
 from fedjax_med.core.keys import base_key
 from fedjax_med.data.dataset import Hospitals, client_rows, client_table
 from fedjax_med.experiment.build import Experiment, build
-from fedjax_med.experiment.loop import evaluated_params
+from fedjax_med.experiment.many import Runs, train_many
 from fedjax_med.privacy.membership import lira_scores, logit_confidence, tpr_at_fpr
-from fedjax_med.simulation.mesh import CLIENTS, client_mesh
 
 FALSE_POSITIVES = 1e-3
 LEAST_RUNS = 4  # each example in two of them and out of two, on average
@@ -77,45 +74,12 @@ def _with_train(hospitals: Hospitals, rows: list[np.ndarray]) -> Hospitals:
 
 
 def _train(experiment: Experiment, halves: list[list[np.ndarray]], seed: int) -> list[Any]:
-  """(weights, state) after all rounds of every run, the runs shared out over the devices."""
-  program, rounds = experiment.program, experiment.config.server.num_rounds
-  devices = min(jax.local_device_count(), len(halves)) if jax.process_count() == 1 else 1
-  padded = len(halves) + -len(halves) % devices
-  tables = np.stack([client_table(half).indices for half in halves])[
-    np.arange(padded) % len(halves)
-  ]
-  # Runs side by side fill an accelerator; a core is full with one.
-  at_once = 1 if jax.default_backend() == "cpu" else 8
-
-  def several(initial, clients, pool, hyper, key, tables, numbers):
-    def one(each):
-      indices, number = each
-      own = clients._replace(indices=indices)
-      own_key = jax.random.fold_in(key, number)
-
-      def body(_, state):
-        return program.round(state, own, pool, hyper, own_key)[0]
-
-      state = jax.lax.fori_loop(0, rounds, body, initial)
-      return evaluated_params(state), state.server.state
-
-    return jax.lax.map(one, (tables, numbers), batch_size=at_once)
-
-  mesh = client_mesh(devices)
-  run = several
-  if mesh is not None:
-    whole, dealt = PartitionSpec(), PartitionSpec(CLIENTS)
-    specs = (whole,) * 5 + (dealt, dealt)
-    run = jax.shard_map(several, mesh=mesh, in_specs=specs, out_specs=dealt, check_vma=False)
-  host = jax.device_get((program.initial(), experiment.clients, experiment.pool, experiment.hyper))
-  found = jax.device_get(
-    jax.jit(run)(*host, base_key(seed), tables, jnp.arange(padded, dtype=jnp.int32))
-  )
-  return [jax.tree.map(functools.partial(_take, k), found) for k in range(len(halves))]
-
-
-def _take(number: int, leaf: np.ndarray) -> np.ndarray:
-  return leaf[number]
+  """(weights, state) after all rounds of every run; all begin with the same weights."""
+  numbers = np.arange(len(halves), dtype=np.int32)
+  keys = jax.vmap(functools.partial(jax.random.fold_in, base_key(seed)))(numbers)
+  tables = np.stack([client_table(half).indices for half in halves])
+  seeds = np.full(len(halves), experiment.config.seed, np.int32)
+  return train_many(experiment, Runs(seeds, keys, tables))
 
 
 def _confidence(probabilities: np.ndarray, labels: np.ndarray) -> np.ndarray:
