@@ -126,8 +126,8 @@ def _guarantee(guarantee: dict[str, Any]) -> list[str]:
     f" {accountant['name']} of {accountant['library']} {accountant['version']}. The ε of different"
     " parties are not added: a unit lies at one of them.",
     "",
-    "**If this run was chosen as the best of many** (a Poisson-distributed number of them, of which"
-    " nothing else is shown), the cost at the worst party is:",
+    "**If this run was chosen as the best of many** (their number drawn from a logarithmic"
+    " distribution, nothing shown of the others), the cost at the worst party is:",
     "",
     "| runs on average | ε | δ |",
     "|---|---|---|",

@@ -1,7 +1,5 @@
 """What choosing the best of several runs costs: ε of repeat-and-select."""
 
-import math
-
 from fedjax_med.core.errors import require
 from fedjax_med.privacy.accounting import RDP_ORDERS, check_delta, cut_probability
 from fedjax_med.privacy.mechanism import PoissonGaussian
@@ -10,28 +8,30 @@ from fedjax_med.privacy.mechanism import PoissonGaussian
 def tuned_epsilon(
   mechanism: PoissonGaussian, steps: int, delta: float, mean_runs: float
 ) -> tuple[float, float] | None:
-  """ε and δ of publishing the best of N such runs and nothing of the others, N ~ Poisson(mean).
+  """ε and δ of publishing the best of N such runs and nothing of the others.
 
-  Papernot and Steinke 2022 (arXiv 2110.03620, theorem 6) on the Rényi divergences of steps without
-  truncation. That no step of any run pushed a record out of a batch that overflowed does not depend
-  on the record, and given that, N is Poisson still; the probability of the contrary is added to δ.
+  N is drawn from the logarithmic distribution, P(N = k) proportional to x^k / k, which costs least
+  where ε is not small. Papernot and Steinke 2022 (arXiv 2110.03620, theorem 2 with η = 0) on the
+  Rényi divergences of steps without truncation. That no step of any run pushed a record out of a
+  batch that overflowed does not depend on the record, and given that, N is logarithmic still, of a
+  smaller mean; the probability of the contrary is added to δ.
 
   Args:
     mechanism: of one step of every run.
     steps: of every run.
     delta: δ of the first part.
-    mean_runs: runs on average, at least 1; a fixed number of runs has no such bound.
+    mean_runs: runs on average, above 1; a fixed number of runs has no such bound.
 
   Returns:
     (ε, δ), or None where the δ would not be under 1/n, or there is no noise.
 
   Raises:
-    UserError: δ is refused, or ``mean_runs`` is under 1.
+    UserError: δ is refused, or ``mean_runs`` is not above 1.
   """
   import dp_accounting
   from dp_accounting import dp_event, rdp
 
-  require(mean_runs >= 1, f"mean_runs={mean_runs} must be at least 1", "use 10")
+  require(mean_runs > 1, f"mean_runs={mean_runs} must be above 1", "use 10")
   check_delta(delta, mechanism.num_units)
   total = delta + mean_runs * steps * cut_probability(mechanism)
   if total >= 1 / mechanism.num_units or mechanism.noise_multiplier == 0 or steps == 0:
@@ -41,5 +41,5 @@ def tuned_epsilon(
   )
   run = dp_accounting.SelfComposedDpEvent(step, steps)
   accountant = rdp.RdpAccountant(RDP_ORDERS, dp_accounting.NeighboringRelation.REPLACE_SPECIAL)
-  accountant.compose(dp_event.RepeatAndSelectDpEvent(run, mean_runs, math.inf))
+  accountant.compose(dp_event.RepeatAndSelectDpEvent(run, mean_runs, 0.0))
   return float(accountant.get_epsilon(delta)), total

@@ -75,7 +75,7 @@ def test_the_cost_of_choosing_is_the_librarys_where_no_batch_is_ever_cut():
   step = dp_accounting.PoissonSampledDpEvent(
     whole.drawn_probability, dp_accounting.GaussianDpEvent(1.5)
   )
-  event = dp_event.RepeatAndSelectDpEvent(dp_accounting.SelfComposedDpEvent(step, 30), 20, math.inf)
+  event = dp_event.RepeatAndSelectDpEvent(dp_accounting.SelfComposedDpEvent(step, 30), 20, 0.0)
   accountant = rdp.RdpAccountant(RDP_ORDERS).compose(event)
   value, delta = tuned(whole, 30, 4e-4, 20)
   assert value == pytest.approx(accountant.get_epsilon(4e-4))
@@ -83,12 +83,12 @@ def test_the_cost_of_choosing_is_the_librarys_where_no_batch_is_ever_cut():
 
 
 def test_the_cost_of_choosing_is_above_that_of_one_run_even_for_one_run_on_average():
-  value, _ = tuned(MECHANISM, 30, 4e-4, 1)
+  value, _ = tuned(MECHANISM, 30, 4e-4, 1.01)
   assert value > epsilon(MECHANISM, 30, 4e-4)
 
 
 def test_a_tight_cap_or_no_noise_has_no_bound_for_choosing():
   assert tuned_epsilon(PoissonGaussian(200, 0.2, 52, 1.5, 1.0), 300, 4e-4, 100) is None
   assert tuned_epsilon(PoissonGaussian(200, 0.2, 72, 0.0, 1.0), 30, 4e-4, 5) is None
-  with pytest.raises(UserError, match=r"mean_runs=0.5 must be at least 1"):
-    tuned_epsilon(MECHANISM, 30, 4e-4, 0.5)
+  with pytest.raises(UserError, match=r"mean_runs=1.0 must be above 1"):
+    tuned_epsilon(MECHANISM, 30, 4e-4, 1.0)
