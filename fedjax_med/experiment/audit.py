@@ -22,10 +22,10 @@ from fedjax_med.federated.algorithm import Client, Hyper, Pool, Units
 from fedjax_med.federated.local import StepContext, cross_entropy, private_gradient
 from fedjax_med.models.canary import canary_model
 from fedjax_med.privacy.auditing import (
-  fixed_threshold_epsilon,
   inclusion_p_value,
   noise_std_p_value,
   one_run_epsilon,
+  threshold_epsilon,
   uncorrelated_p_value,
 )
 from fedjax_med.privacy.calibration import gaussian_mu
@@ -237,7 +237,7 @@ def _hyper(clip_norm: float) -> Hyper:
 
 
 def _images(pixels: int, canaries: int) -> np.ndarray:
-  """[canaries + 1, side, side, 1] uint8: one bright pixel each, of its own; the last one is blank."""
+  """[canaries + 1, side, side, 1] uint8: each its own bright pixel; the last is blank."""
   images = np.zeros((canaries + 1, pixels), np.uint8)
   images[np.arange(canaries), np.arange(canaries)] = 255
   side = math.isqrt(pixels)
@@ -371,7 +371,7 @@ def _best_threshold(
   """Largest bound over thresholds fixed beforehand, each with an equal share of ``level``."""
   tests = sum(len(each) for each in thresholds.values())
   bounds = [
-    fixed_threshold_epsilon(inside, outside, threshold, delta, 1 - level / tests)
+    threshold_epsilon(inside, outside, threshold, delta, 1 - level / tests)
     for share, (inside, outside) in scores.items()
     for threshold in thresholds[share]
   ]

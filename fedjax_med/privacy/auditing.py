@@ -8,7 +8,6 @@ A bound of 0 says that the attack found nothing, not that there is nothing to fi
 
 import dataclasses
 import math
-from collections.abc import Mapping
 
 import numpy as np
 import numpy.typing as npt
@@ -32,37 +31,12 @@ class OneRunBound:
     guesses: r, canaries that were not abstained from.
     canaries: m.
     confidence: probability that a bound made this way holds, over bits, run and attack.
-    score: name of the attack score behind it, where several were tried.
   """
 
   epsilon_lower: float
   correct: int
   guesses: int
   canaries: int
-  confidence: float
-  score: str = ""
-
-
-@dataclasses.dataclass(frozen=True)
-class ThresholdBound:
-  """A lower bound on ε from the error rates of one threshold over independent trials.
-
-  Attributes:
-    epsilon_lower: (ε, δ)-DP holds for no ε under this; 0 where nothing can be said.
-    threshold: "in" is guessed from this score on.
-    true_positives: "in" guesses among ``trials_in``.
-    false_positives: "in" guesses among ``trials_out``.
-    trials_in: trials with the record that were counted, those after the first half.
-    trials_out: trials without it that were counted.
-    confidence: probability that a bound made this way holds.
-  """
-
-  epsilon_lower: float
-  threshold: float
-  true_positives: int
-  false_positives: int
-  trials_in: int
-  trials_out: int
   confidence: float
 
 
@@ -175,102 +149,31 @@ def one_run_epsilon(
   return max(bounds, key=lambda bound: bound.epsilon_lower)
 
 
-def audit_scores(
-  scores: Mapping[str, npt.ArrayLike],
-  included: npt.ArrayLike,
-  delta: float,
-  confidence: float = 0.95,
-) -> OneRunBound:
-  """The largest ``one_run_epsilon`` over several attack scores of the same canaries.
-
-  Each score has an equal share of 1 - confidence (Bonferroni), so all bounds hold together with
-  ``confidence``, which the result states; ``score`` names the winner.
-
-  Args:
-    scores: name -> [m] attack scores.
-    included: [m] bool.
-    delta: δ of the claim.
-    confidence: in [0.5, 1).
-
-  Raises:
-    UserError: no score, or as ``one_run_epsilon``.
-  """
-  require(len(scores) > 0, "there is no attack score", "give at least one")
-  _check_confidence(confidence)
-  share = 1 - (1 - confidence) / len(scores)
-  bounds = [
-    dataclasses.replace(
-      one_run_epsilon(values, included, delta, share), confidence=confidence, score=name
-    )
-    for name, values in scores.items()
-  ]
-  return max(bounds, key=lambda bound: bound.epsilon_lower)
-
-
 def threshold_epsilon(
-  scores_in: npt.ArrayLike, scores_out: npt.ArrayLike, delta: float, confidence: float = 0.95
-) -> ThresholdBound:
-  """Lower bound on ε from independent trials with and without one record.
-
-  (ε, δ)-DP has TPR ≤ e^ε FPR + δ, and 1 - FPR ≤ e^ε (1 - TPR) + δ. The bound is the larger of the
-  two ε at the Clopper-Pearson limits of TPR (lower) and FPR (upper), each with half of
-  1 - confidence (Jagielski, Ullman, Oprea 2020, arXiv 2006.07709). The threshold is chosen on the
-  first half of each array and counted on the rest.
-
-  The trials must be independent: a run each, or noise each. Canaries of one run are not (their
-  scores share its noise and each other's gradients); they need ``one_run_epsilon``. The order of
-  the arrays must not depend on the scores.
-
-  Args:
-    scores_in: [a] scores of trials with the record, a at least 2.
-    scores_out: [b] scores of trials without it, b at least 2.
-    delta: δ of the claim, in [0, 1).
-    confidence: in [0.5, 1).
-
-  Raises:
-    UserError: fewer than two trials, NaN, or a value that breaks its rule.
-  """
-  _check_delta(delta)
-  _check_confidence(confidence)
-  halves = []
-  for name, scores in (("scores_in", scores_in), ("scores_out", scores_out)):
-    values = real_values(name, scores)
-    require(
-      values.ndim == 1 and len(values) >= 2,
-      f"{name} has shape {values.shape}, not [at least 2]",
-      "one half chooses the threshold and the other is counted",
-    )
-    halves.append(np.split(values, [len(values) // 2]))
-  (first_in, rest_in), (first_out, rest_out) = halves
-  level = (1 - confidence) / 2
-  candidates = np.unique(np.concatenate([first_in, first_out]))
-  found = _epsilon_of_rates(
-    _count_from(first_in, candidates),
-    len(first_in),
-    _count_from(first_out, candidates),
-    len(first_out),
-    delta,
-    level,
-  )
-  threshold = candidates[np.argmax(found)]
-  positives, negatives = len(rest_in), len(rest_out)
-  true, false = _count_from(rest_in, threshold), _count_from(rest_out, threshold)
-  lower = float(_epsilon_of_rates(true, positives, false, negatives, delta, level))
-  return ThresholdBound(
-    max(0.0, lower), float(threshold), int(true), int(false), positives, negatives, confidence
-  )
-
-
-def fixed_threshold_epsilon(
   scores_in: npt.ArrayLike,
   scores_out: npt.ArrayLike,
   threshold: float,
   delta: float,
   confidence: float = 0.95,
 ) -> float:
-  """``threshold_epsilon`` for a threshold that was fixed before any score was seen: all count.
+  """Lower bound on ε from independent trials with and without one record; 0 if nothing is shown.
 
-  Returns 0 where nothing can be said.
+  (ε, δ)-DP has TPR ≤ e^ε FPR + δ, and 1 - FPR ≤ e^ε (1 - TPR) + δ. The bound is the larger of the
+  two ε at the Clopper-Pearson limits of TPR (lower) and FPR (upper), each with half of
+  1 - confidence (Jagielski, Ullman, Oprea 2020, arXiv 2006.07709).
+
+  The trials must be independent: a run each, or noise each. Canaries of one run are not (their
+  scores share its noise and each other's gradients); they need ``one_run_epsilon``.
+
+  Args:
+    scores_in: [a] scores of trials with the record.
+    scores_out: [b] scores of trials without it.
+    threshold: "in" is guessed from this score on; fixed before any score was seen.
+    delta: δ of the claim, in [0, 1).
+    confidence: in [0.5, 1).
+
+  Raises:
+    UserError: no trial, NaN, or a value that breaks its rule.
   """
   _check_delta(delta)
   _check_confidence(confidence)

@@ -71,7 +71,7 @@ def logit_confidence(
   )
   classes = values.shape[-1]
   require(
-    np.issubdtype(wanted.dtype, np.integer) and bool(np.all((0 <= wanted) & (wanted < classes))),
+    np.issubdtype(wanted.dtype, np.integer) and bool(np.all((wanted >= 0) & (wanted < classes))),
     f"labels must be whole numbers from 0 to {classes - 1}",
     "use class numbers",
   )

@@ -10,7 +10,7 @@ import pytest
 from fedjax_med.experiment import audit as audits
 from fedjax_med.federated import local
 from fedjax_med.privacy import clipping, noise
-from fedjax_med.privacy.auditing import fixed_threshold_epsilon
+from fedjax_med.privacy.auditing import threshold_epsilon
 from fedjax_med.privacy.guarantees import Guarantee, spent
 from fedjax_med.privacy.mechanism import PoissonGaussian
 from fedjax_med.privacy.sampling import epoch_batch
@@ -164,7 +164,7 @@ def test_no_noise_is_caught_by_the_attack_alone(monkeypatch):
   number = 3000
   scores = audits.single_canaries(given, audits.make_trials(given, 1), 0, number, noise=True)
   (epsilon, _) = spent(given.guarantee, given.steps)
-  lower = max(fixed_threshold_epsilon(*pair, 0.0, 1e-3) for pair in scores.values())
+  lower = max(threshold_epsilon(*pair, 0.0, 1e-3) for pair in scores.values())
   assert lower > epsilon
 
 
