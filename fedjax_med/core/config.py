@@ -167,8 +167,9 @@ class PrivacyConfig:
     delta: δ; 0 means 1 / (10 n) at each hospital. It must be under 1/n.
     batch_cap: examples a truncated Poisson batch holds at most; 0 means 5 standard deviations
       above the expected size.
-    clipping: auto, book_keeping (one backward pass), two_pass (two, least memory) or reference (a
-      gradient per example, any model); all exact.
+    clipping: auto, book_keeping (one backward pass), reference (a gradient per example, any model)
+      or two_pass (two backward passes, least memory; its rounding has no bound, so auto never
+      takes it).
     adjacency: zero_out (a unit replaced by nothing; the number of units is public).
     sampling: poisson (each unit by itself, with one probability).
   """

@@ -20,6 +20,7 @@ from fedjax_med.experiment.processes import is_first
 from fedjax_med.federated.algorithm import RoundMetrics, Tree
 from fedjax_med.privacy import ledger
 from fedjax_med.privacy.calibration import affordable_steps
+from fedjax_med.privacy.clipping import TWO_PASS_GAP
 from fedjax_med.privacy.guarantees import NO_PRIVACY, Guarantee, privacy_record
 from fedjax_med.privacy.guarantees import spent as epsilons_of
 from fedjax_med.simulation.mesh import replicate, replicated
@@ -128,7 +129,8 @@ def _write_privacy(
     files.write_json(folder / "privacy.json", NO_PRIVACY)
     return None
   book = ledger.record(folder, rounds, releases(experiment, rounds, steps))
-  record = privacy_record(experiment.guarantees, book.counts)
+  gaps = (TWO_PASS_GAP,) if experiment.program.plan.clipping == "two_pass" else ()
+  record = privacy_record(experiment.guarantees, book.counts, gaps)
   files.write_json(folder / "privacy.json", {**record, "ledger": book.head})
   return book.head
 

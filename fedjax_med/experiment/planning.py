@@ -447,16 +447,11 @@ def decide(
     remat = execution.remat == "auto" and subject.may_remat
     if remat and private and start.clipping != "reference":
       remat = not subject.uncovered(True)[start.clipping]
-    two_pass = private and config.privacy.clipping == "auto"
-    two_pass = two_pass and not any(
-      subject.uncovered(r)["two_pass"] for r in ({False, True} if remat else {start.remat})
-    )
     free = Freedom(
       devices=subject.may_share_less and execution.layout in ("auto", "scan"),
       chunk=execution.layout == "auto",
       microbatch=execution.microbatch == 0 and not fixed,
       remat=remat,
-      two_pass=two_pass,
     )
     choice = fit_memory(preferred, free, budget.size, estimate, measure)
   share = -(-subject.cohort // choice.devices)

@@ -20,13 +20,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from fedjax_med.core.rounding import NORM_SLACK
 from fedjax_med.models import ops
 
 Params = dict[str, jax.Array]
-
-# By how much of it the norm of a unit's weighted gradient may exceed the weight times the square
-# root of ``sq_norms``, whatever the numbers; a test carries the name.
-NORM_SLACK = 1e-3
 
 
 @jax.tree_util.register_dataclass

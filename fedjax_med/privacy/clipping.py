@@ -12,6 +12,11 @@ from fedjax_med.models.gradients import Factors, Record, sq_norms, weighted_sum
 from fedjax_med.models.model import Model, Records
 
 METHODS = ("book_keeping", "two_pass", "reference")
+# Why 'auto' never takes two_pass; a run that asks for it says so beside its ε.
+TWO_PASS_GAP = (
+  "privacy.clipping=two_pass: rounding of its second backward pass is not bounded, so numbers"
+  " chosen by an adversary can carry a contribution past the clip norm."
+)
 
 Loss = Callable[[jax.Array, jax.Array], jax.Array]
 
@@ -35,6 +40,8 @@ class ClipMetrics(NamedTuple):
 def resolve_method(requested: str, uncovered: dict[str, tuple[str, ...]]) -> tuple[str, str]:
   """Decides how gradients are clipped; returns (method, the reason in one phrase).
 
+  'auto' never takes two_pass, whose rounding nothing bounds (``clipped_sum``).
+
   Args:
     requested: privacy.clipping: auto or one of METHODS.
     uncovered: by method but 'reference', why it cannot be trusted with this model and dtype;
@@ -54,9 +61,7 @@ def resolve_method(requested: str, uncovered: dict[str, tuple[str, ...]]) -> tup
   if not uncovered["book_keeping"]:
     return "book_keeping", "one backward pass; every layer's record is known"
   why = _shortened(uncovered["book_keeping"])
-  if not uncovered["two_pass"]:
-    return "two_pass", f"norm taps cover every layer, book-keeping does not: {why}"
-  return "reference", f"norm taps do not cover the model: {_shortened(uncovered['two_pass'])}"
+  return "reference", f"book-keeping does not cover the model: {why}"
 
 
 def uncovered(
@@ -101,8 +106,8 @@ def clipped_sum(
   unit's number into ``key``.
 
   How far rounding carries a contribution past C, from C = 1e-12 on: about 1e-6 of it, and under
-  ``gradients.NORM_SLACK`` (1e-3) whatever the numbers, with bfloat16 activations too, where norm
-  and sum come from one backward pass ('book_keeping', 'reference'). The second backward pass of
+  ``core.rounding.NORM_SLACK`` (1e-3) whatever the numbers, with bfloat16 activations too, where
+  norm and sum come from one backward pass ('book_keeping', 'reference'). The second backward pass of
   'two_pass' rounds unlike the first, which no constant bounds: 3e-3 in a small CNN in bfloat16, and
   in float32 what cancels in that pass (10 C for an input of 1e10 under weights that cancel).
 

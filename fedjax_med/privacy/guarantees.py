@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fedjax_med.core.errors import require
+from fedjax_med.core.rounding import NORM_SLACK
 from fedjax_med.privacy.accounting import discretization_interval, epsilon
 from fedjax_med.privacy.mechanism import PoissonGaussian
 
@@ -143,6 +144,7 @@ def describe(guarantee: Guarantee, counts: Sequence[int] | np.ndarray) -> dict[s
       "library": "dp-accounting",
       "version": importlib.metadata.version("dp-accounting"),
       "value_discretization_interval": max(intervals, default=0.0),
+      "sensitivity_slack": NORM_SLACK,
     },
     "epsilon_max": max(epsilons),
     "parties": [
@@ -165,9 +167,13 @@ def describe(guarantee: Guarantee, counts: Sequence[int] | np.ndarray) -> dict[s
 
 
 def privacy_record(
-  guarantees: Sequence[Guarantee], counts: Sequence[Sequence[int] | np.ndarray]
+  guarantees: Sequence[Guarantee],
+  counts: Sequence[Sequence[int] | np.ndarray],
+  gaps: Sequence[str] = (),
 ) -> dict[str, Any]:
   """What a run may claim after ``counts`` releases of each party of each guarantee.
+
+  ``gaps`` are further sentences on what is not covered.
 
   Returns:
     Plain dictionary; ``epsilon_max`` is of the first guarantee (ε of different units are never
@@ -181,5 +187,5 @@ def privacy_record(
     "mechanism": "; ".join(UNITS[guarantee.unit].mechanism for guarantee in guarantees),
     "epsilon_max": described[0]["epsilon_max"],
     "guarantees": described,
-    "not_covered": [*NOT_COVERED, *([_RECORDS_ONLY] if "record" in units else [])],
+    "not_covered": [*NOT_COVERED, *([_RECORDS_ONLY] if "record" in units else []), *gaps],
   }

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from fedjax_med.core.errors import require
+from fedjax_med.core.rounding import NORM_SLACK
 
 if TYPE_CHECKING:
   import dp_accounting
@@ -75,6 +76,15 @@ class PoissonGaussian:
     """Probability that the device's ``uniform < float32(q)`` holds; at most 1.8e-7 from q."""
     return math.ceil(float(np.float32(self.sampling_probability)) / UNIFORM_STEP) * UNIFORM_STEP
 
+  @property
+  def accounted_noise_multiplier(self) -> float:
+    """σ / (1 + NORM_SLACK): noise over the most that rounding lets one unit contribute.
+
+    The slack is a bound for adversarial numbers; that the device rounds σ and σ·C to float32 (by
+    1e-7 of it) is within it too.
+    """
+    return self.noise_multiplier / (1 + NORM_SLACK)
+
   def event(self) -> "dp_accounting.TruncatedSubsampledGaussianDpEvent":
     """The accounted event of one step (Ganesh, arXiv 2508.15089).
 
@@ -87,7 +97,7 @@ class PoissonGaussian:
       dataset_size=self.num_units,
       sampling_probability=self.drawn_probability,
       truncated_batch_size=self.batch_cap,
-      noise_multiplier=self.noise_multiplier,
+      noise_multiplier=self.accounted_noise_multiplier,
     )
 
 

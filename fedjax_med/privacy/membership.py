@@ -134,7 +134,7 @@ def lira_scores(confidences: npt.ArrayLike, member: npt.ArrayLike, target_run: i
   ratio = stats.norm.logpdf(x, inside.mean, std_in) - stats.norm.logpdf(x, outside.mean, std_out)
   above_out = -stats.norm.logsf(x, outside.mean, std_out)
   below_in = stats.norm.logcdf(x, inside.mean, std_in)
-  return np.where(inside.count == 0, above_out, np.where(outside.count == 0, below_in, ratio))
+  return np.where(inside.number == 0, above_out, np.where(outside.number == 0, below_in, ratio))
 
 
 def real_values(name: str, values: npt.ArrayLike) -> np.ndarray:
@@ -165,7 +165,7 @@ def bit_values(name: str, values: npt.ArrayLike, shape: tuple[int, ...]) -> np.n
 class _Fit(NamedTuple):
   """Each example over the runs chosen for it: their number, mean and squares about it."""
 
-  count: np.ndarray
+  number: np.ndarray
   mean: np.ndarray
   squares: np.ndarray
 
@@ -179,12 +179,12 @@ def _fit(values: np.ndarray, chosen: np.ndarray) -> _Fit:
 
 def _pooled_variance(fit: _Fit) -> float:
   """Variance within examples; 0 where no example has two runs."""
-  freedom = np.maximum(fit.count - 1, 0).sum()
+  freedom = np.maximum(fit.number - 1, 0).sum()
   return float(fit.squares.sum() / max(freedom, 1))
 
 
 def _deviation(fit: _Fit, pooled: float) -> np.ndarray:
   """[examples] standard deviations, from the example's own runs where there are enough."""
   # One example's runs may agree to the last bit; its ratio must stay finite.
-  own = np.maximum(fit.squares / np.maximum(fit.count - 1, 1), 1e-6 * pooled)
-  return np.sqrt(np.where(fit.count >= MIN_RUNS_FOR_OWN_VARIANCE, own, pooled))
+  own = np.maximum(fit.squares / np.maximum(fit.number - 1, 1), 1e-6 * pooled)
+  return np.sqrt(np.where(fit.number >= MIN_RUNS_FOR_OWN_VARIANCE, own, pooled))

@@ -37,7 +37,7 @@ def tuned_epsilon(
   if total >= 1 / mechanism.num_units or mechanism.noise_multiplier == 0 or steps == 0:
     return None
   step = dp_accounting.PoissonSampledDpEvent(
-    mechanism.drawn_probability, dp_accounting.GaussianDpEvent(mechanism.noise_multiplier)
+    mechanism.drawn_probability, dp_accounting.GaussianDpEvent(mechanism.accounted_noise_multiplier)
   )
   run = dp_accounting.SelfComposedDpEvent(step, steps)
   accountant = rdp.RdpAccountant(RDP_ORDERS, dp_accounting.NeighboringRelation.REPLACE_SPECIAL)

@@ -243,7 +243,6 @@ class Freedom(NamedTuple):
   chunk: bool
   microbatch: bool
   remat: bool
-  two_pass: bool
 
 
 def lighter(choice: Choice, free: Freedom) -> Choice | None:
@@ -256,8 +255,6 @@ def lighter(choice: Choice, free: Freedom) -> Choice | None:
     return choice._replace(microbatch=choice.microbatch // 2)
   if free.remat and not choice.remat:
     return choice._replace(remat=True)
-  if free.two_pass and choice.clipping == "book_keeping":
-    return choice._replace(clipping="two_pass")
   return None
 
 

@@ -11,6 +11,7 @@ from dp_accounting import pld, rdp
 from scipy import integrate, optimize, special, stats
 
 from fedjax_med.core.errors import UserError
+from fedjax_med.core.rounding import NORM_SLACK
 from fedjax_med.privacy import accounting
 from fedjax_med.privacy.accounting import (
   check_delta,
@@ -40,7 +41,7 @@ def gaussian_epsilon(mu, delta):
 
 @pytest.mark.parametrize(("sigma", "steps"), [(0.7, 1), (1.5, 1), (5.0, 1), (5.0, 25), (20.0, 400)])
 def test_full_batches_match_the_analytic_gaussian_mechanism(sigma, steps):
-  m = PoissonGaussian(50, 1.0, 50, sigma, 1.0)
+  m = PoissonGaussian(50, 1.0, 50, sigma * (1 + NORM_SLACK), 1.0)
   exact = gaussian_epsilon(math.sqrt(steps) / sigma, 1e-3)
   assert exact <= epsilon(m, steps, 1e-3) <= 1.005 * exact
 
@@ -86,7 +87,7 @@ def two_step_deltas(eps, q, sigma):
 @pytest.mark.parametrize("deltas", [poisson_deltas, two_step_deltas])
 @pytest.mark.parametrize(("q", "sigma"), [(2**-8, 0.6), (2**-3, 1.0), (2**-1, 2.0), (7 / 8, 0.8)])
 def test_poisson_sampled_steps_match_the_integral_of_their_divergence(q, sigma, deltas):
-  m = PoissonGaussian(50, q, 50, sigma, 1.0)
+  m = PoissonGaussian(50, q, 50, sigma * (1 + NORM_SLACK), 1.0)
   assert m.drawn_probability == q
   steps = 1 + (deltas is two_step_deltas)
   for delta in (1e-3, 1e-5):
@@ -179,7 +180,7 @@ def test_without_truncation_epsilon_is_that_of_poisson_sampling(adjacency):
   m = mechanism(num_stds=100)
   assert m.batch_cap == m.num_units
   event = dp_accounting.PoissonSampledDpEvent(
-    m.drawn_probability, dp_accounting.GaussianDpEvent(m.noise_multiplier)
+    m.drawn_probability, dp_accounting.GaussianDpEvent(2.0 / (1 + NORM_SLACK))
   )
   relation = dp_accounting.NeighboringRelation[adjacency]
   accountant = pld.PLDAccountant(relation, discretization_interval(m)).compose(event, 300)

@@ -499,7 +499,7 @@ LOOPED = ("blocks runs layers in a loop",)
 def test_auto_takes_the_cheapest_method_that_covers_the_model():
   assert resolve_method("auto", CLEAR)[0] == "book_keeping"
   method, reason = resolve_method("auto", {"book_keeping": LOOPED, "two_pass": ()})
-  assert method == "two_pass"
+  assert method == "reference"  # two_pass has no bound for adversarial numbers
   assert LOOPED[0] in reason
   for name in METHODS:
     assert resolve_method(name, CLEAR) == (name, "asked for")

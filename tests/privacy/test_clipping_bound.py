@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fedjax_med.models.gradients import NORM_SLACK, keeps_factors
+from fedjax_med.core.rounding import NORM_SLACK
+from fedjax_med.models.gradients import keeps_factors
 from fedjax_med.models.model import from_flax
 from fedjax_med.privacy.clipping import METHODS, clipped_sum
 

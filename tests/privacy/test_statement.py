@@ -73,7 +73,7 @@ def test_choosing_the_best_of_many_runs_costs_more_the_more_there_are():
 def test_the_cost_of_choosing_is_the_librarys_where_no_batch_is_ever_cut():
   whole = PoissonGaussian(200, 0.2, 200, 1.5, 1.0)
   step = dp_accounting.PoissonSampledDpEvent(
-    whole.drawn_probability, dp_accounting.GaussianDpEvent(1.5)
+    whole.drawn_probability, dp_accounting.GaussianDpEvent(1.5 / 1.001)
   )
   event = dp_event.RepeatAndSelectDpEvent(dp_accounting.SelfComposedDpEvent(step, 30), 20, 0.0)
   accountant = rdp.RdpAccountant(RDP_ORDERS).compose(event)

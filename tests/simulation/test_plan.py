@@ -59,7 +59,7 @@ def test_best_microbatch_costs_least_over_simulated_draws(counts, rates, cap):
 
 
 def test_memory_is_saved_in_order_and_only_where_nobody_configured():
-  free = Freedom(True, True, True, True, True)
+  free = Freedom(True, True, True, True)
   choice, seen = Choice(2, 4, 4, False, "book_keeping"), []
   while choice is not None:
     seen.append(choice)
@@ -72,9 +72,8 @@ def test_memory_is_saved_in_order_and_only_where_nobody_configured():
     (1, 1, 2, False, "book_keeping"),
     (1, 1, 1, False, "book_keeping"),
     (1, 1, 1, True, "book_keeping"),
-    (1, 1, 1, True, "two_pass"),
   ]
-  assert lighter(seen[0], Freedom(False, False, False, False, False)) is None
+  assert lighter(seen[0], Freedom(False, False, False, False)) is None
 
 
 def test_a_plan_fits_its_budget_or_is_refused_and_an_ample_budget_compiles_nothing():
@@ -87,7 +86,7 @@ def test_a_plan_fits_its_budget_or_is_refused_and_an_ample_budget_compiles_nothi
     compiled.append(choice)
     return size(choice)
 
-  start, free = Choice(1, 4, 4, False, "none"), Freedom(False, True, True, False, False)
+  start, free = Choice(1, 4, 4, False, "none"), Freedom(False, True, True, False)
   assert fit_memory(start, free, 1e5, size, measure) == start
   assert compiled == []
   fitted = fit_memory(start, free, 250, size, measure)
@@ -95,7 +94,7 @@ def test_a_plan_fits_its_budget_or_is_refused_and_an_ample_budget_compiles_nothi
   with pytest.raises(UserError, match=r"over the budget of .*; raise execution.memory_gib"):
     fit_memory(start, free, 50, size, measure)
   with pytest.raises(UserError, match=r"over the budget"):
-    fit_memory(start, Freedom(False, False, False, False, False), 250, size, measure)
+    fit_memory(start, Freedom(False, False, False, False), 250, size, measure)
 
 
 def test_a_microbatch_that_would_change_results_is_refused_with_the_remedy():
