@@ -77,12 +77,15 @@ class ModelConfig:
     norm: group, batch (refused with privacy) or frozen_batch.
     dropout: rate before the head.
     dtype: float32 or bfloat16 for activations; weights, norms and noise stay float32.
+    pretrained: .safetensors file with a PyTorch state dict (pretrainedmodels or timm) that initial
+      weights and statistics are taken from; empty is none. Needs norm=frozen_batch.
   """
 
   name: str = "se_resnext50_32x4d"
   norm: str = "group"
   dropout: float = 0.0
   dtype: str = "float32"
+  pretrained: str = ""
 
 
 @dataclasses.dataclass
@@ -364,6 +367,13 @@ def validate(config: Config) -> None:
     f"execution.microbatch={config.execution.microbatch} with model.norm='batch' would change"
     " results: statistics would be of a microbatch, not of the batch",
     "use execution.microbatch=0, or model.norm=group",
+  )
+  model, convertible = config.model, ("se_resnext50_32x4d", "frozen_batch")
+  require(
+    model.pretrained == "" or (model.name, model.norm) == convertible,
+    f"model.pretrained='{model.pretrained}' holds no weights for model.name='{model.name}' with"
+    f" model.norm='{model.norm}'",
+    "use model.name={} with model.norm={}, or leave it empty".format(*convertible),
   )
   if privacy.mechanism == "none":
     require(

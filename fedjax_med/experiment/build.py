@@ -26,6 +26,7 @@ from fedjax_med.federated.optimizers import client_optimizer, schedule, server_o
 from fedjax_med.federated.registry import create_algorithm
 from fedjax_med.models.model import Model
 from fedjax_med.models.ops import Lowering
+from fedjax_med.models.pretrained import Overlay, load_safetensors, overlay
 from fedjax_med.models.registry import create_model, has_remat
 from fedjax_med.privacy.accounting import resolve_deltas
 from fedjax_med.privacy.clipping import resolve_method
@@ -56,6 +57,7 @@ class Program(NamedTuple):
     lower_predict: lowers predict for a compiler, of the same arguments or their shapes.
     arguments: shapes of what a block is called with.
     budget: memory that the plan kept to.
+    origin: where initial values are from; empty if all are drawn.
   """
 
   plan: Plan
@@ -66,6 +68,7 @@ class Program(NamedTuple):
   lower_predict: Callable[..., jax.stages.Lowered]
   arguments: tuple[Any, ...]
   budget: planning.Budget
+  origin: str
 
 
 class Experiment(NamedTuple):
@@ -140,6 +143,9 @@ def _run_id(config: Config, hospitals: Hospitals, rows: ClientTable, names: tupl
   for section, name in (("data", "path"), ("data", "cache_dir"), ("data", "strict")):
     del values[section][name]
   del values["execution"], values["eval"]
+  path = values["model"].pop("pretrained")  # its content counts, not its name
+  if path:
+    values["model"]["pretrained_sha256"] = load_safetensors(path).sha256
   calibrated = config.privacy.target_epsilon > 0 and config.privacy.noise_multiplier == 0
   if config.client.schedule == "constant" and not calibrated:
     del values["server"]["num_rounds"]  # so that 5 rounds and 5 more equal 10
@@ -251,13 +257,20 @@ def make_program(
 
   first = Choice(devices.number, 1, 0, remat, clipping)
 
-  def initial(seed: Any) -> SimulationState:
+  given = Overlay({}, {}, "")
+  if config.model.pretrained:
+    fresh = jax.eval_shape(model_of(False, devices.number).init, base_key(0), image)
+    given = overlay(config.model.pretrained, *fresh)
+
+  def initial(seed: Any, given_params: Any, given_state: Any) -> SimulationState:
     key = key_for(base_key(seed), Stream.INIT)
     params, state = model_of(False, devices.number).init(key, jnp.zeros(image.shape, image.dtype))
+    params, state = {**params, **given_params}, {**state, **given_state}
     return init_state(algorithm_as(first), params, state, num_clients)
 
-  seed = np.int32(config.seed)
-  arguments = planning.block_arguments(lambda: initial(seed), num_clients, max_examples, dataset)
+  # Given values are arguments: constants would be compiled into the program.
+  start = np.int32(config.seed), given.params, given.state
+  arguments = planning.block_arguments(lambda: initial(*start), num_clients, max_examples, dataset)
   subject = planning.Subject(
     cohort=cohort,
     steps=steps,
@@ -313,7 +326,7 @@ def make_program(
       tuple(reasons),
     ),
     devices,
-    lambda: initial(seed),
+    lambda: initial(*start),
     block_as(choice),
     *make_predict(
       model_of(False, choice.devices),
@@ -323,6 +336,7 @@ def make_program(
     ),
     arguments,
     budget,
+    given.origin,
   )
 
 

@@ -54,7 +54,7 @@ def test_unknown_choices_are_answered_with_the_nearest(path):
 
 def test_every_number_has_a_range_and_every_two_way_name_its_choices():
   free = {"data.path", "data.cache_dir", "data.patient_pattern", "model.name", "server.algorithm"}
-  free |= {"execution.compilation_cache", "data.strict", "eval.local_baselines"}
+  free |= {"execution.compilation_cache", "data.strict", "eval.local_baselines", "model.pretrained"}
   known = set(RANGES) | set(CHOICES) | free
   for field in dataclasses.fields(Config):
     value = getattr(Config(), field.name)
@@ -75,6 +75,8 @@ def test_every_number_has_a_range_and_every_two_way_name_its_choices():
     ({"privacy.mechanism": "none"}, "ignores privacy.noise_multiplier=1"),
     ({"privacy.noise_multiplier": 0.0}, "neither privacy.noise_multiplier nor"),
     ({"model.norm": "batch"}, "use model.norm=group or model.norm=frozen_batch"),
+    ({"model.pretrained": "w", "model.norm": "frozen_batch"}, "no weights for model.name='se_res"),
+    ({"model.pretrained": "w", "model.name": "se_resnext50_32x4d"}, "with model.norm='group'; use"),
     ({"model.dtype": "bfloat16", "privacy.clipping": "two_pass"}, "or model.dtype=float32"),
   ],
 )
@@ -84,6 +86,12 @@ def test_values_that_contradict_each_other_are_refused(changes, sentence):
     with_value(path, value, config)
   with pytest.raises(UserError, match=sentence):
     validate(config)
+
+
+def test_pretrained_weights_are_accepted_where_there_is_a_place_for_all_of_them():
+  config = with_value("model.pretrained", "weights.safetensors")
+  config.model.name, config.model.norm = "se_resnext50_32x4d", "frozen_batch"
+  validate(config)
 
 
 def test_fingerprint_depends_on_values_not_on_order():
