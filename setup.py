@@ -32,16 +32,19 @@ INSTALL = [
   "orbax-checkpoint>=0.11.30,<0.13",
   "pillow>=10",
   "rich>=13.7,<16",
+  "safetensors>=0.5,<0.9",
   "scipy>=1.13,<2",
   "tensorflow-datasets>=4.9.10,<5",
 ]
+# What the test of converted weights compares with.
+TORCH = ["torch>=2.13,<2.14"]
 # What the benchmarks compare with; pfl-research needs an environment of its own, since it holds
 # dp-accounting below 0.6 (benchmarks/README.md).
 PEERS = [
   "fedjax==0.0.17",
   "flwr[simulation]>=1.42,<1.43",
   "opacus>=1.6,<1.7",
-  "torch>=2.13,<2.14",
+  *TORCH,
 ]
 TEST = [
   "hypothesis>=6.100,<7",
@@ -73,6 +76,7 @@ setup(
     "test": TEST,
     "dev": TEST + TOOLS,
     "peers": PEERS,
+    "torch": TORCH,
     "gpu": ["jax[cuda12]>=0.10,<0.12"],
     "tpu": ["jax[tpu]>=0.10,<0.12"],
   },

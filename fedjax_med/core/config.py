@@ -75,12 +75,15 @@ class ModelConfig:
     norm: group, batch (refused with privacy) or frozen_batch.
     dropout: rate before the head.
     dtype: float32 or bfloat16 for activations; weights, norms and noise stay float32.
+    pretrained: .safetensors file with a PyTorch state dict (pretrainedmodels or timm) that initial
+      weights and statistics are taken from; empty is none. Needs norm=frozen_batch.
   """
 
   name: str = "se_resnext50_32x4d"
   norm: str = "group"
   dropout: float = 0.0
   dtype: str = "float32"
+  pretrained: str = ""
 
 
 @dataclasses.dataclass

@@ -148,6 +148,13 @@ def validate(config: Config) -> None:
     " results: statistics would be of a microbatch, not of the batch",
     "use execution.microbatch=0, or model.norm=group",
   )
+  model, convertible = config.model, ("se_resnext50_32x4d", "frozen_batch")
+  require(
+    model.pretrained == "" or (model.name, model.norm) == convertible,
+    f"model.pretrained='{model.pretrained}' holds no weights for model.name='{model.name}' with"
+    f" model.norm='{model.norm}'",
+    "use model.name={} with model.norm={}, or leave it empty".format(*convertible),
+  )
   _validate_privacy(config)
   _validate_client_privacy(config)
 

@@ -15,6 +15,7 @@ from fedjax_med.data.dataset import ClientTable, Hospitals, client_rows, client_
 from fedjax_med.experiment.program import Program, make_program
 from fedjax_med.experiment.protection import Protection, cohort_cap, protect
 from fedjax_med.federated.algorithm import Client, Hyper, Pool, Units
+from fedjax_med.models.pretrained import load_safetensors
 from fedjax_med.privacy.client_level import ClientLevel
 from fedjax_med.privacy.guarantees import Guarantee
 from fedjax_med.simulation.mesh import Devices, choose_devices, replicate
@@ -72,6 +73,9 @@ def _run_id(
   for section, name in (("data", "path"), ("data", "cache_dir"), ("data", "strict")):
     del values[section][name]
   del values["execution"], values["eval"]
+  path = values["model"].pop("pretrained")  # its content counts, not its name
+  if path:
+    values["model"]["pretrained_sha256"] = load_safetensors(path).sha256
   levels = config.privacy, config.client_privacy
   calibrated = [p.target_epsilon > 0 and p.noise_multiplier == 0 for p in levels]
   if config.client.schedule == "constant" and not any(calibrated):

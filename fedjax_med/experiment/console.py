@@ -73,6 +73,8 @@ def describe(
     f"Model {config.model.name} (norm {config.model.norm}, {num_parameters:,} parameters);"
     f" {config.server.num_rounds} rounds of {config.server.algorithm}"
   )
+  if experiment.program.origin:
+    console.print(f"  starts from {escape(experiment.program.origin)}")
   for reason in experiment.program.plan.reasons:
     console.print(f"  plan: {reason}")
   console.print(_hospital_table(experiment, planned))

@@ -26,6 +26,7 @@ from fedjax_med.federated.optimizers import client_optimizer, schedule, server_o
 from fedjax_med.federated.registry import create_algorithm
 from fedjax_med.models.model import Model
 from fedjax_med.models.ops import Lowering
+from fedjax_med.models.pretrained import Overlay, overlay
 from fedjax_med.models.registry import create_model, has_remat
 from fedjax_med.privacy.clipping import resolve_method
 from fedjax_med.privacy.clipping import uncovered as clipping_problems
@@ -48,6 +49,7 @@ class Program(NamedTuple):
     lower_predict: lowers predict for a compiler, of the same arguments or their shapes.
     arguments: shapes of what a block is called with.
     budget: memory that the plan kept to.
+    origin: where initial values are from; empty if all are drawn.
   """
 
   plan: Plan
@@ -59,6 +61,7 @@ class Program(NamedTuple):
   lower_predict: Callable[..., jax.stages.Lowered]
   arguments: tuple[Any, ...]
   budget: planning.Budget
+  origin: str
 
 
 def make_program(
@@ -178,15 +181,23 @@ def make_program(
 
   first = Choice(devices.number, 1, 0, remat, clipping)
 
-  def initial(seed: Any) -> SimulationState:
+  given = Overlay({}, {}, "")
+  if config.model.pretrained:
+    fresh = jax.eval_shape(model_of(False, devices.number).init, base_key(0), image)
+    given = overlay(config.model.pretrained, *fresh)
+
+  def initial(seed: Any, given_params: Any, given_state: Any) -> SimulationState:
     key = key_for(base_key(seed), Stream.INIT)
     params, state = model_of(False, devices.number).init(key, jnp.zeros(image.shape, image.dtype))
+    params, state = {**params, **given_params}, {**state, **given_state}
     clip_norm = config.client_privacy.clip_norm if client_level else None
     return init_state(algorithm_as(first), params, state, num_clients, clip_norm)
 
+  # Given values are arguments: constants would be compiled into the program.
+  values = given.params, given.state
   seed = np.int32(config.seed)
   arguments = planning.block_arguments(
-    lambda: initial(seed), num_clients, max_examples, dataset, max_units, client_level
+    lambda: initial(seed, *values), num_clients, max_examples, dataset, max_units, client_level
   )
   # Products hold patches, native convolutions do not: the most that either needs.
   footprint = planning.footprint(create_model(config.model, classes, "matmul", remat=remat), image)
@@ -248,7 +259,7 @@ def make_program(
       tuple(reasons),
     ),
     devices,
-    lambda seed=seed: initial(seed),
+    lambda seed=seed: initial(seed, *values),
     block_as(choice),
     round_as(choice, None),
     *make_predict(
@@ -259,4 +270,5 @@ def make_program(
     ),
     arguments,
     budget,
+    given.origin,
   )

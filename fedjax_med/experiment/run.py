@@ -46,12 +46,18 @@ def num_parameters(experiment: Experiment) -> int:
 def _config_record(experiment: Experiment, command: str) -> dict[str, Any]:
   versions = {name: importlib.metadata.version(name) for name in PACKAGES}
   versions |= {"fedjax_med": __version__, "python": platform.python_version()}
+  notes = list(experiment.hospitals.dataset.notes)
+  if experiment.program.origin:
+    notes.append(
+      f"Training starts from {experiment.program.origin}: what those weights were trained on is"
+      " outside the privacy statement."
+    )
   return {
     "run_id": experiment.run_id,
     "command": command,
     "device": f"{jax.devices()[0].device_kind} x {jax.device_count()}",
     "versions": versions,
-    "notes": list(experiment.hospitals.dataset.notes),
+    "notes": notes,
     "config": to_dict(experiment.config),
   }
 

@@ -24,7 +24,8 @@ def normalise(x: jax.Array, norm: str, *, train: bool, dtype: Any, name: str) ->
   """Adds a normalisation of [B, ..., C] to the module being called.
 
   group: each example by itself. batch: over the batch, running averages outside training.
-  frozen_batch: stored statistics always, so that examples stay independent (converted weights).
+  frozen_batch: stored statistics always, so that examples stay independent (converted weights);
+  they are state, which training leaves as it is, while scale and bias are trained parameters.
   Raises UserError for any other name.
   """
   require_choice("model.norm", norm, NORMS)

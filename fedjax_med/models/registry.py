@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from fedjax_med.core.config import ModelConfig
 from fedjax_med.core.errors import require, require_choice
-from fedjax_med.models import cnn, ops, se_resnext
+from fedjax_med.models import cnn, ops, pretrained, se_resnext
 from fedjax_med.models.layers import NORMS
 from fedjax_med.models.model import Model, from_flax
 
@@ -39,13 +39,21 @@ def register(name: str, constructor: Callable[..., nn.Module]) -> None:
 
 
 def create_module(config: ModelConfig, num_classes: int) -> nn.Module:
-  """The Linen module a config names; UserError with the nearest name if there is none."""
+  """The Linen module a config names, its stem pool that of the weights it is to start from.
+
+  UserError with the nearest name if there is none, or if the weights cannot be read.
+  """
   require_choice("model.name", config.name, MODELS)
   require_choice("model.norm", config.norm, NORMS)
   require_choice("model.dtype", config.dtype, DTYPES)
-  return MODELS[config.name](
+  module = MODELS[config.name](
     num_classes, norm=config.norm, dropout=config.dropout, dtype=DTYPES[config.dtype]
   )
+  if config.pretrained:
+    file = pretrained.load_safetensors(config.pretrained)
+    naming = pretrained.naming_of(file.arrays, file.path)
+    module = module.clone(stem_pool_padding=naming.stem_pool_padding)
+  return module
 
 
 def create_model(

@@ -76,6 +76,7 @@ class SEResNeXt(nn.Module):
     stem_features: channels of the stem, whose convolution has stride 2.
     stem_kernel: side of the stem's convolution, odd.
     stem_pool: whether a 3x3 max pool of stride 2 follows the stem.
+    stem_pool_padding: of that pool, a name of ``STEM_POOLS``; weights fit the one they met.
     norm: group, batch or frozen_batch.
     dropout: rate before the head.
     dtype: of activations; parameters are float32.
@@ -95,6 +96,7 @@ class SEResNeXt(nn.Module):
   dropout: float = 0.0
   dtype: Any = jnp.float32
   remat: bool = False
+  stem_pool_padding: str = "ceil"
 
   @nn.compact
   def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
@@ -112,7 +114,7 @@ class SEResNeXt(nn.Module):
     x = normalise(x, self.norm, train=train, dtype=self.dtype, name="stem_norm")
     x = nn.relu(x)
     if self.stem_pool:
-      x = ceil_max_pool(x)
+      x = STEM_POOLS[self.stem_pool_padding](x)
     shapes = zip(self.stage_blocks, self.widths, self.features, strict=True)
     for stage, (blocks, width, features) in enumerate(shapes, start=1):
       block = functools.partial(
@@ -143,6 +145,14 @@ def ceil_max_pool(x: jax.Array) -> jax.Array:
   """
   bottom, right = ((n - 3) % 2 for n in x.shape[1:3])
   return ops.max_pool(x, (3, 3), (2, 2), ((0, bottom), (0, right)))
+
+
+def around_max_pool(x: jax.Array) -> jax.Array:
+  """3x3 max pool of stride 2 with one pixel all around, as in torchvision and timm."""
+  return ops.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
+
+
+STEM_POOLS = {"ceil": ceil_max_pool, "around": around_max_pool}
 
 
 def se_resnext50_32x4d(num_classes: int, **kwargs: Any) -> SEResNeXt:

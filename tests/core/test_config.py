@@ -46,7 +46,7 @@ def test_unknown_choices_are_answered_with_the_nearest(path):
 
 def test_every_number_has_a_range_and_every_two_way_name_its_choices():
   free = {"data.path", "data.cache_dir", "data.patient_pattern", "model.name", "server.algorithm"}
-  free |= {"execution.compilation_cache", "data.strict", "eval.local_baselines"}
+  free |= {"execution.compilation_cache", "data.strict", "eval.local_baselines", "model.pretrained"}
   free |= {"privacy.same_noise"}
   known = set(RANGES) | set(CHOICES) | free
   for field in dataclasses.fields(Config):
@@ -69,6 +69,8 @@ def test_every_number_has_a_range_and_every_two_way_name_its_choices():
     ({"privacy.noise_multiplier": 0.0}, "neither privacy.noise_multiplier nor"),
     ({"model.norm": "batch"}, "use model.norm=group or model.norm=frozen_batch"),
     ({"model.dtype": "bfloat16", "privacy.clipping": "two_pass"}, "or model.dtype=float32"),
+    ({"model.pretrained": "w", "model.norm": "frozen_batch"}, "no weights for model.name='se_res"),
+    ({"model.pretrained": "w", "model.name": "se_resnext50_32x4d"}, "with model.norm='group'; use"),
     ({"privacy.unit": "patient", "data.split": "paper"}, "use data.split=grouped"),
     ({"privacy.rows_per_unit": 2}, "set --config.privacy.unit=patient"),
     ({"privacy.augmentation_multiplicity": 4}, "set --config.client.augmentation=flip_shift"),
@@ -90,6 +92,12 @@ def test_values_that_contradict_each_other_are_refused(changes, sentence):
     with_value(path, value, config)
   with pytest.raises(UserError, match=sentence):
     validate(config)
+
+
+def test_pretrained_weights_are_accepted_where_there_is_a_place_for_all_of_them():
+  config = with_value("model.pretrained", "weights.safetensors")
+  config.model.name, config.model.norm = "se_resnext50_32x4d", "frozen_batch"
+  validate(config)
 
 
 @pytest.mark.parametrize(("path", "value"), REFUSED)

@@ -14,7 +14,7 @@ from fedjax_med.core.errors import UserError
 from fedjax_med.models import registry
 from fedjax_med.models.layers import num_norm_groups
 from fedjax_med.models.registry import MODELS, create_model, create_module
-from fedjax_med.models.se_resnext import Bottleneck, ceil_max_pool
+from fedjax_med.models.se_resnext import Bottleneck, around_max_pool, ceil_max_pool
 from fedjax_med.privacy.clipping import clipped_sum
 
 LARGE = ("se_resnext50_32x4d",)  # shapes only: compiling it takes half a minute
@@ -159,6 +159,17 @@ def test_stem_pool_rounds_up_like_ceil_mode(side):
     [image[0, 2 * y : 2 * y + 3, 2 * x : 2 * x + 3].max() for x in range(size)] for y in range(size)
   ]
   np.testing.assert_array_equal(ceil_max_pool(jnp.asarray(image))[0, :, :, 0], expected)
+
+
+@pytest.mark.parametrize("side", [7, 8, 32, 33])
+def test_the_other_stem_pool_pads_one_pixel_all_around(side):
+  image = np.random.default_rng(side).normal(size=(1, side, side, 1)).astype(np.float32)
+  padded = np.pad(image[0, :, :, 0], 1, constant_values=-np.inf)
+  size = (side + 2 - 3) // 2 + 1
+  expected = [
+    [padded[2 * y : 2 * y + 3, 2 * x : 2 * x + 3].max() for x in range(size)] for y in range(size)
+  ]
+  np.testing.assert_array_equal(around_max_pool(jnp.asarray(image))[0, :, :, 0], expected)
 
 
 @pytest.mark.parametrize(
