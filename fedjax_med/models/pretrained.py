@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+
 from fedjax_med.core.errors import UserError, require
 
 _REMEDY = (
