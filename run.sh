@@ -11,6 +11,8 @@ Usage: ./run.sh [COMMAND] [ARGUMENTS]
                  runs/quickstart (CPU, no data and no GPU needed)
   train ...      python -m fedjax_med.train ...   (./run.sh train --help lists every flag)
   report ...     python -m fedjax_med.report ...
+  privacy ...    python -m fedjax_med.privacy ...   recomputes every ε of a run from its ledger
+  audit ...      python -m fedjax_med.audit ...     attacks the privacy mechanism of a config
   test ...       the tests; arguments go to pytest: ./run.sh test -m "not slow"
   check          ruff (lint and format) and pyright over the whole tree
   format         ruff rewrites what it can
@@ -93,7 +95,7 @@ case "$command" in
     exec .venv/bin/python -m fedjax_med.train \
       --config=configs/quickstart.py --workdir=runs/quickstart "$@"
     ;;
-  train | report)
+  train | report | privacy | audit)
     install run .
     exec .venv/bin/python -m "fedjax_med.$command" "$@"
     ;;

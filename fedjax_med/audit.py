@@ -54,6 +54,8 @@ def main(_: list[str]) -> None:
   if folder is not None:
     (folder / "audit.json").write_text(json.dumps(result, indent=2, allow_nan=False) + "\n")
     report.write_statement(folder)
+    if (folder / "summary.json").exists():
+      report.write_report(folder)
   if _JSON.value:
     print(json.dumps(result))
   else:

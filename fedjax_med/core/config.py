@@ -128,7 +128,7 @@ class ServerConfig:
     optimizer: sgd (FedAvg), momentum (FedAvgM), adam (FedAdam) or yogi (FedYogi), from optax.
     learning_rate: server learning rate; 1 with sgd is plain FedAvg.
     momentum: of optimizer=momentum.
-    weighting: examples or uniform.
+    weighting: examples (patients under privacy.unit=patient) or uniform.
     participation: full or poisson.
     participation_rate: probability that a client takes part in a round (poisson).
     proximal_weight: FedProx μ; 0 turns the term off.

@@ -121,10 +121,12 @@ def _stack_clients(
   config: Config, rows: ClientTable, numbers: np.ndarray, protection: Protection
 ) -> Client:
   num_clients = len(rows.counts)
-  weights = rows.counts if config.server.weighting == "examples" else np.ones(num_clients)
+  table = protection.units
+  # How many images a patient has is no public number, as how many patients there are is.
+  sizes = rows.counts if table is None else table.counts
+  weights = sizes if config.server.weighting == "examples" else np.ones(num_clients)
   private = protection.local.mechanisms if protection.local else ()
   absent = [0.0] * (0 if private else num_clients)
-  table = protection.units
   units = None
   if table is not None:
     units = Units(*(jnp.asarray(x, jnp.int32) for x in (table.starts, table.sizes, table.counts)))

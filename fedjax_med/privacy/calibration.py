@@ -59,6 +59,7 @@ def calibrate_noise(
   return 1 / inverse
 
 
+@functools.lru_cache(maxsize=4096)
 def affordable_steps(mechanism: PoissonGaussian, delta: float, budget: float) -> int:
   """Largest number of steps with PLD ε ≤ ``budget``, 0 to 10 million: stop before, not after.
 

@@ -108,8 +108,8 @@ def clipped_sum(
   How far rounding carries a contribution past C, from C = 1e-12 on: about 1e-6 of it, and under
   ``core.rounding.NORM_SLACK`` (1e-3) whatever the numbers, with bfloat16 activations too, where
   norm and sum come from one backward pass ('book_keeping', 'reference'). The second backward pass
-  of 'two_pass' rounds unlike the first, which no constant bounds: 3e-3 in a small CNN in bfloat16, and
-  in float32 what cancels in that pass (10 C for an input of 1e10 under weights that cancel).
+  of 'two_pass' rounds unlike the first, which no constant bounds: 3e-3 in a small CNN in bfloat16,
+  and in float32 what cancels in that pass (10 C for an input of 1e10 under weights that cancel).
 
   Args:
     method: 'book_keeping' (one backward pass; keeps activations and their cotangents), 'two_pass'

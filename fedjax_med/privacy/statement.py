@@ -16,6 +16,7 @@ ASSUMPTIONS = (
   "The random numbers are those of a simulation (float32 normals, threefry): good enough to study"
   " what privacy costs, not certified for protecting patients in a deployment.",
   "No record lies in two hospitals.",
+  "Which images are one patient or near-duplicate group is taken as given.",
 )
 
 

@@ -364,6 +364,8 @@ def test_patients_are_counted_sampled_and_reported_as_such(tmp_path):
   (guarantee,) = json.loads((tmp_path / "privacy.json").read_text())["guarantees"]
   assert guarantee["unit"] == "patient"
   assert [party["n"] for party in guarantee["parties"]] == [len(p) for p in patients]
+  weights = np.asarray(build.build(config, alike).clients.weight)
+  np.testing.assert_allclose(weights, np.array(list(map(len, patients))) / sum(map(len, patients)))
 
 
 def test_baselines_train_each_hospital_alone_and_pooled(tmp_path):
