@@ -37,7 +37,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fedjax_med.core.errors import require
-from fedjax_med.privacy import accounting
+from fedjax_med.privacy import accounting, calibration
 from fedjax_med.privacy.mechanism import (
   PoissonGaussian,
   batch_size_bound,
@@ -180,7 +180,7 @@ def plan_banded(
   q = min(1.0, bands * batch_size / num_units)
   cap = min(batch_cap or batch_size_bound(places, q, 5), places)
   unit = BandedGaussian(num_units, q, cap, 1.0, clip_norm, coefficients)
-  sigma = float(noise_multiplier) or unit.column_norm * accounting.calibrate_noise(
+  sigma = float(noise_multiplier) or unit.column_norm * calibration.calibrate_noise(
     places, q, cap, unit.compositions(steps), delta, target_epsilon
   )
   return dataclasses.replace(unit, noise_multiplier=sigma)
