@@ -8,6 +8,7 @@ from typing import Any
 
 import chex
 import dp_accounting
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,7 +22,8 @@ from fedjax_med.core.keys import Stream, base_key, key_for
 from fedjax_med.core.validation import validate
 from fedjax_med.experiment import audit
 from fedjax_med.federated import local
-from fedjax_med.privacy import accounting, noise
+from fedjax_med.models.model import from_flax
+from fedjax_med.privacy import accounting, clipping, noise
 from fedjax_med.privacy.guarantees import Guarantee, privacy_record, spent
 from fedjax_med.privacy.ledger import KEYS, SAMPLER
 from fedjax_med.privacy.mechanism import PoissonGaussian
@@ -227,3 +229,45 @@ def test_keys_are_threefry_whatever_jax_is_set_to():
     key_for(base_key(3), Stream.NOISE, 1, 2), {"w": jnp.zeros(4)}, 1.0
   )
   np.testing.assert_array_equal(drawn, expected["w"])
+
+
+class MixesExamples(nn.Module):
+  """A user's network that looks across the batch, by an operation and by batch norm."""
+
+  @nn.compact
+  def __call__(self, x, train=False):
+    x = nn.Dense(4)(x.reshape(x.shape[0], -1))
+    x = nn.BatchNorm(use_running_average=not train)(x) - 0.5 * x.mean(0, keepdims=True)
+    return nn.Dense(2)(nn.relu(x))
+
+
+def test_a_network_that_mixes_examples_runs_where_no_example_moves_anothers_contribution():
+  model = from_flax(MixesExamples())
+  inputs = jnp.asarray(np.random.default_rng(0).normal(size=(5, 3, 3, 1)), jnp.float32)
+  params, state = model.init(base_key(0), inputs[:1])
+  method, reason = clipping.resolve_method("auto", clipping.uncovered(model, params, state, inputs))
+  assert method == "reference"
+  assert "mix examples" in reason
+
+  @jax.jit
+  def total(inputs):
+    labels, mask = jnp.zeros(5, jnp.int32), jnp.ones(5, bool)
+    summed, _ = clipping.clipped_sum(
+      method,
+      model,
+      local.cross_entropy(0.0),
+      params,
+      state,
+      inputs,
+      labels,
+      mask,
+      jnp.float32(0.1),
+      None,
+    )
+    return jnp.concatenate([leaf.ravel() for leaf in jax.tree.leaves(summed)])
+
+  # Whatever the last example is, the others' sum is the same: the differences are its own alone.
+  others = inputs.at[:4].set(3 * inputs[:4] + 1)
+  moved = [total(x.at[4].set(-2 * inputs[4])) - total(x) for x in (inputs, others)]
+  np.testing.assert_allclose(moved[0], moved[1], rtol=1e-4, atol=1e-6)
+  assert float(jnp.linalg.norm(moved[0])) <= 0.2 * (1 + 1e-5)
