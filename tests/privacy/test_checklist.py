@@ -132,6 +132,7 @@ def test_item_06_one_units_contribution_is_at_most_c_and_nothing_if_not_finite(s
   given = audit.Subject(
     Guarantee("record", ("a",), (PoissonGaussian(4, 1.0, 4, 1.0, 1.0),), (1e-2,)),
     (1,),
+    (1,),
     "book_keeping",
   )
   setting = audit._setting(given, 9)
@@ -202,7 +203,9 @@ def test_item_10_ten_thousand_steps_are_one_event_composed_on_demand():
 
 def test_item_11_the_audit_can_fail(monkeypatch):
   mechanism = PoissonGaussian(40, 0.25, 24, 1.5, 0.7)
-  given = audit.Subject(Guarantee("record", ("a",), (mechanism,), (1e-3,)), (12,), "book_keeping")
+  given = audit.Subject(
+    Guarantee("record", ("a",), (mechanism,), (1e-3,)), (12,), (3,), "book_keeping"
+  )
   assert all(check.passed for check in audit.check_execution(given))
 
   def halved(clipped_sum, key, sigma, clip_norm, size):
