@@ -28,9 +28,10 @@ def audit_run(
   return {
     "run_id": experiment.run_id,
     "confidence": audit.CONFIDENCE,
-    **{
-      key: first[key] for key in ("unit", "epsilon", "epsilon_lower", "epsilon_lower_without_noise")
-    },
+    "unit": first["unit"],
+    "epsilon": first["epsilon"],
+    "epsilon_lower": first["epsilon_lower"],
+    "epsilon_lower_without_noise": first["epsilon_lower_without_noise"],
     "passed": all(result["passed"] for result in results),
     "audits": results,
   }

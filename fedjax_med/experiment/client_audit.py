@@ -1,4 +1,4 @@
-"""An audit of client-level privacy as it is executed: one hospital that takes part, or sends nothing.
+"""An audit of client-level privacy as executed: one hospital takes part, or sends nothing.
 
 The rounds that train are run as they are, on an algorithm whose updates are known.
 """
