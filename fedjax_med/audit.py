@@ -5,6 +5,7 @@ Example: python -m fedjax_med.audit --config=configs/quickstart.py --workdir=run
 
 import json
 import pathlib
+import sys
 from typing import Any
 
 from absl import flags
@@ -59,6 +60,8 @@ def main(_: list[str]) -> None:
     print(json.dumps(result))
   else:
     _show(result)
+  if not result["passed"]:
+    sys.exit(1)
 
 
 def _show(result: dict[str, Any]) -> None:

@@ -79,6 +79,8 @@ NOT_COVERED = (
   "Tuning: the guarantee is of one run, not of the runs tried before it.",
   "The number of hospitals and how many images of each class each one holds are public.",
   "Whoever has the seed and the code can recompute the noise.",
+  "The run's id is a digest of configuration and data: whoever sees it can confirm a guess of all"
+  " the data.",
   "A round that was interrupted and is run again has the same sample and the same noise; on another"
   " machine, layout or package version its result differs by rounding, which ε does not count.",
   "Simulation-grade randomness: float32 normals stop at 5.42 standard deviations and threefry is"
