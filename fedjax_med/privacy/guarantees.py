@@ -75,6 +75,8 @@ NOT_COVERED = (
   "Losses, accuracies and gradient norms shown or stored during training are not noised.",
   "Normalisation statistics taken over more than one image are not noised.",
   "Stopping, or choosing a round, by a validation score uses data outside the guarantee.",
+  "Who was drawn is to stay secret: the log and the number of steps tell which hospitals took part"
+  " in a round, and running times hint at how many records a step drew.",
   "A run that stops because a loss is not finite tells that much of the data.",
   "Tuning: the guarantee is of one run, not of the runs tried before it.",
   "The number of hospitals and how many images of each class each one holds are public.",
