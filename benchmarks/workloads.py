@@ -167,7 +167,9 @@ def _build(workload: specs.Workload, private: bool, layout: str, chunk: int) -> 
     # With a Poisson cohort the absent slots of a chunk must be able to do nothing.
     None if cohort_cap else workload.steps,
   )
-  algorithm = create_algorithm("fedavg", train, server_optimizer("sgd", 0.0), average=False)
+  algorithm = create_algorithm(
+    "fedavg", train, server_optimizer("sgd", 0.0), average=False, private=private
+  )
   run_round = make_round(
     algorithm,
     num_clients=workload.num_clients,

@@ -5,6 +5,7 @@ Example: python -m fedjax_med.audit --config=configs/quickstart.py --workdir=run
 
 import json
 import pathlib
+import sys
 from typing import Any
 
 from absl import flags
@@ -27,13 +28,12 @@ _JSON = flags.DEFINE_bool("json", False, "Print one JSON object, and nothing els
 def main(_: list[str]) -> None:
   config = load_config()
   require(
-    config.privacy.mechanism != "none",
-    "privacy.mechanism='none' leaves nothing to audit",
+    config.privacy.mechanism != "none" or config.client_privacy.mechanism != "none",
+    "privacy.mechanism='none' and client_privacy.mechanism='none' leave nothing to audit",
     "give a config with privacy.mechanism=dp_sgd",
   )
   require(_TRIALS.value >= 1000, f"--trials={_TRIALS.value} is under 1000", "use 40000")
-  from fedjax_med.experiment import audit as audits
-  from fedjax_med.experiment import build, report, shadows
+  from fedjax_med.experiment import audits, build, report, shadows
   from fedjax_med.experiment.cache import use_compilation_cache
   from fedjax_med.simulation.mesh import split_cpu
 
@@ -60,18 +60,22 @@ def main(_: list[str]) -> None:
     print(json.dumps(result))
   else:
     _show(result)
+  if not result["passed"]:
+    sys.exit(1)
 
 
 def _show(result: dict[str, Any]) -> None:
-  failed = [check for check in result["checks"] if not check["passed"]]
-  print(f"{len(result['checks']) - len(failed)} of {len(result['checks'])} checks hold")
-  for check in failed:
-    print(f"  FAILED: {check['name']} (p = {check['p_value']:.1e})")
-  print(
-    f"{result['epsilon_lower']:.3f} ≤ ε ≤ {result['epsilon']:.3f} with"
-    f" {100 * result['confidence']:g}% confidence; without noise the audit would have shown"
-    f" {result['epsilon_lower_without_noise']:.3f}"
-  )
+  for audit in result["audits"]:
+    failed = [check for check in audit["checks"] if not check["passed"]]
+    if audit["checks"]:
+      print(f"{len(audit['checks']) - len(failed)} of {len(audit['checks'])} checks hold")
+    for check in failed:
+      print(f"  FAILED: {check['name']} (p = {check['p_value']:.1e})")
+    print(
+      f"Unit {audit['unit']}: {audit['epsilon_lower']:.3f} ≤ ε ≤ {audit['epsilon']:.3f} with"
+      f" {100 * result['confidence']:g}% confidence; without noise the audit would have shown"
+      f" {audit['epsilon_lower_without_noise']:.3f}"
+    )
   member = result["membership"]
   for name in ("loss", "likelihood_ratio") if member else ():
     found = member[name]

@@ -9,6 +9,7 @@ import enum
 import jax
 
 from fedjax_med.core import threefry
+from fedjax_med.core.errors import require
 
 
 class Stream(enum.IntEnum):
@@ -29,8 +30,23 @@ def base_key(seed: int | jax.Array) -> jax.Array:
   return jax.random.key(seed, impl=threefry.IMPLEMENTATION)
 
 
+def require_threefry(key: jax.Array) -> None:
+  """Raises UserError for a key of another generator, whose vmapped draws may be one draw."""
+  kind = jax.random.key_impl(key)
+  require(
+    kind in ("threefry2x32", threefry.IMPLEMENTATION),
+    f"the key is of the generator '{kind}', whose draws for clients under vmap may not differ",
+    "make it by core.keys.base_key(seed)",
+  )
+
+
 def key_for(base: jax.Array, stream: Stream, *counters: int | jax.Array) -> jax.Array:
-  """Folds the stream and each counter (client, round, step ...) into ``base``, in order."""
+  """Folds the stream and each counter (client, round, step ...) into ``base``, in order.
+
+  Raises:
+    UserError: ``base`` is no threefry key.
+  """
+  require_threefry(base)
   key = jax.random.fold_in(base, int(stream))
   for counter in counters:
     key = jax.random.fold_in(key, counter)

@@ -2,6 +2,7 @@
 
 from fedjax_med.core.config import Config, get_field
 from fedjax_med.core.errors import require, require_choice
+from fedjax_med.core.rounding import MIN_CLIP_NORM
 
 CHOICES = {
   "data.source": ("phantoms", "folder", "br35h", "sars_cov2_ct"),
@@ -59,7 +60,7 @@ RANGES: dict[str, tuple[float, float, bool, str]] = {
   "server.ema_decay": (0, 0.9999, True, "use 0 or 0.9"),
   "privacy.noise_multiplier": (0, 1e6, True, "use 1"),
   "privacy.target_epsilon": (0, 1e6, True, "use 8, or 0 for none"),
-  "privacy.clip_norm": (0, 1e6, False, "use 1"),
+  "privacy.clip_norm": (MIN_CLIP_NORM, 1e6, True, "use 1"),
   "privacy.delta": (0, 1, True, "use 0 for 1/(10 n)"),
   "privacy.batch_cap": (0, 1_000_000, True, "use 0 to let it be chosen"),
   "privacy.rows_per_unit": (0, 100_000, True, "use 0 to let it be chosen"),
@@ -67,7 +68,7 @@ RANGES: dict[str, tuple[float, float, bool, str]] = {
   "privacy.noise_stddev": (0, 1e6, True, "use 0 unless solve_for=clip_norm"),
   "client_privacy.noise_multiplier": (0, 1e6, True, "use 1"),
   "client_privacy.target_epsilon": (0, 1e6, True, "use 8, or 0 for none"),
-  "client_privacy.clip_norm": (0, 1e6, False, "use 1"),
+  "client_privacy.clip_norm": (MIN_CLIP_NORM, 1e6, True, "use 1"),
   "client_privacy.delta": (0, 1, True, "use 0 for 1/(10 K)"),
   "client_privacy.quantile": (0, 1, False, "use 0.5"),
   "client_privacy.clip_learning_rate": (0, 10, True, "use 0.2"),

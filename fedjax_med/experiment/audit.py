@@ -6,6 +6,7 @@ gradient, which is what ε is claimed for. A record that is absent is a blank im
 is exactly 0: the adjacency of the claim.
 """
 
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -17,7 +18,6 @@ from jax.sharding import PartitionSpec
 from scipy import stats
 
 from fedjax_med.core.keys import base_key
-from fedjax_med.experiment.build import Experiment
 from fedjax_med.federated.algorithm import Client, Hyper, Pool, Units
 from fedjax_med.federated.local import StepContext, cross_entropy, private_gradient
 from fedjax_med.models.canary import canary_model
@@ -51,12 +51,14 @@ class Subject(NamedTuple):
   Attributes:
     guarantee: the claim for records or patients.
     steps: [K] steps of each hospital in the whole run.
+    steps_a_round: [K] of them in a round.
     clipping: method of clipping, as the run's plan has it.
     seed: of the audit's own draws.
   """
 
   guarantee: Guarantee
   steps: tuple[int, ...]
+  steps_a_round: tuple[int, ...]
   clipping: str
   seed: int = 0
 
@@ -125,9 +127,9 @@ def audit(
   for k, epsilon in enumerate(claims):
     mechanism, delta = subject.guarantee.mechanisms[k], subject.guarantee.deltas[k]
     number = wanted_trials(epsilon, level, max_trials)
-    thresholds = _thresholds(epsilon, delta)
+    thresholds = thresholds_of(epsilon, delta)
     noisy = single_canaries(subject, trials, k, number, noise=True)
-    bounds = {"likelihood ratio of one record": _best_threshold(noisy, thresholds, delta, level)}
+    bounds = {"likelihood ratio of one record": best_threshold(noisy, thresholds, delta, level)}
     scores, bits = many_canaries(subject, k)
     one_run = one_run_epsilon(scores, bits, delta, 1 - level)
     bounds["many records in one run"] = one_run.epsilon_lower
@@ -140,33 +142,8 @@ def audit(
   worst = int(np.argmax(claims))
   silent = single_canaries(subject, trials, worst, found[worst].trials, noise=False)
   delta = subject.guarantee.deltas[worst]
-  power = _best_threshold(silent, _thresholds(claims[worst], delta), delta, level)
+  power = best_threshold(silent, thresholds_of(claims[worst], delta), delta, level)
   return found, checks, power
-
-
-def audit_run(
-  experiment: Experiment, max_trials: int, seed: int, tell: Callable[[str], None]
-) -> dict[str, Any]:
-  """The audit of a run that was built: what audit.json holds."""
-  local = experiment.local
-  assert local is not None
-  steps = tuple(int(each) * experiment.config.server.num_rounds for each in experiment.steps)
-  subject = Subject(local, steps, experiment.program.plan.clipping, seed)
-  devices = jax.local_device_count() if jax.process_count() == 1 else 1
-  found, checks, power = audit(subject, max_trials, devices, tell)
-  lower, epsilon = max(each.epsilon_lower for each in found), max(each.epsilon for each in found)
-  return {
-    "run_id": experiment.run_id,
-    "unit": local.unit,
-    "epsilon": epsilon,
-    "epsilon_lower": lower,
-    "epsilon_lower_without_noise": power,
-    "confidence": CONFIDENCE,
-    "passed": all(each.epsilon_lower <= each.epsilon for each in found)
-    and all(check.passed for check in checks),
-    "hospitals": [each._asdict() for each in found],
-    "checks": [check._asdict() for check in checks],
-  }
 
 
 def wanted_trials(epsilon: float, level: float, most: int) -> int:
@@ -224,7 +201,7 @@ def _client(subject: Subject, k: int, noise: bool) -> Client:
     indices=jnp.arange(most, dtype=jnp.int32),
     num_examples=number,
     weight=jnp.float32(1),
-    num_steps=jnp.int32(1),
+    num_steps=jnp.int32(subject.steps_a_round[k]),
     sampling_probability=jnp.float32(mechanism.sampling_probability),
     expected_batch_size=jnp.float32(mechanism.expected_batch_size),
     noise_multiplier=jnp.float32(mechanism.noise_multiplier if noise else 0.0),
@@ -268,19 +245,19 @@ def _directions(images: np.ndarray) -> np.ndarray:
 def _release(
   setting: _Setting, client: Client, pool: Pool, key: jax.Array, step: Any
 ) -> tuple[jax.Array, jax.Array]:
-  """(signal, noise) of one step; see ``_seen``."""
-  zero = jnp.zeros((), jnp.int32)
-  context = StepContext(client, pool, _hyper(setting.clip_norm), key, zero, step)
+  """(signal, noise) of a step, counted over all rounds; see ``_seen``."""
+  round, place = step // client.num_steps, step % client.num_steps
+  context = StepContext(client, pool, _hyper(setting.clip_norm), key, round, place)
   gradient, _, _ = setting.gradient(setting.params, {}, context)
   return _seen(gradient, client, setting.clip_norm)
 
 
-def _ratio(projection: jax.Array, client: Client, sigma: Any) -> jax.Array:
+def ratio(projection: jax.Array, probability: Any, sigma: Any) -> jax.Array:
   """Log-likelihood ratio of a step's ``projection`` for noise of standard deviation ``sigma``.
 
-  Drawn with probability q the record adds 1: log(1 - q + q exp((y - 1/2) / σ²)).
+  Drawn with ``probability`` q the record adds 1: log(1 - q + q exp((y - 1/2) / σ²)).
   """
-  q = jnp.minimum(client.sampling_probability, 1 - 1e-7)
+  q = jnp.minimum(jnp.float32(probability), 1 - 1e-7)
   return jnp.logaddexp(jnp.log1p(-q), jnp.log(q) + (projection - 0.5) / jnp.square(sigma))
 
 
@@ -309,7 +286,7 @@ def make_trials(subject: Subject, devices: int) -> Trials:
 
     def body(step, scores):
       signal, _ = _release(setting, client, pool, key, step)
-      return scores + _ratio(signal @ direction, client, sigma * shares)
+      return scores + ratio(signal @ direction, client.sampling_probability, sigma * shares)
 
     return jax.lax.fori_loop(0, steps, body, jnp.zeros(shares.shape, jnp.float32))
 
@@ -346,10 +323,15 @@ def single_canaries(
   sigma = jnp.float32(subject.guarantee.mechanisms[k].noise_multiplier)
   steps = jnp.int32(subject.steps[k])
   scores = np.asarray(trials.run(client, sigma, steps, numbers, numbers < inside))
+  return by_attack(scores, inside)
+
+
+def by_attack(scores: np.ndarray, inside: int) -> dict[float, tuple[np.ndarray, np.ndarray]]:
+  """Scores [T, attacks] of trials, of which the first ``inside`` have the record, by share of σ."""
   return {share: (scores[:inside, i], scores[inside:, i]) for i, (share, _) in enumerate(ATTACKS)}
 
 
-def _thresholds(epsilon: float, delta: float) -> dict[float, tuple[float, ...]]:
+def thresholds_of(epsilon: float, delta: float) -> dict[float, tuple[float, ...]]:
   """Likelihood ratios from which the attacker says that the record was there, by share of σ.
 
   ATTACKS has them in standard deviations of a run without the record: under μ-Gaussian DP with
@@ -362,7 +344,7 @@ def _thresholds(epsilon: float, delta: float) -> dict[float, tuple[float, ...]]:
   }
 
 
-def _best_threshold(
+def best_threshold(
   scores: dict[float, tuple[np.ndarray, np.ndarray]],
   thresholds: dict[float, tuple[float, ...]],
   delta: float,
@@ -390,7 +372,9 @@ def many_canaries(subject: Subject, k: int) -> tuple[np.ndarray, np.ndarray]:
   def run(client, pool):
     def body(step, scores):
       signal, _ = _release(setting, client, pool, key, step)
-      return scores + _ratio(directions @ signal, client, mechanism.noise_multiplier)
+      return scores + ratio(
+        directions @ signal, client.sampling_probability, mechanism.noise_multiplier
+      )
 
     return jax.lax.fori_loop(0, subject.steps[k], body, jnp.zeros((canaries,), jnp.float32))
 
@@ -413,7 +397,7 @@ def _many(
 
 
 class _Watched(NamedTuple):
-  """The first steps of a hospital's run, number by number, in units of the clip norm.
+  """Steps of a hospital's first two rounds, number by number, in units of the clip norm.
 
   Attributes:
     drawn: [steps, canaries] how often each present canary is in the noiseless sum.
@@ -431,7 +415,10 @@ class _Watched(NamedTuple):
 def _watch(subject: Subject, k: int) -> _Watched:
   mechanism = subject.guarantee.mechanisms[k]
   canaries = min(mechanism.num_units, MAX_CANARIES)
-  steps = min(subject.steps[k], WATCHED)
+  # The beginnings of two rounds: a key without the step shows in one, without the round in both.
+  half, second = np.arange(WATCHED // 2), subject.steps_a_round[k]
+  steps = np.unique(np.concatenate([half, second + half]))
+  steps = jnp.asarray(steps[steps < subject.steps[k]], jnp.int32)
   everybody = np.ones(canaries, bool)
   setting, loud, pool, directions = _many(subject, k, everybody, noise=True)
   silent = _client(subject, k, noise=False)._replace(indices=loud.indices)
@@ -443,7 +430,7 @@ def _watch(subject: Subject, k: int) -> _Watched:
 
   @jax.jit
   def run(client):
-    return jax.lax.map(lambda step: _release(setting, client, pool, key, step), jnp.arange(steps))
+    return jax.lax.map(lambda step: _release(setting, client, pool, key, step), steps)
 
   sums = np.asarray(run(silent)[0], np.float64)
   basis = np.asarray(directions, np.float64)
@@ -477,7 +464,7 @@ def check_execution(subject: Subject) -> list[Check]:
       ),
       (
         f"{name}: each step draws noise of its own",
-        uncorrelated_p_value(seen.noise[1:], seen.noise[:-1]) if len(seen.noise) > 1 else 1.0,
+        _smallest([uncorrelated_p_value(*pair) for pair in itertools.combinations(seen.noise, 2)]),
       ),
       (
         f"{name}: each layer draws noise of its own",
@@ -505,8 +492,8 @@ def _shared(first, second, steps: int, pixels: int) -> tuple[np.ndarray, np.ndar
 
 
 def _smallest(p_values: list[float]) -> float:
-  """The smallest of several, times their number (Bonferroni)."""
-  return min(1.0, len(p_values) * min(p_values))
+  """The smallest of several, times their number (Bonferroni); 1 if there is none."""
+  return min(1.0, len(p_values) * min(p_values, default=1.0))
 
 
 def _dispersion(present: np.ndarray, mechanism: PoissonGaussian) -> float:

@@ -157,6 +157,7 @@ def make_program(
       train_as(choice, shared_steps),
       server_optimizer(server.optimizer, server.momentum),
       average=server.ema_decay > 0,
+      private=private or client_level,
     )
 
   def round_as(choice: Choice, mesh: Mesh | None) -> Callable[..., Any]:

@@ -124,8 +124,8 @@ def dry_run(config: Config, hospitals: Callable[[], Hospitals] | None = None) ->
   """Prints config, hospitals, plan, memory estimate and planned ε; trains nothing."""
   data = hospitals() if hospitals else load_hospitals(config)  # its readers may silence stdout
   console = terminal.make_console()
-  console.print_json(data=to_dict(config))
   experiment = build(config, data)
+  console.print_json(data=to_dict(experiment.config))  # with what privacy.solve_for found
   terminal.describe(console, experiment, *planned(experiment), num_parameters(experiment))
   program = experiment.program
   devices = shared_devices(program.devices.number)

@@ -4,17 +4,37 @@ from collections.abc import Callable
 
 import optax
 
-from fedjax_med.core.errors import require_choice
+from fedjax_med.core.errors import require, require_choice
 from fedjax_med.federated.algorithm import FederatedAlgorithm
 from fedjax_med.federated.fedavg import fedavg
 
 # name: (train, server optimiser, average) -> FederatedAlgorithm
 ALGORITHMS: dict[str, Callable[..., FederatedAlgorithm]] = {"fedavg": fedavg}
+# Those whose clients read their examples through ``train`` alone, which clips and noises. Not so
+# SCAFFOLD's variates (Karimireddy et al. 2020): gradients of all of a client's examples, bare.
+PRIVATE = frozenset({"fedavg"})
 
 
 def create_algorithm(
-  name: str, train: Callable, optimizer: optax.GradientTransformation, *, average: bool
+  name: str,
+  train: Callable,
+  optimizer: optax.GradientTransformation,
+  *,
+  average: bool,
+  private: bool,
 ) -> FederatedAlgorithm:
-  """The algorithm of that name; an unknown name raises UserError with the nearest one."""
+  """The algorithm of that name, for a run with privacy or without.
+
+  Raises:
+    UserError: the name is unknown (with the nearest one), or the algorithm is not in PRIVATE and
+      the run is private.
+  """
   require_choice("server.algorithm", name, ALGORITHMS)
+  require(
+    not private or name in PRIVATE,
+    f"server.algorithm='{name}' is not declared private: its clients may send what they read from"
+    " their examples neither clipped nor noised",
+    f"use server.algorithm={' or '.join(sorted(PRIVATE))}, or privacy.mechanism=none and"
+    " client_privacy.mechanism=none",
+  )
   return ALGORITHMS[name](train, optimizer, average=average)

@@ -3,7 +3,9 @@
 The program is traced with each tapped layer marked. Taps are exact if every parameter goes into at
 most one marked layer and nowhere else, and if no operation mixes the examples of a batch. Examples
 are followed by shape: two traces at two batch sizes tell the example axis of every array apart, and
-each operation must pass on exactly that axis. An operation that is not known counts as mixing.
+each operation must pass on exactly that axis. An operation that is not known counts as mixing. A
+program that is another one for few than for many examples is refused; one that is special at a
+single batch size is not seen.
 """
 
 import math
@@ -12,12 +14,13 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax.extend import core
 
 from fedjax_med.models.gradients import Layer
 
 _MARK = "fedjax_med_tapped_layer"
-_BATCHES = (5, 7)
+_BATCHES = (5, 1009)  # a few and many: what changes with the batch size changes between them
 
 # Value by value, operands of one shape: examples stay where they are.
 # fmt: off
@@ -39,7 +42,7 @@ _SEEN_BY_SHAPE = frozenset([
 ])
 # Inner programs that run once, argument by argument. Not custom_vjp: its backward pass is hidden.
 _CALLS = frozenset([
-  "jit", "pjit", "closed_call", "core_call", "checkpoint", "remat", "remat2", "custom_jvp_call",
+  "jit", "pjit", "closed_call", "core_call", "checkpoint", "remat", "remat2",
 ])
 # fmt: on
 
@@ -108,6 +111,7 @@ class _Walk:
     self.uses: Counter[str] = Counter()
     self.found: dict[str, None] = {}
     self.looped: dict[str, None] = {}
+    self.in_rule = False
 
   def program(self, first: Any, second: Any, origins: Origins) -> None:
     """Follows parameters and the example axis through both traces, inner programs included."""
@@ -129,6 +133,8 @@ class _Walk:
       self.layer(eqn, twin, origins)
     elif name in _CALLS:
       self.call(eqn, twin, origins)
+    elif name == "custom_jvp_call":
+      self.own_rule(eqn, twin, origins)
     elif name == "scan":
       self.scan(eqn, twin, origins)
     elif name == "cond":
@@ -159,6 +165,15 @@ class _Walk:
       self.outside(eqn, eqn.invars, origins)
       origins = {}
     self.program(one, two, _inner(eqn.invars, one.invars, origins))
+
+  def own_rule(self, eqn: Any, twin: Any, origins: Origins) -> None:
+    """A function whose derivative is written beside it: neither may mix examples."""
+    self.outside(eqn, eqn.invars, origins)
+    self.program(_called(eqn), _called(twin), {})
+    if not self.in_rule:  # what a rule calls is not differentiated again
+      self.in_rule = True
+      self.program(_with_tangents(eqn), _with_tangents(twin), {})
+      self.in_rule = False
 
   def scan(self, eqn: Any, twin: Any, origins: Origins) -> None:
     consts, carry = eqn.params["num_consts"], eqn.params["num_carry"]
@@ -198,6 +213,32 @@ def _live(first: Any, second: Any) -> Iterator[tuple[Any, Any]]:
 def _called(eqn: Any) -> Any:
   program = eqn.params["jaxpr"] if "jaxpr" in eqn.params else eqn.params["call_jaxpr"]
   return program.jaxpr if isinstance(program, core.ClosedJaxpr) else program
+
+
+def _with_tangents(eqn: Any) -> Any:
+  """The program that a function with its own rule is when differentiated forwards.
+
+  If it keeps examples apart, so does its transpose, the backward pass.
+  """
+  called = _called(eqn)
+  outputs = [var for var in eqn.outvars if not isinstance(var, core.DropVar) and _smooth(var)]
+  itself = called.replace(eqns=[eqn.replace(invars=called.invars)], outvars=outputs)
+  program = core.jaxpr_as_fun(core.ClosedJaxpr(itself, ()))
+  shapes = [jax.ShapeDtypeStruct(var.aval.shape, var.aval.dtype) for var in called.invars]
+  moving = [i for i, var in enumerate(called.invars) if _smooth(var)]
+
+  def run(values, tangents):
+    def call(*some):
+      replaced = dict(zip(moving, some, strict=True))
+      return program(*(replaced.get(i, value) for i, value in enumerate(values)))
+
+    return jax.jvp(call, [values[i] for i in moving], tangents)
+
+  return jax.make_jaxpr(run)(shapes, [shapes[i] for i in moving]).jaxpr
+
+
+def _smooth(var: Any) -> bool:
+  return jnp.issubdtype(var.aval.dtype, jnp.inexact)
 
 
 def _origin(var: Any, origins: Origins) -> tuple[str, int] | None:
@@ -244,11 +285,12 @@ def _keeps_examples_apart(eqn: Any, twin: Any) -> bool:
   if name == "sort":
     return params["dimension"] not in axes
   if name == "top_k":
-    return axis != len(shape) - 1
+    return axis != params["axis"] % len(shape)
   if name == "pad":
     return axis is not None and tuple(params["padding_config"][axis]) == (0, 0, 0)
   if name.startswith("reduce_window"):
-    return axis is not None and params["window_dimensions"][axis] == 1
+    still = {"window_dimensions": 1, "window_strides": 1, "padding": (0, 0)}
+    return axis is not None and all(params[key][axis] == value for key, value in still.items())
   if name == "conv_general_dilated":
     numbers = params["dimension_numbers"]
     return axes == [numbers.lhs_spec[0], None] and results[0] == [numbers.out_spec[0]]

@@ -75,10 +75,14 @@ NOT_COVERED = (
   "Losses, accuracies and gradient norms shown or stored during training are not noised.",
   "Normalisation statistics taken over more than one image are not noised.",
   "Stopping, or choosing a round, by a validation score uses data outside the guarantee.",
+  "Who was drawn is to stay secret: the log and the number of steps tell which hospitals took part"
+  " in a round, and running times hint at how many records a step drew.",
   "A run that stops because a loss is not finite tells that much of the data.",
   "Tuning: the guarantee is of one run, not of the runs tried before it.",
   "The number of hospitals and how many images of each class each one holds are public.",
   "Whoever has the seed and the code can recompute the noise.",
+  "The run's id is a digest of configuration and data: whoever sees it can confirm a guess of all"
+  " the data.",
   "A round that was interrupted and is run again has the same sample and the same noise; on another"
   " machine, layout or package version its result differs by rounding, which ε does not count.",
   "Simulation-grade randomness: float32 normals stop at 5.42 standard deviations and threefry is"

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from fedjax_med.core.errors import require
-from fedjax_med.core.rounding import NORM_SLACK
+from fedjax_med.core.rounding import MIN_CLIP_NORM, NORM_SLACK
 
 if TYPE_CHECKING:
   import dp_accounting
@@ -34,7 +34,7 @@ class PoissonGaussian:
     batch_cap: units a batch holds at most; a larger draw is cut to a uniform subset. It must be
       at least n, or the expected size plus 2 standard deviations.
     noise_multiplier: σ, noise standard deviation on the sum over ``clip_norm``; 0 is no noise.
-    clip_norm: C, largest l2 norm of one unit's contribution.
+    clip_norm: C, largest l2 norm of one unit's contribution, at least 1e-12.
 
   Raises:
     UserError: a value breaks its rule.
@@ -57,7 +57,11 @@ class PoissonGaussian:
     require(
       0 <= sigma < math.inf, f"noise_multiplier={sigma} must be finite and at least 0", "use 1"
     )
-    require(0 < clip_norm < math.inf, f"clip_norm={clip_norm} must be finite and above 0", "use 1")
+    require(
+      MIN_CLIP_NORM <= clip_norm < math.inf,
+      f"clip_norm={clip_norm} must be finite and at least {MIN_CLIP_NORM:g}",
+      "use 1",
+    )
     lowest = min(n, batch_size_bound(n, q, 2))
     require(
       cap >= lowest,

@@ -7,6 +7,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from fedjax_med.core.keys import require_threefry
+
 Tree = Any  # a pytree of arrays
 
 # Draws are rounded up to this: XLA's CPU kernels for odd sizes are scalar, ten times slower.
@@ -19,7 +21,11 @@ def gaussian_noise_like(key: jax.Array, tree: Tree, stddev: jax.Array | float) -
   The leaves take consecutive stretches of one draw, so equal leaves get different noise. bfloat16
   is never drawn: its normals take 128 distinct values. Simulation-grade: float32 normals stop at
   |z| = 5.42 and threefry is no certified generator.
+
+  Raises:
+    UserError: ``key`` is no threefry key.
   """
+  require_threefry(key)
   leaves, structure = jax.tree.flatten(tree)
   sizes = [math.prod(jnp.shape(leaf)) for leaf in leaves]
   padded = -(-sum(sizes) // _MULTIPLE) * _MULTIPLE

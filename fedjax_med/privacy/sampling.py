@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from fedjax_med.core.errors import require
-from fedjax_med.core.keys import Stream, key_for
+from fedjax_med.core.keys import Stream, key_for, require_threefry
 
 
 def poisson_batch(
@@ -38,8 +38,9 @@ def poisson_batch(
     mask: [batch_cap] bool, True for drawn examples (they come first).
 
   Raises:
-    UserError: ``batch_cap`` exceeds ``max_examples``.
+    UserError: ``batch_cap`` exceeds ``max_examples``, or ``key`` is no threefry key.
   """
+  require_threefry(key)
   require(
     1 <= batch_cap <= max_examples,
     f"batch_cap={batch_cap} must be at least 1 and at most max_examples={max_examples}",

@@ -22,7 +22,7 @@ Q = 0.25
 def subject(unit="record", sigma=1.5, method="book_keeping", q=Q, cap=36):
   mechanisms = (PoissonGaussian(60, q, cap, sigma, 0.7), PoissonGaussian(40, q, cap, sigma, 0.7))
   guarantee = Guarantee(unit, ("North", "South"), mechanisms, (1e-3, 2e-3))
-  return audits.Subject(guarantee, (STEPS, STEPS), method)
+  return audits.Subject(guarantee, (STEPS, STEPS), (2, 2), method)
 
 
 def failed(given=None):
@@ -147,6 +147,7 @@ MUTANTS = {
   "q doubled": ("poisson_batch", q_doubled, "probability q"),
   "shuffle accounted as Poisson": ("poisson_batch", shuffled, "batch sizes vary"),
   "steps share a noise key": ("key_for", without(2, 2), "each step draws"),
+  "rounds share a noise key": ("key_for", without(2, 1), "each step draws"),
   "hospitals share a noise key": ("key_for", without(2, 0), "noise of their own"),
 }
 
@@ -180,12 +181,11 @@ def test_trials_over_devices_are_the_same_trials():
 
 
 def test_the_attackers_ratio_is_that_of_the_densities():
-  client = audits._client(subject(), 0, noise=True)
   y, sigma = 0.8, 1.5
 
   def density(mean):
     return np.exp(-((y - mean) ** 2) / (2 * sigma**2))
 
   expected = np.log(((1 - Q) * density(0) + Q * density(1)) / density(0))
-  found = float(audits._ratio(jnp.float32(y), client, jnp.float32(sigma)))
+  found = float(audits.ratio(jnp.float32(y), Q, jnp.float32(sigma)))
   assert found == pytest.approx(expected, rel=1e-5)

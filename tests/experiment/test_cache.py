@@ -6,6 +6,8 @@ import pathlib
 import subprocess
 import sys
 
+import pytest
+
 from fedjax_med.simulation.mesh import MAX_CPU_DEVICES, cpu_cores
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -40,6 +42,7 @@ def start(folder: pathlib.Path, name: str) -> dict[str, int]:
   return json.loads(done.stdout.rpartition("EVENTS ")[2])
 
 
+@pytest.mark.slow
 def test_the_second_start_of_the_same_config_compiles_nothing(tmp_path):
   first = start(tmp_path, "first")
   assert first["asked"] > first["found"]

@@ -65,6 +65,7 @@ def test_a_drawn_cohort_over_devices_ends_where_one_device_does(tmp_path):
   assert_close(results(tmp_path / "two"), results(tmp_path / "one"))
 
 
+@pytest.mark.slow
 def test_baselines_over_devices_end_where_one_device_does(tmp_path):
   changes = {"eval__local_baselines": True, "server__num_rounds": 2}
   one = run(tmp_path / "one", **changes)

@@ -51,6 +51,7 @@ def test_short_runs_and_configured_layouts_are_not_probed():
   assert not wants_probe(config, steps, 1000, "cpu")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", [{}, {"mechanism": "none"}, {"layout": "vmap"}])
 def test_the_estimate_from_shapes_is_not_below_what_the_compiled_rounds_need(changes, monkeypatch):
   config, estimates = get_config(), []

@@ -64,6 +64,7 @@ def test_another_file_is_another_run_and_another_place_is_not(hospitals, tmp_pat
   assert len(set(ids)) == 3
 
 
+@pytest.mark.slow
 def test_private_training_moves_scales_and_leaves_the_statistics_bit_for_bit(tmp_path):
   path = save(tmp_path / "weights.safetensors", 1)
   config = starting_from(path)

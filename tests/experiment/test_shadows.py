@@ -22,6 +22,7 @@ def config_with(mechanism, sigma, rounds=300):
   return config
 
 
+@pytest.mark.slow
 def test_members_of_an_overfitted_model_are_found_and_noise_hides_them():
   bare = config_with("none", 0.0)
   hospitals = load_hospitals(bare)

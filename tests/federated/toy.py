@@ -77,6 +77,7 @@ def make_federation(
   shared_steps: int | None = None,
   model_name: str = "linear",
   batch: int = BATCH,
+  optimizer: str = "sgd",
   server: str = "sgd",
   average: bool = False,
   rate_schedule: str = "constant",
@@ -93,9 +94,15 @@ def make_federation(
   else:
     gradient = plain_gradient(model, loss, batch_size=batch, **shape)
   train = local_training(
-    gradient, client_optimizer("sgd", 0.9, 0.0), schedule(rate_schedule, 10, 0), shared_steps
+    gradient, client_optimizer(optimizer, 0.9, 0.01), schedule(rate_schedule, 10, 0), shared_steps
   )
-  algorithm = create_algorithm(name, train, server_optimizer(server, 0.9), average=average)
+  algorithm = create_algorithm(
+    name,
+    train,
+    server_optimizer(server, 0.9),
+    average=average,
+    private=private or client_level,
+  )
   mesh = client_mesh(devices)
   run_round = make_round(
     algorithm,

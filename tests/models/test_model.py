@@ -192,6 +192,22 @@ def own_backward(x):
 own_backward.defvjp(lambda x: (x, None), lambda _, cotangent: (cotangent[::-1],))
 
 
+@jax.custom_jvp
+def own_rule(x):
+  return x
+
+
+own_rule.defjvp(lambda primals, tangents: (primals[0], tangents[0][::-1]))
+
+
+def only_in_large_batches(module, x, train):
+  return x - x.mean(0, keepdims=True) if x.shape[0] > 8 else x
+
+
+def windows(x, strides, padding):
+  return jax.lax.reduce_window(x, 0.0, jax.lax.add, (1, 1), strides, (padding, (0, 0)))
+
+
 def example_by_example(module, x, train):
   return jax.lax.scan(lambda total, row: (total + row, total), jnp.zeros(4), x)[1]
 
@@ -241,6 +257,20 @@ UNCOVERED: dict[str, tuple[Callable[..., jax.Array], str]] = {
     lambda m, x, train: nn.max_pool(x[None, :, :, None], (3, 1), padding="SAME")[0, :, :, 0],
     "may mix examples (reduce_window_max)",
   ),
+  "largest_of_the_batch": (
+    lambda m, x, train: jax.lax.top_k(x, x.shape[0], axis=0)[0],
+    "may mix examples (top_k)",
+  ),
+  "window_that_shifts": (
+    lambda m, x, train: windows(x, (1, 1), (1, -1)),
+    "may mix examples (reduce_window_sum)",
+  ),
+  "window_that_skips": (
+    lambda m, x, train: windows(x, (2, 1), (0, x.shape[0] - 1)),
+    "may mix examples (reduce_window_sum)",
+  ),
+  "own_derivative": (lambda m, x, train: own_rule(x), "may mix examples (rev)"),
+  "only_in_large_batches": (only_in_large_batches, "the program depends on the batch size"),
   "own_backward_pass": (lambda m, x, train: own_backward(x), "(custom_vjp_call)"),
   "scan_over_examples": (example_by_example, "goes through the examples one by one"),
 }

@@ -290,6 +290,7 @@ def test_a_registered_constructor_is_used_and_cannot_be_replaced(monkeypatch):
     registry.register("mine", MODELS["linear"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["book_keeping", "two_pass"])
 def test_blocks_computed_again_change_no_clipped_sum_and_stay_covered(method):
   kept, params, state = with_weights("se_resnext_micro")

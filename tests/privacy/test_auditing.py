@@ -176,6 +176,7 @@ def test_bound_holds_where_delta_is_what_leaks():
   assert sum(ignored) > allowed(200)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("sigma", "delta"), [(0.5, 1e-5), (1.0, 1e-5), (2.0, 1e-6)])
 def test_bound_is_under_the_epsilon_of_the_gaussian_mechanism_and_well_above_0(sigma, delta):
   rng = np.random.default_rng(2)

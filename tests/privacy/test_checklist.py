@@ -9,6 +9,7 @@ from typing import Any
 import chex
 import dp_accounting
 import jax
+import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -16,17 +17,23 @@ from dp_accounting import pld
 from scipy import stats
 
 from configs.smoke import get_config
+from fedjax_med.core.config import ModelConfig
 from fedjax_med.core.errors import UserError
-from fedjax_med.core.keys import Stream, base_key, key_for
+from fedjax_med.core.keys import base_key
 from fedjax_med.core.validation import validate
+from fedjax_med.data.dataset import client_table
 from fedjax_med.experiment import audit
-from fedjax_med.federated import local
-from fedjax_med.privacy import accounting, noise
+from fedjax_med.experiment.protection import protect
+from fedjax_med.federated import local, registry
+from fedjax_med.federated.fedavg import fedavg
+from fedjax_med.federated.optimizers import client_optimizer, schedule
+from fedjax_med.models.registry import create_model
+from fedjax_med.privacy import accounting, clipping, noise
 from fedjax_med.privacy.guarantees import Guarantee, privacy_record, spent
 from fedjax_med.privacy.ledger import KEYS, SAMPLER
 from fedjax_med.privacy.mechanism import PoissonGaussian
 from fedjax_med.privacy.sampling import poisson_batch
-from fedjax_med.privacy.statement import ASSUMPTIONS
+from fedjax_med.privacy.statement import write_out
 from tests.federated.toy import KEY, make_clients, make_federation, make_hyper, make_pool
 
 POOL = make_pool()
@@ -42,6 +49,21 @@ def run(rounds=1, clients=None, pool=POOL, hyper=None, state=None, **settings):
 
 def flat(tree):
   return np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree)])
+
+
+PADDED = jnp.asarray(np.random.default_rng(0).normal(size=(4, 4, 4, 1)), jnp.float32)
+
+
+LINEAR = create_model(ModelConfig(name="linear"), 2)
+PARAMS = LINEAR.init(base_key(1), PADDED[:1])[0]
+
+
+@jax.jit
+def clipped(inputs):
+  """Clipped sum of the first two of four inputs by the method that 'auto' takes."""
+  labels, mask = jnp.zeros(4, jnp.int32), jnp.arange(4) < 2
+  batch = (PARAMS, {}, inputs, labels, mask, jnp.float32(0.5), None)
+  return clipping.clipped_sum("book_keeping", LINEAR, local.cross_entropy(0.0), *batch)[0]
 
 
 def test_item_01_sampler_and_accounted_event_come_from_one_object():
@@ -77,6 +99,10 @@ def test_item_02_empty_batches_are_noised_and_counted_and_padding_changes_no_bit
   assert np.abs(flat(after.server.params) - flat(silent.server.params)).min() > 0
   assert np.asarray(after.steps).tolist() == [2, 2, 2]
   assert float(metrics.clients.examples.sum()) == 0
+  # No bit of a sum knows what stands in padding, be it NaN.
+  sums = [flat(clipped(PADDED.at[2:].set(value))) for value in (0.0, jnp.nan, jnp.inf, 1e30)]
+  assert all(np.array_equal(sums[0], each) for each in sums)
+  assert np.abs(sums[0]).max() > 0
   # Slots past a hospital's records point at another's; whatever they hold is not looked at.
   clients = make_clients()
   slots = jnp.arange(clients.indices.shape[1])[None] >= clients.num_examples[:, None]
@@ -120,15 +146,30 @@ def test_item_05_epsilon_is_per_hospital_the_run_has_the_largest_and_cohorts_ear
   ]
   assert list(spent(given, [30, 9])) == alone
   assert record["epsilon_max"] == max(alone) < sum(alone)
-  # Steps are counted where they were taken, and the price of a step does not know of cohorts.
+  # Steps are counted where they were taken; σ pays for all of them, whoever else takes part.
   steps = np.asarray(run(8, cohort_cap=2, hyper=make_hyper(participation_rate=0.5))[0].steps)
   assert 0 < steps.sum() < 3 * 16
+  few, all_of_them = [protect(*protected("poisson")), protect(*protected("full"))]
+  assert few.local is not None
+  assert few.local == all_of_them.local
+  # No credit for others' noise: a hospital among three is as one by itself.
+  assert protect(*protected("full", 1)).local == few.local.only(0)
+
+
+def protected(participation, hospitals=3):
+  """Arguments of ``protect`` for hospitals of 60 records and a target ε."""
+  config = get_config()
+  config.privacy.noise_multiplier, config.privacy.target_epsilon = 0.0, 3.0
+  config.server.participation, config.server.participation_rate = participation, 0.2
+  table = client_table([np.arange(60 * k, 60 * k + 60) for k in range(hospitals)])
+  return config, tuple("abc"[:hospitals]), table, np.arange(60 * hospitals)
 
 
 @pytest.mark.parametrize("size", [1e-30, 1.0, 1e30, math.nan, math.inf])
 def test_item_06_one_units_contribution_is_at_most_c_and_nothing_if_not_finite(size):
   given = audit.Subject(
     Guarantee("record", ("a",), (PoissonGaussian(4, 1.0, 4, 1.0, 1.0),), (1e-2,)),
+    (1,),
     (1,),
     "book_keeping",
   )
@@ -153,17 +194,95 @@ def test_item_06_one_units_contribution_is_at_most_c_and_nothing_if_not_finite(s
     assert norm == 0
 
 
-def test_item_07_whatever_follows_the_noise_sees_no_data():
-  """Equal releases give equal weights: with every record blank, only noise is left to differ."""
-  blank = POOL._replace(inputs=jnp.zeros_like(POOL.inputs))
-  hyper = make_hyper(proximal_weight=0.3, clip_norm=1e-12)  # nothing of a record can pass
-  cases: list[dict[str, Any]] = [{}, {"server": "momentum"}, {"average": True}]
-  cases.append({"rate_schedule": "cosine"})
-  for settings in cases:
+def handed_on(optimizer, proximal_weight):
+  """(the noisy gradients of two local steps, the weights after them) at the first hospital."""
+  gradient = local.private_gradient(
+    LINEAR,
+    local.cross_entropy(0.0),
+    clipping="book_keeping",
+    batch_cap=10,
+    max_examples=12,
+    normalisation="fixed",
+  )
+
+  def remembering(params, seen, context):
+    grad, _, metrics = gradient(params, {}, context)
+    values = jnp.concatenate([leaf.ravel() for leaf in jax.tree.leaves(grad)])
+    return grad, seen.at[context.step].set(values), metrics
+
+  method = client_optimizer(optimizer, 0.9, 0.01)
+  train = local.local_training(remembering, method, schedule("constant", 1, 0), 2)
+  client = jax.tree.map(lambda leaf: leaf[0], make_clients())
+  hyper = make_hyper(proximal_weight=proximal_weight)
+  seen = jnp.zeros((2, flat(PARAMS).size))
+  with jax.numpy_dtype_promotion("standard"):  # optax counts in int32
+    after, seen, _ = jax.jit(train)(PARAMS, seen, client, POOL, hyper, KEY, jnp.int32(0))
+  return np.asarray(seen), flat(after)
+
+
+def test_item_07_the_optimiser_gets_one_noisy_gradient_whatever_it_is_and_the_proximal_weight():
+  plain, weights = handed_on("sgd", 0.0)
+  assert np.abs(plain).min() > 0
+  for optimizer in ("momentum", "adam", "adamw"):
+    np.testing.assert_allclose(handed_on(optimizer, 2.0)[0][0], plain[0], rtol=1e-6)
+  # The proximal term is not in what is clipped and noised; it does move the second step.
+  both, moved = handed_on("sgd", 2.0)
+  np.testing.assert_allclose(both, plain, rtol=1e-6, atol=1e-7)
+  assert np.abs(moved - weights).max() > 1e-2
+
+
+AFTER_THE_NOISE: list[dict[str, Any]] = [
+  {"optimizer": "momentum", "server": "momentum", "average": True},
+  {"optimizer": "adamw", "server": "adam", "rate_schedule": "cosine"},
+]
+
+
+def without_the_data(monkeypatch, name, settings):
+  """Whether rounds end alike on two data sets if every release is the same noise."""
+
+  def released(total, key, *rest):
+    return noise.gaussian_noise_like(key, total, 0.3)
+
+  monkeypatch.setattr(local, "private_mean", released)
+  ends, losses = [], []
+  for pool in (POOL, make_pool(1)._replace(labels=1 - POOL.labels)):
+    initial, block, _ = make_federation.__wrapped__(name, private=True, **settings)
     with jax.numpy_dtype_promotion("standard"):  # optax's schedules mix int32 counts and floats
-      with_data, _ = run(3, hyper=hyper, **settings)
-      without, _ = run(3, hyper=hyper, pool=blank, **settings)
-    chex.assert_trees_all_close(with_data.server, without.server, rtol=1e-6, atol=1e-9)
+      hyper = make_hyper(proximal_weight=0.3, ema_decay=0.5)
+      state, metrics = block(initial(), make_clients(), pool, hyper, KEY, jnp.asarray(3))
+    ends.append(flat(state.server))
+    losses.append(float(metrics.clients.loss.sum()))
+  assert losses[0] != losses[1]  # the data were looked at
+  return np.array_equal(*ends)
+
+
+@pytest.mark.parametrize("settings", AFTER_THE_NOISE, ids=str)
+@pytest.mark.parametrize("name", sorted(registry.PRIVATE))
+def test_item_07_nothing_of_the_data_enters_after_the_noise(name, settings, monkeypatch):
+  assert without_the_data(monkeypatch, name, settings)
+
+
+def test_item_07_an_algorithm_that_reads_the_data_itself_is_found_and_refused(monkeypatch):
+  """As SCAFFOLD does for its variates, here with a mean over all of a client's images."""
+
+  def scaffold(train, optimizer, *, average):
+    made = fedavg(train, optimizer, average=average)
+
+    def client_update(server, kept, client, pool, hyper, key):
+      delta, kept, metrics = made.client_update(server, kept, client, pool, hyper, key)
+      variate = pool.inputs[client.indices].astype(jnp.float32).mean() / 255
+      params = jax.tree.map(lambda leaf: leaf + variate, delta.params)
+      return delta._replace(params=params), kept, metrics
+
+    return made._replace(client_update=client_update)
+
+  monkeypatch.setitem(registry.ALGORITHMS, "scaffold", scaffold)
+  for kind in ({"private": True}, {"client_level": True}):
+    with pytest.raises(UserError, match=r"server.algorithm='scaffold' .*; use .*=fedavg, or priv"):
+      make_federation.__wrapped__("scaffold", **kind)
+  make_federation.__wrapped__("scaffold")  # without privacy it runs
+  monkeypatch.setattr(registry, "PRIVATE", frozenset({"scaffold"}))
+  assert not without_the_data(monkeypatch, "scaffold", {})
 
 
 def test_item_08_a_replayed_step_is_the_same_release():
@@ -178,7 +297,16 @@ def test_item_08_a_replayed_step_is_the_same_release():
 def test_item_09_what_the_ledger_does_not_cover_is_listed():
   given = Guarantee("record", ("a",), (PoissonGaussian(60, 0.2, 28, 1.3, 1.0),), (1e-3,))
   text = json.dumps(privacy_record([given], [[5]])).lower()
-  for topic in ("losses", "norms", "normalisation", "validation", "tuning", "seed", "rounding"):
+  for topic in (
+    "losses",
+    "norms",
+    "normalisation",
+    "validation",
+    "tuning",
+    "seed",
+    "rounding",
+    "took part",
+  ):
     assert topic in text
   # Nothing in the configuration stops a run by what it sees: rounds, a budget, or a broken loss.
   config = get_config()
@@ -195,12 +323,19 @@ def test_item_10_ten_thousand_steps_are_one_event_composed_on_demand():
   whole = dp_accounting.SelfComposedDpEvent(m.event(), 10_000)
   interval = accounting.discretization_interval(m)
   reference = pld.PLDAccountant(relation, interval).compose(whole).get_epsilon(1e-6)
-  assert accounting.epsilon(m, 10_000, 1e-6) == pytest.approx(reference, rel=1e-6)
+  composed = accounting.epsilon(m, 10_000, 1e-6)
+  assert composed == pytest.approx(reference, rel=1e-6)
+  pairs = pld.PLDAccountant(relation, interval)  # as a ledger has it, log point by log point
+  for count in (1, 2999, 7000):
+    pairs.compose(m.event(), count)
+  assert composed == pytest.approx(pairs.get_epsilon(1e-6), rel=1e-6)
 
 
 def test_item_11_the_audit_can_fail(monkeypatch):
   mechanism = PoissonGaussian(40, 0.25, 24, 1.5, 0.7)
-  given = audit.Subject(Guarantee("record", ("a",), (mechanism,), (1e-3,)), (12,), "book_keeping")
+  given = audit.Subject(
+    Guarantee("record", ("a",), (mechanism,), (1e-3,)), (12,), (3,), "book_keeping"
+  )
   assert all(check.passed for check in audit.check_execution(given))
 
   def halved(clipped_sum, key, sigma, clip_norm, size):
@@ -210,20 +345,29 @@ def test_item_11_the_audit_can_fail(monkeypatch):
   assert not all(check.passed for check in audit.check_execution(given))
 
 
-def test_item_12_randomness_is_simulation_grade_and_said_to_be():
-  # jax's normals are an inverse CDF of 23-bit uniforms: the last value before 1 is the largest.
-  last = np.nextafter(np.float32(1), np.float32(0))
-  assert float(jnp.sqrt(jnp.float32(2)) * jax.lax.erf_inv(last)) == pytest.approx(5.42, abs=0.01)
-  assert any("not certified" in line for line in ASSUMPTIONS)
-  assert "float32" in SAMPLER
+def every_uniform(key, width, shape):
+  """Bits from which jax makes each of its 2^23 uniforms once."""
+  assert (width, shape) == (32, (2**23,))
+  return jax.lax.iota(jnp.uint32, 2**23) << np.uint32(9)
 
 
-def test_keys_are_threefry_whatever_jax_is_set_to():
-  with jax.default_prng_impl("rbg"):
-    key = key_for(base_key(3), Stream.NOISE, 1, 2)
-    drawn = noise.gaussian_noise_like(key, {"w": jnp.zeros(4)}, 1.0)["w"]
-  assert "threefry" in repr(jax.random.key_impl(key))
-  expected = noise.gaussian_noise_like(
-    key_for(base_key(3), Stream.NOISE, 1, 2), {"w": jnp.zeros(4)}, 1.0
+def test_item_12_float32_normals_stop_at_5_42_and_have_variance_1_and_the_statement_says_so():
+  every = jax.extend.random.define_prng_impl(
+    key_shape=(2,),
+    seed=lambda seed: jnp.zeros(2, jnp.uint32),
+    split=lambda key, shape: jnp.zeros((*shape, 2), jnp.uint32),
+    random_bits=every_uniform,
+    fold_in=lambda key, data: key,
   )
-  np.testing.assert_array_equal(drawn, expected["w"])
+  # Not a sample: all values that a noise can take, each as probable as any other.
+  values = jax.random.normal(jax.random.key(0, impl=every), (2**23,), jnp.float32)
+  values = np.asarray(values, np.float64)
+  assert np.abs(values).max() == pytest.approx(5.41998, abs=1e-5)
+  assert len(np.unique(values)) == 2**23
+  assert values.mean() == pytest.approx(0, abs=1e-6)
+  assert values.var() == pytest.approx(1, abs=1e-6)
+  given = Guarantee("record", ("a",), (PoissonGaussian(60, 0.2, 28, 1.3, 1.0),), (1e-3,))
+  text = write_out(privacy_record([given], [[5]]), "id")
+  for words in ("stop at 5.42 standard deviations", "certified", "float32 normals, threefry"):
+    assert words in text
+  assert "float32" in SAMPLER

@@ -91,7 +91,8 @@ def test_a_mechanism_cannot_be_changed():
     ({"noise_multiplier": -0.1}, "noise_multiplier=-0.1 must be finite and at least 0"),
     ({"noise_multiplier": math.nan}, "noise_multiplier=nan"),
     ({"noise_multiplier": math.inf}, "noise_multiplier=inf"),
-    ({"clip_norm": 0.0}, "clip_norm=0.0 must be finite and above 0"),
+    ({"clip_norm": 0.0}, "clip_norm=0.0 must be finite and at least 1e-12"),
+    ({"clip_norm": 1e-13}, "clip_norm=1e-13 must be finite and at least 1e-12"),
     ({"clip_norm": math.nan}, "clip_norm=nan"),
   ],
 )
