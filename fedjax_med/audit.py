@@ -33,7 +33,7 @@ def main(_: list[str]) -> None:
     "give a config with privacy.mechanism=dp_sgd",
   )
   require(_TRIALS.value >= 1000, f"--trials={_TRIALS.value} is under 1000", "use 40000")
-  from fedjax_med.experiment import audits, build, report, shadows
+  from fedjax_med.experiment import audit, build, report, shadows
   from fedjax_med.experiment.cache import use_compilation_cache
   from fedjax_med.simulation.mesh import split_cpu
 
@@ -46,7 +46,7 @@ def main(_: list[str]) -> None:
     folder = pathlib.Path(flags.FLAGS.workdir).expanduser()
     report.require_run(folder, experiment.run_id)
   tell = (lambda text: None) if _JSON.value else (lambda text: print(text, flush=True))
-  result = audits.audit_run(experiment, _TRIALS.value, _SEED.value, tell)
+  result = audit.audit_run(experiment, _TRIALS.value, _SEED.value, tell)
   result["membership"] = None
   if _SHADOWS.value:
     tell(f"Training {_SHADOWS.value} models on halves of the data ...")
@@ -65,16 +65,16 @@ def main(_: list[str]) -> None:
 
 
 def _show(result: dict[str, Any]) -> None:
-  for audit in result["audits"]:
-    failed = [check for check in audit["checks"] if not check["passed"]]
-    if audit["checks"]:
-      print(f"{len(audit['checks']) - len(failed)} of {len(audit['checks'])} checks hold")
+  for each in result["audits"]:
+    failed = [check for check in each["checks"] if not check["passed"]]
+    if each["checks"]:
+      print(f"{len(each['checks']) - len(failed)} of {len(each['checks'])} checks hold")
     for check in failed:
       print(f"  FAILED: {check['name']} (p = {check['p_value']:.1e})")
     print(
-      f"Unit {audit['unit']}: {audit['epsilon_lower']:.3f} ≤ ε ≤ {audit['epsilon']:.3f} with"
+      f"Unit {each['unit']}: {each['epsilon_lower']:.3f} ≤ ε ≤ {each['epsilon']:.3f} with"
       f" {100 * result['confidence']:g}% confidence; without noise the audit would have shown"
-      f" {audit['epsilon_lower_without_noise']:.3f}"
+      f" {each['epsilon_lower_without_noise']:.3f}"
     )
   member = result["membership"]
   for name in ("loss", "likelihood_ratio") if member else ():

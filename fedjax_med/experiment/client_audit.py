@@ -7,10 +7,9 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from fedjax_med.core.keys import base_key
-from fedjax_med.experiment.audit import ATTACKS, TRIALS_AT_ONCE, by_attack, ratio
+from fedjax_med.experiment.attacks import ATTACKS, TRIALS_AT_ONCE, Scores, attack_scores, ratio
 from fedjax_med.federated.algorithm import (
   Client,
   ClientDelta,
@@ -46,7 +45,7 @@ def _algorithm(clip_norm: float) -> FederatedAlgorithm:
 
 def hospital_trials(
   mechanism: PoissonGaussian, level: ClientLevel, rounds: int, number: int, seed: int = 0
-) -> dict[float, tuple[np.ndarray, np.ndarray]]:
+) -> Scores:
   """Attack scores of independent runs in which one hospital speaks, or sends nothing.
 
   The attacker sees the model after every round, and the clip norm of the round.
@@ -57,9 +56,6 @@ def hospital_trials(
     rounds: rounds of a run.
     number: runs without the hospital; a tenth as many are run with it.
     seed: of the audit's own draws.
-
-  Returns:
-    share of σ -> (scores with the hospital, scores without it).
   """
   num_clients, q = mechanism.num_units, mechanism.sampling_probability
   algorithm = _algorithm(mechanism.clip_norm)
@@ -94,6 +90,4 @@ def hospital_trials(
     return jax.lax.fori_loop(0, rounds, body, start)[1]
 
   run: Callable = jax.jit(lambda *each: jax.lax.map(trial, each, batch_size=TRIALS_AT_ONCE))
-  inside = max(number // 10, 200)
-  numbers = np.arange(number + inside, dtype=np.int32)
-  return by_attack(np.asarray(run(numbers, numbers < inside)), inside)
+  return attack_scores(run, number)
