@@ -31,7 +31,7 @@ def ratio(projection: jax.Array, probability: Any, sigma: Any) -> jax.Array:
   return jnp.logaddexp(jnp.log1p(-q), jnp.log(q) + (projection - 0.5) / jnp.square(sigma))
 
 
-def attack_scores(run: Callable[[np.ndarray, np.ndarray], Any], number: int) -> Scores:
+def attack_scores(run: Callable[[np.ndarray, np.ndarray], np.ndarray], number: int) -> Scores:
   """Scores of a tenth of ``number`` trials with what is looked for and of ``number`` without it.
 
   Args:
@@ -41,7 +41,7 @@ def attack_scores(run: Callable[[np.ndarray, np.ndarray], Any], number: int) -> 
   # A tenth with it: how seldom it is missed matters less than how seldom it is imagined.
   inside = max(number // 10, 200)
   numbers = np.arange(number + inside, dtype=np.int32)
-  scores = np.asarray(run(numbers, numbers < inside))[: len(numbers)]
+  scores = run(numbers, numbers < inside)
   return {share: (scores[:inside, i], scores[inside:, i]) for i, (share, _) in enumerate(ATTACKS)}
 
 

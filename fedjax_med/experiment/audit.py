@@ -14,6 +14,7 @@ from fedjax_med.experiment.draw_checks import Check, check_execution
 from fedjax_med.privacy.auditing import one_run_epsilon
 from fedjax_med.privacy.client_level import ClientLevel
 from fedjax_med.privacy.guarantees import Guarantee, spent
+from fedjax_med.simulation.mesh import local_devices
 
 
 class Found(NamedTuple):
@@ -66,7 +67,6 @@ def audit_run(
 def audit_units(
   subject: Subject,
   max_trials: int,
-  devices: int = 1,
   tell: Callable[[str], None] = lambda text: None,
 ) -> tuple[list[Found], list[Check], float]:
   """Attacks every hospital and checks the execution; all bounds hold together at CONFIDENCE.
@@ -74,7 +74,6 @@ def audit_units(
   Args:
     subject: what is audited.
     max_trials: runs with one planted record at a hospital, at most.
-    devices: that trials are shared out over.
     tell: hears of progress.
 
   Returns:
@@ -86,7 +85,7 @@ def audit_units(
   claims = spent(subject.guarantee, subject.steps)
   # Half of what may go wrong to each of the two kinds of attack.
   level = (1 - CONFIDENCE) / (2 * hospitals)
-  trials = make_trials(subject, devices)
+  trials = make_trials(subject, local_devices())
   found = []
   for k, epsilon in enumerate(claims):
     mechanism, delta = subject.guarantee.mechanisms[k], subject.guarantee.deltas[k]
@@ -116,8 +115,7 @@ def _local(experiment: Experiment, max_trials: int, seed: int, tell: Callable) -
   a_round = tuple(int(each) for each in experiment.steps)
   steps = tuple(each * experiment.config.server.num_rounds for each in a_round)
   subject = Subject(local, steps, a_round, experiment.program.plan.clipping, seed)
-  devices = jax.local_device_count() if jax.process_count() == 1 else 1
-  return _result(local.unit, *audit_units(subject, max_trials, devices, tell))
+  return _result(local.unit, *audit_units(subject, max_trials, tell))
 
 
 def _central(

@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import PartitionSpec
 
 from fedjax_med.core.keys import base_key
 from fedjax_med.experiment.attacks import ATTACKS, TRIALS_AT_ONCE, Scores, attack_scores, ratio
@@ -22,7 +21,7 @@ from fedjax_med.federated.local import StepContext, cross_entropy, private_gradi
 from fedjax_med.models.canary import canary_model
 from fedjax_med.privacy.guarantees import Guarantee
 from fedjax_med.privacy.mechanism import PoissonGaussian
-from fedjax_med.simulation.mesh import CLIENTS, client_mesh
+from fedjax_med.simulation.mesh import map_over_devices
 
 # Of a hospital in one run at most: pixels of 32 x 32, some to spare.
 MAX_CANARIES = 800
@@ -163,26 +162,19 @@ def plant(subject: Subject, k: int, bits: np.ndarray) -> tuple[Setting, Client, 
   return setting, _client(subject, k, canaries), pool, directions
 
 
-class Trials(NamedTuple):
-  """Independent runs with one planted record or none, compiled once for all hospitals.
+def make_trials(subject: Subject, devices: int) -> Callable:
+  """Independent runs with one planted record or none, shared out over ``devices``.
 
-  Attributes:
-    run: (client, claimed σ, steps, numbers [T], present [T]) -> scores [T, attacks].
-    devices: T is a multiple of this.
+  Returns:
+    ((client, claimed σ, steps), (numbers [T], present [T])) -> scores [T, attacks].
   """
-
-  run: Callable[..., jax.Array]
-  devices: int
-
-
-def make_trials(subject: Subject, devices: int) -> Trials:
-  """Compiles trials that are shared out over ``devices``."""
   setting = setting_for(subject, 4)
   images = _images(4, 1)
   direction = jnp.asarray(_directions(images)[0], jnp.float32)
   shares = jnp.asarray([share for share, _ in ATTACKS], jnp.float32)
 
-  def trial(client, sigma, steps, number, present):
+  def trial(hospital, each):
+    (client, sigma, steps), (number, present) = hospital, each
     key = jax.random.fold_in(base_key(subject.seed), number)
     pool = Pool(jnp.asarray(images) * present.astype(jnp.uint8), jnp.zeros((2,), jnp.int32))
 
@@ -192,34 +184,17 @@ def make_trials(subject: Subject, devices: int) -> Trials:
 
     return jax.lax.fori_loop(0, steps, body, jnp.zeros(shares.shape, jnp.float32))
 
-  def several(client, sigma, steps, numbers, present):
-    def one(each):
-      return trial(client, sigma, steps, *each)
-
-    return jax.lax.map(one, (numbers, present), batch_size=TRIALS_AT_ONCE)
-
-  mesh = client_mesh(devices)
-  if mesh is None:
-    return Trials(jax.jit(several), 1)
-  whole, dealt = PartitionSpec(), PartitionSpec(CLIENTS)
-  specs = (whole, whole, whole, dealt, dealt)
-  shared = jax.shard_map(several, mesh=mesh, in_specs=specs, out_specs=dealt, check_vma=False)
-  return Trials(jax.jit(shared), devices)
+  return map_over_devices(trial, devices, TRIALS_AT_ONCE)
 
 
-def single_canaries(subject: Subject, trials: Trials, k: int, number: int, noise: bool) -> Scores:
+def single_canaries(subject: Subject, trials: Callable, k: int, number: int, noise: bool) -> Scores:
   """Scores of ``number`` runs of hospital k whose records are all blank, and of some with one."""
   client = _client(subject, k, 1)
   if not noise:
     client = client._replace(noise_multiplier=jnp.float32(0))
   sigma = jnp.float32(subject.guarantee.mechanisms[k].noise_multiplier)
-  steps = jnp.int32(subject.steps[k])
-
-  def run(numbers, present):
-    again = np.arange(len(numbers) + -len(numbers) % trials.devices) % len(numbers)
-    return trials.run(client, sigma, steps, numbers[again], present[again])
-
-  return attack_scores(run, number)
+  hospital = client, sigma, jnp.int32(subject.steps[k])
+  return attack_scores(lambda *runs: trials(hospital, runs), number)
 
 
 def many_canaries(subject: Subject, k: int) -> tuple[np.ndarray, np.ndarray]:

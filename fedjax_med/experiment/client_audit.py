@@ -3,8 +3,6 @@
 The rounds that train are run as they are, on an algorithm whose updates are known.
 """
 
-from collections.abc import Callable
-
 import jax
 import jax.numpy as jnp
 
@@ -21,6 +19,7 @@ from fedjax_med.federated.algorithm import (
 )
 from fedjax_med.privacy.client_level import ClientLevel
 from fedjax_med.privacy.mechanism import PoissonGaussian
+from fedjax_med.simulation.mesh import local_devices, map_over_devices
 from fedjax_med.simulation.rounds import init_state, make_round
 
 
@@ -73,7 +72,7 @@ def hospital_trials(
   hyper = Hyper(*scalars, client_level=level)
   sigma = mechanism.noise_multiplier * jnp.asarray([share for share, _ in ATTACKS], jnp.float32)
 
-  def trial(each):
+  def trial(hyper, each):
     run, present = each
     key = jax.random.fold_in(base_key(seed), run)
     pool = Pool(jnp.zeros((1, 1, 1, 1), jnp.uint8), present.astype(jnp.int32)[None])
@@ -89,5 +88,5 @@ def hospital_trials(
     start = (state, jnp.zeros(len(ATTACKS), jnp.float32))
     return jax.lax.fori_loop(0, rounds, body, start)[1]
 
-  run: Callable = jax.jit(lambda *each: jax.lax.map(trial, each, batch_size=TRIALS_AT_ONCE))
-  return attack_scores(run, number)
+  trials = map_over_devices(trial, local_devices(), TRIALS_AT_ONCE)
+  return attack_scores(lambda *runs: trials(hyper, runs), number)
