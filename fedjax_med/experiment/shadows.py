@@ -69,7 +69,6 @@ def _halves(hospitals: Hospitals, seed: int, run: int) -> list[np.ndarray]:
 
 
 def _with_train(hospitals: Hospitals, rows: list[np.ndarray]) -> Hospitals:
-
   return dataclasses.replace(hospitals, train=client_table(rows))
 
 
