@@ -124,7 +124,7 @@ def check_execution(subject: Subject) -> list[Check]:
 
 def _smallest(p_values: list[float]) -> float:
   """The smallest of several, times their number (Bonferroni); 1 if there is none."""
-  return min(1.0, len(p_values) * min(p_values, default=1.0))
+  return min(1.0, max(1, len(p_values)) * min(p_values, default=1.0))
 
 
 def _dispersion(present: np.ndarray, mechanism: PoissonGaussian) -> float:

@@ -64,6 +64,10 @@ def test_checks_hold_for_every_unit_method_and_rate(given):
   assert failed(given) == []
 
 
+def test_checks_hold_for_a_run_of_a_single_step():
+  assert failed(subject()._replace(steps=(1, 1), steps_a_round=(1, 1))) == []
+
+
 # Each mutant: (where, name, what stands there instead, words of a check that must fail).
 def no_noise(clipped_sum, key, sigma, clip_norm, size):
   return noise.private_mean(clipped_sum, key, 0.0, clip_norm, size)
