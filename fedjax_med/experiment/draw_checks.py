@@ -6,12 +6,15 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from scipy import stats
 
 from fedjax_med.core.keys import base_key
 from fedjax_med.experiment.canaries import Subject, num_canaries, plant, release
-from fedjax_med.privacy.auditing import inclusion_p_value, noise_std_p_value, uncorrelated_p_value
-from fedjax_med.privacy.mechanism import PoissonGaussian
+from fedjax_med.privacy.auditing import (
+  dispersion_p_value,
+  inclusion_p_value,
+  noise_std_p_value,
+  uncorrelated_p_value,
+)
 
 # Chance that one check refuses a correct program; its numbers follow from the seed.
 ALARM = 1e-6
@@ -81,7 +84,7 @@ def check_execution(subject: Subject) -> list[Check]:
   for name, mechanism, seen in zip(
     subject.guarantee.names, subject.guarantee.mechanisms, watched, strict=True
   ):
-    sigma = mechanism.noise_multiplier
+    sigma, q = mechanism.noise_multiplier, mechanism.drawn_probability
     present = seen.drawn > 0.5
     exact = np.abs(seen.drawn - present).max() < 2e-3
     checks += [
@@ -107,9 +110,12 @@ def check_execution(subject: Subject) -> list[Check]:
       ),
       (
         f"{name}: a record is drawn with probability q",
-        inclusion_p_value(int(present.sum()), present.size, mechanism.drawn_probability),
+        inclusion_p_value(int(present.sum()), present.size, q),
       ),
-      (f"{name}: batch sizes vary as those of a Poisson sample", _dispersion(present, mechanism)),
+      (
+        f"{name}: batch sizes vary as those of a Poisson sample",
+        dispersion_p_value(present.sum(1), present.shape[1], q),
+      ),
     ]
   for k in range(1, len(watched)):
     first, second = watched[0].noise, watched[k].noise
@@ -125,14 +131,3 @@ def check_execution(subject: Subject) -> list[Check]:
 def _smallest(p_values: list[float]) -> float:
   """The smallest of several, times their number (Bonferroni); 1 if there is none."""
   return min(1.0, max(1, len(p_values)) * min(p_values, default=1.0))
-
-
-def _dispersion(present: np.ndarray, mechanism: PoissonGaussian) -> float:
-  """p-value of the variance of batch sizes; 1 where every batch holds everybody."""
-  steps, canaries = present.shape
-  q = mechanism.drawn_probability
-  if q >= 1:
-    return 1.0
-  sizes = present.sum(1)
-  ratio = float(np.square(sizes - canaries * q).sum() / (canaries * q * (1 - q)))
-  return float(2 * min(stats.chi2.cdf(ratio, steps), stats.chi2.sf(ratio, steps), 0.5))
