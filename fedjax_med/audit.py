@@ -17,7 +17,7 @@ from fedjax_med.privacy.statement import no_power
 
 define_config()
 _TRIALS = flags.DEFINE_integer(
-  "trials", 40_000, "Runs with one planted record at each hospital, at most."
+  "trials", 40_000, "Runs of each hospital at most; a tenth as many more have a planted record."
 )
 _SHADOWS = flags.DEFINE_integer(
   "shadow_runs", 0, "Also train this many models on halves of the data and tell members by them."

@@ -26,7 +26,7 @@ class Found(NamedTuple):
     delta: δ.
     epsilon_lower: bound from below at the confidence of the audit.
     attack: which attack it comes from.
-    trials: runs with one planted record, present or not.
+    trials: runs without the planted record; a tenth as many have it.
     canaries: planted records of the run with many.
   """
 
@@ -73,7 +73,7 @@ def audit_units(
 
   Args:
     subject: what is audited.
-    max_trials: runs with one planted record at a hospital, at most.
+    max_trials: runs without the planted record at a hospital, at most.
     tell: hears of progress.
 
   Returns:

@@ -118,14 +118,18 @@ def check_execution(subject: Subject) -> list[Check]:
       ),
     ]
   for k in range(1, len(watched)):
-    first, second = watched[0].noise, watched[k].noise
-    steps = min(len(first), len(second))
-    pixels = min(first.shape[-1], second.shape[-1])
-    # The same places of both; the first layer begins either draw.
-    same = uncorrelated_p_value(first[:steps, 0, :pixels], second[:steps, 0, :pixels])
-    names = subject.guarantee.names
-    checks.append((f"{names[0]} and {names[k]} draw noise of their own", same))
+    same = [_same_noise(seen.noise, watched[k].noise) for seen in watched[:k]]
+    name = f"{subject.guarantee.names[k]} and those before it draw noise of their own"
+    checks.append((name, _smallest(same)))
   return [Check(name, float(p), bool(p > ALARM)) for name, p in checks]
+
+
+def _same_noise(first: np.ndarray, second: np.ndarray) -> float:
+  """p-value of the noise of two hospitals being unrelated."""
+  # The same places of both; the first layer begins either draw.
+  steps = min(len(first), len(second))
+  pixels = min(first.shape[-1], second.shape[-1])
+  return uncorrelated_p_value(first[:steps, 0, :pixels], second[:steps, 0, :pixels])
 
 
 def _smallest(p_values: list[float]) -> float:

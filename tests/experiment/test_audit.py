@@ -166,6 +166,21 @@ def test_a_mutant_is_caught(mutant, monkeypatch):
   assert any(words in check for check in failed())
 
 
+def test_noise_that_all_hospitals_but_the_first_share_is_caught(monkeypatch):
+  given = subject()
+  names, mechanisms = ("North", "South", "West"), given.guarantee.mechanisms
+  guarantee = Guarantee("record", names, (*mechanisms, mechanisms[0]), (1e-3, 2e-3, 1e-3))
+  three = given._replace(guarantee=guarantee, steps=(STEPS,) * 3, steps_a_round=(2,) * 3)
+  assert failed(three) == []
+  keys_for = local.key_for
+  monkeypatch.setattr(
+    local,
+    "key_for",
+    lambda base, stream, client, *rest: keys_for(base, stream, jnp.minimum(client, 1), *rest),
+  )
+  assert failed(three) == ["West and those before it draw noise of their own"]
+
+
 def test_no_noise_is_caught_by_the_attack_alone(monkeypatch):
   monkeypatch.setattr(local, "private_mean", no_noise)
   given = subject()
