@@ -55,3 +55,10 @@ def test_an_audit_that_could_not_have_refuted_the_claim_says_so():
   assert "no power to refute the claim" in result.stdout
   assert "could not have refuted it (unit record)" in result.stdout
   assert "agrees" not in result.stdout
+
+
+def test_an_audit_that_could_have_refuted_the_claim_agrees_with_it():
+  result = audit("--config.privacy.noise_multiplier=4")
+  assert result.returncode == 0, result.stderr
+  assert result.stdout.endswith("The audit agrees with the claim.\n")
+  assert "power" not in result.stdout

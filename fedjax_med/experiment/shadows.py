@@ -120,7 +120,8 @@ def _summary(scores: np.ndarray, member: np.ndarray) -> dict[str, float]:
   order = np.argsort(-flat, kind="stable")
   true = np.cumsum(bits[order]) / bits.sum()
   false = np.cumsum(~bits[order]) / (~bits).sum()
+  last = np.append(np.diff(flat[order]) != 0, True)  # a threshold takes equal scores together
   return {
     "tpr": tpr_at_fpr(flat, bits, FALSE_POSITIVES),
-    "balanced_accuracy": float((1 + (true - false).max()) / 2),
+    "balanced_accuracy": float((1 + (true - false)[last].max()) / 2),
   }

@@ -48,6 +48,14 @@ def test_halves_are_of_one_size_and_differ_between_runs():
     assert 0.2 < np.isin(one, other).mean() < 0.8
 
 
+def test_equal_scores_tell_nothing_and_others_what_a_threshold_finds():
+  member = np.array([[True, True, False, False]])
+  tied = shadows._summary(np.zeros((1, 4)), member)
+  assert tied == {"tpr": 0.0, "balanced_accuracy": 0.5}
+  half = shadows._summary(np.array([[2.0, 1.0, 1.0, 0.0]]), member)
+  assert half == {"tpr": 0.5, "balanced_accuracy": 0.75}
+
+
 def grouped():
   config = get_config()
   config.privacy.unit = "patient"
