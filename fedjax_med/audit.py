@@ -13,16 +13,19 @@ from absl import flags
 from fedjax_med.core.errors import require
 from fedjax_med.data.hospitals import load_hospitals
 from fedjax_med.flags import define_config, load_config, run_main
+from fedjax_med.privacy.statement import no_power
 
 define_config()
 _TRIALS = flags.DEFINE_integer(
-  "trials", 40_000, "Runs with one planted record at each hospital, at most."
+  "trials", 40_000, "Runs of each hospital at most; a tenth as many more have a planted record."
 )
 _SHADOWS = flags.DEFINE_integer(
   "shadow_runs", 0, "Also train this many models on halves of the data and tell members by them."
 )
 _SEED = flags.DEFINE_integer("audit_seed", 0, "Seed of the audit's own draws.")
-_JSON = flags.DEFINE_bool("json", False, "Print one JSON object, and nothing else.")
+_JSON = flags.DEFINE_bool(
+  "json", False, "Print the result as one JSON object; progress goes to stderr anyway."
+)
 
 
 def main(_: list[str]) -> None:
@@ -33,7 +36,8 @@ def main(_: list[str]) -> None:
     "give a config with privacy.mechanism=dp_sgd",
   )
   require(_TRIALS.value >= 1000, f"--trials={_TRIALS.value} is under 1000", "use 40000")
-  from fedjax_med.experiment import audits, build, report, shadows
+  require(0 <= _SEED.value < 2**31, f"--audit_seed={_SEED.value} must be in [0, 2^31)", "use 0")
+  from fedjax_med.experiment import audit, build, report, shadows
   from fedjax_med.experiment.cache import use_compilation_cache
   from fedjax_med.simulation.mesh import split_cpu
 
@@ -45,12 +49,14 @@ def main(_: list[str]) -> None:
   if flags.FLAGS.workdir:
     folder = pathlib.Path(flags.FLAGS.workdir).expanduser()
     report.require_run(folder, experiment.run_id)
-  tell = (lambda text: None) if _JSON.value else (lambda text: print(text, flush=True))
-  result = audits.audit_run(experiment, _TRIALS.value, _SEED.value, tell)
-  result["membership"] = None
+  halves = None
   if _SHADOWS.value:
-    tell(f"Training {_SHADOWS.value} models on halves of the data ...")
-    result["membership"] = shadows.attack(config, hospitals, _SHADOWS.value, _SEED.value)
+    halves = shadows.prepare(config, hospitals, _SHADOWS.value, _SEED.value)
+  result = audit.audit_run(experiment, _TRIALS.value, _SEED.value, _tell)
+  result["membership"] = None
+  if halves is not None:
+    _tell(f"Training {_SHADOWS.value} models on halves of the data ...")
+    result["membership"] = shadows.attack(halves)
   if folder is not None:
     (folder / "audit.json").write_text(json.dumps(result, indent=2, allow_nan=False) + "\n")
     report.write_statement(folder)
@@ -64,27 +70,43 @@ def main(_: list[str]) -> None:
     sys.exit(1)
 
 
+def _tell(text: str) -> None:
+  """Progress; not on stdout, which may be one JSON object."""
+  print(text, file=sys.stderr, flush=True)
+
+
 def _show(result: dict[str, Any]) -> None:
-  for audit in result["audits"]:
-    failed = [check for check in audit["checks"] if not check["passed"]]
-    if audit["checks"]:
-      print(f"{len(audit['checks']) - len(failed)} of {len(audit['checks'])} checks hold")
+  for each in result["audits"]:
+    failed = [check for check in each["checks"] if not check["passed"]]
+    if each["checks"]:
+      print(f"{len(each['checks']) - len(failed)} of {len(each['checks'])} checks hold")
     for check in failed:
       print(f"  FAILED: {check['name']} (p = {check['p_value']:.1e})")
     print(
-      f"Unit {audit['unit']}: {audit['epsilon_lower']:.3f} ≤ ε ≤ {audit['epsilon']:.3f} with"
+      f"Unit {each['unit']}: {each['epsilon_lower']:.3f} ≤ ε ≤ {each['epsilon']:.3f} with"
       f" {100 * result['confidence']:g}% confidence; without noise the audit would have shown"
-      f" {audit['epsilon_lower_without_noise']:.3f}"
+      f" {each['epsilon_lower_without_noise']:.3f}"
     )
+    if no_power(each):
+      print(no_power(each))
   member = result["membership"]
   for name in ("loss", "likelihood_ratio") if member else ():
-    found = member[name]
+    found, alarms = member[name], f"{100 * member['false_positive_rate']:g}%"
     print(
       f"Telling members by the {name.replace('_', ' ')}: {100 * found['tpr']:.2f}% found at"
-      f" {100 * member['false_positive_rate']:g}% false alarms (chance: 0.1%), balanced accuracy"
+      f" {alarms} false alarms (chance: {alarms}), balanced accuracy"
       f" {found['balanced_accuracy']:.3f} (chance: 0.5)"
     )
-  print("The audit " + ("agrees with the claim." if result["passed"] else "REFUTES THE CLAIM."))
+  powerless = [each["unit"] for each in result["audits"] if no_power(each)]
+  if not result["passed"]:
+    print("The audit REFUTES THE CLAIM.")
+  elif powerless:
+    print(
+      "The audit does not contradict the claim, but its attack could not have refuted it (unit"
+      f" {', '.join(powerless)})."
+    )
+  else:
+    print("The audit agrees with the claim.")
 
 
 if __name__ == "__main__":

@@ -3,14 +3,11 @@
 The rounds that train are run as they are, on an algorithm whose updates are known.
 """
 
-from collections.abc import Callable
-
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from fedjax_med.core.keys import base_key
-from fedjax_med.experiment.audit import ATTACKS, TRIALS_AT_ONCE, by_attack, ratio
+from fedjax_med.experiment.attacks import ATTACKS, TRIALS_AT_ONCE, Scores, attack_scores, ratio
 from fedjax_med.federated.algorithm import (
   Client,
   ClientDelta,
@@ -22,6 +19,7 @@ from fedjax_med.federated.algorithm import (
 )
 from fedjax_med.privacy.client_level import ClientLevel
 from fedjax_med.privacy.mechanism import PoissonGaussian
+from fedjax_med.simulation.mesh import local_devices, map_over_devices
 from fedjax_med.simulation.rounds import init_state, make_round
 
 
@@ -46,7 +44,7 @@ def _algorithm(clip_norm: float) -> FederatedAlgorithm:
 
 def hospital_trials(
   mechanism: PoissonGaussian, level: ClientLevel, rounds: int, number: int, seed: int = 0
-) -> dict[float, tuple[np.ndarray, np.ndarray]]:
+) -> Scores:
   """Attack scores of independent runs in which one hospital speaks, or sends nothing.
 
   The attacker sees the model after every round, and the clip norm of the round.
@@ -57,9 +55,6 @@ def hospital_trials(
     rounds: rounds of a run.
     number: runs without the hospital; a tenth as many are run with it.
     seed: of the audit's own draws.
-
-  Returns:
-    share of σ -> (scores with the hospital, scores without it).
   """
   num_clients, q = mechanism.num_units, mechanism.sampling_probability
   algorithm = _algorithm(mechanism.clip_norm)
@@ -77,7 +72,7 @@ def hospital_trials(
   hyper = Hyper(*scalars, client_level=level)
   sigma = mechanism.noise_multiplier * jnp.asarray([share for share, _ in ATTACKS], jnp.float32)
 
-  def trial(each):
+  def trial(hyper, each):
     run, present = each
     key = jax.random.fold_in(base_key(seed), run)
     pool = Pool(jnp.zeros((1, 1, 1, 1), jnp.uint8), present.astype(jnp.int32)[None])
@@ -93,7 +88,5 @@ def hospital_trials(
     start = (state, jnp.zeros(len(ATTACKS), jnp.float32))
     return jax.lax.fori_loop(0, rounds, body, start)[1]
 
-  run: Callable = jax.jit(lambda *each: jax.lax.map(trial, each, batch_size=TRIALS_AT_ONCE))
-  inside = max(number // 10, 200)
-  numbers = np.arange(number + inside, dtype=np.int32)
-  return by_attack(np.asarray(run(numbers, numbers < inside)), inside)
+  trials = map_over_devices(trial, local_devices(), TRIALS_AT_ONCE)
+  return attack_scores(lambda *runs: trials(hyper, runs), number)

@@ -3,13 +3,11 @@
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.sharding import PartitionSpec
 
 from fedjax_med.experiment.build import Experiment
 from fedjax_med.experiment.loop import evaluated_params
-from fedjax_med.simulation.mesh import CLIENTS, client_mesh
+from fedjax_med.simulation.mesh import local_devices, map_over_devices
 
 # Runs side by side on an accelerator; a core is full with one.
 AT_ONCE = 8
@@ -36,31 +34,19 @@ def train_many(experiment: Experiment, runs: Runs) -> list[tuple[Any, Any]]:
   process; nothing is logged, saved or resumed, and no budget stops a run.
   """
   program, rounds = experiment.program, experiment.config.server.num_rounds
-  number = len(runs.seeds)
-  devices = min(jax.local_device_count(), number) if jax.process_count() == 1 else 1
+  devices = min(local_devices(), len(runs.seeds))
   at_once = 1 if jax.default_backend() == "cpu" else AT_ONCE
 
-  def several(clients, pool, hyper, runs: Runs):
-    def one(run: Runs):
-      own = clients._replace(indices=run.indices)
+  def one(shared, run: Runs):
+    clients, pool, hyper = shared
+    own = clients._replace(indices=run.indices)
 
-      def body(_, state):
-        return program.round(state, own, pool, hyper, run.keys)[0]
+    def body(_, state):
+      return program.round(state, own, pool, hyper, run.keys)[0]
 
-      state = jax.lax.fori_loop(0, rounds, body, program.initial(run.seeds))
-      return evaluated_params(state), state.server.state
+    state = jax.lax.fori_loop(0, rounds, body, program.initial(run.seeds))
+    return evaluated_params(state), state.server.state
 
-    return jax.lax.map(one, runs, batch_size=at_once)
-
-  mesh = client_mesh(devices)
-  program_of_runs = several
-  if mesh is not None:
-    whole, dealt = PartitionSpec(), PartitionSpec(CLIENTS)
-    program_of_runs = jax.shard_map(
-      several, mesh=mesh, in_specs=(whole, whole, whole, dealt), out_specs=dealt, check_vma=False
-    )
-  again = np.arange(number + -number % devices) % number  # every device has as many
-  runs = jax.tree.map(lambda leaf: jnp.asarray(leaf)[again], runs)
-  host = jax.device_get((experiment.clients, experiment.pool, experiment.hyper))
-  found = jax.device_get(jax.jit(program_of_runs)(*host, runs))
-  return [jax.tree.map(lambda leaf, k=k: leaf[k], found) for k in range(number)]
+  shared = jax.device_get((experiment.clients, experiment.pool, experiment.hyper))
+  found = map_over_devices(one, devices, at_once)(shared, runs)
+  return [jax.tree.map(lambda leaf, k=k: leaf[k], found) for k in range(len(runs.seeds))]

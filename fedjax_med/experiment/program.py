@@ -13,6 +13,7 @@ from fedjax_med.core.config import Config
 from fedjax_med.core.keys import Stream, base_key, key_for
 from fedjax_med.data.dataset import Dataset
 from fedjax_med.experiment import planning
+from fedjax_med.experiment.probing import time_steps
 from fedjax_med.experiment.processes import least
 from fedjax_med.experiment.protection import cohort_cap
 from fedjax_med.federated.algorithm import FederatedAlgorithm
@@ -218,7 +219,7 @@ def make_program(
   )
 
   def time_chunk(choice: Choice) -> float:
-    return planning.time_steps(
+    return time_steps(
       train_as(choice, None),
       model_of(remat, choice.devices),
       image,

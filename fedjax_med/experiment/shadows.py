@@ -2,13 +2,13 @@
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from fedjax_med.core.config import Config
-from fedjax_med.core.errors import require
+from fedjax_med.core.errors import UserError, require
 from fedjax_med.core.keys import base_key
 from fedjax_med.data.dataset import Hospitals, client_rows, client_table
 from fedjax_med.experiment.build import Experiment, build
@@ -19,40 +19,72 @@ FALSE_POSITIVES = 1e-3
 LEAST_RUNS = 4  # each example in two of them and out of two, on average
 
 
-def attack(config: Config, hospitals: Hospitals, runs: int, seed: int) -> dict[str, Any]:
-  """Trains ``runs`` models on halves of the data and attacks each with the others' help.
+class Shadows(NamedTuple):
+  """Shadow runs that are ready to be trained.
+
+  Attributes:
+    experiment: a run on half of the data; all are of its size.
+    rows: all training examples.
+    halves: of each run, the examples of each hospital.
+    seed: of the audit's own draws.
+  """
+
+  experiment: Experiment
+  rows: np.ndarray
+  halves: list[list[np.ndarray]]
+  seed: int
+
+
+def prepare(config: Config, hospitals: Hospitals, runs: int, seed: int) -> Shadows:
+  """Halves the data for ``runs`` models; whatever is refused is refused here, before any training.
 
   Every run has the config's number of rounds, privacy and batch size, on half of each hospital's
-  training examples (n is halved, so its ε is above that of the whole run at the same noise). The
-  attacker knows the labels, the initial weights and all other runs.
+  training examples (n is halved, so its ε is above that of the whole run at the same noise).
+
+  Raises:
+    UserError: too few runs, a unit that is not a record, or a config that halves do not allow.
+  """
+  require(
+    runs >= LEAST_RUNS,
+    f"--shadow_runs={runs} must be at least {LEAST_RUNS}, or 0 for none",
+    "use 16",
+  )
+  require(
+    config.privacy.unit == "record",
+    f"--shadow_runs={runs} tells single records apart, and privacy.unit='{config.privacy.unit}'",
+    "use --shadow_runs=0",
+  )
+  halves = [_halves(hospitals, seed, run) for run in range(runs)]
+  half = dataclasses.replace(hospitals, train=client_table(halves[0]))
+  try:
+    experiment = build(config, half)
+  except UserError as error:
+    raise UserError(f"--shadow_runs={runs} trains on halves of the data: {error}") from error
+  rows = np.sort(np.concatenate(client_rows(hospitals.train)))
+  return Shadows(experiment, rows, halves, seed)
+
+
+def attack(shadows: Shadows) -> dict[str, Any]:
+  """Trains every model and attacks it with the others' help.
+
+  The attacker knows the labels, the initial weights and all other runs.
 
   Returns:
     TPR at 0.1% FPR, and balanced accuracy of the best threshold, of two attacks: the loss, and the
     likelihood ratio (LiRA, Carlini et al. 2022), pooled over all runs and examples.
-
-  Raises:
-    UserError: too few runs, or a unit that is not a record.
   """
-  require(runs >= LEAST_RUNS, f"--shadow_runs={runs} is under {LEAST_RUNS}", "use 16")
-  require(
-    config.privacy.unit == "record",
-    f"privacy.unit='{config.privacy.unit}': membership inference is made for single records",
-    "use --shadow_runs=0",
-  )
-  halves = [_halves(hospitals, seed, run) for run in range(runs)]
-  experiment = build(config, _with_train(hospitals, halves[0]))
-  rows = np.sort(np.concatenate(client_rows(hospitals.train)))
+  experiment, rows, halves, seed = shadows
   member = np.stack([np.isin(rows, np.concatenate(half)) for half in halves])
-  labels = hospitals.dataset.labels[rows]
+  labels = experiment.hospitals.dataset.labels[rows]
   confidences = np.stack(
     [
       _confidence(experiment.program.predict(*weights, experiment.pool, rows), labels)
       for weights in _train(experiment, halves, seed)
     ]
   )
-  ratios = np.stack([lira_scores(confidences, member, run) for run in range(runs)])
+  ratios = np.stack([lira_scores(confidences, member, run) for run in range(len(halves))])
   return {
-    "runs": runs,
+    "runs": len(halves),
     "examples": len(rows),
     "false_positive_rate": FALSE_POSITIVES,
     "loss": _summary(confidences, member),
@@ -66,11 +98,6 @@ def _halves(hospitals: Hospitals, seed: int, run: int) -> list[np.ndarray]:
   return [
     np.sort(rng.permutation(row)[: max(1, len(row) // 2)]) for row in client_rows(hospitals.train)
   ]
-
-
-def _with_train(hospitals: Hospitals, rows: list[np.ndarray]) -> Hospitals:
-
-  return dataclasses.replace(hospitals, train=client_table(rows))
 
 
 def _train(experiment: Experiment, halves: list[list[np.ndarray]], seed: int) -> list[Any]:
@@ -93,7 +120,8 @@ def _summary(scores: np.ndarray, member: np.ndarray) -> dict[str, float]:
   order = np.argsort(-flat, kind="stable")
   true = np.cumsum(bits[order]) / bits.sum()
   false = np.cumsum(~bits[order]) / (~bits).sum()
+  last = np.append(np.diff(flat[order]) != 0, True)  # a threshold takes equal scores together
   return {
     "tpr": tpr_at_fpr(flat, bits, FALSE_POSITIVES),
-    "balanced_accuracy": float((1 + (true - false).max()) / 2),
+    "balanced_accuracy": float((1 + (true - false)[last].max()) / 2),
   }

@@ -78,16 +78,46 @@ def write_out(record: dict[str, Any], run_id: str, audit: dict[str, Any] | None 
 
 
 def audit_sentence(audit: dict[str, Any] | None) -> str:
-  """What an audit found, in a sentence."""
+  """What an audit found, in a sentence or two for each unit."""
   if audit is None:
     return "No audit was made of this run (`python -m fedjax_med.audit` makes one)."
+  return " ".join(_found(each, audit["confidence"]) for each in audit["audits"])
+
+
+def no_power(found: dict[str, Any]) -> str:
+  """A sentence where the attack on one unit could not have refuted the claim, else nothing.
+
+  Args:
+    found: what an audit has of the unit.
+  """
+  shown = found["epsilon_lower_without_noise"]
+  if not found["passed"] or shown > found["epsilon"]:
+    return ""
   return (
-    "Planted records whose presence an attacker guesses gave"
-    f" ε ≥ {audit['epsilon_lower']:.2f} (with {100 * audit['confidence']:g}% confidence) at the"
-    " hospital where most was found; the claim of that audit was"
-    f" ε ≤ {round_up(audit['epsilon'])}. The bound from below"
-    f" {'stays under the claim' if audit['passed'] else 'CONTRADICTS THE CLAIM'}."
+    "This attack had no power to refute the claim: had there been no noise at all, it would have"
+    f" shown no more than ε ≥ {shown:.2f}. It takes about 10 e^ε ="
+    f" {10 * math.exp(min(found['epsilon'], 700)):.1e} trials: raise --trials of the audit."
   )
+
+
+def _found(found: dict[str, Any], confidence: float) -> str:
+  client = found["unit"] == "client"
+  what = "Updates of one hospital" if client else "Planted records"
+  where = "" if client else " at the hospital where most was found"
+  verdict = "The bound from below stays under the claim."
+  if any(party["epsilon_lower"] > party["epsilon"] for party in found["parties"]):
+    verdict = "The bound from below CONTRADICTS THE CLAIM."
+  elif not found["passed"]:
+    failed = sum(not check["passed"] for check in found["checks"])
+    verdict = (
+      f"{failed} of {len(found['checks'])} checks of what is executed FAILED, which CONTRADICTS THE"
+      " CLAIM."
+    )
+  return (
+    f"{what} whose presence an attacker guesses gave ε ≥ {found['epsilon_lower']:.2f} (with"
+    f" {100 * confidence:g}% confidence){where}; the claim of that audit was"
+    f" ε ≤ {round_up(found['epsilon'])}. {verdict} {no_power(found)}"
+  ).rstrip()
 
 
 def _guarantee(guarantee: dict[str, Any]) -> list[str]:

@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -99,6 +100,40 @@ def client_mesh(number: int) -> Mesh | None:
   return jax.make_mesh(
     (number,), (CLIENTS,), axis_types=(AxisType.Auto,), devices=jax.devices()[:number]
   )
+
+
+def map_over_devices(one: Callable[[Any, Any], Any], devices: int, at_once: int) -> Callable:
+  """Compiles ``several(shared, rows)``: ``one(shared, row)`` of every row, on the host.
+
+  Args:
+    one: what is done with a row: ``rows`` without their leading axis. ``shared`` lies whole on
+      every device.
+    devices: of this process, that rows are dealt over.
+    at_once: rows that a device works on side by side.
+  """
+
+  def run(shared, rows):
+    return jax.lax.map(lambda row: one(shared, row), rows, batch_size=at_once)
+
+  if devices > 1:
+    whole, dealt = PartitionSpec(), PartitionSpec(CLIENTS)
+    run = jax.shard_map(
+      run, mesh=client_mesh(devices), in_specs=(whole, dealt), out_specs=dealt, check_vma=False
+    )
+  compiled = jax.jit(run)
+
+  def several(shared, rows):
+    number = len(jax.tree.leaves(rows)[0])
+    again = np.arange(number + -number % devices) % number  # every device has as many
+    results = compiled(shared, jax.tree.map(lambda leaf: leaf[again], rows))
+    return jax.tree.map(lambda leaf: leaf[:number], jax.device_get(results))
+
+  return several
+
+
+def local_devices() -> int:
+  """Devices that independent work may be dealt over: one where several processes share a run."""
+  return jax.local_device_count() if jax.process_count() == 1 else 1
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

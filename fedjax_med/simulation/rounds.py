@@ -235,9 +235,8 @@ def make_round(
       scale = 1 / jnp.where(someone, weight, 1)
       mean = jax.tree.map(lambda leaf: leaf * scale, total)
     updated = algorithm.server_update(server, mean, hyper)
-    if (
-      cohort_cap is not None and not client_level
-    ):  # an empty cohort leaves all but the round's number as it was
+    # An empty cohort leaves all but the round's number as it was; under DP-FedAvg it is noise.
+    if cohort_cap is not None and not client_level:
       absent = server._replace(round=updated.round)
       updated = jax.tree.map(lambda new, old: jnp.where(someone, new, old), updated, absent)
     return SimulationState(updated, kept, state.steps + metrics.steps, clip_norm), metrics

@@ -7,7 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fedjax_med.experiment import audit as audits
+from fedjax_med.experiment.attacks import ratio
+from fedjax_med.experiment.audit import audit_units
+from fedjax_med.experiment.canaries import Subject, make_trials, single_canaries
+from fedjax_med.experiment.draw_checks import check_execution
 from fedjax_med.federated import local
 from fedjax_med.privacy import clipping, noise
 from fedjax_med.privacy.auditing import threshold_epsilon
@@ -22,16 +25,16 @@ Q = 0.25
 def subject(unit="record", sigma=1.5, method="book_keeping", q=Q, cap=36):
   mechanisms = (PoissonGaussian(60, q, cap, sigma, 0.7), PoissonGaussian(40, q, cap, sigma, 0.7))
   guarantee = Guarantee(unit, ("North", "South"), mechanisms, (1e-3, 2e-3))
-  return audits.Subject(guarantee, (STEPS, STEPS), (2, 2), method)
+  return Subject(guarantee, (STEPS, STEPS), (2, 2), method)
 
 
 def failed(given=None):
-  return [check.name for check in audits.check_execution(given or subject()) if not check.passed]
+  return [check.name for check in check_execution(given or subject()) if not check.passed]
 
 
 @functools.cache
 def result():
-  return audits.audit(subject(), 3000)
+  return audit_units(subject(), 3000)
 
 
 def test_the_bound_from_below_stays_under_the_claim_at_every_hospital():
@@ -59,6 +62,10 @@ def test_without_noise_the_bound_exceeds_the_claim():
 )
 def test_checks_hold_for_every_unit_method_and_rate(given):
   assert failed(given) == []
+
+
+def test_checks_hold_for_a_run_of_a_single_step():
+  assert failed(subject()._replace(steps=(1, 1), steps_a_round=(1, 1))) == []
 
 
 # Each mutant: (where, name, what stands there instead, words of a check that must fail).
@@ -159,11 +166,26 @@ def test_a_mutant_is_caught(mutant, monkeypatch):
   assert any(words in check for check in failed())
 
 
+def test_noise_that_all_hospitals_but_the_first_share_is_caught(monkeypatch):
+  given = subject()
+  names, mechanisms = ("North", "South", "West"), given.guarantee.mechanisms
+  guarantee = Guarantee("record", names, (*mechanisms, mechanisms[0]), (1e-3, 2e-3, 1e-3))
+  three = given._replace(guarantee=guarantee, steps=(STEPS,) * 3, steps_a_round=(2,) * 3)
+  assert failed(three) == []
+  keys_for = local.key_for
+  monkeypatch.setattr(
+    local,
+    "key_for",
+    lambda base, stream, client, *rest: keys_for(base, stream, jnp.minimum(client, 1), *rest),
+  )
+  assert failed(three) == ["West and those before it draw noise of their own"]
+
+
 def test_no_noise_is_caught_by_the_attack_alone(monkeypatch):
   monkeypatch.setattr(local, "private_mean", no_noise)
   given = subject()
   number = 3000
-  scores = audits.single_canaries(given, audits.make_trials(given, 1), 0, number, noise=True)
+  scores = single_canaries(given, make_trials(given, 1), 0, number, noise=True)
   (epsilon, _) = spent(given.guarantee, given.steps)
   lower = max(threshold_epsilon(*pair, 0.0, 1e-3) for pair in scores.values())
   assert lower > epsilon
@@ -172,8 +194,7 @@ def test_no_noise_is_caught_by_the_attack_alone(monkeypatch):
 def test_trials_over_devices_are_the_same_trials():
   given = subject()
   one, two = (
-    audits.single_canaries(given, audits.make_trials(given, devices), 0, 900, noise=True)
-    for devices in (1, 2)
+    single_canaries(given, make_trials(given, devices), 0, 900, noise=True) for devices in (1, 2)
   )
   for share, pair in one.items():
     for first, second in zip(pair, two[share], strict=True):
@@ -187,5 +208,5 @@ def test_the_attackers_ratio_is_that_of_the_densities():
     return np.exp(-((y - mean) ** 2) / (2 * sigma**2))
 
   expected = np.log(((1 - Q) * density(0) + Q * density(1)) / density(0))
-  found = float(audits.ratio(jnp.float32(y), Q, jnp.float32(sigma)))
+  found = float(ratio(jnp.float32(y), Q, jnp.float32(sigma)))
   assert found == pytest.approx(expected, rel=1e-5)

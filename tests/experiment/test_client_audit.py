@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fedjax_med.experiment import audit
+from fedjax_med.experiment.attacks import best_threshold, thresholds_of
 from fedjax_med.experiment.client_audit import hospital_trials
 from fedjax_med.privacy.accounting import epsilon
 from fedjax_med.privacy.client_level import ClientLevel, split_noise
@@ -17,7 +17,7 @@ ROUNDS, DELTA, LEVEL, TRIALS = 5, 1e-2, 0.05, 3000
 def bound(mechanism, level):
   claimed = epsilon(mechanism, ROUNDS, DELTA)
   scores = hospital_trials(mechanism, level, ROUNDS, TRIALS)
-  lower = audit.best_threshold(scores, audit.thresholds_of(claimed, DELTA), DELTA, LEVEL)
+  lower = best_threshold(scores, thresholds_of(claimed, DELTA), DELTA, LEVEL)
   return lower, claimed
 
 

@@ -18,7 +18,7 @@ def test_seeds_in_one_program_equal_the_single_runs(tmp_path):
   config.model.name, config.server.num_rounds = "linear", 4
   hospitals = load_hospitals(config)
   experiment = build.build(config, hospitals)
-  seeds = (0, 3, 5)  # more than one a device, and unevenly
+  seeds = (0, 3, 5)
   keys = jax.numpy.stack([build.run_key(experiment, seed) for seed in seeds])
   indices = np.asarray(experiment.clients.indices)
   runs = Runs(np.array(seeds, np.int32), keys, np.stack([indices] * len(seeds)))

@@ -30,8 +30,8 @@ def test_members_of_an_overfitted_model_are_found_and_noise_hides_them():
   labels = np.random.default_rng(0).integers(0, 2, len(hospitals.dataset.labels)).astype(np.int32)
   dataset = dataclasses.replace(hospitals.dataset, labels=labels)
   hospitals = dataclasses.replace(hospitals, dataset=dataset)
-  open_model = shadows.attack(bare, hospitals, 8, 0)
-  hidden = shadows.attack(config_with("dp_sgd", 50.0), hospitals, 8, 0)
+  open_model = shadows.attack(shadows.prepare(bare, hospitals, 8, 0))
+  hidden = shadows.attack(shadows.prepare(config_with("dp_sgd", 50.0), hospitals, 8, 0))
   assert open_model["examples"] == hospitals.train.counts.sum()
   assert open_model["likelihood_ratio"]["balanced_accuracy"] > 0.6
   assert hidden["likelihood_ratio"]["balanced_accuracy"] < 0.56
@@ -48,6 +48,36 @@ def test_halves_are_of_one_size_and_differ_between_runs():
     assert 0.2 < np.isin(one, other).mean() < 0.8
 
 
-def test_too_few_runs_are_refused():
-  with pytest.raises(UserError, match=r"--shadow_runs=3 is under 4; use 16"):
-    shadows.attack(get_config(), load_hospitals(get_config()), 3, 0)
+def test_equal_scores_tell_nothing_and_others_what_a_threshold_finds():
+  member = np.array([[True, True, False, False]])
+  tied = shadows._summary(np.zeros((1, 4)), member)
+  assert tied == {"tpr": 0.0, "balanced_accuracy": 0.5}
+  half = shadows._summary(np.array([[2.0, 1.0, 1.0, 0.0]]), member)
+  assert half == {"tpr": 0.5, "balanced_accuracy": 0.75}
+
+
+def grouped():
+  config = get_config()
+  config.privacy.unit = "patient"
+  return config
+
+
+def loose():
+  config = get_config()
+  config.privacy.delta = 1 / 40
+  return config
+
+
+@pytest.mark.parametrize(
+  ("config", "runs", "sentence"),
+  [
+    (get_config(), 3, r"--shadow_runs=3 must be at least 4, or 0 for none; use 16"),
+    (get_config(), -1, r"--shadow_runs=-1 must be at least 4"),
+    (grouped(), 16, r"--shadow_runs=16 .* privacy.unit='patient'; use --shadow_runs=0"),
+    (loose(), 16, r"--shadow_runs=16 trains on halves of the data: delta=0.025 must"),
+  ],
+  ids=["few", "negative", "patients", "delta above 1/n of a half"],
+)
+def test_what_cannot_be_attacked_is_refused_before_anything_is_trained(config, runs, sentence):
+  with pytest.raises(UserError, match=sentence):
+    shadows.prepare(config, load_hospitals(get_config()), runs, 0)

@@ -1,5 +1,6 @@
 """Bounds of a privacy audit against enumeration, the paper's numbers and mechanisms of known ε."""
 
+import itertools
 import math
 
 import numpy as np
@@ -8,6 +9,7 @@ from scipy import optimize, stats
 
 from fedjax_med.core.errors import UserError
 from fedjax_med.privacy.auditing import (
+  dispersion_p_value,
   guess_ladder,
   inclusion_p_value,
   noise_std_p_value,
@@ -357,6 +359,10 @@ def test_one_run_epsilon_fails_closed(change, message):
     (lambda: noise_std_p_value([1.0], 0.0), "std=0.0 must be above 0"),
     (lambda: inclusion_p_value(3, 2, 0.5), "count=3 exceeds trials=2"),
     (lambda: inclusion_p_value(1, 2, 1.5), "probability=1.5 must be"),
+    (lambda: dispersion_p_value([], 2, 0.5), "no count"),
+    (lambda: dispersion_p_value([1, 3], 2, 0.5), "a count is no whole number from 0 to trials=2"),
+    (lambda: dispersion_p_value([0.5], 2, 0.5), "a count is no whole number"),
+    (lambda: dispersion_p_value([1], 2, -0.1), "probability=-0.1 must be"),
     (lambda: uncorrelated_p_value([1.0], [1.0]), "1 and 1 values"),
     (lambda: uncorrelated_p_value([1.0, 2.0], [1.0, 2.0, 3.0]), "2 and 3 values"),
     (lambda: uncorrelated_p_value([0.0, 0.0], [1.0, 2.0]), "a vector is 0"),
@@ -393,6 +399,31 @@ def test_inclusion_p_value_finds_another_rate():
   assert inclusion_p_value(500, 10_000, 0.05) == pytest.approx(1.0)
   for count in (250, 1000):
     assert inclusion_p_value(count, 10_000, 0.05) < 1e-12
+
+
+@pytest.mark.parametrize(("trials", "q"), [(5, 0.3), (4, 0.95), (3, 1.0), (6, 0.01)])
+def test_dispersion_p_value_is_the_enumeration_of_all_counts(trials, q):
+  draws = np.array(list(itertools.product(range(trials + 1), repeat=3)))
+  mass = stats.binom.pmf(draws, trials, q).prod(1)
+  spread = np.square(draws - round(trials * q)).sum(1)
+  for counts, seen in zip(draws, spread, strict=True):
+    tails = mass[spread <= seen].sum(), mass[spread >= seen].sum()
+    expected = min(1, 2 * min(tails))
+    assert dispersion_p_value(counts, trials, q) == pytest.approx(expected, abs=1e-12)
+
+
+def test_dispersion_p_value_has_its_limit_and_finds_what_varies_otherwise():
+  rng = np.random.default_rng(15)
+  for trials, q in ((800, 0.25), (800, 0.5)):  # many draws vary: chi-square
+    counts = rng.binomial(trials, q, 32)
+    spread = np.square(counts - trials * q).sum() / (trials * q * (1 - q))
+    limit = 2 * min(stats.chi2.cdf(spread, 32), stats.chi2.sf(spread, 32))
+    assert dispersion_p_value(counts, trials, q) == pytest.approx(limit, rel=0.05, abs=0.02)
+  assert dispersion_p_value(np.full(32, 15), 60, 0.25) < 1e-12  # shuffled
+  assert dispersion_p_value(np.repeat([0, 30], 16), 60, 0.25) < 1e-12  # all together
+  # Most batches hold everybody, and a full one is no evidence.
+  assert dispersion_p_value(np.full(32, 10), 10, 0.99) > 0.05
+  assert dispersion_p_value(np.full(32, 9), 10, 1.0) == pytest.approx(0, abs=1e-12)
 
 
 def test_correlation_p_values_are_uniform_for_independent_noise_and_tiny_for_shared_noise():

@@ -22,11 +22,13 @@ from fedjax_med.core.errors import UserError
 from fedjax_med.core.keys import base_key
 from fedjax_med.core.validation import validate
 from fedjax_med.data.dataset import client_table
-from fedjax_med.experiment import audit
+from fedjax_med.experiment.canaries import Subject, setting_for
+from fedjax_med.experiment.draw_checks import check_execution
 from fedjax_med.experiment.protection import protect
 from fedjax_med.federated import local, registry
 from fedjax_med.federated.fedavg import fedavg
 from fedjax_med.federated.optimizers import client_optimizer, schedule
+from fedjax_med.models.canary import canary_model
 from fedjax_med.models.registry import create_model
 from fedjax_med.privacy import accounting, clipping, noise
 from fedjax_med.privacy.guarantees import Guarantee, privacy_record, spent
@@ -167,14 +169,14 @@ def protected(participation, hospitals=3):
 
 @pytest.mark.parametrize("size", [1e-30, 1.0, 1e30, math.nan, math.inf])
 def test_item_06_one_units_contribution_is_at_most_c_and_nothing_if_not_finite(size):
-  given = audit.Subject(
+  given = Subject(
     Guarantee("record", ("a",), (PoissonGaussian(4, 1.0, 4, 1.0, 1.0),), (1e-2,)),
     (1,),
     (1,),
     "book_keeping",
   )
-  setting = audit._setting(given, 9)
-  model = audit.canary_model(1.0)
+  setting = setting_for(given, 9)
+  model = canary_model(1.0)
   inputs = jnp.full((2, 3, 3, 1), size, jnp.float32).at[1].set(0)
   total, _ = local.clipped_sum(
     "book_keeping",
@@ -333,16 +335,14 @@ def test_item_10_ten_thousand_steps_are_one_event_composed_on_demand():
 
 def test_item_11_the_audit_can_fail(monkeypatch):
   mechanism = PoissonGaussian(40, 0.25, 24, 1.5, 0.7)
-  given = audit.Subject(
-    Guarantee("record", ("a",), (mechanism,), (1e-3,)), (12,), (3,), "book_keeping"
-  )
-  assert all(check.passed for check in audit.check_execution(given))
+  given = Subject(Guarantee("record", ("a",), (mechanism,), (1e-3,)), (12,), (3,), "book_keeping")
+  assert all(check.passed for check in check_execution(given))
 
   def halved(clipped_sum, key, sigma, clip_norm, size):
     return noise.private_mean(clipped_sum, key, sigma / 2, clip_norm, size)
 
   monkeypatch.setattr(local, "private_mean", halved)
-  assert not all(check.passed for check in audit.check_execution(given))
+  assert not all(check.passed for check in check_execution(given))
 
 
 def every_uniform(key, width, shape):

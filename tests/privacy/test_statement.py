@@ -43,11 +43,46 @@ def test_everything_a_data_officer_asks_for_is_there():
     assert phrase in text
 
 
+def audited(lower=1.234, silent=9.0, failed=0, unit="record"):
+  checks = [{"name": "σ", "p_value": 0.0, "passed": k >= failed} for k in range(3)]
+  return {
+    "unit": unit,
+    "epsilon": 7.9,
+    "epsilon_lower": lower,
+    "epsilon_lower_without_noise": silent,
+    "passed": lower <= 7.9 and not failed,
+    "parties": [{"epsilon": 7.9, "epsilon_lower": lower}],
+    "checks": checks,
+  }
+
+
+def told(*audits):
+  return write_out(RECORD, "abc", {"confidence": 0.95, "audits": audits})
+
+
 def test_an_audit_is_told_with_its_claim_and_a_contradiction_is_loud():
-  audit = {"epsilon_lower": 1.234, "confidence": 0.95, "epsilon": 7.9, "passed": True}
-  assert "ε ≥ 1.23 (with 95% confidence)" in write_out(RECORD, "abc", audit)
-  assert "CONTRADICTS" not in write_out(RECORD, "abc", audit)
-  assert "CONTRADICTS THE CLAIM" in write_out(RECORD, "abc", {**audit, "passed": False})
+  assert "ε ≥ 1.23 (with 95% confidence)" in told(audited())
+  assert "CONTRADICTS" not in told(audited())
+  assert "The bound from below CONTRADICTS THE CLAIM" in told(audited(lower=8.0))
+  broken = told(audited(failed=2))
+  assert "2 of 3 checks of what is executed FAILED, which CONTRADICTS THE CLAIM" in broken
+  assert "bound from below CONTRADICTS" not in broken
+
+
+def test_every_audited_unit_is_told():
+  text = told(audited(), audited(lower=2.0, unit="client"))
+  assert "Planted records whose presence an attacker guesses gave ε ≥ 1.23" in text
+  assert "Updates of one hospital whose presence an attacker guesses gave ε ≥ 2.00" in text
+
+
+@pytest.mark.parametrize("silent", [7.9, 3.21])
+def test_an_audit_that_could_not_have_refuted_the_claim_says_so(silent):
+  text = told(audited(silent=silent))
+  assert "no power to refute the claim" in text
+  assert f"no more than ε ≥ {silent:.2f}. " in text
+  assert "10 e^ε = 2.7e+04 trials: raise --trials" in text
+  assert "no power" not in told(audited())
+  assert "no power" not in told(audited(silent=silent, failed=1))  # it did refute
 
 
 def test_without_a_mechanism_it_promises_nothing():

@@ -1,0 +1,218 @@
+"""Planted records: their gradients are known, so what a step released tells who was drawn.
+
+The functions that train are run as they are, with the run's hospital sizes, sampling, clipping and
+noise, on a network whose gradients are known (``models.canary``). The attacker sees every noised
+gradient, which is what ε is claimed for. A record that is absent is a blank image, whose gradient
+is exactly 0: the adjacency of the claim.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fedjax_med.core.keys import base_key
+from fedjax_med.experiment.attacks import ATTACKS, TRIALS_AT_ONCE, Scores, attack_scores, ratio
+from fedjax_med.federated.algorithm import Client, Hyper, Pool, Units
+from fedjax_med.federated.local import StepContext, cross_entropy, private_gradient
+from fedjax_med.models.canary import canary_model
+from fedjax_med.privacy.guarantees import Guarantee
+from fedjax_med.privacy.mechanism import PoissonGaussian
+from fedjax_med.simulation.mesh import map_over_devices
+
+# Of a hospital in one run at most: pixels of 32 x 32, some to spare.
+MAX_CANARIES = 800
+
+
+class Subject(NamedTuple):
+  """What is audited.
+
+  Attributes:
+    guarantee: the claim for records or patients.
+    steps: [K] steps of each hospital in the whole run.
+    steps_a_round: [K] of them in a round.
+    clipping: method of clipping, as the run's plan has it.
+    seed: of the audit's own draws.
+  """
+
+  guarantee: Guarantee
+  steps: tuple[int, ...]
+  steps_a_round: tuple[int, ...]
+  clipping: str
+  seed: int = 0
+
+
+class Setting(NamedTuple):
+  """The gradient under audit, and what it is called with.
+
+  Attributes:
+    pixels: N of an image.
+    gradient: the private gradient under audit.
+    params: the network's weights, all 0.
+    clip_norm: C.
+  """
+
+  pixels: int
+  gradient: Callable[..., Any]
+  params: Any
+  clip_norm: float
+
+
+def setting_for(subject: Subject, pixels: int) -> Setting:
+  """The setting with images of ``pixels`` pixels."""
+  mechanisms = subject.guarantee.mechanisms
+  # Norm of a record's gradient: scale · sqrt(N), four times what clipping lets pass.
+  (clip_norm,) = {m.clip_norm for m in mechanisms}
+  scale = 4 * clip_norm / math.sqrt(pixels)
+  model = canary_model(scale)
+  side = math.isqrt(pixels)
+  params, _ = model.init(base_key(0), jnp.zeros((1, side, side, 1)))
+  gradient = private_gradient(
+    model,
+    cross_entropy(0.0),
+    clipping=subject.clipping,
+    batch_cap=max(m.batch_cap for m in mechanisms),
+    max_examples=max(m.num_units for m in mechanisms),
+    normalisation="image",
+  )
+  return Setting(pixels, gradient, params, clip_norm)
+
+
+def _client(subject: Subject, k: int, canaries: int) -> Client:
+  """Hospital k: its first records are the pool's ``canaries``, all others its last, blank row."""
+  mechanism = subject.guarantee.mechanisms[k]
+  most = max(m.num_units for m in subject.guarantee.mechanisms)
+  number = jnp.int32(mechanism.num_units)
+  units = None
+  if subject.guarantee.unit == "patient":
+    units = Units(jnp.arange(most, dtype=jnp.int32), jnp.ones(most, jnp.int32), number)
+  return Client(
+    number=jnp.int32(k),
+    indices=jnp.minimum(jnp.arange(most, dtype=jnp.int32), canaries),
+    num_examples=number,
+    weight=jnp.float32(1),
+    num_steps=jnp.int32(subject.steps_a_round[k]),
+    sampling_probability=jnp.float32(mechanism.sampling_probability),
+    expected_batch_size=jnp.float32(mechanism.expected_batch_size),
+    noise_multiplier=jnp.float32(mechanism.noise_multiplier),
+    units=units,
+  )
+
+
+def _hyper(clip_norm: float) -> Hyper:
+  return Hyper(*(jnp.float32(value) for value in (0.0, 0.0, 0.0, clip_norm, 0.0, 1.0)))
+
+
+def _images(pixels: int, canaries: int) -> np.ndarray:
+  """[canaries + 1, side, side, 1] uint8: each its own bright pixel; the last is blank."""
+  images = np.zeros((canaries + 1, pixels), np.uint8)
+  images[np.arange(canaries), np.arange(canaries)] = 255
+  side = math.isqrt(pixels)
+  return images.reshape(-1, side, side, 1)
+
+
+def _directions(images: np.ndarray) -> np.ndarray:
+  """[canaries, N] unit vectors along which the records move the sum."""
+  rows = images[:-1].reshape(len(images) - 1, -1).astype(np.float64)
+  rows -= rows.mean(1, keepdims=True)
+  return rows / np.linalg.norm(rows, axis=1, keepdims=True)
+
+
+def release(
+  setting: Setting, client: Client, pool: Pool, key: jax.Array, step: Any
+) -> tuple[jax.Array, jax.Array]:
+  """What ``step``, counted over all rounds, released, in units of the clip norm on the sum.
+
+  Returns:
+    [N] what tells records apart (its part along record j is 1 where j was drawn), and [2, N] the
+    two layers' sums over classes, which hold noise alone, of standard deviation σ.
+  """
+  round, place = step // client.num_steps, step % client.num_steps
+  context = StepContext(client, pool, _hyper(setting.clip_norm), key, round, place)
+  gradient, _, _ = setting.gradient(setting.params, {}, context)
+  factor = client.expected_batch_size / (setting.clip_norm * math.sqrt(2))
+  kernels = [gradient[name]["kernel"] * factor for name in ("first", "second")]
+  apart = [kernel[:, 1] - kernel[:, 0] for kernel in kernels]
+  signal = (apart[0] + apart[1]) / math.sqrt(2)
+  return signal, jnp.stack([kernel.sum(1) for kernel in kernels])
+
+
+def num_canaries(mechanism: PoissonGaussian) -> int:
+  """How many records of a hospital are canaries in a run with many."""
+  return min(mechanism.num_units, MAX_CANARIES)
+
+
+def plant(subject: Subject, k: int, bits: np.ndarray) -> tuple[Setting, Client, Pool, jax.Array]:
+  """Hospital k with canaries where ``bits`` say so.
+
+  Returns:
+    The setting, the hospital, its images, and [canaries, N] directions along which ``release``
+    shows each canary, whether it is present or not.
+  """
+  canaries = len(bits)
+  # More pixels than canaries, so that some tell what else is in a sum.
+  setting = setting_for(subject, math.ceil(math.sqrt(1.25 * canaries + 2)) ** 2)
+  images = _images(setting.pixels, canaries)
+  directions = jnp.asarray(_directions(images), jnp.float32)
+  images[:-1][~bits] = 0
+  pool = Pool(jnp.asarray(images), jnp.zeros((canaries + 1,), jnp.int32))
+  return setting, _client(subject, k, canaries), pool, directions
+
+
+def make_trials(subject: Subject, devices: int) -> Callable:
+  """Independent runs with one planted record or none, shared out over ``devices``.
+
+  Returns:
+    ((client, claimed σ, steps), (numbers [T], present [T])) -> scores [T, attacks].
+  """
+  setting = setting_for(subject, 4)
+  images = _images(4, 1)
+  direction = jnp.asarray(_directions(images)[0], jnp.float32)
+  shares = jnp.asarray([share for share, _ in ATTACKS], jnp.float32)
+
+  def trial(hospital, each):
+    (client, sigma, steps), (number, present) = hospital, each
+    key = jax.random.fold_in(base_key(subject.seed), number)
+    pool = Pool(jnp.asarray(images) * present.astype(jnp.uint8), jnp.zeros((2,), jnp.int32))
+
+    def body(step, scores):
+      signal, _ = release(setting, client, pool, key, step)
+      return scores + ratio(signal @ direction, client.sampling_probability, sigma * shares)
+
+    return jax.lax.fori_loop(0, steps, body, jnp.zeros(shares.shape, jnp.float32))
+
+  return map_over_devices(trial, devices, TRIALS_AT_ONCE)
+
+
+def single_canaries(subject: Subject, trials: Callable, k: int, number: int, noise: bool) -> Scores:
+  """Scores of ``number`` runs of hospital k whose records are all blank, and of some with one."""
+  client = _client(subject, k, 1)
+  if not noise:
+    client = client._replace(noise_multiplier=jnp.float32(0))
+  sigma = jnp.float32(subject.guarantee.mechanisms[k].noise_multiplier)
+  hospital = client, sigma, jnp.int32(subject.steps[k])
+  return attack_scores(lambda *runs: trials(hospital, runs), number)
+
+
+def many_canaries(subject: Subject, k: int) -> tuple[np.ndarray, np.ndarray]:
+  """Scores and bits of one run of hospital k: each record (up to 800) is planted by a fair coin."""
+  mechanism = subject.guarantee.mechanisms[k]
+  canaries = num_canaries(mechanism)
+  bits = np.random.default_rng([subject.seed, k]).integers(0, 2, canaries).astype(bool)
+  setting, client, pool, directions = plant(subject, k, bits)
+  key = jax.random.fold_in(base_key(subject.seed), 2**30 + k)
+
+  @jax.jit
+  def run(client, pool):
+    def body(step, scores):
+      signal, _ = release(setting, client, pool, key, step)
+      return scores + ratio(
+        directions @ signal, client.sampling_probability, mechanism.noise_multiplier
+      )
+
+    return jax.lax.fori_loop(0, subject.steps[k], body, jnp.zeros((canaries,), jnp.float32))
+
+  return np.asarray(run(client, pool), np.float64), bits

@@ -1,0 +1,137 @@
+"""Checks of every draw and release of local steps: clipped sums, noise, and who was drawn."""
+
+import itertools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fedjax_med.core.keys import base_key
+from fedjax_med.experiment.canaries import Subject, num_canaries, plant, release
+from fedjax_med.privacy.auditing import (
+  dispersion_p_value,
+  inclusion_p_value,
+  noise_std_p_value,
+  uncorrelated_p_value,
+)
+
+# Chance that one check refuses a correct program; its numbers follow from the seed.
+ALARM = 1e-6
+# Steps whose every number is looked at.
+WATCHED = 32
+
+
+class Check(NamedTuple):
+  """One property of the execution.
+
+  Attributes:
+    name: the property.
+    p_value: chance of what was seen if the property holds; 0 or 1 for one that is certain.
+    passed: whether it is believed.
+  """
+
+  name: str
+  p_value: float
+  passed: bool
+
+
+class _Watched(NamedTuple):
+  """Steps of a hospital's first two rounds, number by number, in units of the clip norm.
+
+  Attributes:
+    drawn: [steps, canaries] how often each present canary is in the noiseless sum.
+    rest: [steps] norm of what in the noiseless sum is no canary.
+    noise: [steps, 2, N] noise of the two layers.
+    idle: [steps, 2, N] the same where no record can be drawn.
+  """
+
+  drawn: np.ndarray
+  rest: np.ndarray
+  noise: np.ndarray
+  idle: np.ndarray
+
+
+def _watch(subject: Subject, k: int) -> _Watched:
+  # The beginnings of two rounds: a key without the step shows in one, without the round in both.
+  half, second = np.arange(WATCHED // 2), subject.steps_a_round[k]
+  steps = np.unique(np.concatenate([half, second + half]))
+  steps = jnp.asarray(steps[steps < subject.steps[k]], jnp.int32)
+  everybody = np.ones(num_canaries(subject.guarantee.mechanisms[k]), bool)
+  setting, loud, pool, directions = plant(subject, k, everybody)
+  silent = loud._replace(noise_multiplier=jnp.float32(0))
+  none = jnp.int32(0)
+  empty = loud._replace(
+    num_examples=none, units=None if loud.units is None else loud.units._replace(number=none)
+  )
+  key = jax.random.fold_in(base_key(subject.seed), 2**29)
+
+  @jax.jit
+  def run(client):
+    return jax.lax.map(lambda step: release(setting, client, pool, key, step), steps)
+
+  sums = np.asarray(run(silent)[0], np.float64)
+  basis = np.asarray(directions, np.float64)
+  drawn = np.linalg.solve(basis @ basis.T, basis @ sums.T).T
+  rest = np.linalg.norm(sums - drawn @ basis, axis=1)
+  return _Watched(drawn, rest, np.asarray(run(loud)[1]), np.asarray(run(empty)[1]))
+
+
+def check_execution(subject: Subject) -> list[Check]:
+  """Whether every hospital's releases are what their accounted mechanism says."""
+  checks: list[tuple[str, float]] = []
+  watched = [_watch(subject, k) for k in range(len(subject.steps))]
+  for name, mechanism, seen in zip(
+    subject.guarantee.names, subject.guarantee.mechanisms, watched, strict=True
+  ):
+    sigma, q = mechanism.noise_multiplier, mechanism.drawn_probability
+    present = seen.drawn > 0.5
+    exact = np.abs(seen.drawn - present).max() < 2e-3
+    checks += [
+      (f"{name}: no record moves the sum by more than the clip norm", seen.drawn.max() <= 1.002),
+      (f"{name}: a drawn record moves the sum by the clip norm, another one not at all", exact),
+      (f"{name}: nothing but records is in the sum", seen.rest.max() < 2e-2),
+      (f"{name}: noise has standard deviation σC on the sum", noise_std_p_value(seen.noise, sigma)),
+      (
+        f"{name}: every step is noised by as much",
+        _smallest([noise_std_p_value(step, sigma) for step in seen.noise]),
+      ),
+      (
+        f"{name}: a step that draws nobody is noised by as much",
+        _smallest([noise_std_p_value(step, sigma) for step in seen.idle]),
+      ),
+      (
+        f"{name}: each step draws noise of its own",
+        _smallest([uncorrelated_p_value(*pair) for pair in itertools.combinations(seen.noise, 2)]),
+      ),
+      (
+        f"{name}: each layer draws noise of its own",
+        uncorrelated_p_value(seen.noise[:, 0], seen.noise[:, 1]),
+      ),
+      (
+        f"{name}: a record is drawn with probability q",
+        inclusion_p_value(int(present.sum()), present.size, q),
+      ),
+      (
+        f"{name}: batch sizes vary as those of a Poisson sample",
+        dispersion_p_value(present.sum(1), present.shape[1], q),
+      ),
+    ]
+  for k in range(1, len(watched)):
+    same = [_same_noise(seen.noise, watched[k].noise) for seen in watched[:k]]
+    name = f"{subject.guarantee.names[k]} and those before it draw noise of their own"
+    checks.append((name, _smallest(same)))
+  return [Check(name, float(p), bool(p > ALARM)) for name, p in checks]
+
+
+def _same_noise(first: np.ndarray, second: np.ndarray) -> float:
+  """p-value of the noise of two hospitals being unrelated."""
+  # The same places of both; the first layer begins either draw.
+  steps = min(len(first), len(second))
+  pixels = min(first.shape[-1], second.shape[-1])
+  return uncorrelated_p_value(first[:steps, 0, :pixels], second[:steps, 0, :pixels])
+
+
+def _smallest(p_values: list[float]) -> float:
+  """The smallest of several, times their number (Bonferroni); 1 if there is none."""
+  return min(1.0, max(1, len(p_values)) * min(p_values, default=1.0))
