@@ -170,6 +170,9 @@ class PrivacyConfig:
     delta: δ; 0 means 1 / (10 n) at each hospital. It must be under 1/n.
     batch_cap: examples a truncated Poisson batch holds at most; 0 means 5 standard deviations
       above the expected size.
+    bands: local steps that noise is correlated over (banded matrix factorisation): each takes back
+      part of the noise of those before. 1 is independent noise. More help where ε is large and
+      steps are many; see docs/privacy.md.
     clipping: auto, book_keeping (one backward pass), reference (a gradient per example, any model)
       or two_pass (two backward passes, least memory; its rounding has no bound, so auto never
       takes it).
@@ -189,6 +192,7 @@ class PrivacyConfig:
   clip_norm: float = 1.0
   delta: float = 0.0
   batch_cap: int = 0
+  bands: int = 1
   clipping: str = "auto"
   adjacency: str = "zero_out"
   sampling: str = "poisson"

@@ -63,6 +63,7 @@ RANGES: dict[str, tuple[float, float, bool, str]] = {
   "privacy.clip_norm": (MIN_CLIP_NORM, 1e6, True, "use 1"),
   "privacy.delta": (0, 1, True, "use 0 for 1/(10 n)"),
   "privacy.batch_cap": (0, 1_000_000, True, "use 0 to let it be chosen"),
+  "privacy.bands": (1, 1000, True, "use 1 for independent noise"),
   "privacy.rows_per_unit": (0, 100_000, True, "use 0 to let it be chosen"),
   "privacy.augmentation_multiplicity": (1, 1000, True, "use 1, or 4 to 16"),
   "privacy.noise_stddev": (0, 1e6, True, "use 0 unless solve_for=clip_norm"),
@@ -175,11 +176,12 @@ def _validate_privacy(config: Config) -> None:
       "noise_stddev": privacy.noise_stddev,
     }
     require(
-      not any(unused.values()) and privacy.unit == "record" and copies == 1,
+      not any(unused.values()) and privacy.unit == "record" and copies == 1 and privacy.bands == 1,
       "privacy.mechanism='none' ignores "
       + ", ".join(f"privacy.{name}={value:g}" for name, value in unused.items())
-      + f", privacy.unit='{privacy.unit}', privacy.augmentation_multiplicity={copies}",
-      "set --config.privacy.mechanism=dp_sgd, or leave them at 0, 'record' and 1",
+      + f", privacy.unit='{privacy.unit}', privacy.augmentation_multiplicity={copies},"
+      f" privacy.bands={privacy.bands}",
+      "set --config.privacy.mechanism=dp_sgd, or leave them at 0, 'record', 1 and 1",
     )
     return
   require(

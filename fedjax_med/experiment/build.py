@@ -78,7 +78,8 @@ def _run_id(
     values["model"]["pretrained_sha256"] = load_safetensors(path).sha256
   levels = config.privacy, config.client_privacy
   calibrated = [p.target_epsilon > 0 and p.noise_multiplier == 0 for p in levels]
-  if config.client.schedule == "constant" and not any(calibrated):
+  independent = config.privacy.bands == 1  # else the noise's correlation is made for the rounds
+  if config.client.schedule == "constant" and independent and not any(calibrated):
     del values["server"]["num_rounds"]  # so that 5 rounds and 5 more equal 10
   for section, is_calibrated in zip(("privacy", "client_privacy"), calibrated, strict=True):
     if not is_calibrated:
@@ -127,6 +128,9 @@ def _stack_clients(
   weights = sizes if config.server.weighting == "examples" else np.ones(num_clients)
   private = protection.local.mechanisms if protection.local else ()
   absent = [0.0] * (0 if private else num_clients)
+  coefficients = None
+  if config.privacy.bands > 1:
+    coefficients = jnp.asarray([m.coefficients for m in private], jnp.float32)
   units = None
   if table is not None:
     units = Units(*(jnp.asarray(x, jnp.int32) for x in (table.starts, table.sizes, table.counts)))
@@ -144,6 +148,7 @@ def _stack_clients(
     ),
     noise_multiplier=jnp.asarray([m.noise_multiplier for m in private] or absent, jnp.float32),
     units=units,
+    coefficients=coefficients,
   )
 
 

@@ -19,6 +19,7 @@ from fedjax_med.experiment.attacks import ATTACKS, TRIALS_AT_ONCE, Scores, attac
 from fedjax_med.federated.algorithm import Client, Hyper, Pool, Units
 from fedjax_med.federated.local import StepContext, cross_entropy, private_gradient
 from fedjax_med.models.canary import canary_model
+from fedjax_med.privacy.banded import empty_memory
 from fedjax_med.privacy.guarantees import Guarantee
 from fedjax_med.privacy.mechanism import PoissonGaussian
 from fedjax_med.simulation.mesh import map_over_devices
@@ -99,6 +100,7 @@ def _client(subject: Subject, k: int, canaries: int) -> Client:
     expected_batch_size=jnp.float32(mechanism.expected_batch_size),
     noise_multiplier=jnp.float32(mechanism.noise_multiplier),
     units=units,
+    coefficients=None if mechanism.bands == 1 else jnp.asarray(mechanism.coefficients, jnp.float32),
   )
 
 
@@ -121,23 +123,107 @@ def _directions(images: np.ndarray) -> np.ndarray:
   return rows / np.linalg.norm(rows, axis=1, keepdims=True)
 
 
+def memory_of(setting: Setting, client: Client) -> Any:
+  """What the hospital's first step goes on from."""
+  if client.coefficients is None:
+    return ()
+  return empty_memory(setting.params, client.coefficients.shape[-1])
+
+
 def release(
-  setting: Setting, client: Client, pool: Pool, key: jax.Array, step: Any
-) -> tuple[jax.Array, jax.Array]:
+  setting: Setting, client: Client, pool: Pool, key: jax.Array, step: Any, memory: Any
+) -> tuple[jax.Array, jax.Array, Any]:
   """What ``step``, counted over all rounds, released, in units of the clip norm on the sum.
 
   Returns:
-    [N] what tells records apart (its part along record j is 1 where j was drawn), and [2, N] the
-    two layers' sums over classes, which hold noise alone, of standard deviation σ.
+    [N] what tells records apart (its part along record j is 1 where j was drawn), [2, N] the two
+    layers' sums over classes, which hold noise alone, of standard deviation σ where steps' noise is
+    independent, and the memory of the next step.
   """
   round, place = step // client.num_steps, step % client.num_steps
   context = StepContext(client, pool, _hyper(setting.clip_norm), key, round, place)
-  gradient, _, _ = setting.gradient(setting.params, {}, context)
+  gradient, _, memory, _ = setting.gradient(setting.params, {}, memory, context)
   factor = client.expected_batch_size / (setting.clip_norm * math.sqrt(2))
   kernels = [gradient[name]["kernel"] * factor for name in ("first", "second")]
   apart = [kernel[:, 1] - kernel[:, 0] for kernel in kernels]
   signal = (apart[0] + apart[1]) / math.sqrt(2)
-  return signal, jnp.stack([kernel.sum(1) for kernel in kernels])
+  return signal, jnp.stack([kernel.sum(1) for kernel in kernels]), memory
+
+
+def coefficients_of(client: Client) -> jax.Array:
+  """[b] strategy of the hospital's noise; one coefficient, 1, where steps' noise is independent."""
+  return jnp.ones((1,), jnp.float32) if client.coefficients is None else client.coefficients
+
+
+def decorrelate(
+  coefficients: jax.Array, past: jax.Array, released: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+  """The step's row of C Y, whose noise is that of no other row, from releases Y.
+
+  Args:
+    coefficients: [b] strategy.
+    past: [b - 1, ...] releases before this one, newest first; zeros before the first.
+    released: [...] this one.
+
+  Returns:
+    [...] the row, and ``past`` of the next step.
+  """
+  recent = jnp.concatenate([released[None], past])
+  weights = coefficients.reshape((-1,) + (1,) * released.ndim)
+  return (weights * recent).sum(0), recent[:-1]
+
+
+class _Ear(NamedTuple):
+  """What an attacker goes on from, along D directions.
+
+  Attributes:
+    memory: of the mechanism.
+    past: [b - 1, D] releases, newest first.
+    rows: [b, D] rows of C Y, newest last.
+    scores: [D, attacks] log-likelihood ratios so far.
+  """
+
+  memory: Any
+  past: jax.Array
+  rows: jax.Array
+  scores: jax.Array
+
+
+def _attack(
+  setting: Setting,
+  client: Client,
+  pool: Pool,
+  key: jax.Array,
+  directions: jax.Array,
+  sigmas: jax.Array,
+  steps: Any,
+) -> jax.Array:
+  """[D, attacks] scores of the records in slots 0 .. D - 1, for noise of each of ``sigmas``.
+
+  With b bands a record in slot s can be drawn in steps t = s modulo b, and is seen in b rows of C Y
+  from there: their sum, weighted by the coefficients, has a share 1 of it and noise σ. Of a block
+  that the run's end cuts nothing is made.
+  """
+  strategy, count = coefficients_of(client), len(directions)
+  bands = strategy.shape[0]
+
+  def body(step, ear):
+    signal, _, memory = release(setting, client, pool, key, step, ear.memory)
+    row, past = decorrelate(strategy, ear.past, directions @ signal)
+    rows = jnp.concatenate([ear.rows[1:], row[None]])
+    seen = (strategy[:, None] * rows).sum(0)
+    begin = step - (bands - 1)
+    whole = (begin >= 0) & (begin % bands == jnp.arange(count) % bands)
+    found = ratio(seen[:, None], client.sampling_probability, sigmas)
+    return _Ear(memory, past, rows, ear.scores + jnp.where(whole[:, None], found, 0))
+
+  start = _Ear(
+    memory_of(setting, client),
+    jnp.zeros((bands - 1, count)),
+    jnp.zeros((bands, count)),
+    jnp.zeros((count, len(sigmas))),
+  )
+  return jax.lax.fori_loop(0, steps, body, start).scores
 
 
 def num_canaries(mechanism: PoissonGaussian) -> int:
@@ -170,19 +256,14 @@ def make_trials(subject: Subject, devices: int) -> Callable:
   """
   setting = setting_for(subject, 4)
   images = _images(4, 1)
-  direction = jnp.asarray(_directions(images)[0], jnp.float32)
+  direction = jnp.asarray(_directions(images), jnp.float32)
   shares = jnp.asarray([share for share, _ in ATTACKS], jnp.float32)
 
   def trial(hospital, each):
     (client, sigma, steps), (number, present) = hospital, each
     key = jax.random.fold_in(base_key(subject.seed), number)
     pool = Pool(jnp.asarray(images) * present.astype(jnp.uint8), jnp.zeros((2,), jnp.int32))
-
-    def body(step, scores):
-      signal, _ = release(setting, client, pool, key, step)
-      return scores + ratio(signal @ direction, client.sampling_probability, sigma * shares)
-
-    return jax.lax.fori_loop(0, steps, body, jnp.zeros(shares.shape, jnp.float32))
+    return _attack(setting, client, pool, key, direction, sigma * shares, steps)[0]
 
   return map_over_devices(trial, devices, TRIALS_AT_ONCE)
 
@@ -205,14 +286,10 @@ def many_canaries(subject: Subject, k: int) -> tuple[np.ndarray, np.ndarray]:
   setting, client, pool, directions = plant(subject, k, bits)
   key = jax.random.fold_in(base_key(subject.seed), 2**30 + k)
 
+  sigma = jnp.asarray([mechanism.noise_multiplier], jnp.float32)
+
   @jax.jit
   def run(client, pool):
-    def body(step, scores):
-      signal, _ = release(setting, client, pool, key, step)
-      return scores + ratio(
-        directions @ signal, client.sampling_probability, mechanism.noise_multiplier
-      )
-
-    return jax.lax.fori_loop(0, subject.steps[k], body, jnp.zeros((canaries,), jnp.float32))
+    return _attack(setting, client, pool, key, directions, sigma, subject.steps[k])[:, 0]
 
   return np.asarray(run(client, pool), np.float64), bits

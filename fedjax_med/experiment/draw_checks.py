@@ -8,7 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from fedjax_med.core.keys import base_key
-from fedjax_med.experiment.canaries import Subject, num_canaries, plant, release
+from fedjax_med.experiment.canaries import (
+  Subject,
+  coefficients_of,
+  decorrelate,
+  memory_of,
+  num_canaries,
+  plant,
+  release,
+)
 from fedjax_med.privacy.auditing import (
   dispersion_p_value,
   inclusion_p_value,
@@ -40,12 +48,14 @@ class _Watched(NamedTuple):
   """Steps of a hospital's first two rounds, number by number, in units of the clip norm.
 
   Attributes:
+    steps: [steps] their numbers.
     drawn: [steps, canaries] how often each present canary is in the noiseless sum.
     rest: [steps] norm of what in the noiseless sum is no canary.
-    noise: [steps, 2, N] noise of the two layers.
+    noise: [steps, 2, N] noise of the two layers, freed of its correlation over steps.
     idle: [steps, 2, N] the same where no record can be drawn.
   """
 
+  steps: np.ndarray
   drawn: np.ndarray
   rest: np.ndarray
   noise: np.ndarray
@@ -56,7 +66,7 @@ def _watch(subject: Subject, k: int) -> _Watched:
   # The beginnings of two rounds: a key without the step shows in one, without the round in both.
   half, second = np.arange(WATCHED // 2), subject.steps_a_round[k]
   steps = np.unique(np.concatenate([half, second + half]))
-  steps = jnp.asarray(steps[steps < subject.steps[k]], jnp.int32)
+  steps = steps[steps < subject.steps[k]]
   everybody = np.ones(num_canaries(subject.guarantee.mechanisms[k]), bool)
   setting, loud, pool, directions = plant(subject, k, everybody)
   silent = loud._replace(noise_multiplier=jnp.float32(0))
@@ -68,13 +78,30 @@ def _watch(subject: Subject, k: int) -> _Watched:
 
   @jax.jit
   def run(client):
-    return jax.lax.map(lambda step: release(setting, client, pool, key, step), steps)
+    strategy = coefficients_of(client)
+
+    def once(step, carry):
+      memory, past = carry
+      signal, noise, memory = release(setting, client, pool, key, step, memory)
+      noise, past = decorrelate(strategy, past, noise)
+      return (memory, past), (signal, noise)
+
+    def watched(carry, between):
+      begin, step = between
+      carry = jax.lax.fori_loop(begin, step, lambda i, carry: once(i, carry)[0], carry)
+      return once(step, carry)
+
+    past = jnp.zeros((len(strategy) - 1, 2, setting.pixels))
+    # Correlated noise goes on from every step before; else those between need not be run.
+    begins = steps if client.coefficients is None else np.concatenate([[0], steps[:-1] + 1])
+    pairs = jnp.asarray(begins, jnp.int32), jnp.asarray(steps, jnp.int32)
+    return jax.lax.scan(watched, (memory_of(setting, client), past), pairs)[1]
 
   sums = np.asarray(run(silent)[0], np.float64)
   basis = np.asarray(directions, np.float64)
   drawn = np.linalg.solve(basis @ basis.T, basis @ sums.T).T
   rest = np.linalg.norm(sums - drawn @ basis, axis=1)
-  return _Watched(drawn, rest, np.asarray(run(loud)[1]), np.asarray(run(empty)[1]))
+  return _Watched(steps, drawn, rest, np.asarray(run(loud)[1]), np.asarray(run(empty)[1]))
 
 
 def check_execution(subject: Subject) -> list[Check]:
@@ -85,7 +112,8 @@ def check_execution(subject: Subject) -> list[Check]:
     subject.guarantee.names, subject.guarantee.mechanisms, watched, strict=True
   ):
     sigma, q = mechanism.noise_multiplier, mechanism.drawn_probability
-    present = seen.drawn > 0.5
+    present, bands = seen.drawn > 0.5, mechanism.bands
+    its_turn = (seen.steps[:, None] - np.arange(present.shape[1])) % bands == 0
     exact = np.abs(seen.drawn - present).max() < 2e-3
     checks += [
       (f"{name}: no record moves the sum by more than the clip norm", seen.drawn.max() <= 1.002),
@@ -110,18 +138,27 @@ def check_execution(subject: Subject) -> list[Check]:
       ),
       (
         f"{name}: a record is drawn with probability q",
-        inclusion_p_value(int(present.sum()), present.size, q),
+        inclusion_p_value(int(present.sum()), int(its_turn.sum()), q),
       ),
       (
         f"{name}: batch sizes vary as those of a Poisson sample",
-        dispersion_p_value(present.sum(1), present.shape[1], q),
+        _smallest([_dispersion(present, seen.steps, bands, r, q) for r in range(bands)]),
       ),
     ]
+    if bands > 1:
+      alone = not (present & ~its_turn).any()
+      checks.append((f"{name}: a record is drawn in the steps of its subset alone", alone))
   for k in range(1, len(watched)):
     same = [_same_noise(seen.noise, watched[k].noise) for seen in watched[:k]]
     name = f"{subject.guarantee.names[k]} and those before it draw noise of their own"
     checks.append((name, _smallest(same)))
   return [Check(name, float(p), bool(p > ALARM)) for name, p in checks]
+
+
+def _dispersion(present: np.ndarray, steps: np.ndarray, bands: int, subset: int, q: float) -> float:
+  """p-value of the batch sizes of one subset's steps; 1 where there is no such step or record."""
+  sizes = present[steps % bands == subset][:, subset::bands]
+  return dispersion_p_value(sizes.sum(1), sizes.shape[1], q) if sizes.size else 1.0
 
 
 def _same_noise(first: np.ndarray, second: np.ndarray) -> float:

@@ -149,6 +149,7 @@ def block_arguments(
   pool: Any,
   max_units: int = 0,
   client_level: bool = False,
+  bands: int = 1,
 ) -> tuple[Any, ...]:
   """Shapes of what ``block`` is called with; ``pool`` has inputs and labels."""
   shape: Any = jax.ShapeDtypeStruct  # stands in for an array
@@ -160,6 +161,8 @@ def block_arguments(
   if max_units:
     table = shape((num_clients, max_units), jnp.int32)
     clients = clients._replace(units=Units(table, table, number))
+  if bands > 1:
+    clients = clients._replace(coefficients=shape((num_clients, bands), jnp.float32))
   data = Pool(*(shape(part.shape, part.dtype) for part in (pool.inputs, pool.labels)))
   scalar = shape((), jnp.float32)
   level = ClientLevel(*(scalar for _ in ClientLevel._fields)) if client_level else None

@@ -110,6 +110,7 @@ def time_steps(
   rate: float,
   max_units: int = 0,
   rows_per_unit: int = 1,
+  bands: int = 1,
   clock: Callable[[], float] = time.perf_counter,
 ) -> float:
   """Seconds of one local step of one of ``chunk`` clients, on zeros and a key of its own.
@@ -126,6 +127,7 @@ def time_steps(
     rate: q of each client.
     max_units: slots of a client's table of units that hold several rows; 0 without such.
     rows_per_unit: rows of such a unit.
+    bands: steps that noise is correlated over.
     clock: seconds.
   """
 
@@ -151,11 +153,15 @@ def time_steps(
     table = jnp.zeros((chunk, max_units), jnp.int32)
     units = Units(table, table + rows_per_unit, clients.num_examples)
     clients = clients._replace(units=units)
+  memory = ()
+  if bands > 1:
+    clients = clients._replace(coefficients=jnp.full((chunk, bands), bands**-0.5))
+    memory = empty_memory(params, bands)
 
   @jax.jit
   def run(params, state, pool, clients):  # as arguments: zeros that are constants would fold
     def one(client):
-      return train(params, state, client, pool, hyper, key, jnp.zeros((), jnp.int32))
+      return train(params, state, memory, client, pool, hyper, key, jnp.zeros((), jnp.int32))
 
     if chunk == 1:
       return one(jax.tree.map(lambda leaf: leaf[0], clients))

@@ -29,6 +29,7 @@ from fedjax_med.models.model import Model
 from fedjax_med.models.ops import Lowering
 from fedjax_med.models.pretrained import Overlay, overlay
 from fedjax_med.models.registry import create_model, has_remat
+from fedjax_med.privacy.banded import empty_memory
 from fedjax_med.privacy.clipping import resolve_method
 from fedjax_med.privacy.clipping import uncovered as clipping_problems
 from fedjax_med.simulation.evaluation import make_predict
@@ -108,6 +109,11 @@ def make_program(
   client, server = config.client, config.server
   client_level = config.client_privacy.mechanism != "none"
   copies = config.privacy.augmentation_multiplicity if private else 1
+  bands = config.privacy.bands if private else 1
+
+  def init_memory(params: Any) -> Any:
+    return empty_memory(params, bands) if bands > 1 else ()
+
   counts = np.full(1, max_examples) if counts is None else counts
   rates = np.minimum(1, client.batch_size / counts)
 
@@ -159,6 +165,7 @@ def make_program(
       server_optimizer(server.optimizer, server.momentum),
       average=server.ema_decay > 0,
       private=private or client_level,
+      init_memory=init_memory,
     )
 
   def round_as(choice: Choice, mesh: Mesh | None) -> Callable[..., Any]:
@@ -199,7 +206,13 @@ def make_program(
   values = given.params, given.state
   seed = np.int32(config.seed)
   arguments = planning.block_arguments(
-    lambda: initial(seed, *values), num_clients, max_examples, dataset, max_units, client_level
+    lambda: initial(seed, *values),
+    num_clients,
+    max_examples,
+    dataset,
+    max_units,
+    client_level,
+    bands,
   )
   # Products hold patches, native convolutions do not: the most that either needs.
   footprint = planning.footprint(create_model(config.model, classes, "matmul", remat=remat), image)
@@ -229,6 +242,7 @@ def make_program(
       rate=float(np.median(rates)),
       max_units=max_units,
       rows_per_unit=rows_per_unit,
+      bands=bands,
     )
 
   budget = planning.memory_budget(config.execution.memory_gib)

@@ -108,6 +108,7 @@ def _mechanisms(
     noise_multiplier=privacy.noise_multiplier,
     target_epsilon=privacy.target_epsilon,
     delta=privacy.delta,
+    bands=privacy.bands,
   )
   if privacy.same_noise:
     sigma = max(mechanism.noise_multiplier for mechanism in mechanisms)

@@ -50,6 +50,7 @@ class Client(NamedTuple):
     expected_batch_size: float32 q·n, the fixed denominator (private runs).
     noise_multiplier: float32 σ (private runs).
     units: what is sampled and clipped as a whole; None if it is the single example.
+    coefficients: [b] float32 strategy of correlated noise; None if steps' noise is independent.
   """
 
   number: jax.Array
@@ -61,6 +62,7 @@ class Client(NamedTuple):
   expected_batch_size: jax.Array
   noise_multiplier: jax.Array
   units: Units | None = None
+  coefficients: jax.Array | None = None
 
 
 class Hyper(NamedTuple):
@@ -153,7 +155,8 @@ class FederatedAlgorithm(NamedTuple):
 
   Attributes:
     init_server: (params, state) -> ServerState.
-    init_client: (params, state) -> what one client keeps between rounds, () for most algorithms.
+    init_client: (params, state) -> what one client keeps between rounds, with the memory of its
+      local training, which correlated noise goes on from; () for most runs.
     client_update: (server, kept, client, pool, hyper, key) -> (ClientDelta, kept, RoundMetrics).
       Runs under vmap over clients; random keys come from (client.number, server.round, step).
     server_update: (server, mean ClientDelta, hyper) -> ServerState.

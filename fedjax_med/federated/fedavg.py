@@ -17,7 +17,11 @@ from fedjax_med.federated.optimizers import descend
 
 
 def fedavg(
-  train: Callable, optimizer: optax.GradientTransformation, *, average: bool
+  train: Callable,
+  optimizer: optax.GradientTransformation,
+  *,
+  average: bool,
+  init_memory: Callable[[Tree], Tree],
 ) -> FederatedAlgorithm:
   """Clients train from the global weights; the server steps along the mean of their deltas.
 
@@ -25,6 +29,7 @@ def fedavg(
     train: a local_training function.
     optimizer: direction of the server step (identity is FedAvg; Reddi et al. 2021 for others).
     average: also keep an exponential moving average of the weights over rounds.
+    init_memory: params -> what ``train`` goes on from in a client's first round.
   """
 
   def init_server(params: Tree, state: Tree) -> ServerState:
@@ -33,8 +38,8 @@ def fedavg(
     return ServerState(params, state, optimizer.init(params), kept, jnp.zeros((), jnp.int32))
 
   def client_update(server, kept, client, pool, hyper, key):
-    params, state, metrics = train(
-      server.params, server.state, client, pool, hyper, key, server.round
+    params, state, kept, metrics = train(
+      server.params, server.state, kept, client, pool, hyper, key, server.round
     )
     delta = ClientDelta(
       jax.tree.map(jnp.subtract, params, server.params),
@@ -58,4 +63,7 @@ def fedavg(
     state = jax.tree.map(jnp.add, server.state, delta.state)
     return ServerState(params, state, opt_state, kept, done)
 
-  return FederatedAlgorithm(init_server, lambda params, state: (), client_update, server_update)
+  def init_client(params: Tree, state: Tree) -> Tree:
+    return init_memory(params)
+
+  return FederatedAlgorithm(init_server, init_client, client_update, server_update)

@@ -1,5 +1,6 @@
 """Local training at one client: draw a batch, take a (private) gradient, step the optimiser."""
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -21,6 +22,7 @@ from fedjax_med.federated.algorithm import (
 )
 from fedjax_med.federated.optimizers import descend
 from fedjax_med.models.model import Model
+from fedjax_med.privacy.banded import banded_batch, correlated_mean
 from fedjax_med.privacy.clipping import clipped_sum
 from fedjax_med.privacy.noise import private_mean
 from fedjax_med.privacy.sampling import epoch_batch, poisson_batch
@@ -39,8 +41,8 @@ class StepContext(NamedTuple):
   step: jax.Array
 
 
-# (params, state, context) -> (gradient, new state, RoundMetrics of this step)
-Gradient = Callable[[Tree, Tree, StepContext], tuple[Tree, Tree, RoundMetrics]]
+# (params, state, memory, context) -> (gradient, new state, new memory, RoundMetrics of this step)
+Gradient = Callable[[Tree, Tree, Tree, StepContext], tuple[Tree, Tree, Tree, RoundMetrics]]
 
 
 def cross_entropy(label_smoothing: float) -> Loss:
@@ -112,7 +114,7 @@ def plain_gradient(
   batch norm sees, and averages over, one microbatch after the other.
   """
 
-  def gradient(params, state, context):
+  def gradient(params, state, memory, context):
     client = context.client
     slots, mask = epoch_batch(
       key_for(context.key, Stream.SHUFFLE, client.number),
@@ -153,7 +155,7 @@ def plain_gradient(
       return grad, new_state, metrics
 
     grad, state, metrics = _in_parts(part, microbatch, params, state, drawn, key)
-    return grad, state, metrics._replace(steps=jnp.ones((), jnp.int32))
+    return grad, state, memory, metrics._replace(steps=jnp.ones((), jnp.int32))
 
   return gradient
 
@@ -182,14 +184,20 @@ def private_gradient(
   ``rows_per_unit`` rows a step looks at that many. Each row is seen in ``copies`` random changes
   (augmentation multiplicity, De et al. 2022, arXiv 2204.13650); the loss of a unit is the mean over
   all of that, so that its gradient is clipped once.
+
+  Where ``client.coefficients`` says so, noise is correlated over steps and ``memory`` is a
+  ``banded.Memory``.
   """
   images = rows_per_unit * copies
 
-  def gradient(params, state, context):
+  def gradient(params, state, memory, context):
     client, hyper = context.client, context.hyper
     where = (client.number, context.round, context.step)
-    units = client.units
-    slots, mask = poisson_batch(
+    units, bands = client.units, client.coefficients
+    sampler = poisson_batch
+    if bands is not None:
+      sampler = functools.partial(banded_batch, step=memory.step, bands=bands.shape[0])
+    slots, mask = sampler(
       key_for(context.key, Stream.SAMPLE, *where),
       client.num_examples if units is None else units.number,
       client.sampling_probability,
@@ -240,14 +248,18 @@ def private_gradient(
     key = key_for(context.key, Stream.DROPOUT, *where)
     drawn = _Drawn(slots, mask, turn, changes)
     total, state, metrics = _in_parts(part, microbatch, params, state, drawn, key)
-    grad = private_mean(
+    release = (
       total,
       key_for(context.key, Stream.NOISE, *where),
       client.noise_multiplier,
       hyper.clip_norm,
       client.expected_batch_size,
     )
-    return grad, state, metrics._replace(steps=jnp.ones((), jnp.int32))
+    if bands is None:
+      grad = private_mean(*release)
+    else:
+      grad, memory = correlated_mean(*release, bands, memory)
+    return grad, state, memory, metrics._replace(steps=jnp.ones((), jnp.int32))
 
   return gradient
 
@@ -291,8 +303,8 @@ def local_training(
   optimizer: optax.GradientTransformation,
   rate_factor: Callable[[jax.Array], jax.Array],
   num_local_steps: int | None,
-) -> Callable[..., tuple[Tree, Tree, RoundMetrics]]:
-  """Builds ``train(params, state, client, pool, hyper, key, round)``: a round at one client.
+) -> Callable[..., tuple[Tree, Tree, Tree, RoundMetrics]]:
+  """Builds ``train(params, state, memory, client, pool, hyper, key, round)``: a client's round.
 
   Args:
     gradient: plain_gradient or private_gradient.
@@ -302,30 +314,31 @@ def local_training(
       ``client.num_steps`` decides (under vmap the clients that are done wait, unchanged).
 
   Returns:
-    A function to (params, state, RoundMetrics). The FedProx term μ(w − w_round) is added after
+    A function to (params, state, memory, RoundMetrics), where memory is what the gradient goes on
+    from: a banded.Memory, or () where there is none. The FedProx term μ(w − w_round) is added after
     clipping and noise: it depends on no example.
   """
 
-  def train(params, state, client: Client, pool: Pool, hyper: Hyper, key, round):
+  def train(params, state, memory, client: Client, pool: Pool, hyper: Hyper, key, round):
     rate = hyper.client_learning_rate * rate_factor(round)
 
     def body(step, carry):
-      local, local_state, opt_state, sums = carry
-      grad, local_state, metrics = gradient(
-        local, local_state, StepContext(client, pool, hyper, key, round, step)
+      local, local_state, memory, opt_state, sums = carry
+      grad, local_state, memory, metrics = gradient(
+        local, local_state, memory, StepContext(client, pool, hyper, key, round, step)
       )
       grad = jax.tree.map(
         lambda g, w, w0: g + hyper.proximal_weight * (w - w0), grad, local, params
       )
       direction, opt_state = optimizer.update(grad, opt_state, local)
       local = descend(local, direction, rate)
-      return local, local_state, opt_state, add_metrics(sums, metrics)
+      return local, local_state, memory, opt_state, add_metrics(sums, metrics)
 
     bound = client.num_steps if num_local_steps is None else num_local_steps
-    carry = (params, state, optimizer.init(params), no_metrics())
-    local, local_state, _, sums = jax.lax.fori_loop(0, bound, body, carry)
+    carry = (params, state, memory, optimizer.init(params), no_metrics())
+    local, local_state, memory, _, sums = jax.lax.fori_loop(0, bound, body, carry)
     # The loss too: private gradients stay finite whatever the model does.
     finite = _all_finite([*jax.tree.leaves(local), sums.loss])
-    return local, local_state, sums._replace(finite=finite)
+    return local, local_state, memory, sums._replace(finite=finite)
 
   return train

@@ -62,7 +62,7 @@ def epsilon(mechanism: PoissonGaussian, steps: int, delta: float, accountant: st
   Raises:
     UserError: δ outside [1e-10, 1/n), steps not a whole number from 0, or an unknown accountant.
   """
-  require_whole("steps", steps, 0, "count the steps executed")
+  compositions = mechanism.compositions(steps)
   check_delta(delta, mechanism.num_units)
   require_choice("accountant", accountant, ("pld", "rdp"))
   if steps == 0:
@@ -70,7 +70,7 @@ def epsilon(mechanism: PoissonGaussian, steps: int, delta: float, accountant: st
   if mechanism.noise_multiplier == 0:
     return math.inf
   compute = _pld_epsilon if accountant == "pld" else _rdp_epsilon
-  value = compute(mechanism.event(), int(steps), float(delta))
+  value = compute(mechanism.event(), compositions, float(delta))
   if math.isnan(value) or value < 0:
     raise ArithmeticError(f"accountant '{accountant}' returned ε={value} for {mechanism}")
   return value
@@ -86,8 +86,8 @@ def discretization_interval(mechanism: PoissonGaussian) -> float:
 
 
 def cut_probability(mechanism: PoissonGaussian) -> float:
-  """Probability that a given unit is drawn and kept in a batch that overflows, in one step."""
-  return _cut_probability(mechanism.num_units, mechanism.drawn_probability, mechanism.batch_cap)
+  """Probability that a given unit is drawn and kept in a batch that overflows, in one event."""
+  return _cut_probability(mechanism.places, mechanism.drawn_probability, mechanism.batch_cap)
 
 
 def _cut_probability(n: int, q: float, cap: int) -> float:

@@ -27,163 +27,19 @@ Nothing here depends on T: a run may go on beyond the steps its strategy is best
 coefficients. It may not change them, nor lose its buffer of earlier noise, between two steps.
 """
 
-import dataclasses
 import functools
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedjax_med.core.errors import require
-from fedjax_med.privacy import accounting, calibration
-from fedjax_med.privacy.mechanism import (
-  PoissonGaussian,
-  batch_size_bound,
-  plan_mechanisms,
-  require_whole,
-)
+from fedjax_med.privacy.mechanism import require_whole
+from fedjax_med.privacy.noise import gaussian_noise_like
 from fedjax_med.privacy.sampling import poisson_batch
 
-if TYPE_CHECKING:
-  import dp_accounting
-
 Tree = Any  # a pytree of arrays
-
-
-@dataclasses.dataclass(frozen=True)
-class BandedGaussian:
-  """One local step with noise correlated over ``bands`` steps, at a hospital split in as many.
-
-  Attributes:
-    num_units: n, records of the hospital (public), at least one for each band.
-    sampling_probability: q of a record in the steps of its subset, above 0 and at most 1.
-    batch_cap: places a batch holds at most; the rule of PoissonGaussian holds for a subset.
-    noise_multiplier: σ, standard deviation of the fresh noise on the sum over ``clip_norm``.
-    clip_norm: C, largest l2 norm of one record's contribution.
-    coefficients: first column of the strategy matrix: positive, not rising (then the recursion is
-      stable, Eneström-Kakeya), of norm 1 to a millionth. One coefficient is PoissonGaussian.
-
-  Raises:
-    UserError: a value breaks its rule.
-  """
-
-  num_units: int
-  sampling_probability: float
-  batch_cap: int
-  noise_multiplier: float
-  clip_norm: float
-  coefficients: tuple[float, ...]
-
-  def __post_init__(self) -> None:
-    c = self.coefficients
-    falling = all(later <= earlier for earlier, later in zip(c, c[1:], strict=False))
-    require(
-      len(c) > 0 and falling and c[-1] > 0 and abs(self.column_norm - 1) < 1e-6,
-      f"coefficients={c} must be positive, not rising and of norm 1",
-      "use toeplitz_strategy(steps, bands)",
-    )
-    require_whole(
-      "num_units", self.num_units, len(c), f"lower bands={len(c)} to the number of records"
-    )
-    _ = self.subset  # holds the other values to PoissonGaussian's rules
-
-  @property
-  def bands(self) -> int:
-    """b, steps over which noise is correlated, and subsets of the hospital."""
-    return len(self.coefficients)
-
-  @property
-  def column_norm(self) -> float:
-    """Norm of the float32 coefficients that the device computes with."""
-    return math.sqrt(float(np.sum(np.float64(np.float32(self.coefficients)) ** 2)))
-
-  @property
-  def expected_batch_size(self) -> float:
-    """q·n / b, the fixed denominator of every step, so that every record weighs the same."""
-    return self.sampling_probability * self.num_units / self.bands
-
-  @property
-  def subset(self) -> PoissonGaussian:
-    """What a record of the largest subset goes through once in ``bands`` steps."""
-    return PoissonGaussian(
-      -(-self.num_units // self.bands),
-      self.sampling_probability,
-      self.batch_cap,
-      self.noise_multiplier / self.column_norm,
-      self.clip_norm,
-    )
-
-  def event(self) -> "dp_accounting.TruncatedSubsampledGaussianDpEvent":
-    """The accounted event of ``bands`` steps in a row; see the module's proof."""
-    return self.subset.event()
-
-  def compositions(self, steps: int) -> int:
-    """How many times the event composes in ``steps`` steps: ceil(steps / b), subset 0's share."""
-    require_whole("steps", steps, 0, "count the steps executed")
-    return -(-int(steps) // self.bands)
-
-
-def banded_epsilon(
-  mechanism: BandedGaussian, steps: int, delta: float, accountant: str = "pld"
-) -> float:
-  """ε of ``steps`` steps at ``delta``, as accounting.epsilon.
-
-  Raises:
-    UserError: δ outside [1e-10, 1/n), steps not a whole number from 0, or an unknown accountant.
-  """
-  accounting.check_delta(delta, mechanism.num_units)
-  return accounting.epsilon(mechanism.subset, mechanism.compositions(steps), delta, accountant)
-
-
-def plan_banded(
-  num_units: int,
-  batch_size: int,
-  bands: int,
-  *,
-  steps: int,
-  clip_norm: float,
-  batch_cap: int = 0,
-  noise_multiplier: float = 0.0,
-  target_epsilon: float = 0.0,
-  delta: float = 0.0,
-) -> BandedGaussian:
-  """The banded mechanism of one hospital; arguments as in plan_mechanisms.
-
-  q = min(1, bands · batch_size / n). Where that is 1, batches have n / bands < batch_size records.
-
-  Args:
-    num_units: n.
-    batch_size: expected batch size.
-    bands: b, at most n and ``steps``.
-    steps: local steps in all, that the strategy is optimised for and σ calibrated to.
-    clip_norm: C.
-    batch_cap: 0 means the expected size plus 5 standard deviations.
-    noise_multiplier: σ; 0 means calibrate.
-    target_epsilon: with ``noise_multiplier=0`` the ε that σ is calibrated to.
-    delta: δ; 0 means 1 / (10 n).
-
-  Raises:
-    UserError: a value breaks its rule, or the target cannot be reached.
-  """
-  require_whole("batch_size", batch_size, 1, "use 32")
-  require(
-    noise_multiplier != 0 or target_epsilon > 0,
-    f"noise_multiplier={noise_multiplier} and target_epsilon={target_epsilon} leave σ open",
-    "set one of them above 0",
-  )
-  coefficients = tuple(float(c) for c in toeplitz_strategy(steps, bands))
-  require_whole("num_units", num_units, bands, f"lower bands={bands} to it")
-  delta = accounting.resolve_deltas([num_units], delta)[0]
-  places = -(-num_units // bands)
-  q = min(1.0, bands * batch_size / num_units)
-  cap = min(batch_cap or batch_size_bound(places, q, 5), places)
-  unit = BandedGaussian(num_units, q, cap, 1.0, clip_norm, coefficients)
-  sigma = float(noise_multiplier) or unit.column_norm * calibration.calibrate_noise(
-    places, q, cap, unit.compositions(steps), delta, target_epsilon
-  )
-  return dataclasses.replace(unit, noise_multiplier=sigma)
 
 
 def toeplitz_strategy(steps: int, bands: int) -> np.ndarray:
@@ -214,50 +70,6 @@ def prefix_errors(coefficients: np.ndarray | tuple[float, ...], steps: int) -> n
   A, of ones on and below the diagonal, sums up steps. Independent noise has 1, 2, .., ``steps``.
   """
   return np.cumsum(_partial_sums(np.asarray(coefficients, float), steps) ** 2)
-
-
-def error_over_independent(
-  num_units: int,
-  batch_size: int,
-  bands: int,
-  *,
-  steps: int,
-  target_epsilon: float,
-  delta: float = 0.0,
-) -> float:
-  """By how much banded noise is better: above 1 it leaves less noise in SGD's weights.
-
-  Both are calibrated to the same (ε, δ) and number of steps: independent noise with Poisson
-  batches of the whole hospital, banded noise with batches of its subsets. Compared is the root mean
-  square, over steps, of the noise in the sum of all mean gradients so far (a constant learning rate
-  without momentum). Noise from the choice of batches is not counted.
-
-  Raises:
-    UserError: a value breaks its rule, or the target cannot be reached.
-  """
-  independent = plan_mechanisms(
-    [num_units],
-    batch_size,
-    steps=[steps],
-    clip_norm=1.0,
-    target_epsilon=target_epsilon,
-    delta=delta,
-  )[0]
-  banded = plan_banded(
-    num_units,
-    batch_size,
-    bands,
-    steps=steps,
-    clip_norm=1.0,
-    target_epsilon=target_epsilon,
-    delta=delta,
-  )
-
-  def error(mechanism: PoissonGaussian | BandedGaussian, coefficients: tuple[float, ...]) -> float:
-    spread = math.sqrt(prefix_errors(coefficients, steps).mean())
-    return mechanism.noise_multiplier / mechanism.expected_batch_size * spread
-
-  return error(independent, (1.0,)) / error(banded, banded.coefficients)
 
 
 def banded_batch(
@@ -307,9 +119,50 @@ def banded_batch(
   return jnp.where(mask, slots[order], 0), mask
 
 
-def empty_buffer(tree: Tree, bands: int) -> Tree:
-  """The buffer before the first step: a float32 zero [bands - 1, ...] for every leaf."""
-  return jax.tree.map(lambda leaf: jnp.zeros((bands - 1, *jnp.shape(leaf)), jnp.float32), tree)
+class Memory(NamedTuple):
+  """What a hospital's correlated noise goes on from; to lose it would break the promise of ε.
+
+  Attributes:
+    step: [] int32 private steps taken so far.
+    noise: pytree of [b - 1, ...] float32, the x of the steps before, newest first.
+  """
+
+  step: jax.Array
+  noise: Tree
+
+
+def empty_memory(params: Tree, bands: int) -> Memory:
+  """Memory before the first step, for weights of ``params``' shapes."""
+  return Memory(
+    jnp.zeros((), jnp.int32),
+    jax.tree.map(lambda leaf: jnp.zeros((bands - 1, *jnp.shape(leaf)), jnp.float32), params),
+  )
+
+
+def correlated_mean(
+  clipped_sum: Tree,
+  key: jax.Array,
+  noise_multiplier: jax.Array | float,
+  clip_norm: jax.Array | float,
+  expected_batch_size: jax.Array | float,
+  coefficients: jax.Array,
+  memory: Memory,
+) -> tuple[Tree, Memory]:
+  """(clipped_sum + σ·C·x) / (q·n/b): ``noise.private_mean`` with x = C⁻¹ z in the place of z.
+
+  Returns:
+    float32 pytree of ``clipped_sum``'s structure, and the memory of the next step.
+  """
+  fresh = gaussian_noise_like(key, clipped_sum, 1.0)
+  noise, last = correlated_noise(memory.noise, fresh, coefficients)
+  stddev = jnp.asarray(noise_multiplier, jnp.float32) * jnp.asarray(clip_norm, jnp.float32)
+  denominator = jnp.asarray(expected_batch_size, jnp.float32)
+  mean = jax.tree.map(
+    lambda leaf, x: (jnp.asarray(leaf).astype(jnp.float32) + stddev * x) / denominator,
+    clipped_sum,
+    noise,
+  )
+  return mean, Memory(memory.step + 1, last)
 
 
 def correlated_noise(previous: Tree, fresh: Tree, coefficients: jax.Array) -> tuple[Tree, Tree]:

@@ -72,10 +72,12 @@ def affordable_steps(mechanism: PoissonGaussian, delta: float, budget: float) ->
     return 0
   loss_variance = math.expm1(min(mechanism.noise_multiplier**-2, 100.0))
   guess = (gaussian_mu(budget, delta) / mechanism.drawn_probability) ** 2 / loss_variance
-  steps = _largest_within(
-    lambda count: epsilon(mechanism, int(count), delta), budget, 1, MAX_STEPS, guess, slope=0.5
-  )
-  return int(steps or 0)
+  bands = mechanism.bands
+
+  def spent(compositions: float) -> float:
+    return epsilon(mechanism, int(compositions) * bands, delta)
+
+  return bands * int(_largest_within(spent, budget, 1, MAX_STEPS // bands, guess, slope=0.5) or 0)
 
 
 def gaussian_mu(target_epsilon: float, delta: float) -> float:

@@ -158,6 +158,7 @@ def describe(guarantee: Guarantee, counts: Sequence[int] | np.ndarray) -> dict[s
         "sampling_probability": mechanism.sampling_probability,
         "batch_cap": mechanism.batch_cap,
         "noise_multiplier": mechanism.noise_multiplier,
+        "coefficients": list(mechanism.coefficients),
         "clip_norm": mechanism.clip_norm,
         "steps": int(count),
         "delta": float(delta),

@@ -23,7 +23,7 @@ from fedjax_med.privacy.mechanism import PoissonGaussian
 FILE = "ledger.jsonl"
 SAMPLER = (
   "poisson: float32 uniform < float32(sampling_probability); a larger draw cut to a uniform subset"
-  " of batch_cap"
+  " of batch_cap; with b coefficients step t of a hospital draws from slots s = t modulo b alone"
 )
 _LOCAL = "threefry2x32, folded from the run's key: {stream}, client, round, local step"
 KEYS = {
@@ -169,14 +169,18 @@ def _to_json(guarantee: Guarantee) -> dict[str, Any]:
 
 
 def _from_json(value: dict[str, Any]) -> Guarantee:
-  fields = [field.name for field in dataclasses.fields(PoissonGaussian)]
   parties = value["parties"]
   return Guarantee(
     value["unit"],
     tuple(party["name"] for party in parties),
-    tuple(PoissonGaussian(**{name: party[name] for name in fields}) for party in parties),
+    tuple(_mechanism(party) for party in parties),
     tuple(party["delta"] for party in parties),
   )
+
+
+def _mechanism(party: dict[str, Any]) -> PoissonGaussian:
+  values = {field.name: party[field.name] for field in dataclasses.fields(PoissonGaussian)}
+  return PoissonGaussian(**values | {"coefficients": tuple(values["coefficients"])})
 
 
 def _digest(previous: str, content: dict[str, Any]) -> str:

@@ -5,6 +5,7 @@ is called with its numbers, and the accountant sees nothing but its ``event``.
 """
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -26,15 +27,20 @@ class PoissonGaussian:
   """One release: a truncated Poisson draw of units, their clipped sum, Gaussian noise on it.
 
   A local step of DP-SGD draws records or patients of a hospital; a round of DP-FedAvg draws
-  hospitals.
+  hospitals. With several ``coefficients`` noise is correlated over as many steps b, and each step
+  draws from one of b subsets, in turn; privacy.banded has the proof.
 
   Attributes:
-    num_units: n, units of the hospital (public), at least 1; a unit is a record or a patient.
-    sampling_probability: q, probability that a unit enters the batch, above 0 and at most 1.
+    num_units: n, units of the hospital (public), at least one a band; a unit is a record or a
+      patient.
+    sampling_probability: q, probability that a unit enters the batch (of a step of its subset),
+      above 0 and at most 1.
     batch_cap: units a batch holds at most; a larger draw is cut to a uniform subset. It must be
-      at least n, or the expected size plus 2 standard deviations.
+      at least ``places``, or the expected size plus 2 standard deviations.
     noise_multiplier: σ, noise standard deviation on the sum over ``clip_norm``; 0 is no noise.
     clip_norm: C, largest l2 norm of one unit's contribution, at least 1e-12.
+    coefficients: [b] first column of the strategy matrix: positive, not rising (then the recursion
+      is stable, Eneström-Kakeya), of norm 1 to a millionth; (1.0,) is independent noise.
 
   Raises:
     UserError: a value breaks its rule.
@@ -45,10 +51,21 @@ class PoissonGaussian:
   batch_cap: int
   noise_multiplier: float
   clip_norm: float
+  coefficients: tuple[float, ...] = (1.0,)
 
   def __post_init__(self) -> None:
-    n, q, cap = self.num_units, self.sampling_probability, self.batch_cap
-    require_whole("num_units", n, 1, "give the hospital at least one training example")
+    c = self.coefficients
+    falling = all(later <= earlier for earlier, later in itertools.pairwise(c))
+    require(
+      len(c) > 0 and falling and c[-1] > 0 and abs(self.column_norm - 1) < 1e-6,
+      f"coefficients={c} must be positive, not rising and of norm 1",
+      "use banded.toeplitz_strategy(steps, bands)",
+    )
+    remedy = "give the hospital at least one training example"
+    if self.bands > 1:
+      remedy = f"lower bands={self.bands} to the number of units"
+    require_whole("num_units", self.num_units, self.bands, remedy)
+    n, q, cap = self.places, self.sampling_probability, self.batch_cap
     require(
       0 < q <= 1, f"sampling_probability={q} must be above 0 and at most 1", "use batch_size / n"
     )
@@ -71,9 +88,24 @@ class PoissonGaussian:
     )
 
   @property
+  def bands(self) -> int:
+    """b, steps that noise is correlated over, and subsets that take turns."""
+    return len(self.coefficients)
+
+  @property
+  def places(self) -> int:
+    """ceil(n / b), units of the largest subset."""
+    return -(-self.num_units // self.bands)
+
+  @property
+  def column_norm(self) -> float:
+    """Norm of the float32 coefficients that the device computes with."""
+    return math.sqrt(float(np.sum(np.float64(np.float32(self.coefficients)) ** 2)))
+
+  @property
   def expected_batch_size(self) -> float:
-    """q·n, the fixed denominator of every step, whatever the size of the batch drawn."""
-    return self.sampling_probability * self.num_units
+    """q·n / b, the fixed denominator of every step, whatever the size of the batch drawn."""
+    return self.sampling_probability * self.num_units / self.bands
 
   @property
   def drawn_probability(self) -> float:
@@ -82,27 +114,32 @@ class PoissonGaussian:
 
   @property
   def accounted_noise_multiplier(self) -> float:
-    """σ / (1 + NORM_SLACK): noise over the most that rounding lets one unit contribute.
+    """σ / (‖c‖ (1 + NORM_SLACK)): noise over the most that rounding lets one unit contribute.
 
     The slack is a bound for adversarial numbers; that the device rounds σ and σ·C to float32 (by
     1e-7 of it) is within it too.
     """
-    return self.noise_multiplier / (1 + NORM_SLACK)
+    return self.noise_multiplier / self.column_norm / (1 + NORM_SLACK)
 
   def event(self) -> "dp_accounting.TruncatedSubsampledGaussianDpEvent":
-    """The accounted event of one step (Ganesh, arXiv 2508.15089).
+    """The accounted event of ``bands`` steps in a row (Ganesh, arXiv 2508.15089).
 
-    With batch_cap ≥ n nothing is ever cut and this is the Poisson-sampled Gaussian; with q = 1 as
+    With batch_cap ≥ places nothing is ever cut and this is the Poisson-sampled Gaussian; with q = 1 as
     well, the plain Gaussian.
     """
     import dp_accounting
 
     return dp_accounting.TruncatedSubsampledGaussianDpEvent(
-      dataset_size=self.num_units,
+      dataset_size=self.places,
       sampling_probability=self.drawn_probability,
       truncated_batch_size=self.batch_cap,
       noise_multiplier=self.accounted_noise_multiplier,
     )
+
+  def compositions(self, steps: int) -> int:
+    """How many times the event composes in ``steps`` steps: ceil(steps / b), the first subset's."""
+    require_whole("steps", steps, 0, "count the steps executed")
+    return -(-int(steps) // self.bands)
 
 
 def plan_mechanisms(
@@ -115,25 +152,28 @@ def plan_mechanisms(
   noise_multiplier: float = 0.0,
   target_epsilon: float = 0.0,
   delta: float = 0.0,
+  bands: int = 1,
 ) -> tuple[PoissonGaussian, ...]:
   """The mechanism of each hospital.
 
   Args:
     counts: [K] units of each hospital.
-    batch_size: expected batch size; q_i = min(1, batch_size / n_i).
-    steps: [K] local steps each hospital will take in all; used to calibrate σ.
+    batch_size: expected batch size; q_i = min(1, bands · batch_size / n_i).
+    steps: [K] local steps each hospital will take in all; σ is calibrated to them, and the noise's
+      correlation made for them.
     clip_norm: C.
     batch_cap: one static cap for all hospitals; 0 means the expected size plus 5 standard
       deviations at the hospital where that is largest. Never more than the largest hospital.
     noise_multiplier: σ of every hospital; 0 means calibrate.
     target_epsilon: with ``noise_multiplier=0`` the ε that each hospital's σ is calibrated to.
     delta: δ; 0 means 1 / (10 n_i). Refused from 1/n_i on.
+    bands: steps that noise is correlated over, at most n_i and ``steps``.
 
   Raises:
     UserError: a value breaks its rule, or the target cannot be reached.
   """
   # Both are built on this module's PoissonGaussian.
-  from fedjax_med.privacy import accounting, calibration
+  from fedjax_med.privacy import accounting, banded, calibration
 
   require_whole("batch_size", batch_size, 1, "use 32")
   require(len(counts) > 0, "there is no hospital", "use at least one")
@@ -151,15 +191,18 @@ def plan_mechanisms(
     require_whole("num_units", count, 1, "give every hospital at least one training example")
   sizes = [int(count) for count in counts]
   deltas = accounting.resolve_deltas(sizes, delta)
-  rates = [min(1.0, batch_size / n) for n in sizes]
-  largest = max(min(n, batch_size_bound(n, q, 5)) for n, q in zip(sizes, rates, strict=True))
-  cap = min(batch_cap or largest, max(sizes))
+  rates = [min(1.0, bands * batch_size / n) for n in sizes]
+  places = [-(-n // bands) for n in sizes]
+  largest = max(min(n, batch_size_bound(n, q, 5)) for n, q in zip(places, rates, strict=True))
+  cap = min(batch_cap or largest, max(places))
   mechanisms = []
   for n, q, num_steps, hospital_delta in zip(sizes, rates, steps, deltas, strict=True):
-    sigma = float(noise_multiplier) or calibration.calibrate_noise(
-      n, q, cap, int(num_steps), hospital_delta, target_epsilon
+    strategy = banded.toeplitz_strategy(int(num_steps), bands)
+    unit = PoissonGaussian(n, q, cap, 1.0, clip_norm, tuple(map(float, strategy)))
+    sigma = float(noise_multiplier) or unit.column_norm * calibration.calibrate_noise(
+      unit.places, q, cap, unit.compositions(num_steps), hospital_delta, target_epsilon
     )
-    mechanisms.append(PoissonGaussian(n, q, cap, sigma, clip_norm))
+    mechanisms.append(dataclasses.replace(unit, noise_multiplier=sigma))
   return tuple(mechanisms)
 
 

@@ -34,6 +34,7 @@ def tuning_costs(guarantee: dict[str, Any]) -> list[dict[str, Any]]:
     worst["batch_cap"],
     worst["noise_multiplier"],
     worst["clip_norm"],
+    tuple(worst["coefficients"]),
   )
   costs = []
   for runs in RUNS:

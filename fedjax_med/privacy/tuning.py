@@ -33,13 +33,14 @@ def tuned_epsilon(
 
   require(mean_runs > 1, f"mean_runs={mean_runs} must be above 1", "use 10")
   check_delta(delta, mechanism.num_units)
-  total = delta + mean_runs * steps * cut_probability(mechanism)
+  compositions = mechanism.compositions(steps)
+  total = delta + mean_runs * compositions * cut_probability(mechanism)
   if total >= 1 / mechanism.num_units or mechanism.noise_multiplier == 0 or steps == 0:
     return None
   step = dp_accounting.PoissonSampledDpEvent(
     mechanism.drawn_probability, dp_accounting.GaussianDpEvent(mechanism.accounted_noise_multiplier)
   )
-  run = dp_accounting.SelfComposedDpEvent(step, steps)
+  run = dp_accounting.SelfComposedDpEvent(step, compositions)
   accountant = rdp.RdpAccountant(RDP_ORDERS, dp_accounting.NeighboringRelation.REPLACE_SPECIAL)
   accountant.compose(dp_event.RepeatAndSelectDpEvent(run, mean_runs, 0.0))
   return float(accountant.get_epsilon(delta)), total

@@ -52,7 +52,7 @@ def gradients_of(microbatch, private):
 
   def one(client):
     context = StepContext(client, make_pool(), make_hyper(clip_norm=0.1), KEY, zero, zero)
-    grad, _, metrics = gradient(params, state, context)
+    grad, _, _, metrics = gradient(params, state, (), context)
     return grad, metrics
 
   return jax.jit(jax.vmap(one))(make_clients(sigma=0.0))

@@ -69,7 +69,7 @@ def make(rows_per_unit, copies=1, augmentation="none", microbatch=0, clipping="b
   def run(pool, client, key):
     zero = jnp.zeros((), jnp.int32)
     context = StepContext(client, pool, make_hyper(clip_norm=CLIP), key, zero, zero)
-    total, _, metrics = gradient(params, state, context)
+    total, _, _, metrics = gradient(params, state, (), context)
     return total, metrics
 
   def row_gradient(pool, row):

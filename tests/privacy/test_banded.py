@@ -598,6 +598,4 @@ def test_plan_refuses(changes, message):
   values = {"num_units": 100, "batch_size": 12, "bands": 4, "steps": 10, "clip_norm": 1.0}
   values |= {"noise_multiplier": 1.0} | changes
   with pytest.raises(UserError, match=message):
-    plan_banded(
-      values.pop("num_units"), values.pop("batch_size"), values.pop("bands"), **values
-    )
+    plan_banded(values.pop("num_units"), values.pop("batch_size"), values.pop("bands"), **values)

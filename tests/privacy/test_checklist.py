@@ -207,10 +207,10 @@ def handed_on(optimizer, proximal_weight):
     normalisation="fixed",
   )
 
-  def remembering(params, seen, context):
-    grad, _, metrics = gradient(params, {}, context)
+  def remembering(params, state, seen, context):
+    grad, _, _, metrics = gradient(params, state, (), context)
     values = jnp.concatenate([leaf.ravel() for leaf in jax.tree.leaves(grad)])
-    return grad, seen.at[context.step].set(values), metrics
+    return grad, state, seen.at[context.step].set(values), metrics
 
   method = client_optimizer(optimizer, 0.9, 0.01)
   train = local.local_training(remembering, method, schedule("constant", 1, 0), 2)
@@ -218,7 +218,7 @@ def handed_on(optimizer, proximal_weight):
   hyper = make_hyper(proximal_weight=proximal_weight)
   seen = jnp.zeros((2, flat(PARAMS).size))
   with jax.numpy_dtype_promotion("standard"):  # optax counts in int32
-    after, seen, _ = jax.jit(train)(PARAMS, seen, client, POOL, hyper, KEY, jnp.int32(0))
+    after, _, seen, _ = jax.jit(train)(PARAMS, {}, seen, client, POOL, hyper, KEY, jnp.int32(0))
   return np.asarray(seen), flat(after)
 
 

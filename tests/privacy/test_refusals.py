@@ -121,7 +121,9 @@ def test_private_training_leaves_stored_statistics_as_they_were():
   gradient = private_gradient(MIXER, LOSS, clipping="reference", **SHAPE)
   train = local_training(gradient, client_optimizer("sgd", 0, 0), schedule("constant", 1, 0), 3)
   client = jax.tree.map(lambda leaf: leaf[0], make_clients())
-  after, state, metrics = jax.jit(train)(PARAMS, STATE, client, POOL, make_hyper(), KEY, ZERO)
+  after, state, _, metrics = jax.jit(train)(
+    PARAMS, STATE, (), client, POOL, make_hyper(), KEY, ZERO
+  )
   assert float(metrics.units) > 0
   assert np.abs(flat(after) - flat(PARAMS)).max() > 0
   assert sorted(state["batch_stats"]["BatchNorm_0"]) == ["mean", "var"]
@@ -136,7 +138,7 @@ def releases(model, clients, steps, seed=0):
 
   def one(step, client):
     context = StepContext(client, POOL, make_hyper(), base_key(seed), ZERO, step)
-    return gradient(params, state, context)[0]
+    return gradient(params, state, (), context)[0]
 
   by_client = jax.vmap(one, (None, 0))
   return jax.jit(jax.vmap(by_client, (0, None)))(jnp.arange(steps), clients)
