@@ -13,13 +13,15 @@ from typing import Any
 
 from benchmarks import common
 from fedjax_med.privacy.accounting import default_delta
-from fedjax_med.privacy.banded import error_over_independent, plan_banded
+from fedjax_med.privacy.banded import error_over_independent
+from fedjax_med.privacy.mechanism import plan_mechanisms
 
 
 def line_of(n: int, batch: int, epsilon: float, steps: int, bands: list[int]) -> dict[str, Any]:
   """The comparison for every number of bands, and the best of those that keep the batch size."""
   plans = {
-    b: plan_banded(n, batch, b, steps=steps, clip_norm=1.0, target_epsilon=epsilon) for b in bands
+    b: plan_mechanisms([n], batch, steps=[steps], clip_norm=1.0, target_epsilon=epsilon, bands=b)[0]
+    for b in bands
   }
   ratios = {
     b: error_over_independent(n, batch, b, steps=steps, target_epsilon=epsilon) for b in bands

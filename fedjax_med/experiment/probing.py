@@ -16,6 +16,7 @@ from fedjax_med.core.config import Config, fingerprint, to_dict
 from fedjax_med.core.keys import base_key
 from fedjax_med.federated.algorithm import Client, Hyper, Pool, Units
 from fedjax_med.models.model import Model
+from fedjax_med.privacy.banded import empty_memory
 from fedjax_med.simulation.cohort import load
 from fedjax_med.simulation.plan import MAX_AT_ONCE
 

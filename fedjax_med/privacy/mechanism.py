@@ -124,8 +124,8 @@ class PoissonGaussian:
   def event(self) -> "dp_accounting.TruncatedSubsampledGaussianDpEvent":
     """The accounted event of ``bands`` steps in a row (Ganesh, arXiv 2508.15089).
 
-    With batch_cap ≥ places nothing is ever cut and this is the Poisson-sampled Gaussian; with q = 1 as
-    well, the plain Gaussian.
+    With batch_cap ≥ places nothing is ever cut and this is the Poisson-sampled Gaussian; with q = 1
+    as well, the plain Gaussian.
     """
     import dp_accounting
 
