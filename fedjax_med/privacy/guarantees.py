@@ -131,6 +131,15 @@ def spent(guarantee: Guarantee, counts: Sequence[int] | np.ndarray) -> tuple[flo
   return tuple(epsilon(*row) for row in rows)
 
 
+def _mechanism(guarantee: Guarantee) -> str:
+  bands = max(mechanism.bands for mechanism in guarantee.mechanisms)
+  correlated = (
+    f"; noise correlated over {bands} steps (banded matrix factorisation), each of which draws from"
+    f" another of {bands} fixed subsets"
+  )
+  return UNITS[guarantee.unit].mechanism + (correlated if bands > 1 else "")
+
+
 def describe(guarantee: Guarantee, counts: Sequence[int] | np.ndarray) -> dict[str, Any]:
   """One guarantee as privacy.json holds it, after ``counts`` [P] releases; see ``spent``."""
   epsilons = spent(guarantee, counts)
@@ -140,7 +149,7 @@ def describe(guarantee: Guarantee, counts: Sequence[int] | np.ndarray) -> dict[s
     "unit": guarantee.unit,
     "protects": unit.protects,
     "adjacency": unit.adjacency,
-    "mechanism": unit.mechanism,
+    "mechanism": _mechanism(guarantee),
     "holds_against": list(unit.holds_against),
     "not_against": list(unit.not_against),
     "accountant": {
@@ -189,7 +198,7 @@ def privacy_record(
   described = [describe(*each) for each in zip(guarantees, counts, strict=True)]
   units = {guarantee.unit for guarantee in guarantees}
   return {
-    "mechanism": "; ".join(UNITS[guarantee.unit].mechanism for guarantee in guarantees),
+    "mechanism": "; ".join(map(_mechanism, guarantees)),
     "epsilon_max": described[0]["epsilon_max"],
     "guarantees": described,
     "not_covered": [*NOT_COVERED, *([_RECORDS_ONLY] if "record" in units else []), *gaps],

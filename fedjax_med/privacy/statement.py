@@ -154,7 +154,7 @@ def _guarantee(guarantee: dict[str, Any]) -> list[str]:
   accountant = guarantee["accountant"]
   lines += [
     "",
-    f"**Mechanism:** {unit.mechanism}. **Adjacency:** {unit.adjacency}. **Accountant:**"
+    f"**Mechanism:** {guarantee['mechanism']}. **Adjacency:** {unit.adjacency}. **Accountant:**"
     f" {accountant['name']} of {accountant['library']} {accountant['version']}. The ε of different"
     " parties are not added: a unit lies at one of them.",
     "",

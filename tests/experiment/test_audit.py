@@ -1,6 +1,7 @@
 """The audit: it agrees with the program as it is and catches every way of breaking it."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -12,18 +13,21 @@ from fedjax_med.experiment.audit import audit_units
 from fedjax_med.experiment.canaries import Subject, make_trials, single_canaries
 from fedjax_med.experiment.draw_checks import check_execution
 from fedjax_med.federated import local
-from fedjax_med.privacy import clipping, noise
+from fedjax_med.privacy import banded, clipping, noise
 from fedjax_med.privacy.auditing import threshold_epsilon
+from fedjax_med.privacy.banded import toeplitz_strategy
 from fedjax_med.privacy.guarantees import Guarantee, spent
 from fedjax_med.privacy.mechanism import PoissonGaussian
-from fedjax_med.privacy.sampling import epoch_batch
+from fedjax_med.privacy.sampling import epoch_batch, poisson_batch
 
 STEPS = 24
 Q = 0.25
 
 
-def subject(unit="record", sigma=1.5, method="book_keeping", q=Q, cap=36):
-  mechanisms = (PoissonGaussian(60, q, cap, sigma, 0.7), PoissonGaussian(40, q, cap, sigma, 0.7))
+def subject(unit="record", sigma=1.5, method="book_keeping", q=Q, cap=36, bands=1):
+  cap = min(cap, 60 // bands)
+  strategy = tuple(float(c) for c in toeplitz_strategy(STEPS, bands))
+  mechanisms = tuple(PoissonGaussian(n, q, cap, sigma, 0.7, strategy) for n in (60, 40))
   guarantee = Guarantee(unit, ("North", "South"), mechanisms, (1e-3, 2e-3))
   return Subject(guarantee, (STEPS, STEPS), (2, 2), method)
 
@@ -57,11 +61,48 @@ def test_without_noise_the_bound_exceeds_the_claim():
     subject(method="reference"),
     subject(method="two_pass"),
     subject(q=1.0, cap=60),
+    subject(bands=4),
+    subject("patient", bands=3, q=1.0),
   ],
-  ids=["patients", "reference", "two_pass", "whole batches"],
+  ids=["patients", "reference", "two_pass", "whole batches", "bands", "whole subsets"],
 )
 def test_checks_hold_for_every_unit_method_and_rate(given):
   assert failed(given) == []
+
+
+def test_correlated_noise_is_found_out_by_as_much_and_stays_under_its_claim():
+  given = subject(bands=4, q=0.5)
+  found, _, power = audit_units(given, 3000)
+  for each in found:
+    assert 0.1 < each.epsilon_lower <= each.epsilon
+  assert power > max(each.epsilon for each in found)
+
+
+def forgets(total, key, sigma, clip_norm, size, coefficients, memory):
+  kept = memory._replace(noise=jax.tree.map(jnp.zeros_like, memory.noise))
+  return banded.correlated_mean(total, key, sigma, clip_norm, size, coefficients, kept)
+
+
+def uncounted(total, key, sigma, clip_norm, size, coefficients, memory):
+  mean, after = banded.correlated_mean(total, key, sigma, clip_norm, size, coefficients, memory)
+  return mean, after._replace(step=memory.step)
+
+
+def from_everybody(key, n, q, *, step, bands, **shape):
+  return poisson_batch(key, n, q / bands, **shape)
+
+
+@pytest.mark.parametrize(
+  ("name", "mutant", "words"),
+  [
+    ("correlated_mean", forgets, "draws noise of its own|noised by as much|standard deviation"),
+    ("correlated_mean", uncounted, "in the steps of its subset alone"),
+    ("banded_batch", from_everybody, "in the steps of its subset alone"),
+  ],
+)
+def test_a_broken_correlation_is_caught(monkeypatch, name, mutant, words):
+  monkeypatch.setattr(local, name, mutant)
+  assert any(re.search(words, check) for check in failed(subject(bands=4)))
 
 
 def test_checks_hold_for_a_run_of_a_single_step():

@@ -104,6 +104,34 @@ def test_privacy_file_states_the_mechanism_that_ran(finished):
   assert record["epsilon_max"] == metrics(finished)[-1]["epsilon_max"]
 
 
+def test_correlated_noise_survives_resuming_and_is_in_ledger_statement_and_privacy_file(tmp_path):
+  whole, parts = tmp_path / "whole", tmp_path / "parts"
+  changes = {"privacy__bands": 3, "server__num_rounds": 4, "eval__every": 2}
+  expected = run(whole, **changes)
+
+  def killed(experiment, folder, listen, *rest):
+    def until(point):
+      listen(point)
+      if point.rounds == 4:  # before its checkpoint: it resumes from round 2
+        raise KeyboardInterrupt
+
+    return train_rounds(experiment, folder, until, *rest)
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(runs, "train_rounds", killed)
+    with pytest.raises(KeyboardInterrupt):
+      run(parts, **changes)
+  found = run(parts, **changes)
+  assert found["weights_sha256"] == expected["weights_sha256"]
+  (guarantee,) = json.loads((parts / "privacy.json").read_text())["guarantees"]
+  assert "correlated over 3 steps" in guarantee["mechanism"]
+  assert "correlated over 3 steps" in (parts / "privacy_statement.md").read_text()
+  for party in guarantee["parties"]:
+    assert len(party["coefficients"]) == 3
+    assert party["sampling_probability"] == pytest.approx(min(1, 3 * 16 / party["n"]))
+  assert command.recompute(parts)["epsilon_max"] == pytest.approx(guarantee["epsilon_max"])
+
+
 def test_the_command_recomputes_what_privacy_file_says(finished):
   found = command.recompute(finished)
   record = json.loads((finished / "privacy.json").read_text())
