@@ -211,10 +211,10 @@ def _attack(
     signal, _, memory = release(setting, client, pool, key, step, ear.memory)
     row, past = decorrelate(strategy, ear.past, directions @ signal)
     rows = jnp.concatenate([ear.rows[1:], row[None]])
-    seen = (strategy[:, None] * rows).sum(0)
+    seen = (strategy[:, None] * rows).sum(0)[:, None]
     begin = step - (bands - 1)
     whole = (begin >= 0) & (begin % bands == jnp.arange(count) % bands)
-    found = ratio(seen[:, None], client.sampling_probability, sigmas)
+    found = ratio(seen, client.sampling_probability, sigmas[None])
     return _Ear(memory, past, rows, ear.scores + jnp.where(whole[:, None], found, 0))
 
   start = _Ear(

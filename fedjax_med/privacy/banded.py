@@ -113,10 +113,10 @@ def error_over_independent(
 
 def banded_batch(
   key: jax.Array,
-  step: jax.Array | int,
   num_units: jax.Array | int,
   sampling_probability: jax.Array | float,
   *,
+  step: jax.Array | int,
   bands: int,
   max_examples: int,
   batch_cap: int,
@@ -127,10 +127,10 @@ def banded_batch(
 
   Args:
     key: key of this client and step.
-    step: [] int32, private steps this client took before: no other count keeps a record's steps
-      ``bands`` apart.
     num_units: [] int32, n; may be traced.
     sampling_probability: [] float32, q; may be traced.
+    step: [] int32, private steps this client took before: no other count keeps a record's steps
+      ``bands`` apart.
     bands: b, at most n.
     max_examples: n_max, slots in the client table.
     batch_cap: slots in the batch.

@@ -30,11 +30,11 @@ def test_padding_of_a_partial_batch_does_not_move_batch_norm():
     gradient = plain_gradient(
       model, cross_entropy(0.0), batch_size=batch_size, max_examples=12, normalisation="fixed"
     )
-    return jax.jit(gradient)(params, state, context)
+    return jax.jit(gradient)(params, state, (), context)
 
   exact, padded = step(5), step(10)
   chex.assert_trees_all_close(exact[:2], padded[:2], rtol=1e-4, atol=1e-6)
-  assert float(padded[2].examples) == 5
+  assert float(padded[3].examples) == 5
 
 
 @functools.cache
@@ -83,6 +83,6 @@ def test_an_empty_private_batch_has_a_sum_of_exactly_zero(microbatch):
   client = client._replace(sampling_probability=jnp.float32(0))
   zero = jnp.zeros((), jnp.int32)
   context = StepContext(client, make_pool(), make_hyper(), KEY, zero, zero)
-  grad, _, metrics = jax.jit(gradient)(params, state, context)
+  grad, _, _, metrics = jax.jit(gradient)(params, state, (), context)
   assert float(metrics.examples) == 0
   assert all(not leaf.any() for leaf in jax.tree.leaves(grad))

@@ -292,7 +292,7 @@ def test_the_covariance_over_steps_is_that_of_the_inverse():
 @functools.partial(jax.jit, static_argnames=("n", "q", "bands", "rows", "cap"))
 def draw(keys, steps, *, n, q, bands, rows, cap):
   sampler = functools.partial(banded_batch, bands=bands, max_examples=rows, batch_cap=cap)
-  return jax.vmap(lambda key, step: sampler(key, step, n, q))(keys, steps)
+  return jax.vmap(lambda key, step: sampler(key, n, q, step=step))(keys, steps)
 
 
 def counts(slots, mask, rows):
