@@ -236,7 +236,7 @@ def _partial_sums(coefficients: np.ndarray, steps: int) -> np.ndarray:
   """[steps] first column of A C⁻¹, Toeplitz like its factors: the sums of C⁻¹'s first column."""
   from scipy import signal
 
-  return signal.lfilter([1.0], coefficients, np.ones(steps))
+  return np.asarray(signal.lfilter([1.0], coefficients, np.ones(steps)))
 
 
 @functools.lru_cache(maxsize=1024)

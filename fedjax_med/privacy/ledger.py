@@ -179,8 +179,11 @@ def _from_json(value: dict[str, Any]) -> Guarantee:
 
 
 def _mechanism(party: dict[str, Any]) -> PoissonGaussian:
-  values = {field.name: party[field.name] for field in dataclasses.fields(PoissonGaussian)}
-  return PoissonGaussian(**values | {"coefficients": tuple(values["coefficients"])})
+  values: dict[str, Any] = {
+    field.name: party[field.name] for field in dataclasses.fields(PoissonGaussian)
+  }
+  values["coefficients"] = tuple(values["coefficients"])
+  return PoissonGaussian(**values)
 
 
 def _digest(previous: str, content: dict[str, Any]) -> str:

@@ -100,7 +100,7 @@ class PoissonGaussian:
   @property
   def column_norm(self) -> float:
     """Norm of the float32 coefficients that the device computes with."""
-    return math.sqrt(float(np.sum(np.float64(np.float32(self.coefficients)) ** 2)))
+    return math.sqrt(float(np.sum(np.asarray(self.coefficients, np.float32).astype(float) ** 2)))
 
   @property
   def expected_batch_size(self) -> float:

@@ -365,7 +365,7 @@ def test_the_event_is_that_of_the_largest_subset():
   assert isinstance(event, dp_accounting.TruncatedSubsampledGaussianDpEvent)
   assert (event.dataset_size, event.truncated_batch_size) == (23, 23)
   assert event.sampling_probability == pytest.approx(0.4, abs=2e-7)
-  norm = np.linalg.norm(np.float32(m.coefficients).astype(float))
+  norm = np.linalg.norm(np.asarray(m.coefficients, np.float32).astype(float))
   assert event.noise_multiplier == pytest.approx(1.5 / norm / 1.001, rel=1e-12)
   assert m.expected_batch_size == pytest.approx(9.0)
 
@@ -420,7 +420,7 @@ def adaptive_deltas(m, eps, *, steps, stride, outcomes, samples=400_000):
   record, without)], and the record may be drawn in every ``stride``-th step.
   """
   generator = np.random.default_rng(0)
-  c, sigma = np.float32(m.coefficients).astype(float), m.noise_multiplier
+  c, sigma = np.asarray(m.coefficients, np.float32).astype(float), m.noise_multiplier
   values, present, nothing = (np.array(each) for each in zip(*outcomes, strict=True))
   when = list(range(0, steps, stride))
 

@@ -267,8 +267,8 @@ def test_item_07_nothing_of_the_data_enters_after_the_noise(name, settings, monk
 def test_item_07_an_algorithm_that_reads_the_data_itself_is_found_and_refused(monkeypatch):
   """As SCAFFOLD does for its variates, here with a mean over all of a client's images."""
 
-  def scaffold(train, optimizer, *, average):
-    made = fedavg(train, optimizer, average=average)
+  def scaffold(train, optimizer, **settings):
+    made = fedavg(train, optimizer, **settings)
 
     def client_update(server, kept, client, pool, hyper, key):
       delta, kept, metrics = made.client_update(server, kept, client, pool, hyper, key)
