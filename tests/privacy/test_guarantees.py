@@ -42,6 +42,7 @@ def test_a_guarantee_has_every_party_and_the_largest_epsilon():
     "batch_cap": given.mechanisms[1].batch_cap,
     "noise_multiplier": 2.0,
     "clip_norm": 0.5,
+    "coefficients": [1.0],
     "steps": 20,
     "delta": 1e-3,
     "epsilon": expected[1],
