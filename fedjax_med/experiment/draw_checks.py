@@ -9,7 +9,7 @@ import numpy as np
 
 from fedjax_med.core.keys import base_key
 from fedjax_med.experiment.canaries import Subject, num_canaries, plant, release
-from fedjax_med.privacy.auditing import (
+from fedjax_med.privacy.p_values import (
   dispersion_p_value,
   inclusion_p_value,
   noise_std_p_value,
