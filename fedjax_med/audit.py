@@ -54,14 +54,11 @@ def main(_: list[str]) -> None:
     halves = shadows.prepare(config, hospitals, _SHADOWS.value, _SEED.value)
   result = audit.audit_run(experiment, _TRIALS.value, _SEED.value, _tell)
   result["membership"] = None
+  _keep(folder, result)  # before the shadow runs too: if they fail, the audit is not lost
   if halves is not None:
     _tell(f"Training {_SHADOWS.value} models on halves of the data ...")
     result["membership"] = shadows.attack(halves)
-  if folder is not None:
-    (folder / "audit.json").write_text(json.dumps(result, indent=2, allow_nan=False) + "\n")
-    report.write_statement(folder)
-    if (folder / "summary.json").exists():
-      report.write_report(folder)
+    _keep(folder, result)
   if _JSON.value:
     print(json.dumps(result))
   else:
@@ -73,6 +70,17 @@ def main(_: list[str]) -> None:
 def _tell(text: str) -> None:
   """Progress; not on stdout, which may be one JSON object."""
   print(text, file=sys.stderr, flush=True)
+
+
+def _keep(folder: pathlib.Path | None, result: dict[str, Any]) -> None:
+  """Writes audit.json, and tells the privacy statement and the report of it."""
+  from fedjax_med.experiment import report
+
+  if folder is not None:
+    (folder / "audit.json").write_text(json.dumps(result, indent=2, allow_nan=False) + "\n")
+    report.write_statement(folder)
+    if (folder / "summary.json").exists():
+      report.write_report(folder)
 
 
 def _show(result: dict[str, Any]) -> None:

@@ -1,27 +1,13 @@
 """The command line of the audit: what it prints, where, and what it refuses before it begins."""
 
+import functools
 import json
-import os
-import pathlib
-import subprocess
-import sys
 
 import pytest
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
+from tests.command import smoke
 
-
-def audit(*arguments: str) -> subprocess.CompletedProcess[str]:
-  command = [sys.executable, "-m", "fedjax_med.audit", "--config=configs/smoke.py"]
-  return subprocess.run(
-    [*command, "--config.model.name=linear", "--trials=1000", *arguments],
-    cwd=ROOT,
-    env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""},
-    capture_output=True,
-    text=True,
-    timeout=300,
-    check=False,
-  )
+audit = functools.partial(smoke, ("-m", "fedjax_med.audit"), "--trials=1000")
 
 
 @pytest.mark.parametrize(
@@ -62,3 +48,24 @@ def test_an_audit_that_could_have_refuted_the_claim_agrees_with_it():
   assert result.returncode == 0, result.stderr
   assert result.stdout.endswith("The audit agrees with the claim.\n")
   assert "power" not in result.stdout
+
+
+@pytest.mark.slow
+def test_shadow_runs_that_fail_do_not_lose_the_audit_before_them(tmp_path):
+  start = (
+    "from fedjax_med import audit, flags\n"
+    "from fedjax_med.experiment import shadows\n"
+    "def fails(_):\n"
+    "  raise MemoryError('the device is full')\n"
+    "shadows.attack = fails\n"
+    "flags.run_main(audit.main)\n"
+  )
+  folder = f"--workdir={tmp_path / 'run'}"
+  assert smoke(("-m", "fedjax_med.train"), folder).returncode == 0
+  result = smoke(("-c", start), "--trials=1000", "--shadow_runs=4", folder)
+  assert result.returncode != 0
+  assert "the device is full" in result.stderr
+  kept = json.loads((tmp_path / "run" / "audit.json").read_text())
+  assert kept["membership"] is None
+  assert len(kept["audits"][0]["parties"]) == 3
+  assert "Planted records" in (tmp_path / "run" / "privacy_statement.md").read_text()

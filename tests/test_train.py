@@ -1,28 +1,15 @@
 """The command line of training: dry runs and one-sentence errors, exit code 2, no traceback."""
 
-import os
+import functools
 import pathlib
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 from PIL import Image
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
+from tests.command import smoke
 
-
-def train(*arguments: str) -> subprocess.CompletedProcess[str]:
-  command = [sys.executable, "-m", "fedjax_med.train", "--config=configs/smoke.py"]
-  return subprocess.run(
-    [*command, "--config.model.name=linear", *arguments],
-    cwd=ROOT,
-    env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""},
-    capture_output=True,
-    text=True,
-    timeout=300,
-    check=False,
-  )
+train = functools.partial(smoke, ("-m", "fedjax_med.train"))
 
 
 def pictures(folder: pathlib.Path, classes: int = 2, count: int = 12, side: int = 40) -> str:

@@ -34,6 +34,11 @@ def serve(arguments: Any, stream: Any) -> None:
   from benchmarks import specs
 
   workload = specs.WORKLOADS[arguments.workload]
+  if workload.network not in ("cifar_cnn", "mnist_cnn"):
+    raise SystemExit(
+      f"error: --workload={workload.name} has the network '{workload.network}', which is not"
+      " written for FedJAX; use W1 or W3"
+    )
 
   def network(batch, train: bool):
     x = batch["x"].astype(jnp.float32) / 127.5 - 1
@@ -44,13 +49,11 @@ def serve(arguments: Any, stream: Any) -> None:
       x = hk.dropout(hk.next_rng_key(), 0.25, x) if train else x
       x = jax.nn.relu(hk.Linear(128, name="hidden")(hk.Flatten()(x)))
       x = hk.dropout(hk.next_rng_key(), 0.5, x) if train else x
-    elif workload.network == "mnist_cnn":
+    else:
       for name, features in (("conv1", 16), ("conv2", 32)):
         x = jax.nn.relu(hk.Conv2D(features, 3, name=name)(x))
         x = hk.max_pool(x, (1, 2, 2, 1), (1, 2, 2, 1), "VALID")
       x = hk.Flatten()(x)
-    else:
-      raise NotImplementedError(workload.network)
     return hk.Linear(workload.num_classes, name="head")(x)
 
   images, labels = specs.make_pool(workload)

@@ -17,7 +17,7 @@ from fedjax_med.experiment.canaries import (
   plant,
   release,
 )
-from fedjax_med.privacy.auditing import (
+from fedjax_med.privacy.p_values import (
   dispersion_p_value,
   inclusion_p_value,
   noise_std_p_value,
