@@ -12,14 +12,16 @@ import time
 from typing import Any
 
 import numpy as np
-from absl import app, flags
+from absl import flags
 from scipy import stats
 
 from configs.br35h_small_private import get_config
 from fedjax_med.core.config import Config
+from fedjax_med.core.errors import require_choice
 from fedjax_med.core.metrics import classification_metrics
 from fedjax_med.core.validation import validate
 from fedjax_med.data.hospitals import load_hospitals
+from fedjax_med.flags import run_main
 
 _PATH = flags.DEFINE_string("path", "data/Br35H", "Folder with yes/ and no/ of Br35H.")
 _SEEDS = flags.DEFINE_integer("seeds", 5, "Seeds 0, 1, ... of each arm.")
@@ -118,6 +120,8 @@ def main(_: list[str]) -> None:
   from fedjax_med.experiment.cache import use_compilation_cache
   from fedjax_med.simulation.mesh import split_cpu
 
+  for name in _ONLY.value:
+    require_choice("--only", name, ARMS)
   split_cpu(0)
   use_compilation_cache("~/.cache/fedjax_med/xla")
   git = subprocess.run(
@@ -140,4 +144,4 @@ def main(_: list[str]) -> None:
 
 
 if __name__ == "__main__":
-  app.run(main)
+  run_main(main)

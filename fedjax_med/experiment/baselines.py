@@ -11,6 +11,7 @@ from fedjax_med.experiment import workdir as files
 from fedjax_med.experiment.build import Experiment, alone, pooled
 from fedjax_med.experiment.loop import train_rounds
 from fedjax_med.experiment.processes import is_first
+from fedjax_med.privacy.accounting import round_up
 
 
 def _curve(folder: pathlib.Path) -> list[dict[str, Any]]:
@@ -41,8 +42,8 @@ def run_baselines(federation: Experiment, folder: pathlib.Path, console: Console
       curves[name] = _curve(place)
   if not is_first():
     return {"curves": {}, "summary": {}}
-  if federation.local:
-    _note_releases(folder, curves)
+  if federation.guarantees:
+    _note_releases(federation, folder, curves)
 
   names = federation.hospitals.names
   solo = []
@@ -66,16 +67,26 @@ def run_baselines(federation: Experiment, folder: pathlib.Path, console: Console
   }
 
 
-def _note_releases(folder: pathlib.Path, curves: dict[str, list[dict[str, Any]]]) -> None:
+def _note_releases(
+  federation: Experiment, folder: pathlib.Path, curves: dict[str, list[dict[str, Any]]]
+) -> None:
   """Says in privacy.json that the baselines are further trainings on the same records."""
   path = folder / "privacy.json"
   record = json.loads(path.read_text())
   spent = {name: curve[-1]["epsilon_max"] for name, curve in curves.items()}
   record["baselines_epsilon"] = spent
-  record["not_covered"].append(
-    "The baselines are further trainings on the same records, each with noise of its own: a"
-    " hospital that releases the federation's model, its own and the pooled one spends at most the"
-    f" sum of their ε (alone up to {max(v for k, v in spent.items() if k != 'pooled'):.3f}, pooled"
-    f" {spent['pooled']:.3f}) and of their δ."
-  )
+  if federation.local:
+    record["not_covered"].append(
+      "The baselines are further trainings on the same records, each with noise of its own: a"
+      " hospital that releases the federation's model, its own and the pooled one spends at most"
+      " the sum of their ε (alone up to"
+      f" {round_up(max(v for k, v in spent.items() if k != 'pooled'))}, pooled"
+      f" {round_up(spent['pooled'])}) and of their δ."
+    )
+  if federation.central:
+    others = "" if federation.local else ", and no other: they are trained WITHOUT NOISE"
+    record["not_covered"].append(
+      "The baselines (each hospital's own model, and the one of pooled data) have no guarantee for"
+      f" whole hospitals{others}."
+    )
   files.write_json(path, record)

@@ -5,13 +5,13 @@ value, leaves a gap. Colours are those of Okabe and Ito, which colour-blind read
 """
 
 import contextlib
-import decimal
-import math
 import pathlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
+
+from fedjax_med.privacy.accounting import round_up
 
 GLOBAL, ALONE, POOLED, QUIET = "#0072B2", "#E69F00", "#009E73", "#8C8C8C"
 CLASS_COLOURS = ("#56B4E9", "#D55E00", "#009E73", "#CC79A7", "#F0E442", "#0072B2", "#E69F00")
@@ -35,16 +35,6 @@ STYLE: dict[Any, Any] = {
   "figure.titleweight": "bold",
   "hatch.linewidth": 0.6,
 }
-
-
-def round_up(epsilon: float | None) -> str:
-  """ε to two decimals, rounded up so that it is never understated; 'none' without a guarantee."""
-  if epsilon is None or math.isnan(epsilon):
-    return "none"
-  if math.isinf(epsilon):
-    return "∞"
-  step = decimal.Decimal("0.01")
-  return str(decimal.Decimal(repr(epsilon)).quantize(step, rounding=decimal.ROUND_CEILING))
 
 
 def context_line(split_scheme: str, epsilon: float | None) -> str:

@@ -117,22 +117,25 @@ def _affordable(guarantee: Guarantee, budget: float) -> np.ndarray:
 
 
 def _write_privacy(
-  experiment: Experiment, folder: pathlib.Path, rounds: int, steps: np.ndarray
-) -> str | None:
-  """Brings ledger and privacy.json up to ``rounds``; returns the ledger's head, None without one.
+  experiment: Experiment,
+  folder: pathlib.Path,
+  book: ledger.Ledger | None,
+  rounds: int,
+  steps: np.ndarray,
+) -> ledger.Ledger | None:
+  """Brings ledger and privacy.json up to ``rounds``; returns the ledger, None without one.
 
   privacy.json says what the ledger says: of a resumed run also the rounds that it does again.
   """
-  if not is_first():
+  if book is None:
+    if not experiment.guarantees:
+      files.write_json(folder / "privacy.json", NO_PRIVACY)
     return None
-  if not experiment.guarantees:
-    files.write_json(folder / "privacy.json", NO_PRIVACY)
-    return None
-  book = ledger.record(folder, rounds, releases(experiment, rounds, steps))
+  book = ledger.record(folder, book, rounds, releases(experiment, rounds, steps))
   gaps = (TWO_PASS_GAP,) if experiment.program.plan.clipping == "two_pass" else ()
   record = privacy_record(experiment.guarantees, book.counts, gaps)
   files.write_json(folder / "privacy.json", {**record, "ledger": book.head})
-  return book.head
+  return book
 
 
 def observe(experiment: Experiment, state: SimulationState) -> LogPoint:
@@ -277,6 +280,7 @@ def train_rounds(
       f"server.num_rounds={config.server.num_rounds} is under the {saved} rounds done in {folder}",
       "ask for at least as many, or use another --workdir",
     )
+    book = None
     if experiment.guarantees and is_first():
       book = ledger.start(folder, experiment.run_id, experiment.guarantees)
       if saved is not None:
@@ -286,8 +290,10 @@ def train_rounds(
     seconds = {"compile": compiling()}
     started = time.monotonic()
 
-    def log(state: SimulationState, train: dict[str, Any] | None) -> tuple[LogPoint, str | None]:
-      """Writes a log point; returns it and the head of the ledger."""
+    def log(
+      book: ledger.Ledger | None, state: SimulationState, train: dict[str, Any] | None
+    ) -> tuple[LogPoint, ledger.Ledger | None]:
+      """Writes a log point; returns it and the ledger with it."""
       point = observe(experiment, state)
       common = {
         "epsilon_max": max(point.epsilons, default=point.client_epsilon),
@@ -299,14 +305,14 @@ def train_rounds(
       if train is not None:
         lines.append({**place, "split": "train", **train, **common})
       # Before the log line and the checkpoint: what is on disk never understates ε.
-      head = _write_privacy(experiment, folder, point.rounds, np.asarray(state.steps))
+      book = _write_privacy(experiment, folder, book, point.rounds, np.asarray(state.steps))
       if train is not None or saved is None:
         files.append_metrics(folder, lines)
       listen(point)
-      return point, head
+      return point, book
 
     stopped = "completed"
-    point, head = log(state, None)
+    point, book = log(book, state, None)
     while (done := point.rounds) < config.server.num_rounds:
       length = min(config.eval.every - done % config.eval.every, config.server.num_rounds - done)
       left = affordable_rounds(experiment, np.asarray(state.steps), done)
@@ -316,8 +322,8 @@ def train_rounds(
       length = int(min(length, left))
       state, metrics = program.block(state, *block_arguments(experiment, length))
       _require_finite(experiment, metrics, saved)
-      point, head = log(state, _train_line(experiment, metrics))
-      checkpoints.save(manager, state, experiment.run_id, head)
+      point, book = log(book, state, _train_line(experiment, metrics))
+      checkpoints.save(manager, state, experiment.run_id, book and book.head)
       saved = point.rounds
 
   seconds["train"] = time.monotonic() - started

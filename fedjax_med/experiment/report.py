@@ -14,6 +14,7 @@ import numpy as np
 from fedjax_med.core.errors import UserError, require
 from fedjax_med.core.metrics import METRICS
 from fedjax_med.experiment import figures
+from fedjax_med.privacy.accounting import round_up
 from fedjax_med.privacy.statement import ASSUMPTIONS, audit_sentence, tuning_costs, write_out
 
 # The shape a file must have: {key: shape}, [shape of every element] or an isinstance type.
@@ -47,9 +48,9 @@ GUARANTEE = {
   "unit": str, "protects": str, "adjacency": str, "mechanism": str, "holds_against": [str],
   "not_against": [str], "accountant": dict, "epsilon_max": NUMBER,
   "parties": [
-    {"name": str, "n": int, "sampling_probability": NUMBER, "batch_cap": int,
-     "noise_multiplier": NUMBER, "clip_norm": NUMBER, "steps": int, "delta": NUMBER,
-     "epsilon": NUMBER},
+    {"name": str, "n": int, "coefficients": [float], "sampling_probability": NUMBER,
+     "batch_cap": int, "noise_multiplier": NUMBER, "clip_norm": NUMBER, "steps": int,
+     "delta": NUMBER, "epsilon": NUMBER},
   ],
 }  # fmt: skip
 PRIVATE = {"guarantees": [GUARANTEE], "not_covered": [str], "ledger": str}
@@ -94,7 +95,7 @@ def write_report(workdir: pathlib.Path) -> pathlib.Path:
     lstrip_blocks=True,
   )
   environment.filters.update(
-    fixed=_fixed, epsilon=figures.round_up, duration=_duration, mean=_mean, worst=_worst
+    fixed=_fixed, epsilon=round_up, duration=_duration, mean=_mean, worst=_worst
   )
   path = workdir / "report.html"
   path.write_text(environment.get_template("report.html").render(view), encoding="utf-8")
@@ -230,12 +231,16 @@ def _draw(workdir: pathlib.Path, run: dict[str, Any]) -> dict[str, dict[str, Any
 
 def _statement(workdir: pathlib.Path, run: dict[str, Any]) -> dict[str, Any]:
   """What the section on privacy shows beside privacy.json."""
-  audit = _read(workdir / "audit.json") if (workdir / "audit.json").exists() else None
   return {
     "assumptions": ASSUMPTIONS,
-    "audit": audit_sentence(audit),
+    "audit": audit_sentence(_audit(workdir)),
     "tuning": [tuning_costs(guarantee) for guarantee in run["privacy"].get("guarantees", [])],
   }
+
+
+def _audit(workdir: pathlib.Path) -> dict[str, Any] | None:
+  path = workdir / "audit.json"
+  return _read(path) if path.exists() else None
 
 
 def require_run(workdir: pathlib.Path, run_id: str) -> None:
@@ -257,9 +262,8 @@ def write_statement(workdir: pathlib.Path) -> pathlib.Path:
   record, config = _read(workdir / "privacy.json"), _read(workdir / "config.json")
   if record["mechanism"] != "none":
     _check(record, PRIVATE, workdir / "privacy.json")
-  audit = _read(workdir / "audit.json") if (workdir / "audit.json").exists() else None
   path = workdir / "privacy_statement.md"
-  path.write_text(write_out(record, config["run_id"], audit), encoding="utf-8")
+  path.write_text(write_out(record, config["run_id"], _audit(workdir)), encoding="utf-8")
   return path
 
 

@@ -10,6 +10,7 @@ Poisson Gaussian (arXiv 2508.15089; connect-the-dots, arXiv 2207.04380). ``rdp``
 and looser bound, see ``_rdp_epsilon``.
 """
 
+import decimal
 import functools
 import math
 from collections.abc import Sequence
@@ -51,6 +52,16 @@ def resolve_deltas(counts: Sequence[int] | np.ndarray, delta: float) -> tuple[fl
   for count, hospital_delta in zip(counts, deltas, strict=True):
     check_delta(hospital_delta, count)
   return deltas
+
+
+def round_up(epsilon: float | None) -> str:
+  """ε to two decimals, rounded up so that it is never understated; 'none' without a guarantee."""
+  if epsilon is None or math.isnan(epsilon):
+    return "none"
+  if math.isinf(epsilon):
+    return "∞"
+  step = decimal.Decimal("0.01")
+  return str(decimal.Decimal(repr(float(epsilon))).quantize(step, rounding=decimal.ROUND_CEILING))
 
 
 def epsilon(mechanism: PoissonGaussian, steps: int, delta: float, accountant: str = "pld") -> float:

@@ -61,12 +61,17 @@ class Ledger(NamedTuple):
 def start(folder: pathlib.Path, run_id: str, guarantees: Sequence[Guarantee]) -> Ledger:
   """Begins the ledger of a run, or reads the one that the same run began before.
 
+  A last line that a kill cut short is removed.
+
   Raises:
     UserError: the ledger was edited, or is of other mechanisms.
   """
   first = {"run_id": run_id, "guarantees": [_to_json(guarantee) for guarantee in guarantees]}
   path = folder / FILE
-  if not path.exists() or b"\n" not in path.read_bytes():  # a kill may have cut the first line
+  if path.exists():
+    with path.open("r+b") as file:
+      file.truncate(file.read().rfind(b"\n") + 1)
+  if not path.exists() or not path.stat().st_size:
     _append(path, "", first)
     return read(folder)
   found = {key: value for key, value in _lines(path)[0].items() if key != "digest"}
@@ -78,7 +83,9 @@ def start(folder: pathlib.Path, run_id: str, guarantees: Sequence[Guarantee]) ->
   return read(folder)
 
 
-def record(folder: pathlib.Path, rounds: int, counts: Sequence[Sequence[int]]) -> Ledger:
+def record(
+  folder: pathlib.Path, before: Ledger, rounds: int, counts: Sequence[Sequence[int]]
+) -> Ledger:
   """Writes down that ``rounds`` rounds are done and what was executed by then.
 
   It reaches the disk before this returns. Rounds that are in the ledger already are not written
@@ -86,13 +93,17 @@ def record(folder: pathlib.Path, rounds: int, counts: Sequence[Sequence[int]]) -
 
   Args:
     folder: the workdir.
+    before: what ``start`` or the last ``record`` returned. The file is not read again: what was
+      done to it meanwhile shows when it is.
     rounds: finished rounds.
     counts: releases of each party of each guarantee, in all.
 
+  Returns:
+    What the ledger says now.
+
   Raises:
-    UserError: the ledger was edited, or says more releases for fewer rounds.
+    UserError: the ledger says more releases for fewer rounds.
   """
-  before = read(folder)
   now = tuple(tuple(int(count) for count in row) for row in counts)
   done = rounds <= before.rounds
   fewer, more = (now, before.counts) if done else (before.counts, now)
@@ -104,8 +115,8 @@ def record(folder: pathlib.Path, rounds: int, counts: Sequence[Sequence[int]]) -
   )
   if done:
     return before
-  _append(folder / FILE, before.head, {"rounds": int(rounds), "counts": now})
-  return read(folder)
+  head = _append(folder / FILE, before.head, {"rounds": int(rounds), "counts": now})
+  return before._replace(rounds=int(rounds), counts=now, digests=(*before.digests, head))
 
 
 def read(folder: pathlib.Path) -> Ledger:
@@ -191,15 +202,15 @@ def _digest(previous: str, content: dict[str, Any]) -> str:
   return hashlib.sha256(f"{previous}\n{text}".encode()).hexdigest()
 
 
-def _append(path: pathlib.Path, previous: str, content: dict[str, Any]) -> None:
-  line = json.dumps({**content, "digest": _digest(previous, content)}, allow_nan=False)
-  whole = path.read_bytes() if path.exists() else b""
-  with path.open("r+b" if whole else "wb") as file:
-    file.seek(whole.rfind(b"\n") + 1)  # over what a kill cut short
-    file.truncate()
+def _append(path: pathlib.Path, previous: str, content: dict[str, Any]) -> str:
+  """Adds a line to the file on the disk, and returns its digest."""
+  digest = _digest(previous, content)
+  line = json.dumps({**content, "digest": digest}, allow_nan=False)
+  with path.open("ab") as file:
     file.write(line.encode() + b"\n")
     file.flush()
     os.fsync(file.fileno())
+  return digest
 
 
 def _lines(path: pathlib.Path) -> list[dict[str, Any]]:

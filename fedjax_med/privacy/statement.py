@@ -3,6 +3,7 @@
 import math
 from typing import Any
 
+from fedjax_med.privacy.accounting import round_up
 from fedjax_med.privacy.guarantees import UNITS
 from fedjax_med.privacy.mechanism import PoissonGaussian
 from fedjax_med.privacy.tuning import tuned_epsilon
@@ -18,11 +19,6 @@ ASSUMPTIONS = (
   "No record lies in two hospitals.",
   "Which images are one patient or near-duplicate group is taken as given.",
 )
-
-
-def round_up(value: float) -> str:
-  """ε for people: two decimals, never below the value."""
-  return "infinite" if math.isinf(value) else f"{math.ceil(value * 100 - 1e-9) / 100:.2f}"
 
 
 def tuning_costs(guarantee: dict[str, Any]) -> list[dict[str, Any]]:
@@ -121,21 +117,28 @@ def _found(found: dict[str, Any], confidence: float) -> str:
   ).rstrip()
 
 
+def _strength(epsilon: float, delta: float, protects: str) -> str:
+  if math.isinf(epsilon):
+    return "not at all (ε = ∞): a party trained without noise, and nothing bounds what is revealed."
+  factor = f"{math.exp(epsilon):,.1f}" if epsilon < 15 else f"10^{epsilon / math.log(10):.1f}"
+  return (
+    f"ε ≤ {round_up(epsilon)} at δ = {delta:.2g}. Whatever can be computed from what this run gives"
+    f" out, its probability changes by at most a factor of e^ε = {factor} if {protects} is taken"
+    " away, but for a probability of δ. ε = 0 would be perfect; values up to 1 are strong, up to"
+    " about 10 in common use, above that the formal promise is weak."
+  )
+
+
 def _guarantee(guarantee: dict[str, Any]) -> list[str]:
   unit = UNITS[guarantee["unit"]]
   worst = max(guarantee["parties"], key=lambda party: party["epsilon"])
   epsilon = guarantee["epsilon_max"]
-  factor = f"{math.exp(min(epsilon, 700)):,.1f}" if epsilon < 15 else f"{math.exp(epsilon):.1e}"
   lines = [
     f"## Unit of protection: {guarantee['unit']}",
     "",
     f"**What is protected:** {unit.protects}.",
     "",
-    f"**How strongly:** ε ≤ {round_up(epsilon)} at δ = {worst['delta']:.2g}. Whatever can be"
-    " computed from what this run gives out, its probability changes by at most a factor of"
-    f" e^ε = {factor}"
-    f" if {unit.protects} is taken away, but for a probability of δ. ε = 0 would be perfect; values"
-    " up to 1 are strong, up to about 10 in common use, above that the formal promise is weak.",
+    f"**How strongly:** {_strength(epsilon, worst['delta'], unit.protects)}",
     "",
     "**Against whom:**",
     "",

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import html
 import json
 import os
 import pathlib
@@ -26,6 +27,7 @@ from fedjax_med.experiment import run as runs
 from fedjax_med.experiment.loop import train_rounds
 from fedjax_med.privacy import __main__ as command
 from fedjax_med.privacy import ledger
+from fedjax_med.privacy.clipping import TWO_PASS_GAP
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
@@ -406,6 +408,32 @@ def test_baselines_train_each_hospital_alone_and_pooled(tmp_path):
   privacy = json.loads((tmp_path / "privacy.json").read_text())
   alone = curves["alone"][1]["curve"][-1]["all"]["epsilon_max"]
   assert alone == pytest.approx(privacy["guarantees"][0]["parties"][1]["epsilon"])
+
+
+@pytest.mark.parametrize("unit", ["record", "client"])
+def test_baselines_say_what_does_not_protect_them(tmp_path, unit):
+  changes = {"privacy__mechanism": "none", "client_privacy__mechanism": "dp_fedavg"}
+  changes |= {"client_privacy__noise_multiplier": 1.0, "server__weighting": "uniform"}
+  run(
+    tmp_path,
+    eval__local_baselines=True,
+    server__num_rounds=2,
+    **(changes if unit == "client" else {}),
+  )
+  record = json.loads((tmp_path / "privacy.json").read_text())
+  gaps = " ".join(record["not_covered"])
+  assert ("trained WITHOUT NOISE" in gaps) == (unit == "client")
+  assert ("further trainings on the same records" in gaps) == (unit == "record")
+  assert record["not_covered"][-1] in (tmp_path / "privacy_statement.md").read_text()
+  assert record["not_covered"][-1] in html.unescape((tmp_path / "report.html").read_text())
+
+
+def test_rounding_that_has_no_bound_is_told(tmp_path):
+  for clipping in ("two_pass", "book_keeping"):
+    run(tmp_path / clipping, privacy__clipping=clipping, server__num_rounds=1)
+    record = json.loads((tmp_path / clipping / "privacy.json").read_text())
+    assert (TWO_PASS_GAP in record["not_covered"]) == (clipping == "two_pass")
+  assert TWO_PASS_GAP in (tmp_path / "two_pass" / "privacy_statement.md").read_text()
 
 
 def test_an_unwritable_workdir_is_a_sentence(tmp_path):

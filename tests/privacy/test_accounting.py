@@ -18,6 +18,7 @@ from fedjax_med.privacy.accounting import (
   default_delta,
   discretization_interval,
   epsilon,
+  round_up,
 )
 from fedjax_med.privacy.calibration import affordable_steps, calibrate_noise
 from fedjax_med.privacy.mechanism import PoissonGaussian, batch_size_bound
@@ -201,6 +202,16 @@ def test_pld_is_at_most_rdp(n, batch_size, sigma, steps, num_stds):
     assert loose <= 2 * tight
 
 
+@pytest.mark.parametrize("accountant", ["pld", "rdp"])
+def test_epsilon_pays_for_the_rounding_of_clipped_contributions(accountant):
+  m = mechanism()
+  held = dataclasses.replace(m, noise_multiplier=m.noise_multiplier * (1 + NORM_SLACK))
+  assert NORM_SLACK >= 1e-3
+  assert held.event().noise_multiplier == pytest.approx(m.noise_multiplier, rel=1e-12)
+  assert m.event().noise_multiplier < m.noise_multiplier
+  assert epsilon(held, 100, 1e-4, accountant) < epsilon(m, 100, 1e-4, accountant)
+
+
 def test_the_grid_costs_under_half_a_percent():
   for m, steps in ((mechanism(), 300), (mechanism(n=10_000, sigma=4.0), 1000)):
     fine = pld.PLDAccountant(ZERO_OUT, discretization_interval(m) / 8)
@@ -306,3 +317,20 @@ def test_a_calibrated_run_affords_the_steps_it_was_calibrated_for():
   sigma = calibrate_noise(300, m.sampling_probability, m.batch_cap, 200, 1e-4, 2.0)
   steps = affordable_steps(dataclasses.replace(m, noise_multiplier=sigma), 1e-4, 2.0)
   assert 200 <= steps <= 204
+
+
+@pytest.mark.parametrize(
+  ("value", "shown"),
+  [
+    (8.0, "8.00"),
+    (7.98, "7.98"),
+    (8.001, "8.01"),
+    (1.1, "1.10"),
+    (np.float64(0.0001), "0.01"),
+    (0.0, "0.00"),
+    (None, "none"),
+    (math.inf, "∞"),
+  ],
+)
+def test_epsilon_is_never_rounded_down(value, shown):
+  assert round_up(value) == shown

@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import pytest
+from jax_privacy.auditing import CanaryScoreAuditor, Explicit
 from scipy import optimize, stats
 
 from fedjax_med.core.errors import UserError
@@ -129,6 +130,20 @@ def test_bound_inverts_the_p_value(delta):
     assert lower > 0.1
     assert one_run_p_value(500, r, v, lower, delta) == pytest.approx(LEVEL, rel=1e-6)
     assert lower < bound(500, r, v, 0.0)
+
+
+@pytest.mark.parametrize("delta", [1e-9, 1e-5, 1e-3])
+@pytest.mark.parametrize(("yes", "no", "idle"), [(16, 1, 0), (90, 10, 100), (700, 280, 3020)])
+def test_p_value_turns_at_the_bound_of_jax_privacys_auditor(delta, yes, no, idle):
+  half = idle // 2
+  members = np.r_[np.ones(yes), np.zeros(half)]
+  others = np.r_[np.ones(no), np.zeros(idle - half)]
+  bound = CanaryScoreAuditor(members, others).epsilon_one_run(
+    0.05, delta, threshold_strategy=Explicit(0.5)
+  )
+  arguments = yes + no + idle, yes + no, yes
+  assert 0.3 < bound < 4
+  assert one_run_p_value(*arguments, bound, delta) == pytest.approx(0.05, abs=1e-4)
 
 
 def test_bound_falls_with_delta_and_canaries_and_rises_with_right_guesses():

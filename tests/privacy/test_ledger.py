@@ -28,9 +28,9 @@ def counts(rounds):
 
 def write(folder, rounds=(1, 2, 5)):
   """A ledger and the privacy.json that goes with it."""
-  ledger.start(folder, "abc", BOTH)
+  book = ledger.start(folder, "abc", BOTH)
   for number in rounds:
-    book = ledger.record(folder, number, counts(number))
+    book = ledger.record(folder, book, number, counts(number))
     record = privacy_record(BOTH, book.counts)
     (folder / "privacy.json").write_text(json.dumps({**record, "ledger": book.head}))
 
@@ -48,11 +48,27 @@ def test_what_was_written_is_read(tmp_path):
 def test_a_resumed_run_doubles_nothing_and_loses_nothing(tmp_path):
   write(tmp_path)
   whole = (tmp_path / ledger.FILE).read_bytes()
-  ledger.start(tmp_path, "abc", BOTH)
+  book = ledger.start(tmp_path, "abc", BOTH)
   for number in (0, 1, 2, 3, 4, 5):  # rounds that it does again, at other log points too
-    assert ledger.record(tmp_path, number, counts(number)).rounds == 5
+    book = ledger.record(tmp_path, book, number, counts(number))
+    assert book.rounds == 5
   assert (tmp_path / ledger.FILE).read_bytes() == whole
-  assert ledger.record(tmp_path, 6, counts(6)).counts == ((12, 18), (6,))
+  book = ledger.record(tmp_path, book, 6, counts(6))
+  assert book.counts == ((12, 18), (6,))
+  assert book == ledger.read(tmp_path)
+
+
+def test_a_ledger_that_lost_or_changed_lines_under_a_run_is_refused_when_it_is_read(tmp_path):
+  write(tmp_path)
+  path = tmp_path / ledger.FILE
+  lines = path.read_text().splitlines(keepends=True)
+  for changed in (lines[:-1], [lines[0].replace("1.3", "2.6"), *lines[1:]]):
+    path.write_text("".join(lines))
+    book = ledger.start(tmp_path, "abc", BOTH)
+    path.write_text("".join(changed))
+    ledger.record(tmp_path, book, 6, counts(6))
+    with pytest.raises(UserError, match="was edited"):
+      ledger.read(tmp_path)
 
 
 def test_a_kill_at_any_byte_costs_at_most_the_line_that_was_being_written(tmp_path):
@@ -67,7 +83,7 @@ def test_a_kill_at_any_byte_costs_at_most_the_line_that_was_being_written(tmp_pa
     complete = sum(end <= size for end in ends)
     assert book.rounds == (0, 0, 1, 2, 5)[complete]
     for number in (1, 2, 5):
-      ledger.record(tmp_path, number, counts(number))
+      book = ledger.record(tmp_path, book, number, counts(number))
     assert path.read_bytes() == whole
 
 
@@ -119,10 +135,11 @@ def test_other_mechanisms_in_the_same_folder_are_refused(tmp_path):
 
 def test_fewer_releases_for_more_rounds_are_refused(tmp_path):
   write(tmp_path)
+  book = ledger.read(tmp_path)
   with pytest.raises(UserError, match="counts 10, 15; 5 releases after 5 rounds, the run 9"):
-    ledger.record(tmp_path, 6, [[9, 15], [6]])
+    ledger.record(tmp_path, book, 6, [[9, 15], [6]])
   with pytest.raises(UserError, match="releases after 5 rounds, the run 99"):
-    ledger.record(tmp_path, 4, [[99, 12], [4]])
+    ledger.record(tmp_path, book, 4, [[99, 12], [4]])
 
 
 def test_a_missing_ledger_is_a_sentence(tmp_path):

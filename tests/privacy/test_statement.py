@@ -1,16 +1,14 @@
 """The statement: every promise and every gap of privacy.json, ε never rounded down, tuning paid."""
 
-import math
-
 import dp_accounting
 import pytest
 from dp_accounting import dp_event, rdp
 
 from fedjax_med.core.errors import UserError
-from fedjax_med.privacy.accounting import RDP_ORDERS, epsilon
+from fedjax_med.privacy.accounting import RDP_ORDERS, epsilon, round_up
 from fedjax_med.privacy.guarantees import NO_PRIVACY, UNITS, Guarantee, privacy_record
 from fedjax_med.privacy.mechanism import PoissonGaussian
-from fedjax_med.privacy.statement import ASSUMPTIONS, round_up, tuning_costs, write_out
+from fedjax_med.privacy.statement import ASSUMPTIONS, tuning_costs, write_out
 from fedjax_med.privacy.tuning import tuned_epsilon
 
 MECHANISM = PoissonGaussian(200, 0.2, 72, 1.5, 1.0)
@@ -92,10 +90,13 @@ def test_without_a_mechanism_it_promises_nothing():
 
 
 @pytest.mark.parametrize(
-  ("value", "shown"), [(7.971, "7.98"), (7.98, "7.98"), (0.0, "0.00"), (math.inf, "infinite")]
+  ("sigma", "strength"),
+  [(0.0, "**How strongly:** not at all (ε = ∞)"), (0.02, "at most a factor of e^ε = 10^")],
 )
-def test_epsilon_is_never_rounded_down(value, shown):
-  assert round_up(value) == shown
+def test_a_claim_without_worth_is_called_so(sigma, strength):
+  weak = PoissonGaussian(200, 0.2, 72, sigma, 1.0)
+  record = privacy_record([Guarantee("record", ("North",), (weak,), (4e-4,))], [[3]])
+  assert strength in write_out(record, "abc")
 
 
 def test_choosing_the_best_of_many_runs_costs_more_the_more_there_are():
