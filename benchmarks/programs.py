@@ -19,7 +19,7 @@ from fedjax_med.core.config import (
 )
 from fedjax_med.core.keys import base_key
 from fedjax_med.data.dataset import Dataset
-from fedjax_med.experiment.program import make_program
+from fedjax_med.experiment.program import Shapes, make_program
 from fedjax_med.federated.algorithm import Client, Hyper, Pool
 from fedjax_med.simulation.mesh import choose_devices, replicate
 
@@ -95,15 +95,9 @@ def prepare(setting: Setting) -> Measured:
   clients, examples = setting.clients, setting.examples
   devices = choose_devices(setting.devices, clients)
   steps = np.full(clients, setting.steps, np.int64)
-  program = make_program(
-    config,
-    dataset,
-    devices=devices,
-    steps=steps,
-    max_examples=examples,
-    shared_steps=setting.steps,
-    batch_cap=examples,
-  )
+  counts = np.full(clients, examples, np.int64)
+  shapes = Shapes(steps, examples, setting.steps, examples, counts, max_units=0, rows_per_unit=1)
+  program = make_program(config, dataset, shapes, devices=devices)
   q = min(1.0, setting.batch_size / examples)
   each = np.ones(clients, np.float32)
   data = (
@@ -116,6 +110,7 @@ def prepare(setting: Setting) -> Measured:
       sampling_probability=jnp.asarray(each * q),
       expected_batch_size=jnp.asarray(each * q * examples),
       noise_multiplier=jnp.asarray(each),
+      batch_cap=jnp.asarray(counts, jnp.int32) if setting.private else None,
     ),
     Pool(jnp.asarray(inputs), jnp.asarray(labels)),
     # learning rates, no proximal term, C = 1, no average, everyone takes part

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import hashlib
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -12,7 +13,7 @@ import numpy as np
 from fedjax_med.core.config import ClientPrivacyConfig, Config, fingerprint, to_dict
 from fedjax_med.core.keys import base_key
 from fedjax_med.data.dataset import ClientTable, Hospitals, client_rows, client_table
-from fedjax_med.experiment.program import Program, make_program
+from fedjax_med.experiment.program import Program, Shapes, make_program
 from fedjax_med.experiment.protection import Protection, cohort_cap, protect
 from fedjax_med.federated.algorithm import Client, Hyper, Pool, Units
 from fedjax_med.models.pretrained import load_safetensors
@@ -58,6 +59,30 @@ class Experiment(NamedTuple):
   def guarantees(self) -> tuple[Guarantee, ...]:
     """What the run promises, the local guarantee first."""
     return tuple(each for each in (self.local, self.central) if each is not None)
+
+
+class Case(NamedTuple):
+  """What a run is before there is a program for it.
+
+  Attributes:
+    config: the validated config, with what ``privacy.solve_for`` leaves open filled in.
+    hospitals: the data.
+    names: of the training clients.
+    rows: who holds what, in the order of ``protection.units``.
+    numbers: [K] what names each client in random keys.
+    protection: the mechanisms.
+    run_id: fingerprint of all that shapes the trajectory.
+    table: arrays that say who holds what, for the fingerprint.
+  """
+
+  config: Config
+  hospitals: Hospitals
+  names: tuple[str, ...]
+  rows: ClientTable
+  numbers: np.ndarray
+  protection: Protection
+  run_id: str
+  table: list[np.ndarray]
 
 
 def _run_id(
@@ -118,11 +143,14 @@ def _hyper(config: Config, protection: Protection) -> Hyper:
   return Hyper(*values, client_level=level)
 
 
-def _stack_clients(
-  config: Config, rows: ClientTable, numbers: np.ndarray, protection: Protection
-) -> Client:
-  num_clients = len(rows.counts)
-  table = protection.units
+def _stack_clients(case: Case, shapes: Shapes) -> Client:
+  config, rows, protection = case.config, case.rows, case.protection
+  num_clients, table = len(rows.counts), protection.units
+
+  def padded(table: np.ndarray, width: int, fill: int) -> jax.Array:
+    pad = ((0, 0), (0, width - table.shape[1]))
+    return jnp.asarray(np.pad(table, pad, constant_values=fill), jnp.int32)
+
   # How many images a patient has is no public number, as how many patients there are is.
   sizes = rows.counts if table is None else table.counts
   weights = sizes if config.server.weighting == "examples" else np.ones(num_clients)
@@ -133,10 +161,14 @@ def _stack_clients(
     coefficients = jnp.asarray([m.coefficients for m in private], jnp.float32)
   units = None
   if table is not None:
-    units = Units(*(jnp.asarray(x, jnp.int32) for x in (table.starts, table.sizes, table.counts)))
+    units = Units(
+      padded(table.starts, shapes.max_units, 0),
+      padded(table.sizes, shapes.max_units, 1),
+      jnp.asarray(table.counts, jnp.int32),
+    )
   return Client(
-    number=jnp.asarray(numbers, jnp.int32),
-    indices=jnp.asarray(rows.indices, jnp.int32),
+    number=jnp.asarray(case.numbers, jnp.int32),
+    indices=padded(rows.indices, shapes.max_examples, 0),
     num_examples=jnp.asarray(rows.counts, jnp.int32),
     weight=jnp.asarray(weights / weights.sum(), jnp.float32),
     num_steps=jnp.asarray(protection.steps, jnp.int32),
@@ -149,67 +181,103 @@ def _stack_clients(
     noise_multiplier=jnp.asarray([m.noise_multiplier for m in private] or absent, jnp.float32),
     units=units,
     coefficients=coefficients,
+    batch_cap=jnp.asarray([m.batch_cap for m in private], jnp.int32) if private else None,
   )
 
 
 def build(config: Config, hospitals: Hospitals) -> Experiment:
   """The federation itself: every hospital is a client."""
-  num_clients = len(hospitals.names)
+  return build_together([federation(config, hospitals)])[0]
+
+
+def federation(config: Config, hospitals: Hospitals) -> Case:
+  """The case in which every hospital is a client."""
+  numbers = np.arange(len(hospitals.names))
+  return _case(config, hospitals, hospitals.names, hospitals.train, numbers, None)
+
+
+def build_together(cases: Sequence[Case]) -> list[Experiment]:
+  """One program for several cases, which differ in nothing that a program is made from.
+
+  All of them are on the same images, which lie on the device once.
+  """
+  config = cases[0].config
+  num_clients = len(cases[0].names)
   cohort = cohort_cap(config, num_clients) or num_clients
   devices = choose_devices(config.execution.devices, cohort)
-  names, table = hospitals.names, hospitals.train
-  return _assemble(config, hospitals, names, table, np.arange(num_clients), None, None, devices)
+  return _assemble(cases, None, devices)
 
 
-def _assemble(
+def _case(
   config: Config,
   hospitals: Hospitals,
   names: tuple[str, ...],
   rows: ClientTable,
   numbers: np.ndarray,
   steps: np.ndarray | None,  # None: as configured
+) -> Case:
+  protection = protect(config, names, rows, hospitals.split.units, steps)
+  rows = rows if protection.units is None else protection.units.rows
+  table = _tables(rows, protection)
+  run_id = _run_id(protection.config, hospitals, names, table)
+  return Case(protection.config, hospitals, names, rows, numbers, protection, run_id, table)
+
+
+def _shapes(cases: Sequence[Case]) -> Shapes:
+  steps = np.stack([case.protection.steps for case in cases])
+  units = [case.protection.units for case in cases]
+  tables = [table for table in units if table is not None]
+  counts = [
+    case.rows.counts if table is None else table.counts
+    for case, table in zip(cases, units, strict=True)
+  ]
+  return Shapes(
+    steps=steps.max(0),
+    max_examples=max(case.rows.indices.shape[1] for case in cases),
+    shared_steps=int(steps.flat[0]) if (steps == steps.flat[0]).all() else None,
+    batch_cap=max(_batch_cap(case.protection.local) for case in cases),
+    counts=np.max(counts, axis=0).astype(np.int64),
+    max_units=max((table.starts.shape[1] for table in tables), default=0),
+    rows_per_unit=cases[0].protection.rows_per_unit,
+  )
+
+
+def _assemble(
+  cases: Sequence[Case],
   pool: Pool | None,  # None: it is to be made, on as many devices as the plan finds best
   devices: Devices,
-) -> Experiment:
-  protection = protect(config, names, rows, hospitals.split.units, steps)
-  config, steps, units = protection.config, protection.steps, protection.units
-  rows = rows if units is None else units.rows
-  table = _tables(rows, protection)
-  run_id = _run_id(config, hospitals, names, table)
+) -> list[Experiment]:
+  config, dataset, shapes = cases[0].config, cases[0].hospitals.dataset, _shapes(cases)
   cpu = jax.default_backend() == "cpu" and jax.process_count() == 1
-  dataset = hospitals.dataset
   program = make_program(
     config,
     dataset,
+    shapes,
     devices=devices,
-    steps=steps,
-    max_examples=rows.indices.shape[1],
-    shared_steps=int(steps[0]) if (steps == steps[0]).all() else None,
-    batch_cap=_batch_cap(protection.local),
-    counts=(rows.counts if units is None else units.counts).astype(np.int64),
-    max_units=0 if units is None else units.starts.shape[1],
-    rows_per_unit=protection.rows_per_unit,
     # The devices of a CPU share its memory; fewer would save an accelerator nothing.
     may_share_less=pool is None and cpu and config.execution.devices == 0,
   )
   mesh = program.devices.mesh
   if pool is None:
     pool = Pool(replicate(dataset.inputs, mesh), replicate(dataset.labels, mesh))
-  return Experiment(
-    config,
-    hospitals,
-    names,
-    replicate(_stack_clients(config, rows, numbers, protection), mesh),
-    protection.local,
-    protection.central,
-    steps,
-    replicate(_hyper(config, protection), mesh),
-    pool,
-    replicate(_run_key(config, run_id), mesh),
-    program,
-    run_id,
-    table,
-  )
+  return [
+    Experiment(
+      case.config,
+      case.hospitals,
+      case.names,
+      replicate(_stack_clients(case, shapes), mesh),
+      case.protection.local,
+      case.protection.central,
+      case.protection.steps,
+      replicate(_hyper(case.config, case.protection), mesh),
+      pool,
+      replicate(_run_key(case.config, case.run_id), mesh),
+      program,
+      case.run_id,
+      case.table,
+    )
+    for case in cases
+  ]
 
 
 def _tables(rows: ClientTable, protection: Protection) -> list[np.ndarray]:
@@ -264,7 +332,8 @@ def pooled(federation: Experiment) -> Experiment:
   number, steps = np.array([len(hospitals.names)]), np.array([federation.steps.sum()])
   config = _baseline_config(federation.config)
   pool, devices = _for_one_client(federation)
-  return _assemble(config, hospitals, ("pooled",), rows, number, steps, pool, devices)
+  case = _case(config, hospitals, ("pooled",), rows, number, steps)
+  return _assemble([case], pool, devices)[0]
 
 
 def alone(federation: Experiment) -> list[Experiment]:
@@ -276,10 +345,7 @@ def alone(federation: Experiment) -> list[Experiment]:
   protection = protect(config, names, hospitals.train, hospitals.split.units, federation.steps)
   units = protection.units
   table = hospitals.train if units is None else units.rows
-  program = make_program(
-    config,
-    hospitals.dataset,
-    devices=devices,
+  shapes = Shapes(
     steps=federation.steps.max(keepdims=True),
     max_examples=table.indices.shape[1],
     shared_steps=None,
@@ -288,6 +354,7 @@ def alone(federation: Experiment) -> list[Experiment]:
     max_units=0 if units is None else units.starts.shape[1],
     rows_per_unit=protection.rows_per_unit,
   )
+  program = make_program(config, hospitals.dataset, shapes, devices=devices)
 
   def run(k: int) -> Experiment:
     def only(leaf: Any) -> np.ndarray:

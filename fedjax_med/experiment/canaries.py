@@ -101,6 +101,7 @@ def _client(subject: Subject, k: int, canaries: int) -> Client:
     noise_multiplier=jnp.float32(mechanism.noise_multiplier),
     units=units,
     coefficients=None if mechanism.bands == 1 else jnp.asarray(mechanism.coefficients, jnp.float32),
+    batch_cap=jnp.int32(mechanism.batch_cap),
   )
 
 

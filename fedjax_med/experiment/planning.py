@@ -148,6 +148,7 @@ def block_arguments(
   max_examples: int,
   pool: Any,
   max_units: int = 0,
+  private: bool = False,
   client_level: bool = False,
   bands: int = 1,
 ) -> tuple[Any, ...]:
@@ -161,6 +162,8 @@ def block_arguments(
   if max_units:
     table = shape((num_clients, max_units), jnp.int32)
     clients = clients._replace(units=Units(table, table, number))
+  if private:
+    clients = clients._replace(batch_cap=number)
   if bands > 1:
     clients = clients._replace(coefficients=shape((num_clients, bands), jnp.float32))
   data = Pool(*(shape(part.shape, part.dtype) for part in (pool.inputs, pool.labels)))

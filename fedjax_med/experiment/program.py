@@ -66,39 +66,49 @@ class Program(NamedTuple):
   origin: str
 
 
-def make_program(
-  config: Config,
-  dataset: Dataset,
-  *,
-  devices: Devices,
-  steps: np.ndarray,
-  max_examples: int,
-  shared_steps: int | None,
-  batch_cap: int,
-  counts: np.ndarray | None = None,
-  max_units: int = 0,
-  rows_per_unit: int = 1,
-  may_share_less: bool = False,
-) -> Program:
-  """Builds model, algorithm and compiled functions for clients of at most ``max_examples``.
+class Shapes(NamedTuple):
+  """Sizes that a program is made for; a run may be smaller, but for ``shared_steps``.
 
-  Args:
-    config: validated config.
-    dataset: gives image shape and classes.
-    devices: where it is to run, unless ``may_share_less``.
+  Attributes:
     steps: [K] local steps a round.
     max_examples: slots of a client's index row.
     shared_steps: local steps a round where all clients take the same number, else None.
     batch_cap: slots of a truncated Poisson batch (private runs).
-    counts: units (examples, patients) of each client, for the microbatch; None if all hold
-      ``max_examples``.
+    counts: [K] units (examples, patients) of each client, for the microbatch.
     max_units: slots of a client's table of units that hold several rows; 0 without such.
     rows_per_unit: rows of a unit that a step looks at.
+  """
+
+  steps: np.ndarray
+  max_examples: int
+  shared_steps: int | None
+  batch_cap: int
+  counts: np.ndarray
+  max_units: int
+  rows_per_unit: int
+
+
+def make_program(
+  config: Config,
+  dataset: Dataset,
+  shapes: Shapes,
+  *,
+  devices: Devices,
+  may_share_less: bool = False,
+) -> Program:
+  """Builds model, algorithm and compiled functions.
+
+  Args:
+    config: validated config.
+    dataset: gives image shape and classes.
+    shapes: largest sizes of the runs.
+    devices: where it is to run, unless ``may_share_less``.
     may_share_less: whether fewer devices may be taken to save memory.
 
   Raises:
     UserError: the rounds do not fit into the memory budget, whatever may be changed.
   """
+  steps, max_examples, shared_steps, batch_cap, counts, max_units, rows_per_unit = shapes
   classes, private = len(dataset.class_names), config.privacy.mechanism != "none"
   image = jax.ShapeDtypeStruct((1, *dataset.inputs.shape[1:]), jnp.float32)
   num_clients = len(steps)
@@ -114,7 +124,6 @@ def make_program(
   def init_memory(params: Any) -> Any:
     return empty_memory(params, bands) if bands > 1 else ()
 
-  counts = np.full(1, max_examples) if counts is None else counts
   rates = np.minimum(1, client.batch_size / counts)
 
   def lowering_on(devices: int) -> tuple[Lowering, str]:
@@ -211,6 +220,7 @@ def make_program(
     max_examples,
     dataset,
     max_units,
+    private,
     client_level,
     bands,
   )

@@ -51,6 +51,7 @@ class Client(NamedTuple):
     noise_multiplier: float32 σ (private runs).
     units: what is sampled and clipped as a whole; None if it is the single example.
     coefficients: [b] float32 strategy of correlated noise; None if steps' noise is independent.
+    batch_cap: int32 units a Poisson batch is cut to; None if to as many slots as a batch has.
   """
 
   number: jax.Array
@@ -63,6 +64,7 @@ class Client(NamedTuple):
   noise_multiplier: jax.Array
   units: Units | None = None
   coefficients: jax.Array | None = None
+  batch_cap: jax.Array | None = None
 
 
 class Hyper(NamedTuple):

@@ -203,6 +203,7 @@ def private_gradient(
       client.sampling_probability,
       max_examples=max_examples if units is None else units.starts.shape[0],
       batch_cap=batch_cap,
+      limit=client.batch_cap,
     )
     turn, changes = jnp.zeros((batch_cap,), jnp.float32), None
     if units is not None:

@@ -120,6 +120,7 @@ def banded_batch(
   bands: int,
   max_examples: int,
   batch_cap: int,
+  limit: jax.Array | int | None = None,
 ) -> tuple[jax.Array, jax.Array]:
   """The truncated Poisson batch of a step, from subset ``step mod bands`` of the slots.
 
@@ -134,6 +135,7 @@ def banded_batch(
     bands: b, at most n.
     max_examples: n_max, slots in the client table.
     batch_cap: slots in the batch.
+    limit: a cap under it, as in ``poisson_batch``.
 
   Returns:
     slots: [batch_cap] int32 in 0 .. n - 1, no two the same; 0 where ``mask`` is False.
@@ -149,6 +151,7 @@ def banded_batch(
     sampling_probability,
     max_examples=-(-max_examples // bands),
     batch_cap=batch_cap,
+    limit=limit,
   )
   slots = places * bands + jnp.asarray(step, jnp.int32) % bands
   mask = drawn & (slots < n)

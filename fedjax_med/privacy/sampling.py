@@ -18,10 +18,11 @@ def poisson_batch(
   *,
   max_examples: int,
   batch_cap: int,
+  limit: jax.Array | int | None = None,
 ) -> tuple[jax.Array, jax.Array]:
   """Draws each of the first ``num_examples`` slots with probability q; keeps at most the cap.
 
-  A draw over ``batch_cap`` is cut to a uniformly random subset (the slots of smallest u, which
+  A draw over the cap is cut to a uniformly random subset (the slots of smallest u, which
   given that they are hits are exchangeable, but for ties of u at float32's 2^-23). With q = 1
   and num_examples ≤ batch_cap every slot is drawn, always. This is the sampling of
   ``TruncatedSubsampledGaussianDpEvent`` (arXiv 2508.15089).
@@ -31,7 +32,9 @@ def poisson_batch(
     num_examples: [] int32, n; may be traced.
     sampling_probability: [] float32, q; may be traced.
     max_examples: n_max, slots in the client table.
-    batch_cap: slots in the batch.
+    batch_cap: slots in the batch, and the cap where ``limit`` is None.
+    limit: [] int32, a cap under ``batch_cap``; may be traced, so that runs of unlike caps share a
+      program.
 
   Returns:
     slots: [batch_cap] int32 in 0 .. n - 1, no two the same; 0 where ``mask`` is False.
@@ -51,6 +54,8 @@ def poisson_batch(
   hit = valid & (u < jnp.asarray(sampling_probability, jnp.float32))
   score, slots = jax.lax.top_k(jnp.where(hit, -u, -2.0), batch_cap)
   mask = score > -1.5
+  if limit is not None:
+    mask &= jnp.arange(batch_cap, dtype=jnp.int32) < limit
   return jnp.where(mask, slots, 0), mask
 
 

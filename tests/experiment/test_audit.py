@@ -174,12 +174,11 @@ def q_doubled(key, number, q, **sizes):
   return local_poisson(key, number, q * 2, **sizes)
 
 
-def shuffled(key, number, q, *, max_examples, batch_cap):
+def shuffled(key, number, q, *, max_examples, batch_cap, limit):
   """A random batch of the expected size, as of a shuffled epoch."""
   slots, mask = epoch_batch(key, 0, number, batch_size=batch_cap, max_examples=max_examples)
-  return slots, mask & (
-    jnp.arange(batch_cap, dtype=jnp.float32) < jnp.round(q * jnp.float32(number))
-  )
+  place = jnp.arange(batch_cap, dtype=jnp.float32)
+  return slots, mask & (place < jnp.minimum(limit, jnp.round(q * jnp.float32(number))))
 
 
 local_poisson = local.poisson_batch

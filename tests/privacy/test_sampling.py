@@ -138,6 +138,26 @@ def test_one_program_serves_hospitals_of_any_size():
   assert len(traces) == 1
 
 
+def test_a_traced_cap_cuts_as_a_smaller_batch_does_whatever_the_slots():
+  keys = sample_keys(300)
+
+  def draw(max_examples, batch_cap, limit=None):
+    def one(key, limit):
+      return poisson_batch(
+        key, 30, 0.4, max_examples=max_examples, batch_cap=batch_cap, limit=limit
+      )
+
+    return jax.jit(jax.vmap(one, (0, None)))(keys, limit)
+
+  slots, mask = draw(30, 12)
+  assert mask.all(1).mean() > 0.3  # the cap does cut
+  for wide_slots, wide_mask in (draw(30, 20, jnp.int32(12)), draw(45, 20, jnp.int32(12))):
+    np.testing.assert_array_equal(wide_slots[:, :12], slots)
+    np.testing.assert_array_equal(wide_mask[:, :12], mask)
+    assert not wide_mask[:, 12:].any()
+    assert not wide_slots[:, 12:].any()
+
+
 @pytest.mark.parametrize("cap", [0, 17])
 def test_cap_outside_the_table_is_refused(cap):
   with pytest.raises(UserError, match=f"batch_cap={cap} must be"):
