@@ -33,7 +33,7 @@ from fedjax_med.simulation.plan import (
   choose_layout,
   choose_lowering,
 )
-from fedjax_med.simulation.rounds import init_state, make_block, make_round
+from fedjax_med.simulation.rounds import init_state, jit_block, make_block, make_round
 
 
 class CifarCNN(nn.Module):
@@ -180,7 +180,7 @@ def _build(workload: specs.Workload, private: bool, layout: str, chunk: int) -> 
   images, labels = specs.make_pool(workload)
   put = functools.partial(replicate, mesh=devices.mesh)
   return _Program(
-    make_block(run_round, workload.num_clients, devices.mesh),
+    jit_block(make_block(run_round, workload.num_clients), devices.mesh),
     put(init_state(algorithm, params, state, workload.num_clients)),
     put(_clients(workload, probability)),
     put(_hyper(workload, rate)),

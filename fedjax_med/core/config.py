@@ -77,6 +77,7 @@ class ModelConfig:
     dtype: float32 or bfloat16 for activations; weights, norms and noise stay float32.
     pretrained: .safetensors file with a PyTorch state dict (pretrainedmodels or timm) that initial
       weights and statistics are taken from; empty is none. Needs norm=frozen_batch.
+    init_seed: seed of the initial weights; -1 takes that of the run.
   """
 
   name: str = "se_resnext50_32x4d"
@@ -84,6 +85,7 @@ class ModelConfig:
   dropout: float = 0.0
   dtype: str = "float32"
   pretrained: str = ""
+  init_seed: int = -1
 
 
 @dataclasses.dataclass
@@ -281,7 +283,7 @@ class Config:
   """A whole run.
 
   Attributes:
-    seed: drives initial weights, sampling, noise and participation.
+    seed: drives initial weights (unless model.init_seed does), sampling, noise and participation.
   """
 
   seed: int = 0
@@ -309,6 +311,11 @@ def from_dict(values: dict[str, Any]) -> Config:
     default = getattr(Config(), name) if name in sections else None
     parts[name] = type(default)(**value) if dataclasses.is_dataclass(default) else value
   return Config(**parts)
+
+
+def init_seed(config: Config) -> int:
+  """The seed of the initial weights."""
+  return config.seed if config.model.init_seed < 0 else config.model.init_seed
 
 
 def fingerprint(values: dict[str, Any]) -> str:

@@ -36,6 +36,7 @@ RANGES: dict[str, tuple[float, float, bool, str]] = {
   "data.image_size": (8, 4096, True, "use 64 to 224; the paper uses 192"),
   "seed": (0, 2**31 - 1, True, "use 0"),
   "data.seed": (0, 2**31 - 1, True, "use 0"),
+  "model.init_seed": (-1, 2**31 - 1, True, "use -1 for the seed of the run"),
   "data.min_size": (1, 4096, True, "use 32"),
   "data.test_fraction": (0, 0.9, False, "use 0.2"),
   "data.num_examples": (50, 10_000_000, True, "use 4000"),

@@ -1,7 +1,6 @@
 """From a validated config to what a run needs: data, model, mechanisms, compiled functions."""
 
 import dataclasses
-import functools
 import hashlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -9,10 +8,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
-from fedjax_med.core.config import ClientPrivacyConfig, Config, fingerprint, to_dict
+from fedjax_med.core.config import ClientPrivacyConfig, Config, fingerprint, init_seed, to_dict
 from fedjax_med.core.keys import base_key
-from fedjax_med.data.dataset import ClientTable, Hospitals, client_rows, client_table
+from fedjax_med.data.dataset import ClientTable, Hospitals, UnitTable, client_rows, client_table
 from fedjax_med.experiment.program import Program, Shapes, make_program
 from fedjax_med.experiment.protection import Protection, cohort_cap, protect
 from fedjax_med.federated.algorithm import Client, Hyper, Pool, Units
@@ -98,6 +98,7 @@ def _run_id(
   for section, name in (("data", "path"), ("data", "cache_dir"), ("data", "strict")):
     del values[section][name]
   del values["execution"], values["eval"]
+  values["model"]["init_seed"] = init_seed(config)
   path = values["model"].pop("pretrained")  # its content counts, not its name
   if path:
     values["model"]["pretrained_sha256"] = load_safetensors(path).sha256
@@ -187,7 +188,11 @@ def _stack_clients(case: Case, shapes: Shapes) -> Client:
 
 def build(config: Config, hospitals: Hospitals) -> Experiment:
   """The federation itself: every hospital is a client."""
-  return build_together([federation(config, hospitals)])[0]
+  case = federation(config, hospitals)
+  program, shapes = plan_together([case])
+  mesh, dataset = program.devices.mesh, hospitals.dataset
+  pool = Pool(replicate(dataset.inputs, mesh), replicate(dataset.labels, mesh))
+  return place(case, program, shapes, pool, mesh)
 
 
 def federation(config: Config, hospitals: Hospitals) -> Case:
@@ -196,16 +201,38 @@ def federation(config: Config, hospitals: Hospitals) -> Case:
   return _case(config, hospitals, hospitals.names, hospitals.train, numbers, None)
 
 
-def build_together(cases: Sequence[Case]) -> list[Experiment]:
-  """One program for several cases, which differ in nothing that a program is made from.
+def plan_together(cases: Sequence[Case]) -> tuple[Program, Shapes]:
+  """One program for several cases, which differ in nothing that a program is made from."""
+  config, num_clients = cases[0].config, len(cases[0].names)
+  devices = choose_devices(config.execution.devices, cohort_cap(config, num_clients) or num_clients)
+  cpu = jax.default_backend() == "cpu" and jax.process_count() == 1
+  shapes = shapes_of(cases)
+  # The devices of a CPU share its memory; fewer would save an accelerator nothing.
+  may_share_less = cpu and config.execution.devices == 0
+  dataset = cases[0].hospitals.dataset
+  program = make_program(config, dataset, shapes, devices=devices, may_share_less=may_share_less)
+  return program, shapes
 
-  All of them are on the same images, which lie on the device once.
-  """
-  config = cases[0].config
-  num_clients = len(cases[0].names)
-  cohort = cohort_cap(config, num_clients) or num_clients
-  devices = choose_devices(config.execution.devices, cohort)
-  return _assemble(cases, None, devices)
+
+def place(
+  case: Case, program: Program, shapes: Shapes, pool: Pool, mesh: Mesh | None
+) -> Experiment:
+  """The run of a case by a program of at least its shapes, on images that are on the device."""
+  return Experiment(
+    case.config,
+    case.hospitals,
+    case.names,
+    replicate(_stack_clients(case, shapes), mesh),
+    case.protection.local,
+    case.protection.central,
+    case.protection.steps,
+    replicate(_hyper(case.config, case.protection), mesh),
+    pool,
+    replicate(_run_key(case.config, case.run_id), mesh),
+    program,
+    case.run_id,
+    case.table,
+  )
 
 
 def _case(
@@ -223,7 +250,8 @@ def _case(
   return Case(protection.config, hospitals, names, rows, numbers, protection, run_id, table)
 
 
-def _shapes(cases: Sequence[Case]) -> Shapes:
+def shapes_of(cases: Sequence[Case]) -> Shapes:
+  """The largest sizes of several cases."""
   steps = np.stack([case.protection.steps for case in cases])
   units = [case.protection.units for case in cases]
   tables = [table for table in units if table is not None]
@@ -236,48 +264,10 @@ def _shapes(cases: Sequence[Case]) -> Shapes:
     max_examples=max(case.rows.indices.shape[1] for case in cases),
     shared_steps=int(steps.flat[0]) if (steps == steps.flat[0]).all() else None,
     batch_cap=max(_batch_cap(case.protection.local) for case in cases),
-    counts=np.max(counts, axis=0).astype(np.int64),
+    counts=np.concatenate(counts).astype(np.int64),
     max_units=max((table.starts.shape[1] for table in tables), default=0),
     rows_per_unit=cases[0].protection.rows_per_unit,
   )
-
-
-def _assemble(
-  cases: Sequence[Case],
-  pool: Pool | None,  # None: it is to be made, on as many devices as the plan finds best
-  devices: Devices,
-) -> list[Experiment]:
-  config, dataset, shapes = cases[0].config, cases[0].hospitals.dataset, _shapes(cases)
-  cpu = jax.default_backend() == "cpu" and jax.process_count() == 1
-  program = make_program(
-    config,
-    dataset,
-    shapes,
-    devices=devices,
-    # The devices of a CPU share its memory; fewer would save an accelerator nothing.
-    may_share_less=pool is None and cpu and config.execution.devices == 0,
-  )
-  mesh = program.devices.mesh
-  if pool is None:
-    pool = Pool(replicate(dataset.inputs, mesh), replicate(dataset.labels, mesh))
-  return [
-    Experiment(
-      case.config,
-      case.hospitals,
-      case.names,
-      replicate(_stack_clients(case, shapes), mesh),
-      case.protection.local,
-      case.protection.central,
-      case.protection.steps,
-      replicate(_hyper(case.config, case.protection), mesh),
-      pool,
-      replicate(_run_key(case.config, case.run_id), mesh),
-      program,
-      case.run_id,
-      case.table,
-    )
-    for case in cases
-  ]
 
 
 def _tables(rows: ClientTable, protection: Protection) -> list[np.ndarray]:
@@ -316,13 +306,16 @@ def _baseline_config(config: Config) -> Config:
   return dataclasses.replace(config, server=server, client_privacy=ClientPrivacyConfig())
 
 
-def _for_one_client(federation: Experiment) -> tuple[Pool, Devices]:
-  """Where a single client trains: one device, unless several processes must all take part."""
+def _single_clients(cases: Sequence[Case], federation: Experiment) -> list[Experiment]:
+  """Runs of one client each: on one device, unless several processes must all take part."""
   pool, devices = federation.pool, federation.program.devices
-  if devices.mesh is None or jax.process_count() > 1:
-    return pool, devices
-  one = Pool(*(leaf.addressable_data(0) for leaf in pool))  # the copy of the first device
-  return one, Devices(1, None, "devices 1: there is one client")
+  if devices.mesh is not None and jax.process_count() == 1:
+    pool = Pool(*(leaf.addressable_data(0) for leaf in pool))  # the copy of the first device
+    devices = Devices(1, None, "devices 1: there is one client")
+  shapes = shapes_of(cases)
+  dataset = cases[0].hospitals.dataset
+  program = make_program(cases[0].config, dataset, shapes, devices=devices)
+  return [place(case, program, shapes, pool, program.devices.mesh) for case in cases]
 
 
 def pooled(federation: Experiment) -> Experiment:
@@ -331,52 +324,33 @@ def pooled(federation: Experiment) -> Experiment:
   rows = client_table([np.concatenate(client_rows(hospitals.train))])
   number, steps = np.array([len(hospitals.names)]), np.array([federation.steps.sum()])
   config = _baseline_config(federation.config)
-  pool, devices = _for_one_client(federation)
   case = _case(config, hospitals, ("pooled",), rows, number, steps)
-  return _assemble([case], pool, devices)[0]
+  return _single_clients([case], federation)[0]
 
 
 def alone(federation: Experiment) -> list[Experiment]:
   """Each hospital by itself, with the same steps and ε; all share one compiled program."""
+  return _single_clients(_alone(federation), federation)
+
+
+def _alone(federation: Experiment) -> list[Case]:
   hospitals, config = federation.hospitals, _baseline_config(federation.config)
-  names = hospitals.names
-  pool, devices = _for_one_client(federation)
-  put = functools.partial(replicate, mesh=devices.mesh)
-  protection = protect(config, names, hospitals.train, hospitals.split.units, federation.steps)
-  units = protection.units
-  table = hospitals.train if units is None else units.rows
-  shapes = Shapes(
-    steps=federation.steps.max(keepdims=True),
-    max_examples=table.indices.shape[1],
-    shared_steps=None,
-    batch_cap=_batch_cap(federation.local),
-    counts=(table.counts if units is None else units.counts).astype(np.int64),
-    max_units=0 if units is None else units.starts.shape[1],
-    rows_per_unit=protection.rows_per_unit,
-  )
-  program = make_program(config, hospitals.dataset, shapes, devices=devices)
+  names, local = hospitals.names, federation.local
+  whole = protect(config, names, hospitals.train, hospitals.split.units, federation.steps)
+  rows = hospitals.train if whole.units is None else whole.units.rows
 
-  def run(k: int) -> Experiment:
-    def only(leaf: Any) -> np.ndarray:
-      return np.asarray(leaf)[k : k + 1]
-
-    clients = jax.tree.map(only, federation.clients)
-    own = [array[k : k + 1] for array in _tables(table, protection)]
-    run_id = _run_id(config, hospitals, names[k : k + 1], own)
-    local = federation.local
-    return federation._replace(
-      config=config,
-      names=names[k : k + 1],
-      clients=put(clients._replace(weight=np.ones(1, np.float32))),
-      local=local and local.only(k),
-      central=None,
-      steps=federation.steps[k : k + 1],
-      hyper=put(_hyper(config, protection)),
-      pool=pool,
-      key=put(_run_key(config, run_id)),
-      program=program,
-      run_id=run_id,
-      table=own,
+  def case(k: int) -> Case:
+    one, units = slice(k, k + 1), whole.units
+    own = ClientTable(rows.indices[one], rows.counts[one])
+    if units is not None:
+      units = UnitTable(own, units.starts[one], units.sizes[one], units.counts[one])
+    # The mechanism that the hospital has in the federation: the same σ, the same cap.
+    protection = whole._replace(
+      steps=federation.steps[one], units=units, local=local and local.only(k)
     )
+    table = _tables(own, protection)
+    run_id = _run_id(config, hospitals, names[one], table)
+    numbers = np.arange(k, k + 1)
+    return Case(config, hospitals, names[one], own, numbers, protection, run_id, table)
 
-  return [run(k) for k in range(len(names))]
+  return [case(k) for k in range(len(names))]

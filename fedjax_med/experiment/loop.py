@@ -52,7 +52,8 @@ class Outcome(NamedTuple):
 
   Attributes:
     state: final state.
-    stopped: completed, or budget where the next round would have crossed the ε budget.
+    stopped: completed; budget where the next round would have crossed the ε budget; in a sweep
+      also diverged, where a weight or a prediction was not finite.
     last: the last log point.
     seconds: wall time to compile and to train, in this process.
   """
@@ -111,12 +112,19 @@ def affordable_rounds(experiment: Experiment, steps: np.ndarray, done: int) -> f
   return min(left)
 
 
+def next_rounds(experiment: Experiment, steps: np.ndarray, done: int) -> int:
+  """Rounds up to the next log point; 0 at the end, or where a budget ends the run before."""
+  every, total = experiment.config.eval.every, experiment.config.server.num_rounds
+  length = min(every - done % every, total - done)
+  return int(max(0, min(length, affordable_rounds(experiment, steps, done)))) if length else 0
+
+
 def _affordable(guarantee: Guarantee, budget: float) -> np.ndarray:
   rows = zip(guarantee.mechanisms, guarantee.deltas, strict=True)
   return np.array([affordable_steps(mechanism, delta, budget) for mechanism, delta in rows])
 
 
-def _write_privacy(
+def write_privacy(
   experiment: Experiment,
   folder: pathlib.Path,
   book: ledger.Ledger | None,
@@ -146,7 +154,6 @@ def observe(experiment: Experiment, state: SimulationState) -> LogPoint:
   """
   rounds = int(state.server.round)
   rows = evaluation_rows(experiment)
-  labels = experiment.hospitals.dataset.labels[rows]
   probabilities = experiment.program.predict(
     evaluated_params(state), state.server.state, experiment.pool, rows
   )
@@ -157,7 +164,20 @@ def observe(experiment: Experiment, state: SimulationState) -> LogPoint:
     f"lower client.learning_rate={config.client.learning_rate:g}"
     f" or server.learning_rate={config.server.learning_rate:g}",
   )
-  epsilons, client_epsilon = spent(experiment, rounds, np.asarray(state.steps))
+  return measure(
+    experiment, rounds, probabilities, *spent(experiment, rounds, np.asarray(state.steps))
+  )
+
+
+def measure(
+  experiment: Experiment,
+  rounds: int,
+  probabilities: np.ndarray,
+  epsilons: tuple[float, ...],
+  client_epsilon: float | None,
+) -> LogPoint:
+  """The log point of predictions [n_test, classes], in the order of ``evaluation_rows``."""
+  labels = experiment.hospitals.dataset.labels[evaluation_rows(experiment)]
   by_name = dict(zip(experiment.names, epsilons, strict=False))
   ends = np.cumsum(experiment.hospitals.test.counts)
   clients = []
@@ -173,7 +193,7 @@ def observe(experiment: Experiment, state: SimulationState) -> LogPoint:
   return LogPoint(rounds, test, clients, probabilities, epsilons, client_epsilon)
 
 
-def _train_line(experiment: Experiment, metrics: BlockMetrics) -> dict[str, Any]:
+def train_line(experiment: Experiment, metrics: BlockMetrics) -> dict[str, Any]:
   """Means over a block's local steps; null for a client that took no part."""
   sums = jax.device_get(metrics.clients)
 
@@ -305,7 +325,7 @@ def train_rounds(
       if train is not None:
         lines.append({**place, "split": "train", **train, **common})
       # Before the log line and the checkpoint: what is on disk never understates ε.
-      book = _write_privacy(experiment, folder, book, point.rounds, np.asarray(state.steps))
+      book = write_privacy(experiment, folder, book, point.rounds, np.asarray(state.steps))
       if train is not None or saved is None:
         files.append_metrics(folder, lines)
       listen(point)
@@ -314,15 +334,13 @@ def train_rounds(
     stopped = "completed"
     point, book = log(book, state, None)
     while (done := point.rounds) < config.server.num_rounds:
-      length = min(config.eval.every - done % config.eval.every, config.server.num_rounds - done)
-      left = affordable_rounds(experiment, np.asarray(state.steps), done)
-      if left <= 0:
+      length = next_rounds(experiment, np.asarray(state.steps), done)
+      if not length:
         stopped = "budget"
         break
-      length = int(min(length, left))
       state, metrics = program.block(state, *block_arguments(experiment, length))
       _require_finite(experiment, metrics, saved)
-      point, book = log(book, state, _train_line(experiment, metrics))
+      point, book = log(book, state, train_line(experiment, metrics))
       checkpoints.save(manager, state, experiment.run_id, book and book.head)
       saved = point.rounds
 

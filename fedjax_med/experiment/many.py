@@ -30,23 +30,22 @@ class Runs(NamedTuple):
 def train_many(experiment: Experiment, runs: Runs) -> list[tuple[Any, Any]]:
   """(evaluated weights, model state) of every run after all rounds, on the host.
 
-  A run equals the same run by itself to rounding. Runs are shared out over the devices of this
+  A run equals the same run by itself to rounding, and ends early where a weight is not finite. Runs
+  are shared out over the devices of this
   process; nothing is logged, saved or resumed, and no budget stops a run.
   """
-  program, rounds = experiment.program, experiment.config.server.num_rounds
+  parts, rounds = experiment.program.parts, experiment.config.server.num_rounds
   devices = min(local_devices(), len(runs.seeds))
   at_once = 1 if jax.default_backend() == "cpu" else AT_ONCE
 
   def one(shared, run: Runs):
-    clients, pool, hyper = shared
+    (clients, pool, hyper), given = shared
     own = clients._replace(indices=run.indices)
-
-    def body(_, state):
-      return program.round(state, own, pool, hyper, run.keys)[0]
-
-    state = jax.lax.fori_loop(0, rounds, body, program.initial(run.seeds))
+    state = parts.initial(run.seeds, *given)
+    state, _ = parts.block(state, own, pool, hyper, run.keys, rounds)
     return evaluated_params(state), state.server.state
 
-  shared = jax.device_get((experiment.clients, experiment.pool, experiment.hyper))
+  inputs = experiment.clients, experiment.pool, experiment.hyper
+  shared = jax.device_get((inputs, parts.given))
   found = map_over_devices(one, devices, at_once)(shared, runs)
   return [jax.tree.map(lambda leaf, k=k: leaf[k], found) for k in range(len(runs.seeds))]

@@ -123,7 +123,9 @@ def _values(program: Any) -> int:
   return total
 
 
-def rough_bytes(choice: Choice, model: Footprint, num_clients: int, data: int) -> float:
+def rough_bytes(
+  choice: Choice, model: Footprint, num_clients: int, data: int, kept: int = 0
+) -> float:
   """Upper estimate from shapes of what a device needs in a round, bytes.
 
   Args:
@@ -131,6 +133,7 @@ def rough_bytes(choice: Choice, model: Footprint, num_clients: int, data: int) -
     model: its sizes.
     num_clients: K.
     data: bytes of the pool and the index rows.
+    kept: bytes of what a client keeps between rounds.
   """
   weights = 4 * model.parameters
   copies = 7  # local weights, gradient, noise and its sum, up to two moments, delta
@@ -139,7 +142,9 @@ def rough_bytes(choice: Choice, model: Footprint, num_clients: int, data: int) -
   # Every value of the forward pass twice: fused kernels keep a fraction of them, which leaves room
   # for cotangents and for the records that clipping keeps.
   examples = 2 * choice.microbatch * model.activations
-  return data + 4 * weights + 1024 * num_clients + choice.chunk * (copies * weights + examples)
+  # What is kept is there before and after the round, and twice more where a client trains.
+  at_rest = data + 4 * weights + num_clients * (1024 + 2 * kept)
+  return at_rest + choice.chunk * (copies * weights + examples + 2 * kept)
 
 
 def block_arguments(
@@ -230,8 +235,10 @@ def decide(
   budget: Budget,
   block: Callable[[Choice], jax.stages.Wrapped],
   time_chunk: Callable[[Choice], float],
-) -> tuple[str, Choice, list[str]]:
-  """Returns (layout, choice, reasons); raises UserError where no allowed choice fits the budget.
+) -> tuple[str, Choice, float, list[str]]:
+  """Returns (layout, choice, bytes that a device needs, reasons).
+
+  Raises UserError where no allowed choice fits the budget.
 
   Args:
     config: validated config.
@@ -246,6 +253,7 @@ def decide(
   num_clients = len(subject.steps)
   data = sum(leaf.size * leaf.dtype.itemsize for leaf in subject.arguments[2])
   data += 4 * subject.arguments[1].indices.size
+  kept = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(subject.arguments[0].kept))
 
   def with_chunk(chunk: int) -> tuple[Choice, str]:
     microbatch, reason = choose_microbatch(
@@ -259,9 +267,11 @@ def decide(
     )
     return start._replace(chunk=chunk, microbatch=microbatch), reason
 
+  def needs(choice: Choice) -> float:
+    return rough_bytes(choice, subject.model, num_clients, data, kept // num_clients)
+
   def estimate(choice: Choice) -> float:
-    shared = shared_devices(choice.devices)
-    return shared * rough_bytes(choice, subject.model, num_clients, data)
+    return shared_devices(choice.devices) * needs(choice)
 
   def measure(choice: Choice) -> float | None:
     parts = block_memory(block(choice), subject.arguments)
@@ -322,7 +332,7 @@ def decide(
     f"remat of blocks: {remat_reason}" if choice.remat else "remat off: activations are kept",
     f"activations in {config.model.dtype}: as configured",
   ]
-  return layout, choice, reasons
+  return layout, choice, needs(choice), reasons
 
 
 def _layout(chunk: int, share: int) -> str:

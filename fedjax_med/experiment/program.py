@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from fedjax_med.core.config import Config
+from fedjax_med.core.config import Config, init_seed
 from fedjax_med.core.keys import Stream, base_key, key_for
 from fedjax_med.data.dataset import Dataset
 from fedjax_med.experiment import planning
@@ -32,10 +32,32 @@ from fedjax_med.models.registry import create_model, has_remat
 from fedjax_med.privacy.banded import empty_memory
 from fedjax_med.privacy.clipping import resolve_method
 from fedjax_med.privacy.clipping import uncovered as clipping_problems
-from fedjax_med.simulation.evaluation import make_predict
+from fedjax_med.simulation.evaluation import make_evaluate, make_predict
 from fedjax_med.simulation.mesh import Devices, client_mesh, cpu_cores, replicated
 from fedjax_med.simulation.plan import Choice, Plan, choose_lowering, describe_padding
-from fedjax_med.simulation.rounds import SimulationState, init_state, make_block, make_round
+from fedjax_med.simulation.rounds import (
+  SimulationState,
+  init_state,
+  jit_block,
+  make_block,
+  make_round,
+)
+
+
+class Parts(NamedTuple):
+  """Functions of one run on a single device, not jitted: programs of many runs are made of them.
+
+  Attributes:
+    initial: (seed, given params, given state) -> SimulationState before round 0.
+    given: params and state that initial values are taken from, {} where all are drawn.
+    block: (state, clients, pool, hyper, key, num_rounds) -> (state, BlockMetrics).
+    evaluate: (params, state, pool, batches [b, size]) -> probabilities [b, size, classes].
+  """
+
+  initial: Callable[..., SimulationState]
+  given: tuple[Any, Any]
+  block: Callable[..., Any]
+  evaluate: Callable[..., jax.Array]
 
 
 class Program(NamedTuple):
@@ -46,7 +68,8 @@ class Program(NamedTuple):
     devices: where it runs; what a block gets and returns lies whole on each of them.
     initial: SimulationState before round 0, made anew at each call; of a seed, or the config's.
     block: a jitted block of rounds.
-    round: one round on a single device, not jitted; see ``simulation.rounds.make_round``.
+    parts: what it is made of.
+    needs: upper estimate from shapes of what one device needs in a round, bytes.
     predict: class probabilities of given pool rows.
     lower_predict: lowers predict for a compiler, of the same arguments or their shapes.
     arguments: shapes of what a block is called with.
@@ -58,7 +81,8 @@ class Program(NamedTuple):
   devices: Devices
   initial: Callable[..., SimulationState]
   block: jax.stages.Wrapped
-  round: Callable[..., Any]
+  parts: Parts
+  needs: float
   predict: Callable[..., np.ndarray]
   lower_predict: Callable[..., jax.stages.Lowered]
   arguments: tuple[Any, ...]
@@ -74,7 +98,7 @@ class Shapes(NamedTuple):
     max_examples: slots of a client's index row.
     shared_steps: local steps a round where all clients take the same number, else None.
     batch_cap: slots of a truncated Poisson batch (private runs).
-    counts: [K] units (examples, patients) of each client, for the microbatch.
+    counts: units (examples, patients) of each client of each run, for the microbatch.
     max_units: slots of a client's table of units that hold several rows; 0 without such.
     rows_per_unit: rows of a unit that a step looks at.
   """
@@ -177,8 +201,8 @@ def make_program(
       init_memory=init_memory,
     )
 
-  def round_as(choice: Choice, mesh: Mesh | None) -> Callable[..., Any]:
-    return make_round(
+  def rounds_as(choice: Choice, mesh: Mesh | None) -> Callable[..., Any]:
+    run_round = make_round(
       algorithm_as(choice),
       num_clients=num_clients,
       cohort_cap=most,
@@ -186,11 +210,12 @@ def make_program(
       mesh=mesh,
       client_level=client_level,
     )
+    return make_block(run_round, num_clients)
 
   @functools.cache
   def block_as(choice: Choice) -> jax.stages.Wrapped:
     mesh = devices.mesh if choice.devices == devices.number else client_mesh(choice.devices)
-    return make_block(round_as(choice, mesh), num_clients, mesh)
+    return jit_block(rounds_as(choice, mesh), mesh)
 
   remat = config.execution.remat == "blocks"
   clipping, clipping_reason = "none", None
@@ -213,7 +238,7 @@ def make_program(
 
   # Given values are arguments: constants would be compiled into the program.
   values = given.params, given.state
-  seed = np.int32(config.seed)
+  seed = np.int32(init_seed(config))
   arguments = planning.block_arguments(
     lambda: initial(seed, *values),
     num_clients,
@@ -256,7 +281,9 @@ def make_program(
     )
 
   budget = planning.memory_budget(config.execution.memory_gib)
-  layout, choice, reasons = planning.decide(config, subject, first, budget, block_as, time_chunk)
+  layout, choice, needs, reasons = planning.decide(
+    config, subject, first, budget, block_as, time_chunk
+  )
   if choice.devices < devices.number:
     devices = Devices(
       choice.devices,
@@ -264,6 +291,8 @@ def make_program(
       f"devices {choice.devices}: {devices.number} exceed the memory",
     )
   mesh = devices.mesh
+  evaluate = make_evaluate(model_of(False, choice.devices), config.data.normalisation)
+  parts = Parts(initial, values, rounds_as(choice, None), evaluate)
   initial = jax.jit(initial) if mesh is None else jax.jit(initial, out_shardings=replicated(mesh))
   lowering, lowering_reason = lowering_on(choice.devices)
   rate = 1.0 if most is None else server.participation_rate
@@ -287,13 +316,9 @@ def make_program(
     devices,
     lambda seed=seed: initial(seed, *values),
     block_as(choice),
-    round_as(choice, None),
-    *make_predict(
-      model_of(False, choice.devices),
-      batch_size=config.eval.batch_size,
-      normalisation=config.data.normalisation,
-      mesh=mesh,
-    ),
+    parts,
+    needs,
+    *make_predict(evaluate, batch_size=config.eval.batch_size, mesh=mesh),
     arguments,
     budget,
     given.origin,

@@ -1,116 +1,34 @@
 """A whole run in a workdir: train or resume, baselines, and every file a user gets."""
 
-import importlib.metadata
 import pathlib
-import platform
 import time
 from collections.abc import Callable
-from typing import Any
 
-import jax
 import numpy as np
 
-from fedjax_med import __version__
 from fedjax_med.core.config import Config, to_dict
-from fedjax_med.core.metrics import confusion_matrix
-from fedjax_med.data.dataset import ClientTable, Hospitals, client_rows
+from fedjax_med.data.dataset import Hospitals, client_rows
 from fedjax_med.data.hospitals import load_hospitals
 from fedjax_med.experiment import console as terminal
 from fedjax_med.experiment import figures
 from fedjax_med.experiment import workdir as files
 from fedjax_med.experiment.baselines import run_baselines
 from fedjax_med.experiment.build import Experiment, build
-from fedjax_med.experiment.checkpoints import digest
 from fedjax_med.experiment.loop import (
-  Outcome,
   affordable_rounds,
-  evaluated_params,
-  evaluation_rows,
   spent,
   start_compiling,
   train_rounds,
 )
 from fedjax_med.experiment.planning import block_memory, shared_devices
 from fedjax_med.experiment.processes import is_first, require_same_run
+from fedjax_med.experiment.records import (
+  config_record,
+  hospital_record,
+  num_parameters,
+  summary_record,
+)
 from fedjax_med.experiment.report import write_report, write_statement
-
-PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "dp-accounting", "numpy")
-
-
-def num_parameters(experiment: Experiment) -> int:
-  """Trained weights of the model."""
-  params = jax.eval_shape(experiment.program.initial).server.params
-  return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(params))
-
-
-def _config_record(experiment: Experiment, command: str) -> dict[str, Any]:
-  versions = {name: importlib.metadata.version(name) for name in PACKAGES}
-  versions |= {"fedjax_med": __version__, "python": platform.python_version()}
-  notes = list(experiment.hospitals.dataset.notes)
-  if experiment.program.origin:
-    notes.append(
-      f"Training starts from {experiment.program.origin}: what those weights were trained on is"
-      " outside the privacy statement."
-    )
-  return {
-    "run_id": experiment.run_id,
-    "command": command,
-    "device": f"{jax.devices()[0].device_kind} x {jax.device_count()}",
-    "versions": versions,
-    "notes": notes,
-    "config": to_dict(experiment.config),
-  }
-
-
-def _hospital_record(hospitals: Hospitals) -> dict[str, Any]:
-  dataset, split = hospitals.dataset, hospitals.split
-  classes = len(dataset.class_names)
-
-  def per_class(table: ClientTable, k: int) -> list[int]:
-    rows = table.indices[k, : table.counts[k]]
-    return np.bincount(dataset.labels[rows], minlength=classes).tolist()
-
-  return {
-    "class_names": list(dataset.class_names),
-    "split": {
-      "scheme": split.scheme,
-      "num_train": len(split.train),
-      "num_test": len(split.test),
-      "num_duplicate_groups": split.num_duplicate_groups,
-      "num_in_duplicate_groups": split.num_in_duplicate_groups,
-      "num_test_with_duplicate_in_train": split.num_test_with_duplicate_in_train,
-    },
-    "num_moved": hospitals.num_moved,
-    "skipped": [list(item) for item in dataset.skipped],
-    "hospitals": [
-      {"name": name, "train": per_class(hospitals.train, k), "test": per_class(hospitals.test, k)}
-      for k, name in enumerate(hospitals.names)
-    ],
-  }
-
-
-def _summary(
-  experiment: Experiment, outcome: Outcome, name: str, baselines: dict[str, Any] | None
-) -> dict[str, Any]:
-  """Results only, no times: an interrupted and an unbroken run write the same bytes."""
-  labels = experiment.hospitals.dataset.labels[evaluation_rows(experiment)]
-  plan = experiment.program.plan
-  summary = {
-    "run_id": experiment.run_id,
-    "config_name": name,
-    "rounds": outcome.last.rounds,
-    "stopped": outcome.stopped,
-    "epsilon_max": max(outcome.last.epsilons, default=outcome.last.client_epsilon),
-    "client_epsilon": outcome.last.client_epsilon,
-    "test": outcome.last.test,
-    "clients": outcome.last.clients,
-    "confusion": confusion_matrix(outcome.last.probabilities, labels).tolist(),
-    "num_parameters": num_parameters(experiment),
-    "split": experiment.hospitals.split.scheme,
-    "plan": {**plan._asdict(), "reasons": list(plan.reasons)},
-    "weights_sha256": digest(evaluated_params(outcome.state)),
-  }
-  return summary if baselines is None else {**summary, "baselines": baselines["summary"]}
 
 
 def planned(experiment: Experiment) -> tuple[int, tuple[float, ...], float | None]:
@@ -173,17 +91,17 @@ def run(
   if is_first():
     for stale in ("summary.json", "report.html"):  # of a shorter run that is now extended
       (folder / stale).unlink(missing_ok=True)
-  files.write_json(folder / "config.json", _config_record(experiment, command))
-  files.write_json(folder / "hospitals.json", _hospital_record(experiment.hospitals))
+  files.write_json(folder / "config.json", config_record(experiment, command))
+  files.write_json(folder / "hospitals.json", hospital_record(experiment.hospitals))
   with terminal.progress(console, "federation", config.server.num_rounds) as listen:
     outcome = train_rounds(experiment, folder, listen, compiling)
   seconds = {**outcome.seconds, "total": time.monotonic() - started}
   files.write_json(folder / "timing.json", {k: round(v, 3) for k, v in seconds.items()})
-  files.write_json(folder / "summary.json", _summary(experiment, outcome, name, None))
+  files.write_json(folder / "summary.json", summary_record(experiment, outcome, name, None))
   if config.eval.local_baselines:
     baselines = run_baselines(experiment, folder, console)
     files.write_json(folder / "baselines.json", baselines["curves"])
-    files.write_json(folder / "summary.json", _summary(experiment, outcome, name, baselines))
+    files.write_json(folder / "summary.json", summary_record(experiment, outcome, name, baselines))
 
   if not is_first():
     return

@@ -13,8 +13,33 @@ from fedjax_med.models.model import Model
 from fedjax_med.simulation.mesh import CLIENTS, replicated
 
 
+def make_evaluate(model: Model, normalisation: str) -> Callable[..., jax.Array]:
+  """Builds ``evaluate(params, state, pool, batches [b, size]) -> [b, size, classes]``, not jitted.
+
+  The result is float32 class probabilities of pool rows, batch by batch.
+  """
+
+  def evaluate(params: Tree, state: Tree, pool: Pool, batches: jax.Array) -> jax.Array:
+    def one(rows):
+      logits, _ = model.apply(params, state, normalise(pool.inputs[rows], normalisation))
+      return jax.nn.softmax(logits.astype(jnp.float32))
+
+    return jax.lax.map(one, batches)
+
+  return evaluate
+
+
+def batches_of(rows: np.ndarray, batch_size: int, devices: int = 1) -> np.ndarray:
+  """[b, size] ``rows`` in batches, as many for every device; padded with row 0 at the end."""
+  size = min(batch_size, max(1, -(-len(rows) // devices)))
+  num_batches = devices * max(1, -(-len(rows) // (size * devices)))
+  padded = np.zeros(num_batches * size, np.int32)
+  padded[: len(rows)] = rows
+  return padded.reshape(num_batches, size)
+
+
 def make_predict(
-  model: Model, *, batch_size: int, normalisation: str, mesh: Mesh | None = None
+  evaluate: Callable[..., jax.Array], *, batch_size: int, mesh: Mesh | None = None
 ) -> tuple[Callable[..., np.ndarray], Callable[..., jax.stages.Lowered]]:
   """Builds ``predict(params, state, pool, rows [n]) -> probabilities [n, classes]`` (NumPy).
 
@@ -23,35 +48,21 @@ def make_predict(
   same arguments, only lowers it for a compiler; shapes will do for all of them but ``rows``.
   """
   devices = 1 if mesh is None else mesh.size
-
-  def run(params: Tree, state: Tree, pool: Pool, batches: jax.Array) -> jax.Array:
-    def one(rows):
-      logits, _ = model.apply(params, state, normalise(pool.inputs[rows], normalisation))
-      return jax.nn.softmax(logits.astype(jnp.float32))
-
-    return jax.lax.map(one, batches)
-
   if mesh is None:
-    compiled = jax.jit(run)
+    compiled = jax.jit(evaluate)
   else:
     whole, dealt = PartitionSpec(), PartitionSpec(CLIENTS)
     sharded = jax.shard_map(
-      run, mesh=mesh, in_specs=(whole,) * 3 + (dealt,), out_specs=dealt, check_vma=False
+      evaluate, mesh=mesh, in_specs=(whole,) * 3 + (dealt,), out_specs=dealt, check_vma=False
     )
     compiled = jax.jit(sharded, out_shardings=replicated(mesh))
 
-  def batched(rows: np.ndarray) -> np.ndarray:
-    size = min(batch_size, max(1, -(-len(rows) // devices)))
-    num_batches = devices * max(1, -(-len(rows) // (size * devices)))
-    padded = np.zeros(num_batches * size, np.int32)
-    padded[: len(rows)] = rows
-    return padded.reshape(num_batches, size)
-
   def predict(params: Tree, state: Tree, pool: Pool, rows: np.ndarray) -> np.ndarray:
-    probabilities = np.asarray(compiled(params, state, pool, batched(rows)))
+    batches = batches_of(rows, batch_size, devices)
+    probabilities = np.asarray(compiled(params, state, pool, batches))
     return probabilities.reshape(-1, probabilities.shape[-1])[: len(rows)]
 
   def lower_predict(params: Tree, state: Tree, pool: Pool, rows: np.ndarray) -> jax.stages.Lowered:
-    return compiled.lower(params, state, pool, batched(rows))
+    return compiled.lower(params, state, pool, batches_of(rows, batch_size, devices))
 
   return predict, lower_predict

@@ -102,6 +102,12 @@ def client_mesh(number: int) -> Mesh | None:
   )
 
 
+def one_by_one(one: Callable[[Any], Any], rows: Any, at_once: int) -> Any:
+  """``one(row)`` of every row, ``at_once`` side by side."""
+  # A batch of one would be a vmap, which costs convolutions dearly.
+  return jax.lax.map(one, rows, batch_size=None if at_once == 1 else at_once)
+
+
 def map_over_devices(one: Callable[[Any, Any], Any], devices: int, at_once: int) -> Callable:
   """Compiles ``several(shared, rows)``: ``one(shared, row)`` of every row, on the host.
 
@@ -113,7 +119,7 @@ def map_over_devices(one: Callable[[Any, Any], Any], devices: int, at_once: int)
   """
 
   def run(shared, rows):
-    return jax.lax.map(lambda row: one(shared, row), rows, batch_size=at_once)
+    return one_by_one(lambda row: one(shared, row), rows, at_once)
 
   if devices > 1:
     whole, dealt = PartitionSpec(), PartitionSpec(CLIENTS)

@@ -244,14 +244,11 @@ def make_round(
   return run_round
 
 
-def make_block(
-  run_round: Callable, num_clients: int, mesh: Mesh | None = None
-) -> jax.stages.Wrapped:
-  """Builds ``block(state, clients, pool, hyper, key, num_rounds)``, jitted, state donated.
+def make_block(run_round: Callable, num_clients: int) -> Callable:
+  """Builds ``block(state, clients, pool, hyper, key, num_rounds)``, not jitted.
 
   ``num_rounds`` is traced: blocks of any length share one compiled program. The block ends early
-  after a round in which some client sent a non-finite weight. With a mesh every argument and
-  every result lies whole on each device.
+  after a round in which some client sent a non-finite weight.
   """
 
   def block(state, clients, pool, hyper, key, num_rounds):
@@ -272,6 +269,11 @@ def make_block(
     _, state, metrics = jax.lax.while_loop(healthy, body, start)
     return state, metrics
 
+  return block
+
+
+def jit_block(block: Callable, mesh: Mesh | None) -> jax.stages.Wrapped:
+  """The block compiled, its state donated; with a mesh all lies whole on each device."""
   if mesh is None:
     return jax.jit(block, donate_argnums=0)
   whole = replicated(mesh)

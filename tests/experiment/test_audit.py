@@ -178,7 +178,9 @@ def shuffled(key, number, q, *, max_examples, batch_cap, limit):
   """A random batch of the expected size, as of a shuffled epoch."""
   slots, mask = epoch_batch(key, 0, number, batch_size=batch_cap, max_examples=max_examples)
   place = jnp.arange(batch_cap, dtype=jnp.float32)
-  return slots, mask & (place < jnp.minimum(limit, jnp.round(q * jnp.float32(number))))
+  return slots, mask & (
+    place < jnp.minimum(limit.astype(jnp.float32), jnp.round(q * jnp.float32(number)))
+  )
 
 
 local_poisson = local.poisson_batch

@@ -8,7 +8,7 @@ import pytest
 
 from fedjax_med.federated.registry import ALGORITHMS, PRIVATE
 from fedjax_med.simulation.mesh import client_mesh
-from fedjax_med.simulation.rounds import make_block
+from fedjax_med.simulation.rounds import jit_block, make_block
 from tests.federated.toy import KEY, make_clients, make_federation, make_hyper, make_pool
 
 CASES = [(name, private) for name in ALGORITHMS for private in {False, name in PRIVATE}]
@@ -104,7 +104,7 @@ def test_compiled_equals_interpreted(name, private):
 def test_block_lengths_hyperparameters_and_seeds_share_one_trace(name, private, devices):
   chex.clear_trace_counter()
   initial, _, run_round = make_federation(name, private=private, devices=devices)
-  block = make_block(chex.assert_max_traces(run_round, n=1), 3, client_mesh(devices))
+  block = jit_block(make_block(chex.assert_max_traces(run_round, n=1), 3), client_mesh(devices))
   for length, rate, seed in ((1, 0.5, 0), (3, 0.1, 1), (2, 0.2, 2)):
     key = jax.random.key(seed, impl="threefry2x32")
     hyper = make_hyper(client_learning_rate=rate, clip_norm=rate)

@@ -19,7 +19,7 @@ from fedjax_med.federated.optimizers import client_optimizer, schedule, server_o
 from fedjax_med.federated.registry import create_algorithm
 from fedjax_med.models.registry import create_model
 from fedjax_med.simulation.mesh import client_mesh
-from fedjax_med.simulation.rounds import init_state, make_block, make_round
+from fedjax_med.simulation.rounds import init_state, jit_block, make_block, make_round
 
 COUNTS = (12, 8, 5)
 BATCH = 4
@@ -117,4 +117,4 @@ def make_federation(
     params, state = model.init(base_key(1), jnp.zeros((1, 4, 4, 1)))
     return init_state(algorithm, params, state, num_clients, 1.0 if client_level else None)
 
-  return initial, make_block(run_round, num_clients, mesh), run_round
+  return initial, jit_block(make_block(run_round, num_clients), mesh), run_round

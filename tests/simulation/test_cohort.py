@@ -16,7 +16,7 @@ from fedjax_med.federated.algorithm import (
 from fedjax_med.simulation.cohort import best_chunk, deal, load
 from fedjax_med.simulation.mesh import client_mesh
 from fedjax_med.simulation.plan import MAX_AT_ONCE, MAX_WASTE, choose_layout, describe_padding
-from fedjax_med.simulation.rounds import init_state, make_block, make_round
+from fedjax_med.simulation.rounds import init_state, jit_block, make_block, make_round
 from tests.federated.toy import KEY, make_hyper
 
 
@@ -137,7 +137,7 @@ def test_compiled_rounds_compute_the_steps_that_load_counts(chunk, devices, coho
   state = init_state(algorithm, jnp.zeros((2,)), {}, 40)
   pool = Pool(jnp.zeros((1, 2, 2, 1), jnp.uint8), jnp.zeros((1,), jnp.int32))
   hyper = make_hyper(participation_rate=0.4)
-  block = make_block(run_round, 40, mesh)
+  block = jit_block(make_block(run_round, 40), mesh)
   state, metrics = block(state, clients, pool, hyper, KEY, jnp.asarray(1))
   jax.effects_barrier()
   taken = np.asarray(metrics.clients.steps)

@@ -1,0 +1,96 @@
+"""What is written down of a run: its configuration, its hospitals, its results."""
+
+import importlib.metadata
+import platform
+from typing import Any
+
+import jax
+import numpy as np
+
+from fedjax_med import __version__
+from fedjax_med.core.config import to_dict
+from fedjax_med.core.metrics import confusion_matrix
+from fedjax_med.data.dataset import ClientTable, Hospitals
+from fedjax_med.experiment.build import Experiment
+from fedjax_med.experiment.checkpoints import digest
+from fedjax_med.experiment.loop import Outcome, evaluated_params, evaluation_rows
+
+PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "dp-accounting", "numpy")
+
+
+def num_parameters(experiment: Experiment) -> int:
+  """Trained weights of the model."""
+  params = jax.eval_shape(experiment.program.initial).server.params
+  return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(params))
+
+
+def config_record(experiment: Experiment, command: str) -> dict[str, Any]:
+  """config.json: what was asked, with what, and what must stand beside every result."""
+  versions = {name: importlib.metadata.version(name) for name in PACKAGES}
+  versions |= {"fedjax_med": __version__, "python": platform.python_version()}
+  notes = list(experiment.hospitals.dataset.notes)
+  if experiment.program.origin:
+    notes.append(
+      f"Training starts from {experiment.program.origin}: what those weights were trained on is"
+      " outside the privacy statement."
+    )
+  return {
+    "run_id": experiment.run_id,
+    "command": command,
+    "device": f"{jax.devices()[0].device_kind} x {jax.device_count()}",
+    "versions": versions,
+    "notes": notes,
+    "config": to_dict(experiment.config),
+  }
+
+
+def hospital_record(hospitals: Hospitals) -> dict[str, Any]:
+  """hospitals.json: who holds how many examples of each class, and what is known of the split."""
+  dataset, split = hospitals.dataset, hospitals.split
+  classes = len(dataset.class_names)
+
+  def per_class(table: ClientTable, k: int) -> list[int]:
+    rows = table.indices[k, : table.counts[k]]
+    return np.bincount(dataset.labels[rows], minlength=classes).tolist()
+
+  return {
+    "class_names": list(dataset.class_names),
+    "split": {
+      "scheme": split.scheme,
+      "num_train": len(split.train),
+      "num_test": len(split.test),
+      "num_duplicate_groups": split.num_duplicate_groups,
+      "num_in_duplicate_groups": split.num_in_duplicate_groups,
+      "num_test_with_duplicate_in_train": split.num_test_with_duplicate_in_train,
+    },
+    "num_moved": hospitals.num_moved,
+    "skipped": [list(item) for item in dataset.skipped],
+    "hospitals": [
+      {"name": name, "train": per_class(hospitals.train, k), "test": per_class(hospitals.test, k)}
+      for k, name in enumerate(hospitals.names)
+    ],
+  }
+
+
+def summary_record(
+  experiment: Experiment, outcome: Outcome, name: str, baselines: dict[str, Any] | None
+) -> dict[str, Any]:
+  """Results only, no times: an interrupted and an unbroken run write the same bytes."""
+  labels = experiment.hospitals.dataset.labels[evaluation_rows(experiment)]
+  plan = experiment.program.plan
+  summary = {
+    "run_id": experiment.run_id,
+    "config_name": name,
+    "rounds": outcome.last.rounds,
+    "stopped": outcome.stopped,
+    "epsilon_max": max(outcome.last.epsilons, default=outcome.last.client_epsilon),
+    "client_epsilon": outcome.last.client_epsilon,
+    "test": outcome.last.test,
+    "clients": outcome.last.clients,
+    "confusion": confusion_matrix(outcome.last.probabilities, labels).tolist(),
+    "num_parameters": num_parameters(experiment),
+    "split": experiment.hospitals.split.scheme,
+    "plan": {**plan._asdict(), "reasons": list(plan.reasons)},
+    "weights_sha256": digest(evaluated_params(outcome.state)),
+  }
+  return summary if baselines is None else {**summary, "baselines": baselines["summary"]}

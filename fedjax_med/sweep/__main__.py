@@ -1,0 +1,165 @@
+"""Runs a grid of configurations as one compiled program each group; a sweep that stopped goes on.
+
+Example: python -m fedjax_med.sweep --config=configs/quickstart.py --workdir=runs/noise
+  --grid=privacy.noise_multiplier=0.5,1,2,4 --grid=seed=0:5
+
+An axis is NAME=VALUES: a list 0.5,1,2; whole numbers 0:5 (0 to 4) or 0:10:2; so many numbers
+between two ends lin:0:1:5 or log:1e-3:1e-1:5. For --random the number of them is left out.
+privacy.target_epsilon=inf is training without privacy.
+
+Merge: python -m fedjax_med.sweep merge --workdir=runs/noise [other folders of the same sweep]
+"""
+
+import importlib.metadata
+import pathlib
+import runpy
+import shlex
+import sys
+import time
+from typing import Any
+
+from absl import flags
+from ml_collections import config_flags
+
+from fedjax_med.core.config import Config, get_field
+from fedjax_med.core.errors import UserError, require
+from fedjax_med.flags import config_fields, define_config, load_config, run_main
+from fedjax_med.sweep import grid
+
+
+def _define() -> None:
+  define_config()
+  flags.DEFINE_multi_string("grid", [], "An axis NAME=VALUES; all --grid are crossed.")
+  flags.DEFINE_multi_string("zip", [], "An axis; all --zip advance together.")
+  flags.DEFINE_multi_string("random", [], "An axis drawn at random, --trials times.")
+  flags.DEFINE_integer("trials", 0, "Number of random draws.")
+  flags.DEFINE_integer("random_seed", 0, "Seed of the random draws.")
+  flags.DEFINE_string("sweep", None, "Python file whose get_sweep() returns a list of points.")
+  flags.DEFINE_list(
+    "seed_axes",
+    ["init", "sampling"],
+    "What an axis named seed moves: partition (data.seed: split and partition, and the images of"
+    " phantoms), init (initial weights), sampling (sampling, noise, participation).",
+  )
+  flags.DEFINE_string("shard", "0/1", "I/N: this process runs every N-th point from the I-th on.")
+  flags.DEFINE_bool("resume", False, "Finish what is missing of a sweep that was stopped.")
+  flags.DEFINE_integer("points_at_once", 0, "Most runs in memory at once; 0 lets memory decide.")
+  flags.DEFINE_bool("dry_run", False, "Print the points, the programs and the ε; train nothing.")
+
+
+def _listed(path: str | None) -> list[grid.Point]:
+  if path is None:
+    return []
+  require(pathlib.Path(path).is_file(), f"--sweep={path} is not a file", "give a .py file")
+  try:
+    found = runpy.run_path(path, run_name="sweep")["get_sweep"]()
+  except KeyError as error:
+    raise UserError(f"{path} has no {error}; define get_sweep() that returns points") from error
+  except Exception as error:
+    raise UserError(f"{path}: {type(error).__name__}: {error}; correct the sweep file") from error
+  right = isinstance(found, list) and all(isinstance(point, dict) and point for point in found)
+  require(
+    right and len({tuple(point) for point in found}) == 1,
+    f"get_sweep() of {path} must return a list of dictionaries with the same fields",
+    'return [{"seed": 0}, {"seed": 1}] for example',
+  )
+  return found
+
+
+def _shard(text: str) -> tuple[int, int]:
+  index, slash, number = text.partition("/")
+  require(
+    bool(slash) and index.isdigit() and number.isdigit() and int(index) < int(number),
+    f"--shard={text} is not I/N with 0 ≤ I < N",
+    "use 0/4 to 3/4 for four processes",
+  )
+  return int(index), int(number)
+
+
+def _command(base: Config, config: Config) -> str:
+  """What runs one point by itself."""
+  given = [argument for argument in sys.argv[1:] if argument.startswith(("--config", "-config"))]
+  changed = [
+    f"--config.{name}={get_field(config, name)}"
+    for name in config_fields()
+    if get_field(config, name) != get_field(base, name)
+  ]
+  return shlex.join(["python", "-m", "fedjax_med.train", *given, "--workdir=DIR", *changed])
+
+
+def main(_: list[str]) -> None:
+  base, values = load_config(), flags.FLAGS
+  require(
+    bool(values.workdir) or values.dry_run,
+    "--workdir is missing",
+    "name the folder for results, such as --workdir=runs/sweep",
+  )
+  index, number = _shard(values.shard)
+  points = grid.points(
+    base,
+    list(config_fields()),
+    grid=values.grid,
+    together=values.zip,
+    random=values.random,
+    trials=values.trials,
+    random_seed=values.random_seed,
+    listed=_listed(values.sweep),
+  )
+
+  from fedjax_med.experiment.cache import use_compilation_cache  # jax takes seconds to import
+  from fedjax_med.simulation.mesh import split_cpu
+  from fedjax_med.sweep import progress, table
+  from fedjax_med.sweep.points import configure, groups, plan_points
+  from fedjax_med.sweep.runner import run_points
+
+  configs = [configure(base, point, values.seed_axes) for point in points]
+  own = range(index, len(points), number)
+  split_cpu(base.execution.devices)
+  use_compilation_cache(base.execution.compilation_cache)
+  console = progress.make_console()
+  started = time.monotonic()
+  if values.dry_run:
+    progress.describe(console, groups(plan_points(base, points, own, values.seed_axes)))
+    return
+  workdir = pathlib.Path(values.workdir).expanduser()
+  command = shlex.join(["python", "-m", "fedjax_med.sweep", *sys.argv[1:]])
+  notes: dict[str, Any] = {"command": command}
+  notes["versions"] = {p: importlib.metadata.version(p) for p in ("jax", "flax", "dp-accounting")}
+  table.begin(workdir, base, points, values.seed_axes, **notes)
+  done = {k for k in own if table.done(workdir, k)}
+  require(
+    not done or values.resume,
+    f"--workdir={workdir} has {len(done)} finished points of this sweep",
+    "add --resume to finish what is missing, or use another --workdir",
+  )
+  if len(done) < len(own):
+    planned = plan_points(base, points, own, values.seed_axes)
+    name = pathlib.Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
+    rounds = sum(each.case.config.server.num_rounds for each in planned if each.number not in done)
+    with progress.show(console, rounds, len(own) - len(done)) as listen:
+      run_points(
+        planned,
+        done,
+        lambda k: table.folder_of(workdir, k),
+        name,
+        lambda each: _command(base, configs[each.number]),
+        values.points_at_once,
+        listen,
+      )
+  frame = table.write(workdir)
+  progress.results(console, frame, points)
+  console.print(
+    f"Results: {workdir / table.RESULTS}   ({len(set(frame['point']))} of {len(points)} points,"
+    f" {time.monotonic() - started:.1f} s)"
+  )
+
+
+if __name__ == "__main__":
+  if sys.argv[1:2] == ["merge"]:
+    from fedjax_med.sweep import merge
+
+    merge.define()
+    run_main(merge.main)
+  else:
+    _define()
+    run_main(main)

@@ -1,0 +1,225 @@
+"""From the points of a sweep to runs, and to groups of runs that one program serves."""
+
+import copy
+import dataclasses
+import json
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from fedjax_med.core.config import ClientPrivacyConfig, Config, PrivacyConfig, get_field, to_dict
+from fedjax_med.core.errors import UserError, require, require_choice
+from fedjax_med.core.validation import validate
+from fedjax_med.data.dataset import Dataset, Hospitals
+from fedjax_med.data.hospitals import build_hospitals
+from fedjax_med.data.sources import load_dataset
+from fedjax_med.experiment.build import Case, federation
+from fedjax_med.experiment.protection import cohort_cap
+from fedjax_med.sweep.grid import Point
+
+SEED_AXES = ("partition", "init", "sampling")
+# What a program takes as data, or the host alone reads: points that differ in nothing else share
+# one. Whatever is not here compiles anew, so that a field left out costs time and nothing else.
+TRACED = frozenset(
+  {
+    "seed",
+    "data.seed",
+    "data.split",
+    "data.test_fraction",
+    "data.patient_pattern",
+    "partition.scheme",
+    "partition.num_clients",  # the number of hospitals itself is among the shapes
+    "partition.alpha",
+    "partition.classes_per_client",
+    "partition.min_client_size",
+    "model.init_seed",
+    "client.learning_rate",
+    "client.num_local_epochs",
+    "server.learning_rate",
+    "server.weighting",
+    "server.proximal_weight",
+    "server.ema_decay",
+    "server.participation_rate",
+    "privacy.unit",
+    "privacy.rows_per_unit",
+    "privacy.noise_multiplier",
+    "privacy.target_epsilon",
+    "privacy.same_noise",
+    "privacy.solve_for",
+    "privacy.noise_stddev",
+    "privacy.clip_norm",
+    "privacy.delta",
+    "client_privacy.noise_multiplier",
+    "client_privacy.target_epsilon",
+    "client_privacy.delta",
+    "client_privacy.clipping",
+    "client_privacy.quantile",
+    "client_privacy.clip_learning_rate",
+    "client_privacy.count_noise",
+  }
+)
+
+
+class Planned(NamedTuple):
+  """One point, ready to run.
+
+  Attributes:
+    number: place in the sweep, from 0.
+    point: what the axes say.
+    case: the run.
+  """
+
+  number: int
+  point: Point
+  case: Case
+
+
+def configure(base: Config, point: Point, seed_axes: Sequence[str]) -> Config:
+  """The configuration of a point, validated.
+
+  ``target_epsilon=inf`` is training without that kind of privacy. ``seed`` goes where
+  ``seed_axes`` say: partition (data.seed: split and partition, and the images of phantoms), init
+  (initial weights), sampling (sampling, noise, participation).
+
+  Raises:
+    UserError: a value breaks its rule; the sentence names the point.
+  """
+  config = copy.deepcopy(base)
+  for name, value in _with_seeds(base, point, seed_axes).items():
+    section, _, field = name.rpartition(".")
+    record = getattr(config, section) if section else config
+    kind = type(getattr(record, field))
+    setattr(record, field, kind(value))
+  if math.isinf(config.privacy.target_epsilon):
+    config.privacy = PrivacyConfig()
+  if math.isinf(config.client_privacy.target_epsilon):
+    config.client_privacy = ClientPrivacyConfig()
+  try:
+    validate(config)
+  except UserError as error:
+    raise UserError(f"point {shown(point)}: {error}") from error
+  return config
+
+
+def _with_seeds(base: Config, point: Point, seed_axes: Sequence[str]) -> Point:
+  values = dict(point)
+  if "seed" not in values:
+    return values
+  seed = values.pop("seed")
+  places = {"partition": "data.seed", "init": "model.init_seed", "sampling": "seed"}
+  for axis in seed_axes:
+    require_choice("--seed_axes", axis, SEED_AXES)
+    require(
+      places[axis] not in values,
+      f"{places[axis]} has an axis, and seed moves it too",
+      f"leave {axis} out of --seed_axes",
+    )
+    values[places[axis]] = seed
+  if "sampling" in seed_axes and "init" not in seed_axes and base.model.init_seed < 0:
+    values.setdefault("model.init_seed", base.seed)
+  return values
+
+
+def shown(point: Point) -> str:
+  """A point for people."""
+  return ", ".join(f"{name}={_short(value)}" for name, value in point.items())
+
+
+def _short(value: Any) -> str:
+  return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def hospital_loader() -> Callable[[Config], Hospitals]:
+  """``load_hospitals`` that keeps what it read and what it dealt."""
+  datasets: dict[str, Dataset] = {}
+  dealt: dict[str, Hospitals] = {}
+
+  def load(config: Config) -> Hospitals:
+    data = dataclasses.asdict(config.data)
+    key = _text([data, dataclasses.asdict(config.partition)])
+    if key not in dealt:
+      # What says who holds which image, and not which images there are; phantoms have a seed.
+      others = ("split", "test_fraction", *(["seed"] if config.data.source != "phantoms" else []))
+      images = _text({name: value for name, value in data.items() if name not in others})
+      if images not in datasets:
+        datasets[images] = load_dataset(config.data)
+      dealt[key] = build_hospitals(datasets[images], config.data, config.partition)
+    return dealt[key]
+
+  return load
+
+
+def plan_points(
+  base: Config, points: Sequence[Point], numbers: Sequence[int], seed_axes: Sequence[str]
+) -> list[Planned]:
+  """The points of these numbers, each with its data and mechanisms.
+
+  Raises:
+    UserError: a point breaks a rule, or its ε cannot be reached; nothing is compiled before.
+  """
+  require(
+    not base.eval.local_baselines,
+    "eval.local_baselines=true trains baselines that a sweep does not",
+    "set --config.eval.local_baselines=false",
+  )
+  hospitals, found = hospital_loader(), []
+  configs = [configure(base, point, seed_axes) for point in points]
+  for number in numbers:
+    try:
+      case = federation(configs[number], hospitals(configs[number]))
+    except UserError as error:
+      raise UserError(f"point {shown(points[number])}: {error}") from error
+    found.append(Planned(number, points[number], case))
+  return found
+
+
+def static_key(case: Case) -> str:
+  """What a program is made from: runs of one key share it."""
+  config, protection = case.config, case.protection
+  values = {name: get_field(config, name) for name in _names(config) if name not in TRACED}
+  if config.client.schedule == "constant":
+    del values["server.num_rounds"]
+  steps = protection.steps
+  dataset = case.hospitals.dataset
+  values["shapes"] = [
+    len(case.names),
+    list(dataset.inputs.shape),
+    len(dataset.class_names),
+    protection.rows_per_unit,
+    protection.units is not None,
+    cohort_cap(config, len(case.names)),
+    config.server.ema_decay > 0,
+    int(steps[0]) if (steps == steps[0]).all() else None,
+  ]
+  return _text(values)
+
+
+def groups(planned: Sequence[Planned]) -> list[list[Planned]]:
+  """Runs that share a program, in the order of their first points."""
+  found: dict[str, list[Planned]] = {}
+  for each in planned:
+    found.setdefault(static_key(each.case), []).append(each)
+  return list(found.values())
+
+
+def chunks(group: Sequence[Planned], size: int) -> list[list[Planned]]:
+  """A group in parts of at most ``size`` runs on the same images, long runs together."""
+  by_images: dict[int, list[Planned]] = {}
+  for each in group:
+    by_images.setdefault(id(each.case.hospitals.dataset), []).append(each)
+  parts = []
+  for runs in by_images.values():
+    runs = sorted(runs, key=lambda each: -each.case.config.server.num_rounds)
+    parts += [runs[i : i + size] for i in range(0, len(runs), size)]
+  return parts
+
+
+def _names(config: Config) -> list[str]:
+  names = []
+  for name, value in to_dict(config).items():
+    names += [f"{name}.{field}" for field in value] if isinstance(value, dict) else [name]
+  return names
+
+
+def _text(values: Any) -> str:
+  return json.dumps(values, sort_keys=True)

@@ -1,0 +1,118 @@
+"""What a sweep says on the terminal: its points and programs, progress, results."""
+
+import contextlib
+import time
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import (
+  BarColumn,
+  MofNCompleteColumn,
+  TextColumn,
+  TimeElapsedColumn,
+  TimeRemainingColumn,
+)
+from rich.progress import Progress as Bar
+from rich.table import Table
+
+from fedjax_med.experiment.console import make_console, number
+from fedjax_med.experiment.protection import Protection
+from fedjax_med.privacy.accounting import round_up
+from fedjax_med.privacy.guarantees import spent
+from fedjax_med.sweep.grid import Point
+from fedjax_med.sweep.points import Planned, shown
+from fedjax_med.sweep.runner import Listener, Progress
+
+if TYPE_CHECKING:
+  import pandas as pd
+
+MOST_ROWS = 40  # points in a table on the terminal; the files hold all of them
+
+__all__ = ["describe", "make_console", "results", "show"]
+
+
+def planned_epsilon(protection: Protection) -> float | None:
+  """Largest ε of a hospital's records after all rounds; None without privacy of records."""
+  if protection.local is None:
+    return None
+  rounds = protection.config.server.num_rounds
+  return max(spent(protection.local, protection.steps * rounds))
+
+
+def describe(console: Console, groups: Sequence[Sequence[Planned]]) -> None:
+  """Prints every point with the ε that it would spend, by the program that runs it."""
+  for place, group in enumerate(groups, 1):
+    table = Table(title=f"Program {place} of {len(groups)}", title_justify="left")
+    for column in ("point", "values", "hospitals", "rounds", "ε planned"):
+      table.add_column(column)
+    for each in group[:MOST_ROWS]:
+      epsilon = planned_epsilon(each.case.protection)
+      table.add_row(
+        str(each.number),
+        escape(shown(each.point)),
+        str(len(each.case.names)),
+        str(each.case.config.server.num_rounds),
+        round_up(epsilon),
+      )
+    if len(group) > MOST_ROWS:
+      table.caption = f"and {len(group) - MOST_ROWS} more points"
+    console.print(table)
+
+
+@contextlib.contextmanager
+def show(console: Console, rounds: int, points: int) -> Iterator[Listener]:
+  """A listener: a live bar on a terminal, a line a log point elsewhere."""
+
+  def status(progress: Progress) -> str:
+    epsilon = "" if progress.epsilon is None else f"  ε up to {round_up(progress.epsilon)}"
+    return f"{progress.points}/{points} points{epsilon}  {progress.note}"
+
+  if not console.is_terminal:
+    started = time.monotonic()
+
+    def line(progress: Progress) -> None:
+      seconds = time.monotonic() - started
+      left = ""
+      if progress.rounds:
+        left = f"  {seconds / progress.rounds * (rounds - progress.rounds):.0f} s left"
+      console.print(f"round {progress.rounds}/{rounds}  {status(progress)}{left}")
+
+    yield line
+    return
+  columns = (
+    BarColumn(),
+    MofNCompleteColumn(),
+    TextColumn("rounds  {task.description}"),
+    TimeElapsedColumn(),
+    TimeRemainingColumn(),
+  )
+  with Bar(*columns, console=console) as bar:
+    task = bar.add_task("", total=rounds)
+    yield lambda progress: bar.update(
+      task, completed=progress.rounds, description=escape(status(progress))
+    )
+
+
+def results(console: Console, frame: "pd.DataFrame", points: Sequence[Point]) -> None:
+  """Prints a line a point: its values, and the results on all test images together."""
+  if not len(frame):
+    return
+  table = Table(title="Results on all test images", title_justify="left")
+  for column in ("point", "values", "ended", "ε", "AUROC", "accuracy", "F1"):
+    table.add_column(column)
+  firsts = frame.groupby("point", sort=True).first().reset_index().to_dict("records")
+  for row in firsts[:MOST_ROWS]:
+    place = int(row["point"])
+    metrics = [row[f"all.{metric}"] for metric in ("auroc", "accuracy", "f1")]
+    table.add_row(
+      str(place),
+      escape(shown(points[place])),
+      f"{row['stopped']}, {row['rounds']} rounds",
+      round_up(row["epsilon_max"]),
+      *(number(None if value != value else value) for value in metrics),
+    )
+  if len(firsts) > MOST_ROWS:
+    table.caption = f"and {len(firsts) - MOST_ROWS} more points"
+  console.print(table)

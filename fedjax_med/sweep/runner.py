@@ -1,0 +1,290 @@
+"""The host side of a sweep: groups and chunks run, and every point leaves what a run leaves."""
+
+import math
+import pathlib
+import time
+from collections.abc import Callable, Sequence, Set
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from fedjax_med.core.config import init_seed
+from fedjax_med.experiment import workdir as files
+from fedjax_med.experiment.build import Experiment, place, plan_together
+from fedjax_med.experiment.loop import (
+  LogPoint,
+  Outcome,
+  evaluated_params,
+  evaluation_rows,
+  measure,
+  next_rounds,
+  spent,
+  train_line,
+  write_privacy,
+)
+from fedjax_med.experiment.planning import shared_devices
+from fedjax_med.experiment.program import Program
+from fedjax_med.experiment.records import config_record, hospital_record, summary_record
+from fedjax_med.experiment.report import write_statement
+from fedjax_med.federated.algorithm import Pool
+from fedjax_med.privacy import ledger
+from fedjax_med.simulation.evaluation import batches_of
+from fedjax_med.simulation.mesh import CLIENTS, client_mesh, local_devices, replicated
+from fedjax_med.simulation.rounds import NEVER
+from fedjax_med.simulation.sweep import Point, blank_states, make_sweep
+from fedjax_med.sweep.points import Planned, chunks, groups
+
+# A kill loses a chunk, so it stays small where memory would allow more.
+MAX_AT_ONCE = 64
+# Runs side by side on an accelerator; a core of a CPU is full with one.
+SIDE_BY_SIDE = 8
+
+
+class Progress(NamedTuple):
+  """What a sweep says while it runs.
+
+  Attributes:
+    rounds: rounds done of all points, of this process.
+    points: points whose files are written.
+    epsilon: largest ε of a written point so far; None if none has a guarantee.
+    note: what goes on.
+  """
+
+  rounds: int
+  points: int
+  epsilon: float | None
+  note: str
+
+
+Listener = Callable[[Progress], None]
+
+
+class _Layout(NamedTuple):
+  """How the runs of a group lie on this machine."""
+
+  size: int  # runs in a program
+  at_once: int  # of them side by side on a device
+  mesh: Mesh | None
+
+
+def run_points(
+  planned: Sequence[Planned],
+  done: Set[int],
+  folder_of: Callable[[int], pathlib.Path],
+  name: str,
+  command_of: Callable[[Planned], str],
+  at_once: int,
+  listen: Listener,
+) -> None:
+  """Runs every point and writes its folder; a chunk's folders are whole when it is done.
+
+  Args:
+    planned: the points. Programs are made for all of them, so that what is resumed is run by the
+      program that would have run it.
+    done: numbers of points that are not to be run again.
+    folder_of: the folder of a point's number.
+    name: name of the config.
+    command_of: the command that runs a point by itself.
+    at_once: most runs in memory at once; 0 lets memory decide.
+    listen: told of the progress.
+  """
+  progress = Progress(0, 0, None, "")
+  parts = [part for part in groups(planned) if not {each.number for each in part} <= done]
+  for number, group in enumerate(parts, 1):
+    where = f"program {number} of {len(parts)}"
+    listen(progress._replace(note=f"{where}: compiling"))
+    program, shapes = plan_together([each.case for each in group])
+    layout = _layout(program, group, at_once)
+    sweep = _program(program, layout)
+    for whole in chunks(group, layout.size):
+      chunk = [each for each in whole if each.number not in done]
+      if not chunk:
+        continue
+      dataset = chunk[0].case.hospitals.dataset
+      images = Pool(jnp.asarray(dataset.inputs), jnp.asarray(dataset.labels))
+      pool = _put(images, layout.mesh, dealt=False)
+      runs = [place(each.case, program, shapes, pool, None) for each in chunk]
+
+      def told(rounds: int, where=where, so_far=progress, chunk=chunk) -> None:
+        note = f"{where}: {len(chunk)} runs at once"
+        listen(so_far._replace(rounds=so_far.rounds + rounds, note=note))
+
+      outcomes, lines = _run_chunk(runs, sweep, layout, told)
+      for each, experiment, outcome, metrics in zip(chunk, runs, outcomes, lines, strict=True):
+        folder = folder_of(each.number)
+        write_point(experiment, folder, name, command_of(each), outcome, metrics)
+        epsilons = [*outcome.last.epsilons, outcome.last.client_epsilon, progress.epsilon]
+        known = [epsilon for epsilon in epsilons if epsilon is not None]
+        progress = progress._replace(
+          rounds=progress.rounds + outcome.last.rounds,
+          points=progress.points + 1,
+          epsilon=max(known, default=None),
+        )
+      listen(progress._replace(note=where))
+
+
+def _layout(program: Program, group: Sequence[Planned], asked: int) -> _Layout:
+  devices = local_devices()
+  cpu = jax.default_backend() == "cpu"
+  shapes = jax.eval_shape(program.initial)
+  state = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))
+  shared = shared_devices(devices)
+  side_by_side, most = 1 if cpu else SIDE_BY_SIDE, MAX_AT_ONCE
+  if program.budget.size is not None:
+    room = program.budget.size
+    if not cpu:
+      side_by_side = max(1, min(SIDE_BY_SIDE, int(room / 2 / program.needs)))
+    room -= shared * side_by_side * program.needs
+    # A state is there before and after a block, and once more on its way to the host.
+    most = max(devices, min(most, int(devices / shared * room / (3 * state))))
+  most = max(1, asked or most)
+  largest = max(len(part) for part in chunks(group, len(group)))
+  parts = -(-largest // most)
+  size = -(-largest // parts)
+  devices = min(devices, size)
+  size += -size % devices
+  mesh = client_mesh(devices) if devices > 1 else None
+  return _Layout(size, min(side_by_side, size // devices), mesh)
+
+
+def _program(program: Program, layout: _Layout) -> Callable[..., Any]:
+  parts = program.parts
+
+  def evaluate(state, pool, batches):
+    return parts.evaluate(evaluated_params(state), state.server.state, pool, batches)
+
+  sweep = make_sweep(parts.initial, parts.block, evaluate, at_once=layout.at_once, mesh=layout.mesh)
+  return lambda states, fresh, rounds, points, pool: sweep(
+    states, fresh, rounds, points, pool, parts.given
+  )
+
+
+def _run_chunk(
+  runs: Sequence[Experiment],
+  sweep: Callable[..., Any],
+  layout: _Layout,
+  told: Callable[[int], None],
+) -> tuple[list[Outcome], list[list[dict[str, Any]]]]:
+  """Trains the runs; where each ended, and the lines of its log."""
+  started = time.monotonic()
+  first = runs[0]
+  rows = [evaluation_rows(run) for run in runs]
+  padded = [*runs, *[first] * (layout.size - len(runs))]  # the empty places repeat the first
+  points = _put(_stack(padded), layout.mesh, dealt=True)
+  parts = first.program.parts
+  states = _put(blank_states(parts.initial, parts.given, layout.size), layout.mesh, dealt=True)
+  fresh, lengths = True, np.zeros(layout.size, np.int32)
+  stopped = ["" for _ in runs]
+  lines: list[list[dict[str, Any]]] = [[] for _ in runs]
+  last: list[LogPoint | None] = [None] * len(runs)
+  while True:
+    going = [fresh or length > 0 for length in lengths[: len(runs)]]
+    states, metrics, found = sweep(states, np.bool_(fresh), lengths, points, first.pool)
+    rounds, steps = jax.device_get((states.server.round, states.steps))
+    metrics, found = jax.device_get((metrics, found))
+    for k, run in enumerate(runs):
+      if not going[k]:
+        continue
+      probabilities = found[k].reshape(-1, found.shape[-1])[: len(rows[k])]
+      own = jax.tree.map(lambda leaf, k=k: leaf[k], metrics)
+      diverged = bool((own.first_bad_round != NEVER).any() or not np.isfinite(probabilities).all())
+      if diverged:  # what it predicts is nothing, not even where it is finite
+        probabilities = np.full_like(probabilities, np.nan)
+      length = 0 if diverged else next_rounds(run, steps[k], int(rounds[k]))
+      if diverged:
+        stopped[k] = "diverged"
+      elif not length:
+        total = run.config.server.num_rounds
+        stopped[k] = "completed" if rounds[k] == total else "budget"
+      # ε costs more than a small run's training: it is worked out where the run ends.
+      over = (steps[k], int(rounds[k])) if stopped[k] else None
+      epsilons = spent(run, over[1], over[0]) if over else ((), None)
+      point = measure(run, int(rounds[k]), probabilities, *epsilons)
+      lines[k] += _lines(run, point, None if fresh else own, time.monotonic() - started)
+      lengths[k], last[k] = length, point
+    fresh = False
+    told(int(sum(rounds[: len(runs)])))
+    if not lengths.any():
+      break
+  seconds = (time.monotonic() - started) / len(runs)
+  spend = {"compile": 0.0, "train": seconds, "total": seconds}
+  host = jax.device_get(states)
+  outcomes = []
+  for k, point in enumerate(last):
+    assert point is not None
+    state = jax.tree.map(lambda leaf, k=k: leaf[k], host)
+    outcomes.append(Outcome(state, stopped[k], point, spend))
+  return outcomes, lines
+
+
+def _lines(run: Experiment, point: LogPoint, metrics: Any, seconds: float) -> list[dict[str, Any]]:
+  common = {
+    "epsilon_max": max(point.epsilons, default=point.client_epsilon),
+    **({"client_epsilon": point.client_epsilon} if run.central else {}),
+    "seconds": round(seconds, 3),
+  }
+  place = {"round": point.rounds, "split": "test"}
+  lines = [{**place, **point.test, **common, "clients": point.clients}]
+  if metrics is not None:
+    lines.append({**place, "split": "train", **train_line(run, metrics), **common})
+  return lines
+
+
+def write_point(
+  experiment: Experiment,
+  folder: pathlib.Path,
+  name: str,
+  command: str,
+  outcome: Outcome,
+  lines: list[dict[str, Any]],
+) -> None:
+  """Writes what a run leaves, but for its weights; summary.json is the last: with it, it is done.
+
+  Raises:
+    UserError: the folder holds another run, or its ledger was edited.
+  """
+  folder.mkdir(parents=True, exist_ok=True)
+  files.claim(folder, experiment.run_id)
+  files.write_json(folder / "config.json", config_record(experiment, command))
+  files.write_json(folder / "hospitals.json", hospital_record(experiment.hospitals))
+  book = None
+  if experiment.guarantees:
+    book = ledger.start(folder, experiment.run_id, experiment.guarantees)
+  # Before any result: what is on disk never understates ε.
+  write_privacy(experiment, folder, book, outcome.last.rounds, np.asarray(outcome.state.steps))
+  (folder / "metrics.jsonl").unlink(missing_ok=True)
+  files.append_metrics(folder, lines)
+  seconds = {key: round(value, 3) for key, value in outcome.seconds.items()}
+  files.write_json(folder / "timing.json", seconds)
+  write_statement(folder)
+  files.write_json(folder / "summary.json", summary_record(experiment, outcome, name, None))
+
+
+def _stack(runs: Sequence[Experiment]) -> Point:
+  """What the runs do not share; test sets are padded to the largest."""
+  rows = [evaluation_rows(run) for run in runs]
+  shape = batches_of(np.zeros(max(map(len, rows)), np.int32), runs[0].config.eval.batch_size).shape
+  batches = np.zeros((len(runs), math.prod(shape)), np.int32)
+  for k, own in enumerate(rows):
+    batches[k, : len(own)] = own
+
+  def stacked(*leaves: Any) -> jax.Array:
+    return jnp.stack(leaves)
+
+  return Point(
+    jnp.asarray([init_seed(run.config) for run in runs], jnp.int32),
+    jnp.stack([run.key for run in runs]),
+    jax.tree.map(stacked, *[run.clients for run in runs]),
+    jax.tree.map(stacked, *[run.hyper for run in runs]),
+    jnp.asarray(batches.reshape(-1, *shape)),
+  )
+
+
+def _put(tree: Any, mesh: Mesh | None, dealt: bool) -> Any:
+  if mesh is None:
+    return jax.device_put(tree, jax.devices()[0])
+  place = NamedSharding(mesh, PartitionSpec(CLIENTS)) if dealt else replicated(mesh)
+  return jax.device_put(tree, place)

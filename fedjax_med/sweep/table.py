@@ -1,0 +1,189 @@
+"""The folder of a sweep: what it is of, which points are done, and the table of their results."""
+
+import json
+import math
+import os
+import pathlib
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from fedjax_med.core.config import Config, fingerprint, to_dict
+from fedjax_med.core.errors import UserError, require
+from fedjax_med.core.metrics import METRICS
+from fedjax_med.experiment import workdir as files
+from fedjax_med.sweep.grid import Point
+
+if TYPE_CHECKING:
+  import pandas as pd
+
+DEFINITION = "sweep.json"
+RESULTS = "results.parquet"
+
+
+def folder_of(workdir: pathlib.Path, number: int) -> pathlib.Path:
+  """The folder of a point, a workdir of its own."""
+  return workdir / "points" / f"{number:05d}"
+
+
+def begin(
+  workdir: pathlib.Path,
+  base: Config,
+  points: Sequence[Point],
+  seed_axes: Sequence[str],
+  **notes: Any,
+) -> None:
+  """Makes the folder and writes down what the sweep is, or finds that it is the same one.
+
+  Raises:
+    UserError: the folder cannot be written, or holds another sweep.
+  """
+  try:
+    (workdir / "points").mkdir(parents=True, exist_ok=True)
+  except OSError as error:
+    raise UserError(
+      f"--workdir={workdir} cannot be written ({error.strerror}); choose a folder you may write to"
+    ) from error
+  values = {
+    "base": to_dict(base),
+    "points": [_plain(point) for point in points],
+    "seed_axes": list(seed_axes),
+  }
+  values["sweep_id"] = fingerprint(_without_places(values))
+  if (workdir / DEFINITION).exists():
+    found = read(workdir)["sweep_id"]
+    require(
+      found == values["sweep_id"],
+      f"--workdir={workdir} holds sweep {found}, this one is {values['sweep_id']}",
+      "use another --workdir, or the flags of the first start to resume it",
+    )
+    return
+  require(
+    not (workdir / "config.json").exists(),
+    f"--workdir={workdir} holds a run",
+    "use another --workdir for the sweep",
+  )
+  files.write_json(workdir / DEFINITION, {**values, **notes})
+
+
+def read(workdir: pathlib.Path) -> dict[str, Any]:
+  """The definition of a sweep, with points as they were given.
+
+  Raises:
+    UserError: there is none, or it cannot be read.
+  """
+  path = workdir / DEFINITION
+  require(path.exists(), f"{path} is missing", "give the --workdir of a sweep")
+  try:
+    found = json.loads(path.read_text())
+    found["points"] = [_parsed(point) for point in found["points"]]
+  except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+    raise UserError(f"{path} cannot be read ({error}); restore it") from error
+  return found
+
+
+def done(workdir: pathlib.Path, number: int) -> bool:
+  """Whether a point's files are whole."""
+  return (folder_of(workdir, number) / "summary.json").exists()
+
+
+def collect(workdir: pathlib.Path) -> "pd.DataFrame":
+  """Results of all points that are done, a row a point and hospital; see ``write``.
+
+  Raises:
+    UserError: a file cannot be read.
+  """
+  import pandas as pd
+
+  rows: list[dict[str, Any]] = []
+  for number, point in enumerate(read(workdir)["points"]):
+    if done(workdir, number):
+      rows += _rows(folder_of(workdir, number), number, point)
+  return pd.DataFrame(rows)
+
+
+def write(workdir: pathlib.Path) -> "pd.DataFrame":
+  """Writes results.parquet and results.csv, and timing.csv; each whole or not at all.
+
+  Equal runs give equal results, byte for byte, so the seconds that they took stand apart.
+  """
+  import pandas as pd
+
+  frame = collect(workdir)
+  _replace(workdir / RESULTS, lambda path: frame.to_parquet(path, index=False))
+  _replace(workdir / "results.csv", lambda path: frame.to_csv(path, index=False))
+  points = sorted(set(frame["point"])) if len(frame) else []
+  seconds = [_json(folder_of(workdir, number) / "timing.json")["total"] for number in points]
+  timing = pd.DataFrame({"point": points, "seconds": seconds})
+  _replace(workdir / "timing.csv", lambda path: timing.to_csv(path, index=False))
+  return frame
+
+
+def _rows(folder: pathlib.Path, number: int, point: Point) -> list[dict[str, Any]]:
+  config, summary = _json(folder / "config.json"), _json(folder / "summary.json")
+  privacy, hospitals = _json(folder / "privacy.json"), _json(folder / "hospitals.json")
+  local = [each for each in privacy["guarantees"] if each["unit"] != "client"]
+  spent = {party["name"]: party for each in local for party in each["parties"]}
+  shared = {"point": number, "run_id": summary["run_id"], **_flat(config["config"]), **point}
+  rows = []
+  for holds, own in zip(hospitals["hospitals"], summary["clients"], strict=True):
+    party = spent.get(holds["name"], {})
+    rows.append(
+      {
+        **shared,
+        "hospital": holds["name"],
+        "num_train": sum(holds["train"]),
+        "num_test": sum(holds["test"]),
+        "rounds": summary["rounds"],
+        "stopped": summary["stopped"],
+        **{metric: _number(own[metric]) for metric in METRICS},
+        **{f"all.{metric}": _number(summary["test"][metric]) for metric in METRICS},
+        "unit": local[0]["unit"] if local else "none",
+        "epsilon": _number(party.get("epsilon", math.inf)),
+        "delta": _number(party.get("delta")),
+        "sigma": _number(party.get("noise_multiplier", 0.0)),
+        "epsilon_max": _number(summary["epsilon_max"], math.inf),
+        "client_epsilon": _number(summary["client_epsilon"], math.inf),
+      }
+    )
+  return rows
+
+
+def _number(value: float | None, missing: float = math.nan) -> float:
+  return missing if value is None else float(value)
+
+
+def _flat(config: dict[str, Any]) -> dict[str, Any]:
+  flat = {}
+  for name, value in config.items():
+    inner = value if isinstance(value, dict) else {"": value}
+    flat |= {f"{name}.{field}".rstrip("."): each for field, each in inner.items()}
+  return flat
+
+
+def _json(path: pathlib.Path) -> Any:
+  try:
+    return json.loads(path.read_text())
+  except (OSError, ValueError) as error:
+    raise UserError(f"{path} cannot be read ({error}); delete its folder and --resume") from error
+
+
+def _replace(path: pathlib.Path, write: Any) -> None:
+  temporary = path.with_name(path.name + ".tmp")
+  write(temporary)
+  os.replace(temporary, path)
+
+
+def _without_places(values: dict[str, Any]) -> dict[str, Any]:
+  """Without what moves no result: where data lie, and the layout."""
+  base = {name: value for name, value in values["base"].items() if name != "execution"}
+  data = {k: v for k, v in base["data"].items() if k not in ("path", "cache_dir")}
+  return {**values, "base": {**base, "data": data}}
+
+
+def _plain(point: Point) -> Point:
+  """JSON has no infinity."""
+  return {name: "inf" if value == math.inf else value for name, value in point.items()}
+
+
+def _parsed(point: Point) -> Point:
+  return {name: math.inf if value == "inf" else value for name, value in point.items()}
