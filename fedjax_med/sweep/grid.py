@@ -151,7 +151,7 @@ def _require_known(name: str, known: Sequence[str]) -> None:
   if name not in known:
     leaf = name.rpartition(".")[2]
     same = [path for path in known if path.rpartition(".")[2] == leaf]
-    remedy = f"did you mean '{same[0]}'?" if len(same) == 1 else nearest(name, same or known)
+    remedy = f"choose one of {', '.join(same)}" if len(same) > 1 else nearest(name, same or known)
     raise UserError(f"axis '{name}' is no field that can vary; {remedy}")
 
 

@@ -5,6 +5,7 @@ Example: python -m fedjax_med.sweep merge --workdir=runs/noise runs/noise-of-mac
 
 import pathlib
 import shutil
+from collections.abc import Sequence
 
 from absl import flags
 
@@ -20,8 +21,16 @@ def define() -> None:
 def main(arguments: list[str]) -> None:
   workdir = flags.FLAGS["workdir"].value
   require(bool(workdir), "--workdir is missing", "name the folder of the sweep")
-  target = pathlib.Path(str(workdir)).expanduser()
   sources = [pathlib.Path(source).expanduser() for source in arguments[2:]]  # after "merge"
+  join(pathlib.Path(str(workdir)).expanduser(), sources)
+
+
+def join(target: pathlib.Path, sources: Sequence[pathlib.Path]) -> None:
+  """Copies the points of ``sources`` that ``target`` lacks, and writes the table of all.
+
+  Raises:
+    UserError: a folder holds no sweep, or another one.
+  """
   for source in sources:
     _take(source, target)
   points = table.read(target)["points"]
@@ -34,7 +43,6 @@ def main(arguments: list[str]) -> None:
 
 
 def _take(source: pathlib.Path, target: pathlib.Path) -> None:
-  """Copies the points of ``source`` that ``target`` lacks, each whole or not at all."""
   definition = table.read(source)
   if not (target / table.DEFINITION).exists():
     (target / "points").mkdir(parents=True, exist_ok=True)
@@ -51,5 +59,5 @@ def _take(source: pathlib.Path, target: pathlib.Path) -> None:
       shutil.rmtree(place, ignore_errors=True)  # half a point of a killed process
       temporary = place.with_name(place.name + ".tmp")
       shutil.rmtree(temporary, ignore_errors=True)
-      shutil.copytree(table.folder_of(source, number), temporary)
+      shutil.copytree(table.folder_of(source, number), temporary)  # whole or not at all
       temporary.rename(place)

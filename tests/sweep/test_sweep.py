@@ -1,0 +1,285 @@
+"""Points of a sweep against runs by themselves: results, ledgers, ε; resuming, shards, tables."""
+
+import dataclasses
+import json
+import math
+import shutil
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from configs.smoke import get_config
+from fedjax_med.core.config import from_dict, to_dict
+from fedjax_med.core.errors import UserError
+from fedjax_med.data.hospitals import load_hospitals
+from fedjax_med.experiment.build import build
+from fedjax_med.experiment.loop import train_rounds
+from fedjax_med.experiment.records import summary_record
+from fedjax_med.privacy import __main__ as privacy_command
+from fedjax_med.privacy import ledger
+from fedjax_med.sweep import merge, runner, table
+from fedjax_med.sweep.points import TRACED, configure, groups, plan_points, shown, static_key
+
+SIGMA, TARGET, RATE = "privacy.noise_multiplier", "privacy.target_epsilon", "client.learning_rate"
+AXES = ("init", "sampling")
+
+
+def base(**changes):
+  config = get_config()
+  config.model.name, config.server.num_rounds, config.eval.every = "linear", 3, 2
+  for path, value in changes.items():
+    section, _, name = path.partition("__")
+    setattr(getattr(config, section), name, value)
+  return config
+
+
+def sweep(folder, points, config=None, numbers=None, seed_axes=AXES, at_once=0):
+  """Runs points as ``python -m fedjax_med.sweep`` does; returns the table."""
+  config = config or base()
+  table.begin(folder, config, points, seed_axes)
+  numbers = range(len(points)) if numbers is None else numbers
+  planned = plan_points(config, points, numbers, seed_axes)
+  done = {number for number in numbers if table.done(folder, number)}
+  runner.run_points(
+    planned, done, lambda k: table.folder_of(folder, k), "smoke", lambda _: "", at_once, print
+  )
+  return table.write(folder)
+
+
+def alone(folder, config):
+  """The same configuration as a run by itself; its summary and its log."""
+  folder.mkdir()
+  experiment = build(config, load_hospitals(config))
+  outcome = train_rounds(experiment, folder, lambda _: None)
+  lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+  return summary_record(experiment, outcome, "smoke", None), lines
+
+
+def close(found, expected):
+  """Equal, but for float error in the numbers of results."""
+  if isinstance(expected, dict):
+    assert found.keys() == expected.keys()
+    for key in expected.keys() - {"weights_sha256", "plan", "seconds", "config_name"}:
+      close(found[key], expected[key])
+  elif isinstance(expected, list):
+    assert len(found) == len(expected)
+    for pair in zip(found, expected, strict=True):
+      close(*pair)
+  elif isinstance(expected, float):
+    assert found == pytest.approx(expected, rel=1e-4, abs=1e-5)
+  else:
+    assert found == expected
+
+
+# Everything that a program takes as data, in one group.
+TOGETHER = [
+  {"seed": 3},
+  {"data.split": "paper", "data.test_fraction": 0.3},
+  {"partition.alpha": 0.3, "partition.min_client_size": 8, "client.num_local_epochs": 0.5},
+  {"partition.scheme": "iid", "server.weighting": "uniform"},
+  {RATE: 0.1, "server.learning_rate": 0.5, "server.proximal_weight": 0.1},
+  {"server.num_rounds": 5, SIGMA: 0.7, "privacy.clip_norm": 0.3},
+  {TARGET: 4.0, SIGMA: 0.0},
+  {TARGET: 6.0, SIGMA: 0.0, "privacy.same_noise": True, "privacy.delta": 1e-4},
+  {TARGET: 6.0},  # a budget that three rounds would cross
+]
+
+
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("swept")
+  sweep(folder, TOGETHER, at_once=4)
+  return folder
+
+
+def test_points_that_differ_in_data_share_one_program():
+  assert len(groups(plan_points(base(), TOGETHER, range(len(TOGETHER)), AXES))) == 1
+
+
+@pytest.mark.parametrize("number", range(len(TOGETHER)), ids=[shown(p) for p in TOGETHER])
+def test_a_point_equals_the_run_by_itself_in_results_ledger_and_epsilon(swept, tmp_path, number):
+  config = configure(base(), TOGETHER[number], AXES)
+  expected, log = alone(tmp_path / "alone", config)
+  folder = table.folder_of(swept, number)
+  found = json.loads((folder / "summary.json").read_text())
+  close(found, expected)
+  assert found["run_id"] == expected["run_id"]
+  assert found["epsilon_max"] == expected["epsilon_max"]
+  ours, theirs = ledger.read(folder), ledger.read(tmp_path / "alone")
+  assert ours.guarantees == theirs.guarantees
+  assert ours.counts == theirs.counts
+  lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+  for line, other in zip(lines, log, strict=True):
+    for key in ("round", "split", "loss", "accuracy"):
+      close(line[key], other[key])
+  assert privacy_command.recompute(folder)["epsilon_max"] == expected["epsilon_max"]
+
+
+def test_budgets_end_points_where_they_end_runs(swept):
+  ended = json.loads((table.folder_of(swept, 8) / "summary.json").read_text())
+  assert ended["stopped"] == "budget"
+  assert 0 < ended["rounds"] < 3
+  assert ended["epsilon_max"] <= 6
+
+
+def test_traced_fields_are_fields_and_all_others_make_another_program():
+  config = base()
+  case = plan_points(config, [{"seed": 0}], [0], AXES)[0].case
+  fields = {name for name, value in to_dict(config).items() if not isinstance(value, dict)}
+  for section, values in to_dict(config).items():
+    fields |= {f"{section}.{name}" for name in values} if isinstance(values, dict) else set()
+  assert fields >= TRACED
+  key = static_key(case)
+  for name, value in (("client.batch_size", 8), ("model.dropout", 0.1), ("privacy.bands", 2)):
+    section, _, field = name.partition(".")
+    values = to_dict(config)
+    values[section][field] = value
+    other = case._replace(config=from_dict(values))
+    assert static_key(other) != key, name
+
+
+def test_groups_of_other_programs_patients_and_no_privacy_run_beside_each_other(tmp_path):
+  points = [
+    {"privacy.unit": "record", "client.batch_size": 16},
+    {"privacy.unit": "patient", "client.batch_size": 16},
+    {"privacy.unit": "record", "client.batch_size": 8},
+  ]
+  frame = sweep(tmp_path / "units", points)
+  assert len(groups(plan_points(base(), points, range(3), AXES))) == 3
+  assert list(frame["unit"].unique()) == ["record", "patient"]
+  frame = sweep(tmp_path / "targets", [{TARGET: 3.0, SIGMA: 0.0}, {TARGET: math.inf, SIGMA: 0.0}])
+  assert list(frame.groupby("point")["epsilon_max"].first()) == [
+    pytest.approx(3, rel=0.01),
+    math.inf,
+  ]
+  assert list(frame.groupby("point")[TARGET].first()) == [3.0, math.inf]
+  assert list(frame.groupby("point")["privacy.mechanism"].first()) == ["dp_sgd", "none"]
+  expected, _ = alone(tmp_path / "alone", configure(base(), {TARGET: math.inf}, AXES))
+  close(
+    json.loads((table.folder_of(tmp_path / "targets", 1) / "summary.json").read_text()), expected
+  )
+
+
+def test_a_point_that_diverges_says_so_and_touches_no_other(tmp_path):
+  config = base(privacy__mechanism="none", privacy__noise_multiplier=0.0)
+  wild = sweep(tmp_path / "wild", [{RATE: 0.1}, {RATE: 1e38}, {RATE: 0.2}], config)
+  calm = sweep(tmp_path / "calm", [{RATE: 0.1}, {RATE: 0.3}, {RATE: 0.2}], config)
+  broken = wild[wild["point"] == 1]
+  assert set(broken["stopped"]) == {"diverged"}
+  assert broken["all.auroc"].isna().all()
+  for number in (0, 2):
+    names = [f"all.{name}" for name in ("loss", "accuracy", "auroc")]
+    pd.testing.assert_frame_equal(
+      wild[wild["point"] == number][names], calm[calm["point"] == number][names]
+    )
+
+
+@pytest.mark.parametrize(
+  ("axes", "moved"),
+  [
+    (("partition",), {"data.seed"}),
+    (("init",), {"model.init_seed"}),
+    (("sampling",), {"seed", "model.init_seed"}),
+    (("init", "sampling"), {"seed", "model.init_seed"}),
+    (("partition", "init", "sampling"), {"data.seed", "seed", "model.init_seed"}),
+  ],
+)
+def test_seeds_move_what_was_asked_and_nothing_else(axes, moved):
+  zero, one = (plan_points(base(), [{"seed": k}], [0], axes)[0].case for k in (0, 7))
+  changed = {
+    "data.seed": zero.rows.indices.tolist() != one.rows.indices.tolist(),
+    "seed": zero.config.seed != one.config.seed,
+  }
+  weights = [case.config.model.init_seed for case in (zero, one)]
+  start = [w if w >= 0 else case.config.seed for w, case in zip(weights, (zero, one), strict=True)]
+  changed["model.init_seed"] = start[0] != start[1]
+  asked = {"partition": "data.seed", "init": "model.init_seed", "sampling": "seed"}
+  assert {name for name, has in changed.items() if has} == {asked[axis] for axis in axes}
+  assert {asked[axis] for axis in axes} <= moved
+
+
+def test_a_sweep_of_seeds_of_phantoms_has_images_of_its_own_for_each(tmp_path):
+  points = [{"seed": 0}, {"seed": 1}]
+  axes = ("partition", "init", "sampling")
+  sweep(tmp_path / "sweep", points, seed_axes=axes)
+  for number in (0, 1):
+    expected, _ = alone(tmp_path / f"alone{number}", configure(base(), points[number], axes))
+    folder = table.folder_of(tmp_path / "sweep", number)
+    close(json.loads((folder / "summary.json").read_text()), expected)
+
+
+def test_what_a_kill_left_out_is_finished_to_the_same_bytes(swept, tmp_path):
+  again = tmp_path / "again"
+  shutil.copytree(swept, again)
+  for name in (table.RESULTS, "results.csv", "timing.csv"):
+    (again / name).unlink()
+  shutil.rmtree(table.folder_of(again, 1))
+  (table.folder_of(again, 4) / "summary.json").unlink()  # killed while it wrote
+  (table.folder_of(again, 4) / "metrics.jsonl").write_text('{"round": 0, ')
+  sweep(again, TOGETHER, at_once=4)
+  assert (again / table.RESULTS).read_bytes() == (swept / table.RESULTS).read_bytes()
+  for number in (1, 4):
+    for name in ("ledger.jsonl", "summary.json", "privacy.json"):
+      ours, theirs = (table.folder_of(folder, number) / name for folder in (again, swept))
+      assert ours.read_bytes() == theirs.read_bytes()
+
+
+def test_shards_in_folders_of_their_own_merge_to_the_whole(swept, tmp_path, capsys):
+  points = TOGETHER[:4]
+  whole = sweep(tmp_path / "whole", points)
+  for index in (0, 1):
+    sweep(tmp_path / f"part{index}", points, numbers=range(index, 4, 2))
+  merge.join(tmp_path / "part0", [tmp_path / "part1"])
+  assert "4 of 4 points" in capsys.readouterr().out
+  merged = pd.read_parquet(tmp_path / "part0" / table.RESULTS)
+  pd.testing.assert_frame_equal(merged, whole, rtol=1e-4, atol=1e-5)
+  with pytest.raises(UserError, match="merge folders of one sweep"):
+    merge.join(tmp_path / "part0", [swept])
+
+
+def test_the_table_has_a_row_a_point_and_hospital_with_everything_in_it(swept):
+  frame = pd.read_parquet(swept / table.RESULTS)
+  assert len(frame) == 3 * len(TOGETHER)
+  assert list(frame["hospital"][:3]) == [f"hospital {k}" for k in (1, 2, 3)]
+  fields = {f"{s}.{n}" for s, v in to_dict(base()).items() if isinstance(v, dict) for n in v}
+  assert fields <= set(frame.columns)
+  privacy = json.loads((table.folder_of(swept, 5) / "privacy.json").read_text())
+  parties = privacy["guarantees"][0]["parties"]
+  rows = frame[frame["point"] == 5]
+  assert list(rows["epsilon"]) == [party["epsilon"] for party in parties]
+  assert list(rows["delta"]) == [party["delta"] for party in parties]
+  assert set(rows["epsilon_max"]) == {privacy["epsilon_max"]}
+  assert (frame["num_train"] > 0).all()
+  np.testing.assert_array_equal(pd.read_csv(swept / "results.csv")["run_id"], frame["run_id"])
+  assert list(pd.read_csv(swept / "timing.csv")["point"]) == list(range(len(TOGETHER)))
+
+
+def test_another_sweep_or_a_run_in_the_folder_is_refused(swept, tmp_path):
+  with pytest.raises(UserError, match=r"holds sweep \w+, this one is"):
+    table.begin(swept, base(), TOGETHER[:2], AXES)
+  (tmp_path / "config.json").write_text("{}")
+  with pytest.raises(UserError, match="holds a run; use another --workdir"):
+    table.begin(tmp_path, base(), TOGETHER, AXES)
+  with pytest.raises(UserError, match=r"sweep.json is missing; give the --workdir of a sweep"):
+    table.read(tmp_path)
+
+
+@pytest.mark.parametrize(
+  ("points", "sentence"),
+  [
+    ([{SIGMA: -1.0}], r"point privacy.noise_multiplier=-1: privacy.noise_multiplier=-1.0 must"),
+    ([{"partition.num_clients": 5000}], r"point partition.num_clients=5000: "),
+    ([{"privacy.delta": 0.5}], r"point privacy.delta=0.5: .*under 1/n"),
+    ([{"seed": 1, "model.init_seed": 2}], "model.init_seed has an axis, and seed moves it too"),
+  ],
+)
+def test_a_point_that_breaks_a_rule_is_named_before_anything_compiles(points, sentence):
+  with pytest.raises(UserError, match=sentence):
+    plan_points(base(), points, range(len(points)), AXES)
+
+
+def test_baselines_are_not_dropped_in_silence():
+  config = dataclasses.replace(base(), eval=dataclasses.replace(base().eval, local_baselines=True))
+  with pytest.raises(UserError, match="baselines that a sweep does not"):
+    plan_points(config, [{"seed": 0}], [0], AXES)
