@@ -26,7 +26,7 @@ from fedjax_med.experiment.loop import (
   write_privacy,
 )
 from fedjax_med.experiment.planning import shared_devices
-from fedjax_med.experiment.program import Program
+from fedjax_med.experiment.program import Program, Shapes
 from fedjax_med.experiment.records import config_record, hospital_record, summary_record
 from fedjax_med.experiment.report import write_statement
 from fedjax_med.federated.algorithm import Pool
@@ -70,6 +70,26 @@ class _Layout(NamedTuple):
   mesh: Mesh | None
 
 
+class Prepared(NamedTuple):
+  """A group of points that share a program.
+
+  Attributes:
+    group: its points.
+    program: of one run.
+    shapes: what the program is made for.
+    layout: how runs lie on this machine.
+    sweep: (states, fresh, rounds [S], points, pool) -> (states, metrics, probabilities).
+    compilations: how often ``sweep`` was compiled in this process.
+  """
+
+  group: Sequence[Planned]
+  program: Program
+  shapes: Shapes
+  layout: _Layout
+  sweep: Callable[..., Any]
+  compilations: Callable[[], int]
+
+
 def run_points(
   planned: Sequence[Planned],
   done: Set[int],
@@ -94,36 +114,65 @@ def run_points(
   progress = Progress(0, 0, None, "")
   parts = [part for part in groups(planned) if not {each.number for each in part} <= done]
   for number, group in enumerate(parts, 1):
-    where = f"program {number} of {len(parts)}"
-    listen(progress._replace(note=f"{where}: compiling"))
-    program, shapes = plan_together([each.case for each in group])
-    layout = _layout(program, group, at_once)
-    sweep = _program(program, layout)
-    for whole in chunks(group, layout.size):
-      chunk = [each for each in whole if each.number not in done]
-      if not chunk:
-        continue
-      dataset = chunk[0].case.hospitals.dataset
-      images = Pool(jnp.asarray(dataset.inputs), jnp.asarray(dataset.labels))
-      pool = _put(images, layout.mesh, dealt=False)
-      runs = [place(each.case, program, shapes, pool, None) for each in chunk]
+    progress = progress._replace(note=f"program {number} of {len(parts)}")
+    listen(progress._replace(note=f"{progress.note}: compiling"))
+    prepared = prepare(group, at_once)
+    progress = run_group(prepared, done, folder_of, name, command_of, listen, progress)
 
-      def told(rounds: int, where=where, so_far=progress, chunk=chunk) -> None:
-        note = f"{where}: {len(chunk)} runs at once"
-        listen(so_far._replace(rounds=so_far.rounds + rounds, note=note))
 
-      outcomes, lines = _run_chunk(runs, sweep, layout, told)
-      for each, experiment, outcome, metrics in zip(chunk, runs, outcomes, lines, strict=True):
-        folder = folder_of(each.number)
-        write_point(experiment, folder, name, command_of(each), outcome, metrics)
-        epsilons = [*outcome.last.epsilons, outcome.last.client_epsilon, progress.epsilon]
-        known = [epsilon for epsilon in epsilons if epsilon is not None]
-        progress = progress._replace(
-          rounds=progress.rounds + outcome.last.rounds,
-          points=progress.points + 1,
-          epsilon=max(known, default=None),
-        )
-      listen(progress._replace(note=where))
+def prepare(group: Sequence[Planned], at_once: int) -> Prepared:
+  """The program of a group; it is compiled when it first runs."""
+  program, shapes = plan_together([each.case for each in group])
+  layout = _layout(program, group, at_once)
+  parts, traces = program.parts, []
+
+  def evaluate(state, pool, batches):
+    traces.append(1)
+    return parts.evaluate(evaluated_params(state), state.server.state, pool, batches)
+
+  sweep = make_sweep(parts.initial, parts.block, evaluate, at_once=layout.at_once, mesh=layout.mesh)
+
+  def run(states, fresh, rounds, points, pool):
+    return sweep(states, fresh, rounds, points, pool, parts.given)
+
+  return Prepared(group, program, shapes, layout, run, lambda: len(traces))
+
+
+def run_group(
+  prepared: Prepared,
+  done: Set[int],
+  folder_of: Callable[[int], pathlib.Path],
+  name: str,
+  command_of: Callable[[Planned], str],
+  listen: Listener,
+  progress: Progress,
+) -> Progress:
+  """Runs a group chunk by chunk; see ``run_points``. Returns the progress after it."""
+  layout = prepared.layout
+  for whole in chunks(prepared.group, layout.size):
+    chunk = [each for each in whole if each.number not in done]
+    if not chunk:
+      continue
+    dataset = chunk[0].case.hospitals.dataset
+    images = Pool(jnp.asarray(dataset.inputs), jnp.asarray(dataset.labels))
+    pool = _put(images, layout.mesh, dealt=False)
+    runs = [place(each.case, prepared.program, prepared.shapes, pool, None) for each in chunk]
+
+    def told(rounds: int, so_far=progress, chunk=chunk) -> None:
+      note = f"{so_far.note}: {len(chunk)} runs at once"
+      listen(so_far._replace(rounds=so_far.rounds + rounds, note=note))
+
+    outcomes, lines = _run_chunk(runs, prepared.sweep, layout, told)
+    for each, experiment, outcome, metrics in zip(chunk, runs, outcomes, lines, strict=True):
+      write_point(experiment, folder_of(each.number), name, command_of(each), outcome, metrics)
+      epsilons = [*outcome.last.epsilons, outcome.last.client_epsilon, progress.epsilon]
+      progress = progress._replace(
+        rounds=progress.rounds + outcome.last.rounds,
+        points=progress.points + 1,
+        epsilon=max((epsilon for epsilon in epsilons if epsilon is not None), default=None),
+      )
+    listen(progress)
+  return progress
 
 
 def _layout(program: Program, group: Sequence[Planned], asked: int) -> _Layout:
@@ -145,21 +194,10 @@ def _layout(program: Program, group: Sequence[Planned], asked: int) -> _Layout:
   parts = -(-largest // most)
   size = -(-largest // parts)
   devices = min(devices, size)
-  size += -size % devices
-  mesh = client_mesh(devices) if devices > 1 else None
-  return _Layout(size, min(side_by_side, size // devices), mesh)
-
-
-def _program(program: Program, layout: _Layout) -> Callable[..., Any]:
-  parts = program.parts
-
-  def evaluate(state, pool, batches):
-    return parts.evaluate(evaluated_params(state), state.server.state, pool, batches)
-
-  sweep = make_sweep(parts.initial, parts.block, evaluate, at_once=layout.at_once, mesh=layout.mesh)
-  return lambda states, fresh, rounds, points, pool: sweep(
-    states, fresh, rounds, points, pool, parts.given
-  )
+  # Every device has as many, in whole rows side by side: what is left over would be compiled again.
+  side_by_side = min(side_by_side, -(-size // devices))
+  size += -size % (devices * side_by_side)
+  return _Layout(size, side_by_side, client_mesh(devices) if devices > 1 else None)
 
 
 def _run_chunk(

@@ -163,16 +163,17 @@ def test_groups_of_other_programs_patients_and_no_privacy_run_beside_each_other(
 
 def test_a_point_that_diverges_says_so_and_touches_no_other(tmp_path):
   config = base(privacy__mechanism="none", privacy__noise_multiplier=0.0)
-  wild = sweep(tmp_path / "wild", [{RATE: 0.1}, {RATE: 1e38}, {RATE: 0.2}], config)
-  calm = sweep(tmp_path / "calm", [{RATE: 0.1}, {RATE: 0.3}, {RATE: 0.2}], config)
-  broken = wild[wild["point"] == 1]
-  assert set(broken["stopped"]) == {"diverged"}
-  assert broken["all.auroc"].isna().all()
+
+  def lines(name, middle):
+    frame = sweep(tmp_path / name, [{RATE: 0.1}, {RATE: middle}, {RATE: 0.2}], config)
+    return frame.groupby("point").first().to_dict("records")
+
+  wild, calm = lines("wild", 1e38), lines("calm", 0.3)
+  assert [line["stopped"] for line in wild] == ["completed", "diverged", "completed"]
+  assert np.isnan(wild[1]["all.auroc"])
   for number in (0, 2):
-    names = [f"all.{name}" for name in ("loss", "accuracy", "auroc")]
-    pd.testing.assert_frame_equal(
-      wild[wild["point"] == number][names], calm[calm["point"] == number][names]
-    )
+    for metric in ("all.loss", "all.accuracy", "all.auroc", "loss"):
+      assert wild[number][metric] == calm[number][metric]
 
 
 @pytest.mark.parametrize(
@@ -250,7 +251,7 @@ def test_the_table_has_a_row_a_point_and_hospital_with_everything_in_it(swept):
   assert list(rows["epsilon"]) == [party["epsilon"] for party in parties]
   assert list(rows["delta"]) == [party["delta"] for party in parties]
   assert set(rows["epsilon_max"]) == {privacy["epsilon_max"]}
-  assert (frame["num_train"] > 0).all()
+  assert min(frame["num_train"]) > 0
   np.testing.assert_array_equal(pd.read_csv(swept / "results.csv")["run_id"], frame["run_id"])
   assert list(pd.read_csv(swept / "timing.csv")["point"]) == list(range(len(TOGETHER)))
 

@@ -1,0 +1,160 @@
+"""A sweep as one program against the same runs by themselves, results compared.
+
+``processes_over_sweep``: wall time of one process of ``fedjax_med.train`` for every point, one
+after the other, over that of one process of ``fedjax_med.sweep``; the compile cache is warm for
+both. ``warm_over_sweep``: in one process, with nothing left to compile or to trace, the rounds of
+every point by ``train_rounds`` with one program that all of them share, over the sweep's chunks and
+files. ``full_over_sweep``: the same with what ``fedjax_med.train`` does of a run but for baselines.
+
+Example: python -m benchmarks.sweep --json
+"""
+
+import json
+import os
+import pathlib
+import runpy
+import subprocess
+import sys
+import tempfile
+from typing import Any
+
+from benchmarks import common
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+SIGMAS = "0.5,0.7,1,1.4,2,2.8,4,5.6"
+
+
+def process(module: str, *arguments: str, cache: str) -> float:
+  """Seconds of a whole process, which must end with 0."""
+  command = [sys.executable, "-m", module, *arguments]
+  command.append(f"--config.execution.compilation_cache={cache}")
+  environment = {**os.environ, "JAX_PLATFORMS": os.environ.get("JAX_PLATFORMS", "")}
+
+  def run() -> None:
+    subprocess.run(command, cwd=ROOT, env=environment, check=True, stdout=subprocess.DEVNULL)
+
+  return common.seconds(run)
+
+
+def metrics_of(folder: pathlib.Path) -> dict[str, Any]:
+  summary = json.loads((folder / "summary.json").read_text())
+  return {**summary["test"], "epsilon": summary["epsilon_max"]}
+
+
+def largest_gap(sweep: list[dict[str, Any]], alone: list[dict[str, Any]]) -> float:
+  """Largest difference of a metric or of ε between the two."""
+  gaps = [0.0]
+  for ours, theirs in zip(sweep, alone, strict=True):
+    for key in ours.keys() - {"n"}:
+      if (ours[key] is None) != (theirs[key] is None):
+        return float("inf")
+      gaps.append(abs((ours[key] or 0.0) - (theirs[key] or 0.0)))
+  return max(gaps)
+
+
+def main() -> None:
+  parser = common.parser(__doc__ or "")
+  parser.add_argument("--config", default="configs/smoke.py")
+  parser.add_argument("--sigmas", default=SIGMAS)
+  parser.add_argument("--seeds", type=int, default=4)
+  parser.add_argument("--skip_processes", action="store_true")
+  options = parser.parse_args()
+
+  from fedjax_med.experiment import run as runs
+  from fedjax_med.experiment.build import place, plan_together
+  from fedjax_med.experiment.cache import use_compilation_cache
+  from fedjax_med.experiment.loop import train_rounds
+  from fedjax_med.federated.algorithm import Pool
+  from fedjax_med.flags import config_fields
+  from fedjax_med.simulation.mesh import replicate
+  from fedjax_med.sweep import grid, runner, table
+  from fedjax_med.sweep.points import configure, groups, plan_points
+
+  axes = [f"privacy.noise_multiplier={options.sigmas}", f"seed=0:{options.seeds}"]
+  base = runpy.run_path(str(ROOT / options.config))["get_config"]()
+  base.privacy.target_epsilon = 0.0  # σ is given
+  points = grid.points(base, list(config_fields()), grid=axes)
+  configs = [configure(base, point, ("init", "sampling")) for point in points]
+  folder = pathlib.Path(tempfile.mkdtemp(prefix="sweep"))
+  cache = str(folder / "cache")
+  use_compilation_cache(cache)
+
+  flags = [f"--config={options.config}", "--config.privacy.target_epsilon=0"]
+  swept = [*flags, *(f"--grid={axis}" for axis in axes)]
+  times: dict[str, Any] = {}
+  if not options.skip_processes:
+    common.say("fills the compile cache")
+    first = [f"--config.privacy.noise_multiplier={configs[0].privacy.noise_multiplier}"]
+    process("fedjax_med.train", *flags, *first, f"--workdir={folder / 'first'}", cache=cache)
+    process("fedjax_med.sweep", *swept, f"--workdir={folder / 'filling'}", cache=cache)
+    common.say("one process for the sweep")
+    times["sweep_process"] = process(
+      "fedjax_med.sweep", *swept, f"--workdir={folder / 'swept'}", cache=cache
+    )
+    common.say(f"{len(points)} processes")
+    times["processes"] = [
+      process(
+        "fedjax_med.train",
+        *flags,
+        f"--config.privacy.noise_multiplier={config.privacy.noise_multiplier}",
+        f"--config.seed={config.seed}",
+        f"--workdir={folder / f'process{number}'}",
+        cache=cache,
+      )
+      for number, config in enumerate(configs)
+    ]
+
+  planned = plan_points(base, points, range(len(points)), ("init", "sampling"))
+  (group,) = groups(planned)
+  program, shapes = plan_together([each.case for each in group])
+  mesh, dataset = program.devices.mesh, group[0].case.hospitals.dataset
+  pool = Pool(replicate(dataset.inputs, mesh), replicate(dataset.labels, mesh))
+  warm = runner.prepare(group, 0)
+  turn, start = iter(range(1000)), runner.Progress(0, 0, None, "")
+
+  def in_one_program() -> float:
+    place_of = folder / f"sweep{next(turn)}"
+    table.begin(place_of, base, points, ("init", "sampling"))
+    return common.seconds(
+      lambda: runner.run_group(
+        warm, set(), lambda k: table.folder_of(place_of, k), "", lambda _: "", lambda _: None, start
+      )
+    )
+
+  def one_by_one() -> float:
+    place_of = folder / f"warm{next(turn)}"
+
+    def run() -> None:
+      for each in group:
+        own = place_of / str(each.number)
+        own.mkdir(parents=True)
+        train_rounds(place(each.case, program, shapes, pool, mesh), own, lambda _: None, lambda: 0)
+
+    return common.seconds(run)
+
+  common.say("the same in this process, in turns")
+  found = common.alternate({"sweep": in_one_program, "warm": one_by_one}, options.repeats)
+
+  def in_full() -> None:
+    for number, config in enumerate(configs):
+      runs.run(config, folder / f"full{number}", "", "", lambda: group[0].case.hospitals)
+
+  times |= found
+  times["full"] = common.seconds(in_full)
+  ours = [metrics_of(table.folder_of(folder / "sweep0", k)) for k in range(len(points))]
+  result = common.envelope("sweep") | {
+    "config": options.config,
+    "points": len(points),
+    "programs": 1,
+    "compilations_per_group": warm.compilations(),
+    "warm_over_sweep": round(common.ratio(found["warm"], found["sweep"]), 3),
+    "full_over_sweep": round(times["full"] / sorted(found["sweep"])[len(found["sweep"]) // 2], 3),
+    "largest_gap": largest_gap(ours, [metrics_of(folder / f"full{k}") for k in range(len(points))]),
+  }
+  if "processes" in times:
+    result["processes_over_sweep"] = round(sum(times["processes"]) / times["sweep_process"], 3)
+  common.finish({**result, "seconds": times}, options)
+
+
+if __name__ == "__main__":
+  main()
