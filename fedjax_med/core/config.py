@@ -173,8 +173,8 @@ class PrivacyConfig:
     batch_cap: examples a truncated Poisson batch holds at most; 0 means 5 standard deviations
       above the expected size.
     bands: local steps that noise is correlated over (banded matrix factorisation): each takes back
-      part of the noise of those before. 1 is independent noise. More help where ε is large and
-      steps are many; see docs/privacy.md.
+      part of the noise of those before. 1 is independent noise. 4 or 8 help where ε is large and
+      batches are a small share of a hospital, more do harm; docs/privacy.md has numbers.
     clipping: auto, book_keeping (one backward pass), reference (a gradient per example, any model)
       or two_pass (two backward passes, least memory; its rounding has no bound, so auto never
       takes it).
