@@ -30,7 +30,9 @@ INSTALL = [
   "numpy>=2.0,<3",
   "optax>=0.2.5,<0.3",
   "orbax-checkpoint>=0.11.30,<0.13",
+  "pandas>=3.0,<4",
   "pillow>=10",
+  "pyarrow>=20",  # pandas' parquet
   "rich>=13.7,<16",
   "safetensors>=0.5,<0.9",
   "scipy>=1.13,<2",
@@ -55,6 +57,7 @@ TEST = [
 ]
 # The one place where the versions of the tools stand: git hook, make and CI all use them.
 TOOLS = [
+  "pandas-stubs==3.1.0.261029",
   "pre-commit==4.7.0",
   "pyright[nodejs]==1.1.414",  # with Node.js from PyPI: nothing else to install or download
   "ruff==0.17.6",

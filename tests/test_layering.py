@@ -6,7 +6,7 @@ import pathlib
 import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-LAYERS = ("core", "data", "models", "privacy", "federated", "simulation", "experiment")
+LAYERS = ("core", "data", "models", "privacy", "federated", "simulation", "experiment", "sweep")
 PACKAGE = "fedjax_med"
 
 
