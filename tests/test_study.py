@@ -1,5 +1,7 @@
 """Means, intervals and comparisons of a sweep's table, against SciPy and by hand."""
 
+from typing import Any
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -83,13 +85,14 @@ def test_arms_are_compared_in_pairs_as_scipy_does():
   found = study.compare(frame, SIGMA, 1.0, 2.0, "all.auroc")
   points = study.by_point(frame).sort_values("seed")
   first, second = (points[points[SIGMA] == s]["all.auroc"].to_numpy() for s in (1.0, 2.0))
-  test = stats.ttest_rel(second, first)
+  test: Any = stats.ttest_rel(second, first)
   interval = test.confidence_interval(0.95)
   assert found.pairs == 6
   assert found.mean_difference == pytest.approx(np.mean(second - first))
   assert found.t_p_value == pytest.approx(test.pvalue)
   assert (found.low, found.high) == pytest.approx((interval.low, interval.high))
-  assert found.wilcoxon_p_value == pytest.approx(stats.wilcoxon(second, first).pvalue)
+  signed_ranks: Any = stats.wilcoxon(second, first)
+  assert found.wilcoxon_p_value == pytest.approx(signed_ranks.pvalue)
 
 
 def test_what_cannot_be_compared_is_a_sentence():
@@ -100,7 +103,7 @@ def test_what_cannot_be_compared_is_a_sentence():
     study.compare(frame, SIGMA, 1.0, 3.0, "all.f1")
   with pytest.raises(UserError, match="5 of 6 points have a partner"):
     study.compare(frame[frame["point"] != 11], SIGMA, 1.0, 2.0, "all.f1")
-  with pytest.raises(UserError, match="did you mean 'all.auroc'"):
+  with pytest.raises(UserError, match=r"did you mean 'all\.auroc'"):
     study.aggregate(frame, SIGMA, "all.aurok")
   with pytest.raises(UserError, match="a bootstrap of 3 points says little"):
     study.aggregate(table(seeds=3), SIGMA, "all.f1", interval="bootstrap")
