@@ -7,19 +7,21 @@ from typing import Any
 
 import numpy as np
 
-METRICS = ("loss", "accuracy", "precision", "recall", "specificity", "f1", "auroc")
+METRICS = ("loss", "accuracy", "precision", "recall", "specificity", "f1", "auroc", "ece")
+CALIBRATION_BINS = 15  # as Guo et al. 2017
 
 
 def classification_metrics(
   probabilities: np.ndarray,  # [n, classes] f32 or f64, rows sum to 1
   labels: np.ndarray,  # [n] class numbers
 ) -> dict[str, Any]:
-  """Returns loss, accuracy, precision, recall, specificity, f1, auroc (floats or None) and n.
+  """Returns loss, accuracy, precision, recall, specificity, f1, auroc, ece (or None) and n.
 
   The predicted class is the argmax (the lowest on a tie); loss is the mean cross-entropy in nats,
   with probabilities clipped at 1e-12. With two classes, class 1 is the positive one: recall is
-  the sensitivity. With more classes the last five are one-vs-rest values averaged, unweighted,
-  over the classes present in ``labels``.
+  the sensitivity. With more classes precision to auroc are one-vs-rest values averaged, unweighted,
+  over the classes present in ``labels``. ece is the expected calibration error of the predicted
+  class in 15 bins of equal width (Guo et al. 2017, arXiv 1706.04599, eq. 3).
 
   None stands for: everything, if n = 0 or a probability is not finite (a diverged model);
   precision, recall and f1 without a positive example; specificity without a negative one; auroc
@@ -48,6 +50,7 @@ def classification_metrics(
     "specificity": _ratio(true_negatives, n - actual, empty=np.nan)[classes].mean(),
     "f1": np.where(actual > 0, f1, np.nan)[classes].mean(),
     "auroc": np.mean([_auroc(probabilities[:, c], labels == c) for c in classes]),
+    "ece": _calibration_error(probabilities, labels),
   }
   plain: dict[str, Any] = {
     name: None if np.isnan(value) else float(value) for name, value in values.items()
@@ -81,6 +84,14 @@ def _ratio(numerator: np.ndarray, denominator: np.ndarray, empty: float) -> np.n
   """Elementwise ratio in f64; ``empty`` where the denominator is 0."""
   out = np.full(numerator.shape, empty)
   return np.divide(numerator, denominator, out=out, where=denominator > 0)
+
+
+def _calibration_error(probabilities: np.ndarray, labels: np.ndarray) -> float:
+  confidence = probabilities.max(axis=1).astype(np.float64)
+  gap = (probabilities.argmax(axis=1) == labels) - confidence
+  # Bins are open below and closed above.
+  bins = np.clip(np.ceil(confidence * CALIBRATION_BINS) - 1, 0, CALIBRATION_BINS - 1)
+  return float(np.abs(np.bincount(bins.astype(np.int64), weights=gap)).sum()) / len(labels)
 
 
 def _auroc(scores: np.ndarray, positive: np.ndarray) -> float:

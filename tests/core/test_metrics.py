@@ -20,6 +20,18 @@ def random_case(seed, n, num_classes, levels, dtype: type = np.float32):
   return probabilities.astype(dtype), rng.integers(0, num_classes, n)
 
 
+def calibration_error(probabilities, labels, predicted):
+  """Guo et al. 2017, eq. 3, bin by bin."""
+  confidence = [float(row[k]) for row, k in zip(probabilities, predicted, strict=True)]
+  total = 0.0
+  for b in range(15):
+    own = [i for i, c in enumerate(confidence) if b < c * 15 <= b + 1]
+    if own:
+      accuracy = np.mean([labels[i] == predicted[i] for i in own])
+      total += len(own) / len(labels) * abs(accuracy - np.mean([confidence[i] for i in own]))
+  return total
+
+
 def sklearn_metrics(probabilities, labels):
   """The promised values by scikit-learn and plain loops; NaN where undefined."""
   num_classes = probabilities.shape[1]
@@ -43,6 +55,7 @@ def sklearn_metrics(probabilities, labels):
   return {
     "loss": np.mean([-np.log(row[label]) for row, label in zip(rounded, labels, strict=True)]),
     "accuracy": reference.accuracy_score(labels, predicted),
+    "ece": calibration_error(probabilities, labels, predicted),
     **{name: np.mean([row[name] for row in rows]) for name in rows[0]},
   }
 
