@@ -117,7 +117,13 @@ def main() -> None:
     table.begin(place_of, base, points, ("init", "sampling"))
     return common.seconds(
       lambda: runner.run_group(
-        warm, set(), lambda k: table.folder_of(place_of, k), "", lambda _: "", lambda _: None, start
+        warm,
+        set(),
+        lambda key: table.folder_of(place_of, *key),
+        "",
+        lambda _: "",
+        lambda _: None,
+        start,
       )
     )
 
@@ -126,7 +132,7 @@ def main() -> None:
 
     def run() -> None:
       for each in group:
-        own = place_of / str(each.number)
+        own = place_of / str(each.key.number)
         own.mkdir(parents=True)
         train_rounds(place(each.case, program, shapes, pool, mesh), own, lambda _: None, lambda: 0)
 

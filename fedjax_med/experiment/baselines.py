@@ -8,7 +8,7 @@ from rich.console import Console
 
 from fedjax_med.experiment import console as terminal
 from fedjax_med.experiment import workdir as files
-from fedjax_med.experiment.build import Experiment, alone, pooled
+from fedjax_med.experiment.build import Case, Experiment, build_baselines
 from fedjax_med.experiment.loop import train_rounds
 from fedjax_med.experiment.processes import is_first
 from fedjax_med.privacy.accounting import round_up
@@ -29,23 +29,26 @@ def run_baselines(federation: Experiment, folder: pathlib.Path, console: Console
     'curves': test metrics at every log point, for baselines.json; 'summary': the last ones. Both
     are empty in all processes of a run but the first.
   """
-  runs = [(f"alone-{k + 1}", run) for k, run in enumerate(alone(federation))]
-  runs.append(("pooled", pooled(federation)))
-  curves: dict[str, list[dict[str, Any]]] = {}
-  for name, run in runs:
+  for name, run in build_baselines(federation).items():
     place = folder / "baselines" / name
     files.prepare(place)
     title = f"{run.names[0]} alone" if name != "pooled" else "pooled data"
     with terminal.progress(console, title, run.config.server.num_rounds) as listen:
       train_rounds(run, place, listen)
-    if is_first():
-      curves[name] = _curve(place)
-  if not is_first():
-    return {"curves": {}, "summary": {}}
+  return gather(federation.case, folder) if is_first() else {"curves": {}, "summary": {}}
+
+
+def gather(federation: Case, folder: pathlib.Path) -> dict[str, Any]:
+  """Results of the baselines under ``folder``/baselines; privacy.json of ``folder`` names them.
+
+  Returns:
+    As ``run_baselines``.
+  """
+  names = federation.hospitals.names
+  runs = [*(f"alone-{k + 1}" for k in range(len(names))), "pooled"]
+  curves = {name: _curve(folder / "baselines" / name) for name in runs}
   if federation.guarantees:
     _note_releases(federation, folder, curves)
-
-  names = federation.hospitals.names
   solo = []
   for k, hospital in enumerate(names):
     curve = [
@@ -68,14 +71,16 @@ def run_baselines(federation: Experiment, folder: pathlib.Path, console: Console
 
 
 def _note_releases(
-  federation: Experiment, folder: pathlib.Path, curves: dict[str, list[dict[str, Any]]]
+  federation: Case, folder: pathlib.Path, curves: dict[str, list[dict[str, Any]]]
 ) -> None:
   """Says in privacy.json that the baselines are further trainings on the same records."""
   path = folder / "privacy.json"
   record = json.loads(path.read_text())
+  if "baselines_epsilon" in record:
+    return
   spent = {name: curve[-1]["epsilon_max"] for name, curve in curves.items()}
   record["baselines_epsilon"] = spent
-  if federation.local:
+  if federation.protection.local:
     record["not_covered"].append(
       "The baselines are further trainings on the same records, each with noise of its own: a"
       " hospital that releases the federation's model, its own and the pooled one spends at most"
@@ -83,8 +88,8 @@ def _note_releases(
       f" {round_up(max(v for k, v in spent.items() if k != 'pooled'))}, pooled"
       f" {round_up(spent['pooled'])}) and of their δ."
     )
-  if federation.central:
-    others = "" if federation.local else ", and no other: they are trained WITHOUT NOISE"
+  if federation.protection.central:
+    others = "" if federation.protection.local else ", and no other: they are trained WITHOUT NOISE"
     record["not_covered"].append(
       "The baselines (each hospital's own model, and the one of pooled data) have no guarantee for"
       f" whole hospitals{others}."

@@ -22,56 +22,17 @@ from fedjax_med.privacy.guarantees import Guarantee
 from fedjax_med.simulation.mesh import Devices, choose_devices, replicate
 
 
-class Experiment(NamedTuple):
-  """One training run, ready to start: the federation itself or one of its baselines.
+class Case(NamedTuple):
+  """What a run is before there is a program for it: the federation, or one of its baselines.
 
   Attributes:
     config: the validated config, with what ``privacy.solve_for`` leaves open filled in.
     hospitals: the data; its test table is what every run is measured on.
-    names: names of the training clients.
-    clients: stacked Client records of the training clients.
-    local: what protects the records or patients of each training client, or None.
-    central: what protects a client as a whole, or None.
-    steps: [K] int64 local steps a round of each training client.
-    hyper: traced hyperparameters.
-    pool: all examples on the device.
-    key: base key of every random draw but the initial weights.
-    program: compiled functions.
-    run_id: fingerprint of all that shapes the trajectory; a checkpoint of another one is refused.
-    table: arrays that say who holds what, for the fingerprint.
-  """
-
-  config: Config
-  hospitals: Hospitals
-  names: tuple[str, ...]
-  clients: Client
-  local: Guarantee | None
-  central: Guarantee | None
-  steps: np.ndarray
-  hyper: Hyper
-  pool: Pool
-  key: jax.Array
-  program: Program
-  run_id: str
-  table: list[np.ndarray]
-
-  @property
-  def guarantees(self) -> tuple[Guarantee, ...]:
-    """What the run promises, the local guarantee first."""
-    return tuple(each for each in (self.local, self.central) if each is not None)
-
-
-class Case(NamedTuple):
-  """What a run is before there is a program for it.
-
-  Attributes:
-    config: the validated config, with what ``privacy.solve_for`` leaves open filled in.
-    hospitals: the data.
-    names: of the training clients.
+    names: names of the K training clients.
     rows: who holds what, in the order of ``protection.units``.
     numbers: [K] what names each client in random keys.
-    protection: the mechanisms.
-    run_id: fingerprint of all that shapes the trajectory.
+    protection: the mechanisms, and the local steps a round.
+    run_id: fingerprint of all that shapes the trajectory; a checkpoint of another one is refused.
     table: arrays that say who holds what, for the fingerprint.
   """
 
@@ -83,6 +44,72 @@ class Case(NamedTuple):
   protection: Protection
   run_id: str
   table: list[np.ndarray]
+
+  @property
+  def guarantees(self) -> tuple[Guarantee, ...]:
+    """What the run promises, the local guarantee first."""
+    both = self.protection.local, self.protection.central
+    return tuple(each for each in both if each is not None)
+
+
+class Experiment(NamedTuple):
+  """One training run, ready to start.
+
+  Attributes:
+    case: what it is.
+    clients: stacked Client records of the training clients.
+    hyper: traced hyperparameters.
+    pool: all examples on the device.
+    key: base key of every random draw but the initial weights.
+    program: compiled functions.
+  """
+
+  case: Case
+  clients: Client
+  hyper: Hyper
+  pool: Pool
+  key: jax.Array
+  program: Program
+
+  @property
+  def config(self) -> Config:
+    """The validated config."""
+    return self.case.config
+
+  @property
+  def hospitals(self) -> Hospitals:
+    """The data."""
+    return self.case.hospitals
+
+  @property
+  def names(self) -> tuple[str, ...]:
+    """Names of the training clients."""
+    return self.case.names
+
+  @property
+  def steps(self) -> np.ndarray:
+    """[K] int64 local steps a round of each training client."""
+    return self.case.protection.steps
+
+  @property
+  def local(self) -> Guarantee | None:
+    """What protects the records or patients of each training client, or None."""
+    return self.case.protection.local
+
+  @property
+  def central(self) -> Guarantee | None:
+    """What protects a client as a whole, or None."""
+    return self.case.protection.central
+
+  @property
+  def run_id(self) -> str:
+    """Fingerprint of the trajectory."""
+    return self.case.run_id
+
+  @property
+  def guarantees(self) -> tuple[Guarantee, ...]:
+    """What the run promises, the local guarantee first."""
+    return self.case.guarantees
 
 
 def _run_id(
@@ -219,19 +246,12 @@ def place(
 ) -> Experiment:
   """The run of a case by a program of at least its shapes, on images that are on the device."""
   return Experiment(
-    case.config,
-    case.hospitals,
-    case.names,
+    case,
     replicate(_stack_clients(case, shapes), mesh),
-    case.protection.local,
-    case.protection.central,
-    case.protection.steps,
     replicate(_hyper(case.config, case.protection), mesh),
     pool,
     replicate(_run_key(case.config, case.run_id), mesh),
     program,
-    case.run_id,
-    case.table,
   )
 
 
@@ -259,11 +279,13 @@ def shapes_of(cases: Sequence[Case]) -> Shapes:
     case.rows.counts if table is None else table.counts
     for case, table in zip(cases, units, strict=True)
   ]
+  # No more slots than the largest subset that a step draws from; a hospital's own cap may exceed it.
+  places = -(-max(int(each.max()) for each in counts) // cases[0].config.privacy.bands)
   return Shapes(
     steps=steps.max(0),
     max_examples=max(case.rows.indices.shape[1] for case in cases),
     shared_steps=int(steps.flat[0]) if (steps == steps.flat[0]).all() else None,
-    batch_cap=max(_batch_cap(case.protection.local) for case in cases),
+    batch_cap=min(places, max(_batch_cap(case.protection.local) for case in cases)),
     counts=np.concatenate(counts).astype(np.int64),
     max_units=max((table.starts.shape[1] for table in tables), default=0),
     rows_per_unit=cases[0].protection.rows_per_unit,
@@ -290,7 +312,7 @@ def _run_key(config: Config, run_id: str) -> jax.Array:
 def run_key(experiment: Experiment, seed: int) -> jax.Array:
   """Key of the same run with another seed, as ``build`` would give it."""
   config = dataclasses.replace(experiment.config, seed=seed)
-  run_id = _run_id(config, experiment.hospitals, experiment.names, experiment.table)
+  run_id = _run_id(config, experiment.hospitals, experiment.names, experiment.case.table)
   return _run_key(config, run_id)
 
 
@@ -306,51 +328,57 @@ def _baseline_config(config: Config) -> Config:
   return dataclasses.replace(config, server=server, client_privacy=ClientPrivacyConfig())
 
 
-def _single_clients(cases: Sequence[Case], federation: Experiment) -> list[Experiment]:
-  """Runs of one client each: on one device, unless several processes must all take part."""
+def baselines(federation: Case) -> dict[str, Case]:
+  """What federation is measured against: alone-1, alone-2, ... and pooled.
+
+  Each hospital by itself, with the same steps and the same mechanism; and one model on everyone's
+  data in one place, with as many local steps a round as all together.
+  """
+  hospitals, config = federation.hospitals, _baseline_config(federation.config)
+  names, numbers = hospitals.names, np.array([len(hospitals.names)])
+  found = {f"alone-{k + 1}": _alone(federation, config, k) for k in range(len(names))}
+  rows = client_table([np.concatenate(client_rows(hospitals.train))])
+  steps = federation.protection.steps.sum(keepdims=True)
+  return found | {"pooled": _case(config, hospitals, ("pooled",), rows, numbers, steps)}
+
+
+def _alone(federation: Case, config: Config, k: int) -> Case:
+  one, units = slice(k, k + 1), federation.protection.units
+  rows = ClientTable(federation.rows.indices[one], federation.rows.counts[one])
+  if units is not None:
+    units = UnitTable(rows, units.starts[one], units.sizes[one], units.counts[one])
+  local = federation.protection.local
+  # The mechanism that the hospital has in the federation: the same σ, the same cap.
+  protection = federation.protection._replace(
+    config=config,
+    steps=federation.protection.steps[one],
+    units=units,
+    local=local and local.only(k),
+    central=None,
+    update_noise=0.0,
+    count_noise=0.0,
+  )
+  table, name = _tables(rows, protection), federation.names[one]
+  run_id = _run_id(config, federation.hospitals, name, table)
+  numbers = federation.numbers[one]
+  return Case(config, federation.hospitals, name, rows, numbers, protection, run_id, table)
+
+
+def build_baselines(federation: Experiment) -> dict[str, Experiment]:
+  """The baselines of a run; hospitals by themselves share one compiled program."""
+  cases = baselines(federation.case)
   pool, devices = federation.pool, federation.program.devices
+  # One client trains on one device, unless several processes must all take part.
   if devices.mesh is not None and jax.process_count() == 1:
     pool = Pool(*(leaf.addressable_data(0) for leaf in pool))  # the copy of the first device
     devices = Devices(1, None, "devices 1: there is one client")
-  shapes = shapes_of(cases)
-  dataset = cases[0].hospitals.dataset
-  program = make_program(cases[0].config, dataset, shapes, devices=devices)
-  return [place(case, program, shapes, pool, program.devices.mesh) for case in cases]
 
+  def built(names: Sequence[str]) -> dict[str, Experiment]:
+    own = [cases[name] for name in names]
+    shapes = shapes_of(own)
+    program = make_program(own[0].config, own[0].hospitals.dataset, shapes, devices=devices)
+    mesh = program.devices.mesh
+    return {name: place(cases[name], program, shapes, pool, mesh) for name in names}
 
-def pooled(federation: Experiment) -> Experiment:
-  """One model on everyone's data in one place, with as many local steps a round as all together."""
-  hospitals = federation.hospitals
-  rows = client_table([np.concatenate(client_rows(hospitals.train))])
-  number, steps = np.array([len(hospitals.names)]), np.array([federation.steps.sum()])
-  config = _baseline_config(federation.config)
-  case = _case(config, hospitals, ("pooled",), rows, number, steps)
-  return _single_clients([case], federation)[0]
-
-
-def alone(federation: Experiment) -> list[Experiment]:
-  """Each hospital by itself, with the same steps and ε; all share one compiled program."""
-  return _single_clients(_alone(federation), federation)
-
-
-def _alone(federation: Experiment) -> list[Case]:
-  hospitals, config = federation.hospitals, _baseline_config(federation.config)
-  names, local = hospitals.names, federation.local
-  whole = protect(config, names, hospitals.train, hospitals.split.units, federation.steps)
-  rows = hospitals.train if whole.units is None else whole.units.rows
-
-  def case(k: int) -> Case:
-    one, units = slice(k, k + 1), whole.units
-    own = ClientTable(rows.indices[one], rows.counts[one])
-    if units is not None:
-      units = UnitTable(own, units.starts[one], units.sizes[one], units.counts[one])
-    # The mechanism that the hospital has in the federation: the same σ, the same cap.
-    protection = whole._replace(
-      steps=federation.steps[one], units=units, local=local and local.only(k)
-    )
-    table = _tables(own, protection)
-    run_id = _run_id(config, hospitals, names[one], table)
-    numbers = np.arange(k, k + 1)
-    return Case(config, hospitals, names[one], own, numbers, protection, run_id, table)
-
-  return [case(k) for k in range(len(names))]
+  *solo, together = cases
+  return built(solo) | built([together])

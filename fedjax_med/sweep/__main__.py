@@ -126,26 +126,31 @@ def main(_: list[str]) -> None:
   notes: dict[str, Any] = {"command": command}
   notes["versions"] = {p: importlib.metadata.version(p) for p in ("jax", "flax", "dp-accounting")}
   table.begin(workdir, base, points, values.seed_axes, **notes)
-  done = {k for k in own if table.done(workdir, k)}
+  finished = {k for k in own if table.done(workdir, k)}
   require(
-    not done or values.resume,
-    f"--workdir={workdir} has {len(done)} finished points of this sweep",
+    not finished or values.resume,
+    f"--workdir={workdir} has {len(finished)} finished points of this sweep",
     "add --resume to finish what is missing, or use another --workdir",
   )
-  if len(done) < len(own):
+  if len(finished) < len(own):
     planned = plan_points(base, points, own, values.seed_axes)
+    done = {each.key for each in planned if table.has_run(workdir, *each.key)}
+    left = [each.case.config.server.num_rounds for each in planned if each.key not in done]
     name = pathlib.Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
-    rounds = sum(each.case.config.server.num_rounds for each in planned if each.number not in done)
-    with progress.show(console, rounds, len(own) - len(done)) as listen:
+    with progress.show(console, sum(left), len(left)) as listen:
       run_points(
         planned,
         done,
-        lambda k: table.folder_of(workdir, k),
+        lambda key: table.folder_of(workdir, *key),
         name,
-        lambda each: _command(base, configs[each.number]),
+        lambda each: _command(base, configs[each.key.number]),
         values.points_at_once,
         listen,
       )
+    if base.eval.local_baselines:
+      for each in planned:
+        if not (each.key.baseline or each.key.number in finished):
+          table.finish(table.folder_of(workdir, each.key.number), each.case)
   frame = table.write(workdir)
   progress.results(console, frame, points)
   console.print(

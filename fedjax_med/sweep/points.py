@@ -13,7 +13,7 @@ from fedjax_med.core.validation import validate
 from fedjax_med.data.dataset import Dataset, Hospitals
 from fedjax_med.data.hospitals import build_hospitals
 from fedjax_med.data.sources import load_dataset
-from fedjax_med.experiment.build import Case, federation
+from fedjax_med.experiment.build import Case, baselines, federation
 from fedjax_med.experiment.protection import cohort_cap
 from fedjax_med.sweep.grid import Point
 
@@ -60,16 +60,28 @@ TRACED = frozenset(
 )
 
 
-class Planned(NamedTuple):
-  """One point, ready to run.
+class Key(NamedTuple):
+  """Names a run of a sweep.
 
   Attributes:
-    number: place in the sweep, from 0.
+    number: place of its point in the sweep, from 0.
+    baseline: which of the point's baselines it is; empty for the federation itself.
+  """
+
+  number: int
+  baseline: str = ""
+
+
+class Planned(NamedTuple):
+  """One run, ready to start.
+
+  Attributes:
+    key: its name.
     point: what the axes say.
     case: the run.
   """
 
-  number: int
+  key: Key
   point: Point
   case: Case
 
@@ -152,16 +164,11 @@ def hospital_loader() -> Callable[[Config], Hospitals]:
 def plan_points(
   base: Config, points: Sequence[Point], numbers: Sequence[int], seed_axes: Sequence[str]
 ) -> list[Planned]:
-  """The points of these numbers, each with its data and mechanisms.
+  """The runs of these points, each with its data and mechanisms; baselines too if asked for.
 
   Raises:
     UserError: a point breaks a rule, or its ε cannot be reached; nothing is compiled before.
   """
-  require(
-    not base.eval.local_baselines,
-    "eval.local_baselines=true trains baselines that a sweep does not",
-    "set --config.eval.local_baselines=false",
-  )
   hospitals, found = hospital_loader(), []
   configs = [configure(base, point, seed_axes) for point in points]
   for number in numbers:
@@ -169,7 +176,8 @@ def plan_points(
       case = federation(configs[number], hospitals(configs[number]))
     except UserError as error:
       raise UserError(f"point {shown(points[number])}: {error}") from error
-    found.append(Planned(number, points[number], case))
+    cases = {"": case, **(baselines(case) if base.eval.local_baselines else {})}
+    found += [Planned(Key(number, name), points[number], own) for name, own in cases.items()]
   return found
 
 

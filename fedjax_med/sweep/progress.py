@@ -50,7 +50,7 @@ def describe(console: Console, groups: Sequence[Sequence[Planned]]) -> None:
     for each in group[:MOST_ROWS]:
       epsilon = planned_epsilon(each.case.protection)
       table.add_row(
-        str(each.number),
+        "/".join(map(str, filter(None, [str(each.key.number), each.key.baseline]))),
         escape(shown(each.point)),
         str(len(each.case.names)),
         str(each.case.config.server.num_rounds),
@@ -62,12 +62,12 @@ def describe(console: Console, groups: Sequence[Sequence[Planned]]) -> None:
 
 
 @contextlib.contextmanager
-def show(console: Console, rounds: int, points: int) -> Iterator[Listener]:
+def show(console: Console, rounds: int, runs: int) -> Iterator[Listener]:
   """A listener: a live bar on a terminal, a line a log point elsewhere."""
 
   def status(progress: Progress) -> str:
     epsilon = "" if progress.epsilon is None else f"  ε up to {round_up(progress.epsilon)}"
-    return f"{progress.points}/{points} points{epsilon}  {progress.note}"
+    return f"{progress.runs}/{runs} runs{epsilon}  {progress.note}"
 
   if not console.is_terminal:
     started = time.monotonic()

@@ -35,7 +35,7 @@ from fedjax_med.simulation.evaluation import batches_of
 from fedjax_med.simulation.mesh import CLIENTS, client_mesh, local_devices, replicated
 from fedjax_med.simulation.rounds import NEVER
 from fedjax_med.simulation.sweep import Point, blank_states, make_sweep
-from fedjax_med.sweep.points import Planned, chunks, groups
+from fedjax_med.sweep.points import Key, Planned, chunks, groups
 
 # A kill loses a chunk, so it stays small where memory would allow more.
 MAX_AT_ONCE = 64
@@ -47,14 +47,14 @@ class Progress(NamedTuple):
   """What a sweep says while it runs.
 
   Attributes:
-    rounds: rounds done of all points, of this process.
-    points: points whose files are written.
-    epsilon: largest ε of a written point so far; None if none has a guarantee.
+    rounds: rounds done of all runs, by this process.
+    runs: runs whose files are written.
+    epsilon: largest ε of a written run so far; None if none has a guarantee.
     note: what goes on.
   """
 
   rounds: int
-  points: int
+  runs: int
   epsilon: float | None
   note: str
 
@@ -92,8 +92,8 @@ class Prepared(NamedTuple):
 
 def run_points(
   planned: Sequence[Planned],
-  done: Set[int],
-  folder_of: Callable[[int], pathlib.Path],
+  done: Set[Key],
+  folder_of: Callable[[Key], pathlib.Path],
   name: str,
   command_of: Callable[[Planned], str],
   at_once: int,
@@ -104,15 +104,15 @@ def run_points(
   Args:
     planned: the points. Programs are made for all of them, so that what is resumed is run by the
       program that would have run it.
-    done: numbers of points that are not to be run again.
-    folder_of: the folder of a point's number.
+    done: runs that are not to be run again.
+    folder_of: the folder of a run.
     name: name of the config.
-    command_of: the command that runs a point by itself.
+    command_of: the command that runs its point by itself.
     at_once: most runs in memory at once; 0 lets memory decide.
     listen: told of the progress.
   """
   progress = Progress(0, 0, None, "")
-  parts = [part for part in groups(planned) if not {each.number for each in part} <= done]
+  parts = [part for part in groups(planned) if not {each.key for each in part} <= done]
   for number, group in enumerate(parts, 1):
     progress = progress._replace(note=f"program {number} of {len(parts)}")
     listen(progress._replace(note=f"{progress.note}: compiling"))
@@ -140,8 +140,8 @@ def prepare(group: Sequence[Planned], at_once: int) -> Prepared:
 
 def run_group(
   prepared: Prepared,
-  done: Set[int],
-  folder_of: Callable[[int], pathlib.Path],
+  done: Set[Key],
+  folder_of: Callable[[Key], pathlib.Path],
   name: str,
   command_of: Callable[[Planned], str],
   listen: Listener,
@@ -150,7 +150,7 @@ def run_group(
   """Runs a group chunk by chunk; see ``run_points``. Returns the progress after it."""
   layout = prepared.layout
   for whole in chunks(prepared.group, layout.size):
-    chunk = [each for each in whole if each.number not in done]
+    chunk = [each for each in whole if each.key not in done]
     if not chunk:
       continue
     dataset = chunk[0].case.hospitals.dataset
@@ -164,11 +164,11 @@ def run_group(
 
     outcomes, lines = _run_chunk(runs, prepared.sweep, layout, told)
     for each, experiment, outcome, metrics in zip(chunk, runs, outcomes, lines, strict=True):
-      write_point(experiment, folder_of(each.number), name, command_of(each), outcome, metrics)
+      write_point(experiment, folder_of(each.key), name, command_of(each), outcome, metrics)
       epsilons = [*outcome.last.epsilons, outcome.last.client_epsilon, progress.epsilon]
       progress = progress._replace(
         rounds=progress.rounds + outcome.last.rounds,
-        points=progress.points + 1,
+        runs=progress.runs + 1,
         epsilon=max((epsilon for epsilon in epsilons if epsilon is not None), default=None),
       )
     listen(progress)

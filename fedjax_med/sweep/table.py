@@ -10,7 +10,10 @@ from typing import TYPE_CHECKING, Any
 from fedjax_med.core.config import Config, fingerprint, to_dict
 from fedjax_med.core.errors import UserError, require
 from fedjax_med.core.metrics import METRICS
+from fedjax_med.experiment import baselines
 from fedjax_med.experiment import workdir as files
+from fedjax_med.experiment.build import Case
+from fedjax_med.experiment.report import write_statement
 from fedjax_med.sweep.grid import Point
 
 if TYPE_CHECKING:
@@ -20,9 +23,10 @@ DEFINITION = "sweep.json"
 RESULTS = "results.parquet"
 
 
-def folder_of(workdir: pathlib.Path, number: int) -> pathlib.Path:
-  """The folder of a point, a workdir of its own."""
-  return workdir / "points" / f"{number:05d}"
+def folder_of(workdir: pathlib.Path, number: int, baseline: str = "") -> pathlib.Path:
+  """The folder of a point, a workdir of its own, or that of one of its baselines inside."""
+  folder = workdir / "points" / f"{number:05d}"
+  return folder / "baselines" / baseline if baseline else folder
 
 
 def begin(
@@ -81,9 +85,27 @@ def read(workdir: pathlib.Path) -> dict[str, Any]:
   return found
 
 
+def has_run(workdir: pathlib.Path, number: int, baseline: str = "") -> bool:
+  """Whether the files of a point, or of one of its baselines, are whole."""
+  return (folder_of(workdir, number, baseline) / "summary.json").exists()
+
+
 def done(workdir: pathlib.Path, number: int) -> bool:
-  """Whether a point's files are whole."""
-  return (folder_of(workdir, number) / "summary.json").exists()
+  """Whether a point has run, and its baselines where it has any."""
+  if not has_run(workdir, number):
+    return False
+  folder = folder_of(workdir, number)
+  asked = _json(folder / "config.json")["config"]["eval"]["local_baselines"]
+  return not asked or "baselines" in _json(folder / "summary.json")
+
+
+def finish(folder: pathlib.Path, case: Case) -> None:
+  """Joins a point and its baselines, all of which have run: their results and what they cost."""
+  gathered = baselines.gather(case, folder)
+  files.write_json(folder / "baselines.json", gathered["curves"])
+  write_statement(folder)
+  summary = _json(folder / "summary.json")
+  files.write_json(folder / "summary.json", {**summary, "baselines": gathered["summary"]})
 
 
 def collect(workdir: pathlib.Path) -> "pd.DataFrame":
@@ -113,7 +135,7 @@ def write(workdir: pathlib.Path) -> "pd.DataFrame":
   _replace(workdir / "results.csv", lambda path: frame.to_csv(path, index=False))
   points = sorted(set(frame["point"])) if len(frame) else []
   seconds = [_json(folder_of(workdir, number) / "timing.json")["total"] for number in points]
-  timing = pd.DataFrame({"point": points, "seconds": seconds})
+  timing = pd.DataFrame({"point": points, "seconds": seconds})  # of the federations alone
   _replace(workdir / "timing.csv", lambda path: timing.to_csv(path, index=False))
   return frame
 
@@ -124,8 +146,12 @@ def _rows(folder: pathlib.Path, number: int, point: Point) -> list[dict[str, Any
   local = [each for each in privacy["guarantees"] if each["unit"] != "client"]
   spent = {party["name"]: party for each in local for party in each["parties"]}
   shared = {"point": number, "run_id": summary["run_id"], **_flat(config["config"]), **point}
+  nothing: dict[str, Any] = {"own": {}, "all": {}}
+  solo = summary.get("baselines", {}).get("alone", [nothing] * len(summary["clients"]))
+  pooled = summary.get("baselines", {}).get("pooled", {})
   rows = []
-  for holds, own in zip(hospitals["hospitals"], summary["clients"], strict=True):
+  columns = zip(hospitals["hospitals"], summary["clients"], solo, strict=True)
+  for holds, own, by_itself in columns:
     party = spent.get(holds["name"], {})
     rows.append(
       {
@@ -137,6 +163,9 @@ def _rows(folder: pathlib.Path, number: int, point: Point) -> list[dict[str, Any
         "stopped": summary["stopped"],
         **{metric: _number(own[metric]) for metric in METRICS},
         **{f"all.{metric}": _number(summary["test"][metric]) for metric in METRICS},
+        **{f"alone.{metric}": _number(by_itself["own"].get(metric)) for metric in METRICS},
+        **{f"alone.all.{metric}": _number(by_itself["all"].get(metric)) for metric in METRICS},
+        **{f"pooled.all.{metric}": _number(pooled.get(metric)) for metric in METRICS},
         "unit": local[0]["unit"] if local else "none",
         "epsilon": _number(party.get("epsilon", math.inf)),
         "delta": _number(party.get("delta")),

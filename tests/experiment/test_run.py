@@ -296,7 +296,7 @@ def test_two_private_trainings_on_the_same_records_never_share_noise():
   hospitals = load_hospitals(config)
   first = build.build(config, hospitals)
   other = dataclasses.replace(config, client=dataclasses.replace(config.client, learning_rate=0.1))
-  runs = [first, build.build(other, hospitals), build.pooled(first), *build.alone(first)]
+  runs = [first, build.build(other, hospitals), *build.build_baselines(first).values()]
   keys = {tuple(np.asarray(jax.random.key_data(run.key)).tolist()) for run in runs}
   assert len(keys) == len(runs)
   again = build.build(config, hospitals)

@@ -1,6 +1,5 @@
 """Points of a sweep against runs by themselves: results, ledgers, ε; resuming, shards, tables."""
 
-import dataclasses
 import json
 import math
 import shutil
@@ -13,9 +12,11 @@ from configs.smoke import get_config
 from fedjax_med.core.config import from_dict, to_dict
 from fedjax_med.core.errors import UserError
 from fedjax_med.data.hospitals import load_hospitals
+from fedjax_med.experiment import run as runs
 from fedjax_med.experiment.build import build
 from fedjax_med.experiment.loop import train_rounds
 from fedjax_med.experiment.records import summary_record
+from fedjax_med.experiment.report import write_report
 from fedjax_med.privacy import __main__ as privacy_command
 from fedjax_med.privacy import ledger
 from fedjax_med.sweep import merge, runner, table
@@ -40,10 +41,13 @@ def sweep(folder, points, config=None, numbers=None, seed_axes=AXES, at_once=0):
   table.begin(folder, config, points, seed_axes)
   numbers = range(len(points)) if numbers is None else numbers
   planned = plan_points(config, points, numbers, seed_axes)
-  done = {number for number in numbers if table.done(folder, number)}
+  done = {each.key for each in planned if table.has_run(folder, *each.key)}
   runner.run_points(
-    planned, done, lambda k: table.folder_of(folder, k), "smoke", lambda _: "", at_once, print
+    planned, done, lambda key: table.folder_of(folder, *key), "smoke", lambda _: "", at_once, print
   )
+  for each in planned:
+    if config.eval.local_baselines and not each.key.baseline:
+      table.finish(table.folder_of(folder, each.key.number), each.case)
   return table.write(folder)
 
 
@@ -280,7 +284,27 @@ def test_a_point_that_breaks_a_rule_is_named_before_anything_compiles(points, se
     plan_points(base(), points, range(len(points)), AXES)
 
 
-def test_baselines_are_not_dropped_in_silence():
-  config = dataclasses.replace(base(), eval=dataclasses.replace(base().eval, local_baselines=True))
-  with pytest.raises(UserError, match="baselines that a sweep does not"):
-    plan_points(config, [{"seed": 0}], [0], AXES)
+def test_baselines_of_a_point_are_those_of_the_run_by_itself(tmp_path):
+  config = base(eval__local_baselines=True)
+  points = [{SIGMA: 1.0}, {SIGMA: 2.0}]
+  frame = sweep(tmp_path / "sweep", points, config)
+  runs.run(configure(config, points[1], AXES), tmp_path / "alone", "smoke", "")
+  folder = table.folder_of(tmp_path / "sweep", 1)
+  for name in ("summary.json", "privacy.json", "baselines.json"):
+    found, expected = (
+      json.loads((place / name).read_text()) for place in (folder, tmp_path / "alone")
+    )
+    if name != "baselines.json":
+      close({**found, "ledger": ""}, {**expected, "ledger": ""})
+    else:
+      assert [e["name"] for e in found["alone"]] == [e["name"] for e in expected["alone"]]
+      close(found["pooled"]["curve"][-1], expected["pooled"]["curve"][-1])
+  expected = json.loads((tmp_path / "alone" / "summary.json").read_text())["baselines"]
+  rows = frame[frame["point"] == 1].to_dict("records")
+  for row, by_itself in zip(rows, expected["alone"], strict=True):
+    assert row["alone.loss"] == pytest.approx(by_itself["own"]["loss"], rel=1e-4)
+    assert row["alone.all.loss"] == pytest.approx(by_itself["all"]["loss"], rel=1e-4)
+    assert row["pooled.all.loss"] == pytest.approx(expected["pooled"]["loss"], rel=1e-4)
+  again = json.loads((folder / "privacy.json").read_text())["not_covered"]
+  assert len(set(again)) == len(again)
+  write_report(folder)
