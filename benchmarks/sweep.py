@@ -68,7 +68,7 @@ def main() -> None:
   from fedjax_med.flags import config_fields
   from fedjax_med.simulation.mesh import replicate
   from fedjax_med.sweep import grid, runner, table
-  from fedjax_med.sweep.points import configure, groups, plan_points
+  from fedjax_med.sweep.points import Key, configure, groups, plan_points
 
   axes = [f"privacy.noise_multiplier={options.sigmas}", f"seed=0:{options.seeds}"]
   base = runpy.run_path(str(ROOT / options.config))["get_config"]()
@@ -115,17 +115,14 @@ def main() -> None:
   def in_one_program() -> float:
     place_of = folder / f"sweep{next(turn)}"
     table.begin(place_of, base, points, ("init", "sampling"))
-    return common.seconds(
-      lambda: runner.run_group(
-        warm,
-        set(),
-        lambda key: table.folder_of(place_of, *key),
-        "",
-        lambda _: "",
-        lambda _: None,
-        start,
-      )
-    )
+
+    def folder_of(key: Key) -> pathlib.Path:
+      return table.folder_of(place_of, *key)
+
+    def run() -> None:
+      runner.run_group(warm, set(), folder_of, "", lambda _: "", lambda _: None, start)
+
+    return common.seconds(run)
 
   def one_by_one() -> float:
     place_of = folder / f"warm{next(turn)}"

@@ -279,7 +279,7 @@ def shapes_of(cases: Sequence[Case]) -> Shapes:
     case.rows.counts if table is None else table.counts
     for case, table in zip(cases, units, strict=True)
   ]
-  # No more slots than the largest subset that a step draws from; a hospital's own cap may exceed it.
+  # No more slots than the largest subset that a step draws from: a cap above it cuts nothing.
   places = -(-max(int(each.max()) for each in counts) // cases[0].config.privacy.bands)
   return Shapes(
     steps=steps.max(0),
