@@ -16,7 +16,7 @@ import pandas as pd
 from scipy import stats
 
 from fedjax_med.core.errors import require, require_choice
-from fedjax_med.core.metrics import METRICS
+from fedjax_med.core.metrics import LOWER_IS_BETTER, METRICS
 
 
 class Comparison(NamedTuple):
@@ -59,7 +59,7 @@ def load(workdir: str | pathlib.Path) -> pd.DataFrame:
 def by_point(frame: pd.DataFrame) -> pd.DataFrame:
   """A row a point: all.METRIC of all test images, mean.METRIC and worst.METRIC over hospitals.
 
-  The worst hospital is the one with the highest loss, or the lowest of any other metric; hospitals
+  The worst hospital has the highest loss or ece, or the lowest value of any other metric; hospitals
   where a metric is undefined do not count.
   """
   grouped = frame.groupby("point", sort=True)
@@ -67,7 +67,7 @@ def by_point(frame: pd.DataFrame) -> pd.DataFrame:
   rows = grouped.first().drop(columns=list(hospitals)).reset_index()
   for metric in METRICS:
     rows[f"mean.{metric}"] = grouped[metric].mean().to_numpy()
-    worst = grouped[metric].max() if metric == "loss" else grouped[metric].min()
+    worst = grouped[metric].max() if metric in LOWER_IS_BETTER else grouped[metric].min()
     rows[f"worst.{metric}"] = worst.to_numpy()
   return rows
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 METRICS = ("loss", "accuracy", "precision", "recall", "specificity", "f1", "auroc", "ece")
+LOWER_IS_BETTER = ("loss", "ece")
 CALIBRATION_BINS = 15  # as Guo et al. 2017
 
 

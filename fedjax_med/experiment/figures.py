@@ -1,7 +1,8 @@
 """Figures of a run, drawn from the plain data its workdir holds (dictionaries and lists).
 
-Every function writes one PNG to ``path``, the same bytes for the same data. None, an undefined
-value, leaves a gap. Colours are those of Okabe and Ito, which colour-blind readers can tell apart.
+Every function writes one PNG or PDF to ``path``, the same bytes for the same data. None, an
+undefined value, leaves a gap. Colours are those of Okabe and Ito, which colour-blind readers can
+tell apart.
 """
 
 import contextlib
@@ -54,7 +55,7 @@ def draw_partition(path: pathlib.Path, hospitals: dict[str, Any]) -> None:
   if len(rows) > MAX_BARS:
     _partition_of_many(path, sides, class_names, colours, title)
     return
-  with _figure(path, (WIDTH, 1.9 + 0.32 * len(rows)), title) as figure:
+  with new_figure(path, (WIDTH, 1.9 + 0.32 * len(rows)), title) as figure:
     axes = figure.subplots(1, 2, sharey=True, width_ratios=[3, 2])
     for axis, counts, side in zip(axes, sides, ("Train", "Test"), strict=True):
       left = np.zeros(len(rows))
@@ -72,7 +73,7 @@ def draw_partition(path: pathlib.Path, hospitals: dict[str, Any]) -> None:
       axis.grid(visible=False, axis="y")
     axes[0].set_yticks(range(len(rows)), [row["name"] for row in rows])
     axes[0].invert_yaxis()
-    _legend(figure, axes[0])
+    add_legend(figure, axes[0])
 
 
 def _partition_of_many(
@@ -86,7 +87,7 @@ def _partition_of_many(
   train, test = sides
   order = np.argsort(-train.sum(axis=1), kind="stable")
   sizes, places = train.sum(axis=1)[order], np.arange(len(order)) + 1
-  with _figure(path, (WIDTH, 5.2), f"{title} · {len(order)} hospitals, largest first") as figure:
+  with new_figure(path, (WIDTH, 5.2), f"{title} · {len(order)} hospitals, largest first") as figure:
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[3, 2])
     upper.fill_between(places, sizes, step="mid", color=GLOBAL, alpha=0.25, linewidth=0)
     upper.step(places, sizes, where="mid", color=GLOBAL, label=f"train, {sizes.sum()} in all")
@@ -104,7 +105,7 @@ def _partition_of_many(
     lower.set(ylabel="share of\ntrain images", ylim=(0, 1), xlabel="hospital, by size")
     lower.set_xlim(0.5, len(order) + 0.5)
     lower.grid(visible=False)
-    _legend(figure, lower)
+    add_legend(figure, lower)
 
 
 def draw_rounds(
@@ -119,7 +120,7 @@ def draw_rounds(
   private = any(line["epsilon_max"] is not None for line in test)
   epsilon = test[-1]["epsilon_max"]
   title = f"Global model on the test images · {context_line(split_scheme, epsilon)}"
-  with _figure(path, (WIDTH, 6.2) if private else (WIDTH, 3.6), title) as figure:
+  with new_figure(path, (WIDTH, 6.2) if private else (WIDTH, 3.6), title) as figure:
     axes = (figure.subplots(2, 2) if private else figure.subplots(1, 3)).ravel()
     panels = [("accuracy", "accuracy"), ("auroc", "AUROC"), ("loss", "loss (nats)")]
     for axis, (key, label) in zip(axes, panels, strict=False):
@@ -149,7 +150,7 @@ def draw_rounds(
       axis.yaxis.get_major_formatter().set_useOffset(False)
       if len(test) == 1:
         axis.set_xlim(test[0]["round"] - 1, test[0]["round"] + 1)
-    _legend(figure, figure.axes[2])
+    add_legend(figure, figure.axes[2])
 
 
 def _draw_hospital_lines(axis: Any, test: list[dict[str, Any]], key: str) -> None:
@@ -200,12 +201,12 @@ def draw_hospitals(
   panels = (("accuracy", "accuracy"), ("auroc", "AUROC"))
   if len(clients) > MAX_BARS:
     sizes = [sum(row["train"]) for row in hospitals["hospitals"]]
-    with _figure(path, (WIDTH, 4.6), f"{title} · {len(clients)} hospitals") as figure:
+    with new_figure(path, (WIDTH, 4.6), f"{title} · {len(clients)} hospitals") as figure:
       for axis, (key, label) in zip(figure.subplots(1, 2), panels, strict=True):
         _draw_hospital_dots(axis, key, label, clients, alone, sizes)
     return
   height = 0.62 if alone else 0.36
-  with _figure(path, (WIDTH, 1.9 + height * len(clients)), title) as figure:
+  with new_figure(path, (WIDTH, 1.9 + height * len(clients)), title) as figure:
     axes = figure.subplots(1, 2, sharey=True)
     for axis, (key, label) in zip(axes, panels, strict=True):
       groups = [("global model", GLOBAL, clients)]
@@ -226,7 +227,7 @@ def draw_hospitals(
       axis.grid(visible=False, axis="y")
     axes[0].set_yticks(range(len(clients)), [client["name"] for client in clients])
     axes[0].invert_yaxis()
-    _legend(figure, axes[0])
+    add_legend(figure, axes[0])
 
 
 def _draw_hospital_dots(
@@ -263,7 +264,7 @@ def draw_confusion(path: pathlib.Path, summary: dict[str, Any], hospitals: dict[
   shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
   side = 2.2 + 0.85 * len(names)
   context = context_line(hospitals["split"]["scheme"], summary["epsilon_max"])
-  with _figure(path, (side + 0.9, side), f"Round {summary['rounds']}\n{context}") as figure:
+  with new_figure(path, (side + 0.9, side), f"Round {summary['rounds']}\n{context}") as figure:
     axis = figure.subplots()
     axis.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     for row, column in np.ndindex(counts.shape):
@@ -284,7 +285,7 @@ def draw_examples(
 ) -> None:
   """A grid of example images, a row for each hospital; None where it holds no such image."""
   rows, columns = len(hospital_names), len(column_titles)
-  with _figure(path, (1.9 + 1.15 * columns, 0.7 + 1.15 * rows), "Train images") as figure:
+  with new_figure(path, (1.9 + 1.15 * columns, 0.7 + 1.15 * rows), "Train images") as figure:
     grid = figure.subplots(rows, columns, squeeze=False)
     for row, name in enumerate(hospital_names):
       for axis, image in zip(grid[row], images[row], strict=True):
@@ -302,8 +303,8 @@ def draw_examples(
 
 
 @contextlib.contextmanager
-def _figure(path: pathlib.Path, size: tuple[float, float], title: str) -> Iterator[Any]:
-  """A figure in the house style, ``size`` in inches, written to ``path`` at the end.
+def new_figure(path: pathlib.Path, size: tuple[float, float], title: str) -> Iterator[Any]:
+  """A figure in the house style, ``size`` in inches, written to ``path`` (.png, .pdf) at the end.
 
   It never touches pyplot, so it needs no display and leaves no global state behind.
   """
@@ -315,11 +316,12 @@ def _figure(path: pathlib.Path, size: tuple[float, float], title: str) -> Iterat
     figure.suptitle(title, x=0.01, ha="left")
     yield figure
     path.parent.mkdir(parents=True, exist_ok=True)
-    # no Software entry: the bytes depend on the data only
-    figure.savefig(path, format="png", dpi=DPI, metadata={"Software": None})
+    # Neither software nor date: the bytes depend on the data only.
+    unsaid = {"Software": None} if path.suffix == ".png" else {"CreationDate": None}
+    figure.savefig(path, dpi=DPI, metadata=unsaid)
 
 
-def _legend(figure: Any, axis: Any) -> None:
+def add_legend(figure: Any, axis: Any) -> None:
   """One legend for the whole figure, under it, from the entries of ``axis``."""
   handles, labels = axis.get_legend_handles_labels()
   inches = sum(0.65 + 0.075 * len(label) for label in labels)  # one row of them, at 10 points

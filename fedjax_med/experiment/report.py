@@ -7,15 +7,19 @@ import base64
 import json
 import math
 import pathlib
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from fedjax_med.core.errors import UserError, require
-from fedjax_med.core.metrics import METRICS
+from fedjax_med.core.metrics import LOWER_IS_BETTER, METRICS
 from fedjax_med.experiment import figures
 from fedjax_med.privacy.accounting import round_up
 from fedjax_med.privacy.statement import ASSUMPTIONS, audit_sentence, tuning_costs, write_out
+
+if TYPE_CHECKING:
+  import jinja2
 
 # The shape a file must have: {key: shape}, [shape of every element] or an isinstance type.
 NUMBER = int | float | None
@@ -67,6 +71,7 @@ RESTORE = "restore it or run the experiment again"
 STOPPED = {
   "completed": "all rounds were run",
   "budget": "stopped before the next rounds would have exceeded the privacy budget",
+  "diverged": "ended where weights or predictions were not finite",
 }
 
 
@@ -76,8 +81,6 @@ def write_report(workdir: pathlib.Path) -> pathlib.Path:
   Raises:
     UserError: a file is missing, is not JSON, lacks a field, or two files name other hospitals.
   """
-  import jinja2
-
   run = load(workdir)
   view = {
     **run,
@@ -87,19 +90,24 @@ def write_report(workdir: pathlib.Path) -> pathlib.Path:
     "stopped": STOPPED.get(run["summary"]["stopped"], run["summary"]["stopped"]),
     "max_bars": figures.MAX_BARS,
   }
-  environment = jinja2.Environment(
+  path = workdir / "report.html"
+  path.write_text(environment().get_template("report.html").render(view), encoding="utf-8")
+  return path
+
+
+def environment() -> "jinja2.Environment":
+  """Templates of all reports, and the filters that they use."""
+  import jinja2
+
+  made = jinja2.Environment(
     loader=jinja2.PackageLoader("fedjax_med.experiment"),
     autoescape=True,
     undefined=jinja2.StrictUndefined,
     trim_blocks=True,
     lstrip_blocks=True,
   )
-  environment.filters.update(
-    fixed=_fixed, epsilon=round_up, duration=_duration, mean=_mean, worst=_worst
-  )
-  path = workdir / "report.html"
-  path.write_text(environment.get_template("report.html").render(view), encoding="utf-8")
-  return path
+  made.filters.update(fixed=_fixed, epsilon=round_up, duration=_duration, mean=_mean, worst=_worst)
+  return made
 
 
 def load(workdir: pathlib.Path) -> dict[str, Any]:
@@ -219,8 +227,13 @@ def _draw(workdir: pathlib.Path, run: dict[str, Any]) -> dict[str, dict[str, Any
   figures.draw_rounds(folder / "rounds.png", run["log"], baselines, hospitals["split"]["scheme"])
   figures.draw_hospitals(folder / "hospitals.png", summary, hospitals, baselines)
   figures.draw_confusion(folder / "confusion.png", summary, hospitals)
+  return embedded(folder, ("partition", "rounds", "hospitals", "confusion", "examples"))
+
+
+def embedded(folder: pathlib.Path, names: Sequence[str]) -> dict[str, dict[str, Any]]:
+  """Those figures that are there, as a page shows them: base64 of the PNG, width in pixels."""
   images = {}
-  for name in ("partition", "rounds", "hospitals", "confusion", "examples"):
+  for name in names:
     if (folder / f"{name}.png").exists():
       png = (folder / f"{name}.png").read_bytes()
       pixels = int.from_bytes(png[16:20], "big")  # width in the IHDR chunk
@@ -316,5 +329,5 @@ def _mean(values: list[float | None]) -> float | None:
 
 
 def _worst(values: list[float | None], metric: str) -> float | None:
-  """The highest loss or the lowest of any other metric."""
-  return (max if metric == "loss" else min)(_defined(values), default=None)
+  """The highest loss or calibration error, or the lowest of any other metric."""
+  return (max if metric in LOWER_IS_BETTER else min)(_defined(values), default=None)
