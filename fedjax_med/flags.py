@@ -58,8 +58,11 @@ def define_config() -> None:
   flags.DEFINE_string("workdir", None, "Folder of the run: results, checkpoints, report.")
 
 
-def load_config() -> Config:
+def load_config(whole: bool = True) -> Config:
   """The Config of the command line, checked; call it inside ``main``.
+
+  Args:
+    whole: whether it has to be one that can be run, or only hold values of the right types.
 
   Raises:
     UserError: --config is missing, or a value breaks a rule of ``core.config.validate``.
@@ -68,7 +71,8 @@ def load_config() -> Config:
   if config is None:
     raise UserError(f"--config is missing; {_PASS_A_PRESET}")
   _check_values(config)
-  validate(config)
+  if whole:
+    validate(config)
   return config
 
 

@@ -1,20 +1,39 @@
-"""Writes report.html again from the files of a run: python -m fedjax_med.report --workdir=DIR."""
+"""Writes report.html of a run, of several runs or of a sweep again, from their files.
+
+Examples:
+  python -m fedjax_med.report --workdir=runs/first
+  python -m fedjax_med.report --workdir=runs/first,runs/second --out=runs/both
+  python -m fedjax_med.report --workdir=runs/noise
+"""
 
 import pathlib
 
 from absl import flags
 
 from fedjax_med.core.errors import require
-from fedjax_med.experiment.report import write_report
 from fedjax_med.flags import run_main
 
-_WORKDIR = flags.DEFINE_string("workdir", "", "Folder of the run.")
+flags.DEFINE_list("workdir", [], "Folder of a run or of a sweep, or several of runs with commas.")
+flags.DEFINE_string("out", "", "Folder for the report on several runs.")
 
 
 def main(argv: list[str]) -> None:
+  values = flags.FLAGS
   require(len(argv) == 1, f"'{' '.join(argv[1:])}' is not a flag", "give --workdir=DIR")
-  require(_WORKDIR.value != "", "--workdir is empty", "give the folder of a run")
-  print(write_report(pathlib.Path(_WORKDIR.value).expanduser()))
+  require(bool(values.workdir), "--workdir is empty", "give the folder of a run or of a sweep")
+  folders = [pathlib.Path(folder).expanduser() for folder in values.workdir]
+  if len(folders) == 1 and not (folders[0] / "sweep.json").exists():
+    from fedjax_med.experiment.report import write_report
+
+    print(write_report(folders[0], papers=True))
+    return
+  from fedjax_med.sweep import report
+
+  if len(folders) == 1:
+    print(report.write(report.of_sweep(folders[0]), folders[0]))
+    return
+  require(bool(values.out), "--out is empty", "name a folder for the report on several runs")
+  print(report.write(report.of_runs(folders), pathlib.Path(values.out).expanduser()))
 
 
 if __name__ == "__main__":

@@ -53,7 +53,12 @@ def load(workdir: str | pathlib.Path) -> pd.DataFrame:
     "give the --workdir of a sweep that has ended, or merge its shards",
   )
   frame = pd.read_parquet(folder / "results.parquet")
-  return frame.merge(pd.read_csv(folder / "timing.csv"), on="point", how="left")
+  return with_seconds(frame, pd.read_csv(folder / "timing.csv"))
+
+
+def with_seconds(frame: pd.DataFrame, timing: pd.DataFrame) -> pd.DataFrame:
+  """The table with the seconds of each point."""
+  return frame.merge(timing, on="point", how="left")
 
 
 def by_point(frame: pd.DataFrame) -> pd.DataFrame:
@@ -102,19 +107,24 @@ def aggregate(
   rows: list[dict[str, Any]] = []
   for key, group in points.groupby(names, sort=True, dropna=False):
     values = group[metric].to_numpy(float)
-    known = values[np.isfinite(values)]
-    low, high = _interval(known, interval, confidence)
     rows.append(
       {
         **dict(zip(names, key, strict=True)),
-        "n": len(known),
-        "missing": len(values) - len(known),
-        "mean": float(known.mean()) if len(known) else np.nan,
-        "low": low,
-        "high": high,
+        **mean_interval(values, interval, confidence),
       }
     )
   return pd.DataFrame(rows)
+
+
+def mean_interval(
+  values: np.ndarray, interval: str = "t", confidence: float = 0.95
+) -> dict[str, Any]:
+  """n, missing, mean, low and high of values of which some may be undefined; see ``aggregate``."""
+  known = values[np.isfinite(values)]
+  low, high = _interval(known, interval, confidence)
+  mean = float(known.mean()) if len(known) else np.nan
+  missing = len(values) - len(known)
+  return {"n": len(known), "missing": missing, "mean": mean, "low": low, "high": high}
 
 
 def compare(

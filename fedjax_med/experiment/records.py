@@ -72,6 +72,15 @@ def hospital_record(hospitals: Hospitals) -> dict[str, Any]:
   }
 
 
+def _cost(experiment: Experiment, outcome: Outcome) -> dict[str, Any]:
+  """Local steps of all hospitals, and megabytes of float32 weights that would have been sent."""
+  steps = np.asarray(outcome.state.steps)
+  # A hospital that takes part gets the weights and sends as many back.
+  visits = (steps // experiment.steps).sum()
+  size = 4 * num_parameters(experiment)
+  return {"steps": int(steps.sum()), "megabytes": round(float(2 * visits * size) / 1e6, 6)}
+
+
 def summary_record(
   experiment: Experiment, outcome: Outcome, name: str, baselines: dict[str, Any] | None
 ) -> dict[str, Any]:
@@ -89,6 +98,7 @@ def summary_record(
     "clients": outcome.last.clients,
     "confusion": confusion_matrix(outcome.last.probabilities, labels).tolist(),
     "num_parameters": num_parameters(experiment),
+    **_cost(experiment, outcome),
     "split": experiment.hospitals.split.scheme,
     "plan": {**plan._asdict(), "reasons": list(plan.reasons)},
     "weights_sha256": digest(evaluated_params(outcome.state)),

@@ -75,13 +75,19 @@ STOPPED = {
 }
 
 
-def write_report(workdir: pathlib.Path) -> pathlib.Path:
+def write_report(workdir: pathlib.Path, papers: bool = False) -> pathlib.Path:
   """Draws WORKDIR/figures/*.png and writes WORKDIR/report.html; returns its path.
+
+  Args:
+    workdir: the folder of a run.
+    papers: draw the figures as PDF as well.
 
   Raises:
     UserError: a file is missing, is not JSON, lacks a field, or two files name other hospitals.
   """
   run = load(workdir)
+  if papers:
+    _draw_all(workdir / "figures", run, ".pdf")
   view = {
     **run,
     "images": _draw(workdir, run),
@@ -106,6 +112,7 @@ def environment() -> "jinja2.Environment":
     trim_blocks=True,
     lstrip_blocks=True,
   )
+  made.globals["infinity"] = math.inf
   made.filters.update(fixed=_fixed, epsilon=round_up, duration=_duration, mean=_mean, worst=_worst)
   return made
 
@@ -222,12 +229,18 @@ def _same_hospitals(names: list[str], rows: list[dict[str, Any]], where: pathlib
 def _draw(workdir: pathlib.Path, run: dict[str, Any]) -> dict[str, dict[str, Any]]:
   """Draws the figures; returns PNGs and widths by name, with the run's own examples.png if any."""
   folder = workdir / "figures"
-  hospitals, summary, baselines = run["hospitals"], run["summary"], run["baselines"]
-  figures.draw_partition(folder / "partition.png", hospitals)
-  figures.draw_rounds(folder / "rounds.png", run["log"], baselines, hospitals["split"]["scheme"])
-  figures.draw_hospitals(folder / "hospitals.png", summary, hospitals, baselines)
-  figures.draw_confusion(folder / "confusion.png", summary, hospitals)
+  _draw_all(folder, run, ".png")
   return embedded(folder, ("partition", "rounds", "hospitals", "confusion", "examples"))
+
+
+def _draw_all(folder: pathlib.Path, run: dict[str, Any], suffix: str) -> None:
+  hospitals, summary, baselines = run["hospitals"], run["summary"], run["baselines"]
+  figures.draw_partition(folder / f"partition{suffix}", hospitals)
+  figures.draw_rounds(
+    folder / f"rounds{suffix}", run["log"], baselines, hospitals["split"]["scheme"]
+  )
+  figures.draw_hospitals(folder / f"hospitals{suffix}", summary, hospitals, baselines)
+  figures.draw_confusion(folder / f"confusion{suffix}", summary, hospitals)
 
 
 def embedded(folder: pathlib.Path, names: Sequence[str]) -> dict[str, dict[str, Any]]:

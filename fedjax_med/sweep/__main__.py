@@ -88,7 +88,7 @@ def _command(base: Config, config: Config) -> str:
 
 
 def main(_: list[str]) -> None:
-  base, values = load_config(), flags.FLAGS
+  base, values = load_config(whole=False), flags.FLAGS  # the points are checked
   require(
     bool(values.workdir) or values.dry_run,
     "--workdir is missing",

@@ -95,8 +95,8 @@ def done(workdir: pathlib.Path, number: int) -> bool:
   if not has_run(workdir, number):
     return False
   folder = folder_of(workdir, number)
-  asked = _json(folder / "config.json")["config"]["eval"]["local_baselines"]
-  return not asked or "baselines" in _json(folder / "summary.json")
+  asked = read_json(folder / "config.json")["config"]["eval"]["local_baselines"]
+  return not asked or "baselines" in read_json(folder / "summary.json")
 
 
 def finish(folder: pathlib.Path, case: Case) -> None:
@@ -104,7 +104,7 @@ def finish(folder: pathlib.Path, case: Case) -> None:
   gathered = baselines.gather(case, folder)
   files.write_json(folder / "baselines.json", gathered["curves"])
   write_statement(folder)
-  summary = _json(folder / "summary.json")
+  summary = read_json(folder / "summary.json")
   files.write_json(folder / "summary.json", {**summary, "baselines": gathered["summary"]})
 
 
@@ -119,7 +119,7 @@ def collect(workdir: pathlib.Path) -> "pd.DataFrame":
   rows: list[dict[str, Any]] = []
   for number, point in enumerate(read(workdir)["points"]):
     if done(workdir, number):
-      rows += _rows(folder_of(workdir, number), number, point)
+      rows += rows_of(folder_of(workdir, number), number, point)
   return pd.DataFrame(rows)
 
 
@@ -128,21 +128,32 @@ def write(workdir: pathlib.Path) -> "pd.DataFrame":
 
   Equal runs give equal results, byte for byte, so the seconds that they took stand apart.
   """
-  import pandas as pd
-
   frame = collect(workdir)
   _replace(workdir / RESULTS, lambda path: frame.to_parquet(path, index=False))
   _replace(workdir / "results.csv", lambda path: frame.to_csv(path, index=False))
-  points = sorted(set(frame["point"])) if len(frame) else []
-  seconds = [_json(folder_of(workdir, number) / "timing.json")["total"] for number in points]
-  timing = pd.DataFrame({"point": points, "seconds": seconds})  # of the federations alone
-  _replace(workdir / "timing.csv", lambda path: timing.to_csv(path, index=False))
+  numbers = sorted(set(frame["point"])) if len(frame) else []
+  seconds = timing(workdir, numbers)
+  _replace(workdir / "timing.csv", lambda path: seconds.to_csv(path, index=False))
   return frame
 
 
-def _rows(folder: pathlib.Path, number: int, point: Point) -> list[dict[str, Any]]:
-  config, summary = _json(folder / "config.json"), _json(folder / "summary.json")
-  privacy, hospitals = _json(folder / "privacy.json"), _json(folder / "hospitals.json")
+def timing(workdir: pathlib.Path, numbers: Sequence[int]) -> "pd.DataFrame":
+  """Seconds of each of these points, without its baselines."""
+  import pandas as pd
+
+  seconds = [read_json(folder_of(workdir, number) / "timing.json")["total"] for number in numbers]
+  return pd.DataFrame({"point": list(numbers), "seconds": seconds})
+
+
+def flat_config(folder: pathlib.Path) -> dict[str, Any]:
+  """The configuration of a run by dotted fields."""
+  return _flat(read_json(folder / "config.json")["config"])
+
+
+def rows_of(folder: pathlib.Path, number: int, point: Point) -> list[dict[str, Any]]:
+  """A row for each hospital of a run that has ended."""
+  config, summary = read_json(folder / "config.json"), read_json(folder / "summary.json")
+  privacy, hospitals = read_json(folder / "privacy.json"), read_json(folder / "hospitals.json")
   local = [each for each in privacy["guarantees"] if each["unit"] != "client"]
   spent = {party["name"]: party for each in local for party in each["parties"]}
   shared = {"point": number, "run_id": summary["run_id"], **_flat(config["config"]), **point}
@@ -160,6 +171,8 @@ def _rows(folder: pathlib.Path, number: int, point: Point) -> list[dict[str, Any
         "num_train": sum(holds["train"]),
         "num_test": sum(holds["test"]),
         "rounds": summary["rounds"],
+        "steps": summary["steps"],
+        "megabytes": summary["megabytes"],
         "stopped": summary["stopped"],
         **{metric: _number(own[metric]) for metric in METRICS},
         **{f"all.{metric}": _number(summary["test"][metric]) for metric in METRICS},
@@ -189,7 +202,8 @@ def _flat(config: dict[str, Any]) -> dict[str, Any]:
   return flat
 
 
-def _json(path: pathlib.Path) -> Any:
+def read_json(path: pathlib.Path) -> Any:
+  """A file of a run; raises UserError if it cannot be read."""
   try:
     return json.loads(path.read_text())
   except (OSError, ValueError) as error:

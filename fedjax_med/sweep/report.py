@@ -1,0 +1,311 @@
+"""report.html of a sweep or of several runs: what privacy costs, for whom, and how to repeat it.
+
+Nothing but the files of the runs enters it: the same files give the same bytes.
+"""
+
+import json
+import math
+import pathlib
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+
+from fedjax_med import study
+from fedjax_med.core.errors import require
+from fedjax_med.experiment.figures import draw_partition
+from fedjax_med.experiment.report import embedded, environment
+from fedjax_med.experiment.workdir import read_metrics
+from fedjax_med.sweep import figures, table
+from fedjax_med.sweep.grid import Point
+
+METRICS = (
+  ("auroc", "AUROC"),
+  ("accuracy", "Accuracy"),
+  ("f1", "F1"),
+  ("recall", "Sensitivity"),
+  ("specificity", "Specificity"),
+  ("ece", "Calibration error"),
+)
+SEEDS = ("seed", "data.seed", "model.init_seed")
+# Axes that move ε: points that differ in them are one line of the frontier.
+PRIVACY = tuple(
+  f"{level}.{name}"
+  for level in ("privacy", "client_privacy")
+  for name in ("noise_multiplier", "target_epsilon", "mechanism")
+)
+MOST_LINES = len(figures.PALETTE)
+ENDS = ("mean", "low", "high")
+MOST_ARMS = 24  # in a figure; tables hold all of them
+
+
+class Runs(NamedTuple):
+  """What a report is of.
+
+  Attributes:
+    title: its heading.
+    folders: of the runs that have ended.
+    points: what each of them differs in.
+    frame: the table, a row a run and hospital.
+    missing: runs that have not ended.
+    command: that started all of them; empty for runs by themselves.
+  """
+
+  title: str
+  folders: list[pathlib.Path]
+  points: list[Point]
+  frame: pd.DataFrame
+  missing: int
+  command: str
+
+
+def of_sweep(workdir: pathlib.Path) -> Runs:
+  """The points of a sweep; raises UserError where none has ended."""
+  definition = table.read(workdir)
+  numbers = [k for k in range(len(definition["points"])) if table.done(workdir, k)]
+  require(bool(numbers), f"no point of {workdir} has ended", "start the sweep with --resume")
+  return Runs(
+    f"Sweep {definition['sweep_id']}",
+    [table.folder_of(workdir, number) for number in numbers],
+    [definition["points"][number] for number in numbers],
+    study.with_seconds(table.collect(workdir), table.timing(workdir, numbers)),
+    len(definition["points"]) - len(numbers),
+    definition.get("command", ""),
+  )
+
+
+def of_runs(folders: Sequence[pathlib.Path]) -> Runs:
+  """Several runs by themselves; they differ in those fields whose values are not the same."""
+  configs = []
+  for folder in folders:
+    require(
+      (folder / "summary.json").exists(),
+      f"{folder} holds no run that has ended",
+      "give the --workdir of runs that have reached their end",
+    )
+    configs.append(table.flat_config(folder))
+  varied = [
+    name
+    for name in configs[0]
+    if len({json.dumps(config.get(name)) for config in configs}) > 1
+    and not name.startswith(("execution.", "eval."))
+  ]
+  points = [{name: config.get(name) for name in varied} for config in configs]
+  rows = [table.rows_of(*each) for each in zip(folders, range(len(folders)), points, strict=True)]
+  frame = pd.DataFrame([row for own in rows for row in own])
+  seconds = [table.read_json(folder / "timing.json")["total"] for folder in folders]
+  timing = pd.DataFrame({"point": range(len(folders)), "seconds": seconds})
+  title = f"{len(folders)} runs"
+  return Runs(title, list(folders), points, study.with_seconds(frame, timing), 0, "")
+
+
+def write(runs: Runs, target: pathlib.Path) -> pathlib.Path:
+  """Writes report.html, figures (PNG and PDF) and tables (CSV and LaTeX) into ``target``."""
+  axes = _axes(runs)
+  arms = _arms(runs.frame, axes)
+  folder = target / "figures"
+  folder.mkdir(parents=True, exist_ok=True)
+  _draw(runs, axes, arms, folder)
+  names = ("frontier", "spread", "curves", "confusions", "partition")
+  shown = _table(arms, axes)
+  shown.to_csv(target / "table.csv", index=False)
+  (target / "table.tex").write_text(_latex(shown), encoding="utf-8")
+  first = runs.folders[0]
+  private = next(
+    (f for f in runs.folders if table.read_json(f / "privacy.json")["guarantees"]), None
+  )
+  page = (
+    environment()
+    .get_template("sweep.html")
+    .render(
+      title=runs.title,
+      name=table.read_json(first / "summary.json")["config_name"],
+      command=runs.command,
+      axes=axes,
+      fixed_seeds=[name for name in SEEDS if name in runs.frame and runs.frame[name].nunique() > 1],
+      num_points=len(runs.folders),
+      missing=runs.missing,
+      hospitals=sorted(set(runs.frame.groupby("point").size())),
+      metrics=METRICS,
+      arms=arms,
+      images=embedded(folder, names),
+      config=table.read_json(first / "config.json"),
+      split=table.read_json(first / "hospitals.json")["split"],
+      statement=(private / "privacy_statement.md").read_text("utf-8") if private else "",
+      folders=[
+        {"name": str(_below(place, target)), "point": _label(point), "command": _command(place)}
+        for place, point in zip(runs.folders, runs.points, strict=True)
+      ],
+      has_alone=bool(runs.frame["alone.auroc"].notna().any()),
+    )
+  )
+  path = target / "report.html"
+  path.write_text(page, encoding="utf-8")
+  return path
+
+
+def _axes(runs: Runs) -> list[str]:
+  """What the points differ in, but for seeds, in the order of the sweep."""
+  names = [name for name in runs.points[0] if name not in SEEDS]
+  return [name for name in names if runs.frame[name].nunique(dropna=False) > 1]
+
+
+def _arms(frame: pd.DataFrame, axes: list[str]) -> list[dict[str, Any]]:
+  """A record for each combination of the axes: numbers of its points, means, intervals, costs."""
+  points = study.by_point(frame)
+  points["arm"] = 0
+  keys = axes or ["arm"]
+  arms = []
+  for key, group in points.groupby(keys, sort=False, dropna=False):
+    values = dict(zip(keys, key, strict=True)) if axes else {}
+    own = frame[frame["point"].isin(group["point"])]
+    diverged = group["stopped"] == "diverged"
+    stats = {}
+    for name, _ in METRICS:
+      stats[name] = study.mean_interval(group[f"all.{name}"].to_numpy(float))
+      stats[f"worst.{name}"] = study.mean_interval(group[f"worst.{name}"].to_numpy(float))
+      stats[f"alone.{name}"] = study.mean_interval(
+        own.groupby("point")[f"alone.{name}"].mean().to_numpy(float)
+      )
+    arms.append(
+      {
+        "label": _label(values) or "all points",
+        "values": values,
+        "points": group["point"].astype(int).tolist(),
+        "n": len(group),
+        "diverged": int(diverged.sum()),
+        "epsilon": float(group["epsilon_max"].max()),
+        "client_epsilon": float(group["client_epsilon"].max()),
+        "delta": float(own["delta"].max()),
+        "stats": stats,
+        "rounds": float(group["rounds"].mean()),
+        "steps": float(group["steps"].mean()),
+        "megabytes": float(group["megabytes"].mean()),
+        "seconds": float(group["seconds"].mean()),
+      }
+    )
+  return arms
+
+
+def _draw(runs: Runs, axes: list[str], arms: list[dict[str, Any]], folder: pathlib.Path) -> None:
+  frontier = _frontier(axes, arms)
+  some = arms[:MOST_ARMS]
+  labels = [arm["label"] for arm in some]
+  by_point = {int(number): place for number, place in _places(runs).items()}
+  own = [
+    runs.frame[runs.frame["point"].isin(arm["points"])]["auroc"].to_numpy(float) for arm in some
+  ]
+  curves = [
+    (arm["label"], *_curve([by_point[number] for number in arm["points"]]))
+    for arm in arms[:MOST_LINES]
+  ]
+  confusions = []
+  for arm in arms[:8]:
+    ended = [table.read_json(by_point[k] / "summary.json") for k in arm["points"]]
+    known = [np.array(e["confusion"]) for e in ended if e["stopped"] != "diverged"]
+    confusions.append((arm["label"], sum(known) if known else None))
+  confusions = [(label, counts) for label, counts in confusions if counts is not None]
+  hospitals = table.read_json(runs.folders[0] / "hospitals.json")
+  for suffix in (".png", ".pdf"):
+    if frontier is not None:
+      lines, name, log = frontier
+      figures.draw_frontier(folder / f"frontier{suffix}", lines, name, "AUROC", log)
+    figures.draw_spread(folder / f"spread{suffix}", labels, own, "AUROC")
+    figures.draw_curves(folder / f"curves{suffix}", curves, "Accuracy")
+    if confusions:
+      figures.draw_confusions(
+        folder / f"confusions{suffix}",
+        [label for label, _ in confusions],
+        [counts for _, counts in confusions],
+        hospitals["class_names"],
+      )
+    draw_partition(folder / f"partition{suffix}", hospitals)
+
+
+def _places(runs: Runs) -> dict[int, pathlib.Path]:
+  numbers = runs.frame["point"].drop_duplicates().tolist()
+  return dict(zip(numbers, runs.folders, strict=True))
+
+
+def _frontier(
+  axes: list[str], arms: list[dict[str, Any]]
+) -> tuple[list[figures.Series], str, bool] | None:
+  """Lines of the first figure, the name of its x, whether that is logarithmic; None without any."""
+  moved = [name for name in axes if name in PRIVACY]
+  if moved:
+    x_of, name, log = (lambda arm: arm["epsilon"]), "ε of the worst hospital", True
+  else:
+    numeric = [a for a in axes if all(isinstance(arm["values"][a], int | float) for arm in arms)]
+    if not numeric:
+      return None
+    moved, name, log = numeric[:1], numeric[0], False
+    x_of = lambda arm: float(arm["values"][moved[0]])  # noqa: E731
+  lines: dict[str, list[dict[str, Any]]] = {}
+  for arm in arms:
+    rest = {axis: value for axis, value in arm["values"].items() if axis not in moved}
+    lines.setdefault(_label(rest), []).append(arm)
+  found = []
+  for label, own in list(lines.items())[:MOST_LINES]:
+    own = sorted((arm for arm in own if arm["stats"]["auroc"]["n"]), key=x_of)
+    stats = [arm["stats"]["auroc"] for arm in own]
+    alone = [arm["stats"]["alone.auroc"]["mean"] for arm in own]
+    mean, low, high = (np.array([each[key] for each in stats], float) for key in ENDS)
+    x = np.array([x_of(arm) for arm in own], float)
+    found.append(figures.Series(label or "federation", x, mean, low, high, np.array(alone, float)))
+  return found, name, log
+
+
+def _curve(folders: Sequence[pathlib.Path]) -> tuple[np.ndarray, np.ndarray]:
+  """Rounds and accuracies [points, n] at those log points that all of an arm's points have."""
+  logs = []
+  for folder in folders:
+    lines = [line for line in read_metrics(folder) if line["split"] == "test"]
+    known = {line["round"]: line["accuracy"] for line in lines if line["accuracy"] is not None}
+    logs.append(known)
+  shared = sorted(set.intersection(*map(set, logs)))
+  return np.array(shared), np.array([[log[number] for number in shared] for log in logs])
+
+
+def _table(arms: list[dict[str, Any]], axes: list[str]) -> pd.DataFrame:
+  rows = []
+  for arm in arms:
+    row: dict[str, Any] = {name: arm["values"][name] for name in axes}
+    row |= {"points": arm["n"], "epsilon": arm["epsilon"]}
+    for name, _ in METRICS:
+      for key in (name, f"worst.{name}"):
+        stats = arm["stats"][key]
+        row |= {key: stats["mean"], f"{key}.low": stats["low"], f"{key}.high": stats["high"]}
+    rows.append(row)
+  return pd.DataFrame(rows)
+
+
+def _latex(shown: pd.DataFrame) -> str:
+  """Mean and half width of the interval of each metric, a row an arm (package booktabs)."""
+  heads = [name for name in shown.columns if "." in name and not name.endswith((".low", ".high"))]
+  short = pd.DataFrame({name: shown[name] for name in heads if not name.startswith("worst.")})
+  short["$\\varepsilon$"] = ["$\\infty$" if math.isinf(e) else f"{e:.2f}" for e in shown["epsilon"]]
+  for name, label in (*METRICS[:3], ("worst.auroc", "AUROC, worst hospital")):
+    short[label] = [_pm(*row) for row in shown[[name, f"{name}.high"]].to_numpy(float)]
+  short.columns = [name.replace("_", "\\_") for name in short.columns]
+  return short.to_latex(index=False, escape=False, na_rep="--")
+
+
+def _pm(mean: float, high: float) -> str:
+  if math.isnan(mean):
+    return "--"
+  return f"{mean:.3f}" if math.isnan(high) else f"${mean:.3f} \\pm {high - mean:.3f}$"
+
+
+def _label(point: Point) -> str:
+  from fedjax_med.sweep.points import shown
+
+  return shown({name.rpartition(".")[2]: value for name, value in point.items()})
+
+
+def _command(folder: pathlib.Path) -> str:
+  return table.read_json(folder / "config.json")["command"]
+
+
+def _below(place: pathlib.Path, target: pathlib.Path) -> pathlib.Path:
+  return place.relative_to(target) if place.is_relative_to(target) else place
