@@ -10,7 +10,8 @@ Usage: ./run.sh [COMMAND] [ARGUMENTS]
   quickstart     (or nothing) five hospitals train privately on phantoms; the report lands in
                  runs/quickstart (CPU, no data and no GPU needed)
   train ...      python -m fedjax_med.train ...   (./run.sh train --help lists every flag)
-  report ...     python -m fedjax_med.report ...
+  sweep ...      python -m fedjax_med.sweep ...     a grid of configurations as one program
+  report ...     python -m fedjax_med.report ...    on a run, several runs or a sweep
   privacy ...    python -m fedjax_med.privacy ...   recomputes every ε of a run from its ledger
   audit ...      python -m fedjax_med.audit ...     attacks the privacy mechanism of a config
   test ...       the tests; arguments go to pytest: ./run.sh test -m "not slow"
@@ -95,7 +96,7 @@ case "$command" in
     exec .venv/bin/python -m fedjax_med.train \
       --config=configs/quickstart.py --workdir=runs/quickstart "$@"
     ;;
-  train | report | privacy | audit)
+  train | sweep | report | privacy | audit)
     install run .
     exec .venv/bin/python -m "fedjax_med.$command" "$@"
     ;;

@@ -155,7 +155,8 @@ def main(_: list[str]) -> None:
   progress.results(console, frame, points)
   console.print(
     f"Results: {workdir / table.RESULTS}   ({len(set(frame['point']))} of {len(points)} points,"
-    f" {time.monotonic() - started:.1f} s)"
+    f" {time.monotonic() - started:.1f} s)",
+    soft_wrap=True,
   )
 
 

@@ -37,14 +37,19 @@ def draw_frontier(
   """A metric against ε (or an axis) with intervals; dashed without privacy, dotted alone."""
   with new_figure(path, (WIDTH, 5.0), f"{y_name} against {x_name}") as figure:
     axis = figure.subplots()
-    for line, colour in zip(lines, PALETTE, strict=False):
+    known = np.concatenate([line.x[np.isfinite(line.x)] for line in lines] or [np.zeros(1)])
+    widest = np.ptp(known) if len(known) else 0.0
+    for number, (line, colour) in enumerate(zip(lines, PALETTE, strict=False)):
       private = np.isfinite(line.x)
       x, mean = line.x[private], line.mean[private]
       if len(x):
         spread = np.nan_to_num([mean - line.low[private], line.high[private] - mean])
+        # Side by side, so that no bar hides another.
+        shift = number - (len(lines) - 1) / 2
+        aside = x * 1.012**shift if log else x + 0.004 * shift * widest
         axis.errorbar(
-          x, mean, yerr=spread, color=colour, marker="o", markersize=5, linewidth=1.8, capsize=3,
-          label=line.label,
+          aside, mean, yerr=spread, color=colour, marker="o", markersize=5, linewidth=1.8,
+          capsize=3, label=line.label,
         )  # fmt: skip
       alone = private & ~np.isnan(line.alone)
       if alone.any():
@@ -58,7 +63,7 @@ def draw_frontier(
         label = f"{line.label}, no privacy" if line.label else "no privacy"
         axis.axhline(value, color=colour, linestyle="--", linewidth=1.4, label=label)
         if not np.isnan(low):
-          axis.axhspan(low, high, color=colour, alpha=0.10, linewidth=0)
+          axis.axhspan(low, high, color=colour, alpha=0.05, linewidth=0)
     if log:
       axis.set_xscale("log")
       ticks = sorted({float(f"{x:.2g}") for line in lines for x in line.x if np.isfinite(x)})

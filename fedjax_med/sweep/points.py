@@ -127,8 +127,11 @@ def _with_seeds(base: Config, point: Point, seed_axes: Sequence[str]) -> Point:
       f"leave {axis} out of --seed_axes",
     )
     values[places[axis]] = seed
-  if "sampling" in seed_axes and "init" not in seed_axes and base.model.init_seed < 0:
-    values.setdefault("model.init_seed", base.seed)
+  if "sampling" in seed_axes and base.model.init_seed < 0:
+    if "init" in seed_axes:
+      del values["model.init_seed"]  # it follows the seed
+    else:
+      values["model.init_seed"] = base.seed
   return values
 
 

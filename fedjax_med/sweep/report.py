@@ -164,6 +164,7 @@ def _arms(frame: pd.DataFrame, axes: list[str]) -> list[dict[str, Any]]:
     stats = {}
     for name, _ in METRICS:
       stats[name] = study.mean_interval(group[f"all.{name}"].to_numpy(float))
+      stats[f"mean.{name}"] = study.mean_interval(group[f"mean.{name}"].to_numpy(float))
       stats[f"worst.{name}"] = study.mean_interval(group[f"worst.{name}"].to_numpy(float))
       stats[f"alone.{name}"] = study.mean_interval(
         own.groupby("point")[f"alone.{name}"].mean().to_numpy(float)

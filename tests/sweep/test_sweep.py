@@ -8,7 +8,6 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from configs.smoke import get_config
 from fedjax_med.core.config import from_dict, to_dict
 from fedjax_med.core.errors import UserError
 from fedjax_med.data.hospitals import load_hospitals
@@ -19,36 +18,11 @@ from fedjax_med.experiment.records import summary_record
 from fedjax_med.experiment.report import write_report
 from fedjax_med.privacy import __main__ as privacy_command
 from fedjax_med.privacy import ledger
-from fedjax_med.sweep import merge, runner, table
+from fedjax_med.sweep import merge, table
 from fedjax_med.sweep.points import TRACED, configure, groups, plan_points, shown, static_key
+from tests.sweep.sweeping import AXES, base, sweep
 
 SIGMA, TARGET, RATE = "privacy.noise_multiplier", "privacy.target_epsilon", "client.learning_rate"
-AXES = ("init", "sampling")
-
-
-def base(**changes):
-  config = get_config()
-  config.model.name, config.server.num_rounds, config.eval.every = "linear", 3, 2
-  for path, value in changes.items():
-    section, _, name = path.partition("__")
-    setattr(getattr(config, section), name, value)
-  return config
-
-
-def sweep(folder, points, config=None, numbers=None, seed_axes=AXES, at_once=0):
-  """Runs points as ``python -m fedjax_med.sweep`` does; returns the table."""
-  config = config or base()
-  table.begin(folder, config, points, seed_axes)
-  numbers = range(len(points)) if numbers is None else numbers
-  planned = plan_points(config, points, numbers, seed_axes)
-  done = {each.key for each in planned if table.has_run(folder, *each.key)}
-  runner.run_points(
-    planned, done, lambda key: table.folder_of(folder, *key), "smoke", lambda _: "", at_once, print
-  )
-  for each in planned:
-    if config.eval.local_baselines and not each.key.baseline:
-      table.finish(table.folder_of(folder, each.key.number), each.case)
-  return table.write(folder)
 
 
 def alone(folder, config):
