@@ -48,12 +48,14 @@ PEERS = [
   "opacus>=1.6,<1.7",
   *TORCH,
 ]
+TENSORBOARD = ["tensorboardX>=2.6,<3"]
 TEST = [
   "hypothesis>=6.100,<7",
   "jax-privacy>=2.0,<2.1",  # clips the other way; its API still changes
   "pytest>=8.3,<10",
   "pytest-xdist>=3.6,<4",
   "scikit-learn>=1.5,<2",
+  *TENSORBOARD,
 ]
 # The one place where the versions of the tools stand: git hook, make and CI all use them.
 TOOLS = [
@@ -80,6 +82,9 @@ setup(
     "dev": TEST + TOOLS,
     "peers": PEERS,
     "torch": TORCH,
+    "tensorboard": TENSORBOARD,
+    "wandb": ["wandb>=0.30,<1"],
+    "mlflow": ["alembic>=1.13,<2", "mlflow-skinny>=3,<4", "sqlalchemy>=2,<3"],
     "gpu": ["jax[cuda12]>=0.10,<0.12"],
     "tpu": ["jax[tpu]>=0.10,<0.12"],
   },

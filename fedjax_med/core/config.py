@@ -271,11 +271,14 @@ class EvalConfig:
     every: rounds between log points (metrics, checkpoint, progress).
     batch_size: test images a forward pass.
     local_baselines: also train each hospital alone and one model on pooled data.
+    tracker: none, tensorboard (event files in the workdir), wandb (sends test metrics to Weights &
+      Biases) or mlflow (a database in the workdir); each needs the extra of its name.
   """
 
   every: int = 1
   batch_size: int = 64
   local_baselines: bool = False
+  tracker: str = "none"
 
 
 @dataclasses.dataclass

@@ -25,6 +25,7 @@ CHOICES = {
   "client_privacy.mechanism": ("none", "dp_fedavg"),
   "client_privacy.clipping": ("fixed", "adaptive"),
   "client.augmentation": ("none", "flip", "shift", "flip_shift"),
+  "eval.tracker": ("none", "tensorboard", "wandb", "mlflow"),
   "execution.layout": ("auto", "vmap", "chunk", "scan"),
   "execution.lowering": ("auto", "matmul", "native"),
   "execution.remat": ("auto", "off", "blocks"),

@@ -193,6 +193,30 @@ def measure(
   return LogPoint(rounds, test, clients, probabilities, epsilons, client_epsilon)
 
 
+def test_line(experiment: Experiment, point: LogPoint) -> dict[str, Any]:
+  """The line of metrics.jsonl on the test images, but for the seconds."""
+  return {
+    "round": point.rounds,
+    "split": "test",
+    **point.test,
+    "epsilon_max": max(point.epsilons, default=point.client_epsilon),
+    **({"client_epsilon": point.client_epsilon} if experiment.central else {}),
+    "clients": point.clients,
+  }
+
+
+def log_lines(
+  experiment: Experiment, point: LogPoint, train: dict[str, Any] | None, seconds: float
+) -> list[dict[str, Any]]:
+  """Lines of metrics.jsonl at a log point: test, and what ``train_line`` has of the training."""
+  test = {**test_line(experiment, point), "seconds": round(seconds, 3)}
+  if train is None:
+    return [test]
+  shared = ("round", "epsilon_max", "client_epsilon", "seconds")
+  common = {key: test[key] for key in shared if key in test}
+  return [test, {"split": "train", **train, **common}]
+
+
 def train_line(experiment: Experiment, metrics: BlockMetrics) -> dict[str, Any]:
   """Means over a block's local steps; null for a client that took no part."""
   sums = jax.device_get(metrics.clients)
@@ -315,15 +339,7 @@ def train_rounds(
     ) -> tuple[LogPoint, ledger.Ledger | None]:
       """Writes a log point; returns it and the ledger with it."""
       point = observe(experiment, state)
-      common = {
-        "epsilon_max": max(point.epsilons, default=point.client_epsilon),
-        **({"client_epsilon": point.client_epsilon} if experiment.central else {}),
-        "seconds": round(time.monotonic() - started, 3),
-      }
-      place = {"round": point.rounds, "split": "test"}
-      lines = [{**place, **point.test, **common, "clients": point.clients}]
-      if train is not None:
-        lines.append({**place, "split": "train", **train, **common})
+      lines = log_lines(experiment, point, train, time.monotonic() - started)
       # Before the log line and the checkpoint: what is on disk never understates ε.
       book = write_privacy(experiment, folder, book, point.rounds, np.asarray(state.steps))
       if train is not None or saved is None:

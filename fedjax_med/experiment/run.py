@@ -15,9 +15,11 @@ from fedjax_med.experiment import workdir as files
 from fedjax_med.experiment.baselines import run_baselines
 from fedjax_med.experiment.build import Experiment, build
 from fedjax_med.experiment.loop import (
+  LogPoint,
   affordable_rounds,
   spent,
   start_compiling,
+  test_line,
   train_rounds,
 )
 from fedjax_med.experiment.planning import block_memory, shared_devices
@@ -29,6 +31,7 @@ from fedjax_med.experiment.records import (
   summary_record,
 )
 from fedjax_med.experiment.report import write_report, write_statement
+from fedjax_med.experiment.trackers import track
 
 
 def planned(experiment: Experiment) -> tuple[int, tuple[float, ...], float | None]:
@@ -93,8 +96,18 @@ def run(
       (folder / stale).unlink(missing_ok=True)
   files.write_json(folder / "config.json", config_record(experiment, command))
   files.write_json(folder / "hospitals.json", hospital_record(experiment.hospitals))
-  with terminal.progress(console, "federation", config.server.num_rounds) as listen:
-    outcome = train_rounds(experiment, folder, listen, compiling)
+  values = to_dict(experiment.config)
+  with (
+    terminal.progress(console, "federation", config.server.num_rounds) as listen,
+    track(config.eval.tracker, folder, experiment.run_id, values) as record,
+  ):
+
+    def log(point: LogPoint) -> None:
+      listen(point)
+      if is_first():
+        record(test_line(experiment, point))
+
+    outcome = train_rounds(experiment, folder, log, compiling)
   seconds = {**outcome.seconds, "total": time.monotonic() - started}
   files.write_json(folder / "timing.json", {k: round(v, 3) for k, v in seconds.items()})
   files.write_json(folder / "summary.json", summary_record(experiment, outcome, name, None))

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from fedjax_med.core.config import init_seed
+from fedjax_med.core.config import init_seed, to_dict
 from fedjax_med.experiment import workdir as files
 from fedjax_med.experiment.build import Experiment, place, plan_together
 from fedjax_med.experiment.loop import (
@@ -19,6 +19,7 @@ from fedjax_med.experiment.loop import (
   Outcome,
   evaluated_params,
   evaluation_rows,
+  log_lines,
   measure,
   next_rounds,
   spent,
@@ -29,6 +30,7 @@ from fedjax_med.experiment.planning import shared_devices
 from fedjax_med.experiment.program import Program, Shapes
 from fedjax_med.experiment.records import config_record, hospital_record, summary_record
 from fedjax_med.experiment.report import write_statement
+from fedjax_med.experiment.trackers import track
 from fedjax_med.federated.algorithm import Pool
 from fedjax_med.privacy import ledger
 from fedjax_med.simulation.evaluation import batches_of
@@ -62,11 +64,17 @@ class Progress(NamedTuple):
 Listener = Callable[[Progress], None]
 
 
-class _Layout(NamedTuple):
-  """How the runs of a group lie on this machine."""
+class Layout(NamedTuple):
+  """How the runs of a group lie on this machine.
 
-  size: int  # runs in a program
-  at_once: int  # of them side by side on a device
+  Attributes:
+    size: runs in a program.
+    at_once: how many of them a device works on side by side.
+    mesh: devices that they are dealt over; None is the default device.
+  """
+
+  size: int
+  at_once: int
   mesh: Mesh | None
 
 
@@ -85,7 +93,7 @@ class Prepared(NamedTuple):
   group: Sequence[Planned]
   program: Program
   shapes: Shapes
-  layout: _Layout
+  layout: Layout
   sweep: Callable[..., Any]
   compilations: Callable[[], int]
 
@@ -164,7 +172,7 @@ def run_group(
 
     outcomes, lines = _run_chunk(runs, prepared.sweep, layout, told)
     for each, experiment, outcome, metrics in zip(chunk, runs, outcomes, lines, strict=True):
-      write_point(experiment, folder_of(each.key), name, command_of(each), outcome, metrics)
+      write_point(experiment, layout, folder_of(each.key), name, command_of(each), outcome, metrics)
       epsilons = [*outcome.last.epsilons, outcome.last.client_epsilon, progress.epsilon]
       progress = progress._replace(
         rounds=progress.rounds + outcome.last.rounds,
@@ -175,7 +183,7 @@ def run_group(
   return progress
 
 
-def _layout(program: Program, group: Sequence[Planned], asked: int) -> _Layout:
+def _layout(program: Program, group: Sequence[Planned], asked: int) -> Layout:
   devices = local_devices()
   cpu = jax.default_backend() == "cpu"
   shapes = jax.eval_shape(program.initial)
@@ -197,13 +205,13 @@ def _layout(program: Program, group: Sequence[Planned], asked: int) -> _Layout:
   # Every device has as many, in whole rows side by side: what is left over would be compiled again.
   side_by_side = min(side_by_side, -(-size // devices))
   size += -size % (devices * side_by_side)
-  return _Layout(size, side_by_side, client_mesh(devices) if devices > 1 else None)
+  return Layout(size, side_by_side, client_mesh(devices) if devices > 1 else None)
 
 
 def _run_chunk(
   runs: Sequence[Experiment],
   sweep: Callable[..., Any],
-  layout: _Layout,
+  layout: Layout,
   told: Callable[[int], None],
 ) -> tuple[list[Outcome], list[list[dict[str, Any]]]]:
   """Trains the runs; where each ended, and the lines of its log."""
@@ -241,7 +249,8 @@ def _run_chunk(
       over = (steps[k], int(rounds[k])) if stopped[k] else None
       epsilons = spent(run, over[1], over[0]) if over else ((), None)
       point = measure(run, int(rounds[k]), probabilities, *epsilons)
-      lines[k] += _lines(run, point, None if fresh else own, time.monotonic() - started)
+      train = None if fresh else train_line(run, own)
+      lines[k] += log_lines(run, point, train, time.monotonic() - started)
       lengths[k], last[k] = length, point
     fresh = False
     told(int(sum(rounds[: len(runs)])))
@@ -258,21 +267,9 @@ def _run_chunk(
   return outcomes, lines
 
 
-def _lines(run: Experiment, point: LogPoint, metrics: Any, seconds: float) -> list[dict[str, Any]]:
-  common = {
-    "epsilon_max": max(point.epsilons, default=point.client_epsilon),
-    **({"client_epsilon": point.client_epsilon} if run.central else {}),
-    "seconds": round(seconds, 3),
-  }
-  place = {"round": point.rounds, "split": "test"}
-  lines = [{**place, **point.test, **common, "clients": point.clients}]
-  if metrics is not None:
-    lines.append({**place, "split": "train", **train_line(run, metrics), **common})
-  return lines
-
-
 def write_point(
   experiment: Experiment,
+  layout: Layout,
   folder: pathlib.Path,
   name: str,
   command: str,
@@ -295,10 +292,21 @@ def write_point(
   write_privacy(experiment, folder, book, outcome.last.rounds, np.asarray(outcome.state.steps))
   (folder / "metrics.jsonl").unlink(missing_ok=True)
   files.append_metrics(folder, lines)
+  tracker = experiment.config.eval.tracker
+  with track(tracker, folder, experiment.run_id, to_dict(experiment.config)) as record:
+    for line in lines:
+      if line["split"] == "test":
+        record(line)
   seconds = {key: round(value, 3) for key, value in outcome.seconds.items()}
   files.write_json(folder / "timing.json", seconds)
   write_statement(folder)
-  files.write_json(folder / "summary.json", summary_record(experiment, outcome, name, None))
+  summary = summary_record(experiment, outcome, name, None)
+  summary["plan"]["devices"] = 1
+  summary["plan"]["reasons"].append(
+    f"sweep: up to {layout.size} runs in one program, {layout.at_once} side by side on each of"
+    f" {layout.mesh.size if layout.mesh else 1} devices"
+  )
+  files.write_json(folder / "summary.json", summary)
 
 
 def _stack(runs: Sequence[Experiment]) -> Point:

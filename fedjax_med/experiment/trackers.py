@@ -1,0 +1,111 @@
+"""Log points in an experiment tracker: TensorBoard (without TensorFlow), Weights & Biases, MLflow.
+
+A tracker is a context that yields ``write(round, values)``. Test metrics are no private release
+(see the privacy statement), and Weights & Biases sends them to its servers unless WANDB_MODE says
+otherwise.
+"""
+
+import contextlib
+import importlib
+import math
+import pathlib
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from fedjax_med.core.errors import UserError
+from fedjax_med.core.metrics import METRICS
+
+Write = Callable[[int, dict[str, float]], None]
+
+
+@contextlib.contextmanager
+def track(
+  name: str, folder: pathlib.Path, run_id: str, config: dict[str, Any]
+) -> Iterator[Callable[[dict[str, Any]], None]]:
+  """Yields what records a test line of metrics.jsonl.
+
+  Args:
+    name: none, tensorboard, wandb or mlflow.
+    folder: the workdir; TensorBoard and MLflow write below it.
+    run_id: fingerprint of the run.
+    config: the configuration as nested dictionaries.
+
+  Raises:
+    UserError: the tracker's package is not installed.
+  """
+  if name == "none":
+    yield lambda line: None
+    return
+  with TRACKERS[name](folder, run_id, config) as write:
+    yield lambda line: write(line["round"], values_of(line))
+
+
+def values_of(line: dict[str, Any]) -> dict[str, float]:
+  """Numbers of a test line by slash-separated names; what is undefined is left out."""
+  found = {f"test/{metric}": line[metric] for metric in METRICS}
+  found["epsilon"] = line.get("epsilon_max")
+  for client in line["clients"]:
+    found |= {f"{client['name']}/{metric}": client[metric] for metric in METRICS}
+  return {
+    re.sub(r"[^\w\-./ ]", "_", key): float(value)  # what MLflow allows in a name
+    for key, value in found.items()
+    if value is not None and math.isfinite(float(value))
+  }
+
+
+@contextlib.contextmanager
+def _tensorboard(folder: pathlib.Path, run_id: str, config: dict[str, Any]) -> Iterator[Write]:
+  board = _package("tensorboardX", "tensorboard")
+  # Event files of a resumed run stand beside the first ones; TensorBoard reads all of them.
+  with board.SummaryWriter(str(folder / "tensorboard"), write_to_disk=True) as writer:
+
+    def write(round: int, values: dict[str, float]) -> None:
+      for key, value in values.items():
+        writer.add_scalar(key.replace(" ", "_"), value, round)
+      writer.flush()
+
+    yield write
+
+
+@contextlib.contextmanager
+def _wandb(folder: pathlib.Path, run_id: str, config: dict[str, Any]) -> Iterator[Write]:
+  wandb = _package("wandb", "wandb")
+  with wandb.init(
+    project="fedjax_med", dir=str(folder), id=run_id, resume="allow", config=config
+  ) as run:
+    yield lambda round, values: run.log(values, step=round)
+
+
+@contextlib.contextmanager
+def _mlflow(folder: pathlib.Path, run_id: str, config: dict[str, Any]) -> Iterator[Write]:
+  client = _package("mlflow.tracking", "mlflow").MlflowClient(
+    f"sqlite:///{(folder / 'mlflow.db').absolute()}"
+  )
+  experiment = client.get_experiment_by_name("fedjax_med")
+  number = experiment.experiment_id if experiment else client.create_experiment("fedjax_med")
+  run = client.create_run(number, run_name=run_id)
+  for section, values in config.items():
+    inner = values if isinstance(values, dict) else {"": values}
+    for field, value in inner.items():
+      client.log_param(run.info.run_id, f"{section}.{field}".rstrip("."), value)
+
+  def write(round: int, values: dict[str, float]) -> None:
+    for key, value in values.items():
+      client.log_metric(run.info.run_id, key, value, step=round)
+
+  yield write
+  client.set_terminated(run.info.run_id)
+
+
+TRACKERS = {"tensorboard": _tensorboard, "wandb": _wandb, "mlflow": _mlflow}
+
+
+def _package(module: str, extra: str) -> Any:
+  try:
+    return importlib.import_module(module)
+  except ImportError as error:
+    raise UserError(
+      f"eval.tracker={extra} needs the package {module.partition('.')[0]}; run"
+      f" python -m pip install -e '.[{extra}]', or set --config.eval.tracker=none"
+    ) from error
