@@ -48,6 +48,7 @@ PEERS = [
   "opacus>=1.6,<1.7",
   *TORCH,
 ]
+SUBMIT = ["submitit>=1.5,<2"]
 TENSORBOARD = ["tensorboardX>=2.6,<3"]
 TEST = [
   "hypothesis>=6.100,<7",
@@ -55,6 +56,7 @@ TEST = [
   "pytest>=8.3,<10",
   "pytest-xdist>=3.6,<4",
   "scikit-learn>=1.5,<2",
+  *SUBMIT,
   *TENSORBOARD,
 ]
 # The one place where the versions of the tools stand: git hook, make and CI all use them.
@@ -82,6 +84,7 @@ setup(
     "dev": TEST + TOOLS,
     "peers": PEERS,
     "torch": TORCH,
+    "submit": SUBMIT,
     "tensorboard": TENSORBOARD,
     "wandb": ["wandb>=0.30,<1"],
     "mlflow": ["alembic>=1.13,<2", "mlflow-skinny>=3,<4", "sqlalchemy>=2,<3"],

@@ -123,3 +123,19 @@ def test_killed_and_resumed_it_ends_in_the_same_table_as_unbroken_and_in_shards(
     rtol=1e-3,
     atol=1e-4,
   )
+
+
+@pytest.mark.slow
+def test_jobs_of_a_scheduler_run_the_shards_and_merge(tmp_path):
+  folder = tmp_path / "jobs"
+  result = sweep(f"--workdir={folder}", *GRID, "--submit=local", "--shards=2")
+  assert result.returncode == 0, result.stderr
+  assert "4 of 4 points" in result.stdout
+  assert len(pd.read_parquet(folder / "results.parquet")) == 4 * 3
+  assert list((folder / "submitit").glob("*_log.out"))
+
+
+def test_a_scheduler_that_is_not_known_is_a_sentence(tmp_path):
+  result = sweep(f"--workdir={tmp_path / 'jobs'}", *GRID, "--submit=pbs")
+  assert result.returncode == 2
+  assert result.stderr.startswith("error: --submit='pbs' is unknown; choose one of local, slurm")

@@ -22,7 +22,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from fedjax_med.core.config import Config, get_field
-from fedjax_med.core.errors import UserError, require
+from fedjax_med.core.errors import UserError, require, require_choice
 from fedjax_med.flags import config_fields, define_config, load_config, run_main
 from fedjax_med.sweep import grid
 
@@ -42,6 +42,11 @@ def _define() -> None:
     " phantoms), init (initial weights), sampling (sampling, noise, participation).",
   )
   flags.DEFINE_string("shard", "0/1", "I/N: this process runs every N-th point from the I-th on.")
+  flags.DEFINE_string("submit", None, "slurm or local: run --shards jobs by submitit.")
+  flags.DEFINE_integer("shards", 1, "Number of jobs of --submit.")
+  flags.DEFINE_list(
+    "submit_options", [], "NAME=VALUE of submitit, such as slurm_partition=gpu,gpus_per_node=1."
+  )
   flags.DEFINE_bool("resume", False, "Finish what is missing of a sweep that was stopped.")
   flags.DEFINE_integer("points_at_once", 0, "Most runs in memory at once; 0 lets memory decide.")
   flags.DEFINE_bool("dry_run", False, "Print the points, the programs and the ε; train nothing.")
@@ -126,6 +131,15 @@ def main(_: list[str]) -> None:
   notes: dict[str, Any] = {"command": command}
   notes["versions"] = {p: importlib.metadata.version(p) for p in ("jax", "flax", "dp-accounting")}
   table.begin(workdir, base, points, values.seed_axes, **notes)
+  if values.submit:
+    from fedjax_med.sweep import merge, submit
+
+    require_choice("--submit", values.submit, ("slurm", "local"))
+    options = values.submit_options
+    submit.submit(values.submit, values.shards, sys.argv[1:], workdir, options)
+    if values.submit == "local":
+      merge.join(workdir, [])
+    return
   finished = {k for k in own if table.done(workdir, k)}
   require(
     not finished or values.resume,

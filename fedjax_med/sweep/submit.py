@@ -1,0 +1,71 @@
+"""Shards of a sweep as jobs of a scheduler, by submitit."""
+
+import pathlib
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from fedjax_med.core.errors import UserError, require
+
+# Flags of the sweep that its jobs do not get.
+OWN = ("--submit", "--shards", "--shard", "--resume")
+
+
+def submit(
+  cluster: str,
+  shards: int,
+  arguments: Sequence[str],
+  workdir: pathlib.Path,
+  options: Sequence[str],
+) -> None:
+  """Submits ``shards`` jobs, each of which runs its share of the sweep; logs lie in the workdir.
+
+  Jobs have --resume, so that a requeued one goes on. With local it waits for all of them and
+  raises what they raise.
+
+  Args:
+    cluster: slurm, or local for processes of this machine.
+    shards: number of jobs.
+    arguments: of the sweep, after the program's name.
+    workdir: of the sweep.
+    options: NAME=VALUE parameters of submitit's AutoExecutor, such as slurm_partition=gpu.
+
+  Raises:
+    UserError: submitit is not installed, or an option is none of its.
+  """
+  try:
+    import submitit
+    from submitit.core.utils import FailedJobError
+  except ImportError as error:
+    raise UserError(
+      "--submit needs the package submitit; run python -m pip install -e '.[submit]'"
+    ) from error
+  require(shards >= 1, f"--shards={shards} is under 1", "give the number of jobs")
+  executor = submitit.AutoExecutor(folder=workdir / "submitit", cluster=cluster)
+  given = {name: _value(value) for name, _, value in (text.partition("=") for text in options)}
+  try:
+    executor.update_parameters(**{"timeout_min": 24 * 60, **given})
+  except (NameError, TypeError) as error:
+    sentence = " ".join(str(error).split())
+    raise UserError(f"--submit_options: {sentence}; see submitit's AutoExecutor") from error
+  kept = [text for text in arguments if text.split("=")[0].replace("_options", "") not in OWN]
+  jobs = []
+  with executor.batch():
+    for index in range(shards):
+      command = [sys.executable, "-m", "fedjax_med.sweep", *kept, "--resume"]
+      function = submitit.helpers.CommandFunction([*command, f"--shard={index}/{shards}"])
+      jobs.append(executor.submit(function))
+  print("jobs " + ", ".join(job.job_id for job in jobs) + f"; logs in {workdir / 'submitit'}")
+  if cluster == "local":
+    try:
+      for job in jobs:
+        job.result()
+    except FailedJobError as error:
+      last = str(error).strip().splitlines()[-1]
+      raise UserError(f"a job failed ({last}); see {workdir / 'submitit'}") from error
+  else:
+    print(f"when they have ended: python -m fedjax_med.sweep merge --workdir={workdir}")
+
+
+def _value(text: str) -> Any:
+  return int(text) if text.isdigit() else text
