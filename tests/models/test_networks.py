@@ -173,7 +173,12 @@ def test_the_other_stem_pool_pads_one_pixel_all_around(side):
 
 
 @pytest.mark.parametrize(
-  "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in LARGE)) for name in MODELS]
+  "name",
+  # se_resnext_tiny has the blocks of micro, only more of them
+  [
+    pytest.param(name, marks=[pytest.mark.slow] * (name in {*LARGE, "se_resnext_tiny"}))
+    for name in MODELS
+  ],
 )
 def test_lowering_changes_logits_and_gradients_by_rounding_only(name):
   params, state = with_weights(name)[1:]

@@ -204,6 +204,7 @@ def test_what_a_kill_left_out_is_finished_to_the_same_bytes(swept, tmp_path):
       assert ours.read_bytes() == theirs.read_bytes()
 
 
+@pytest.mark.slow
 def test_shards_in_folders_of_their_own_merge_to_the_whole(swept, tmp_path, capsys):
   points = TOGETHER[:4]
   whole = sweep(tmp_path / "whole", points)
@@ -258,6 +259,7 @@ def test_a_point_that_breaks_a_rule_is_named_before_anything_compiles(points, se
     plan_points(base(), points, range(len(points)), AXES)
 
 
+@pytest.mark.slow
 def test_baselines_of_a_point_are_those_of_the_run_by_itself(tmp_path):
   config = base(eval__local_baselines=True)
   points = [{SIGMA: 1.0}, {SIGMA: 2.0}]
