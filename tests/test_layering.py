@@ -6,7 +6,17 @@ import pathlib
 import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-LAYERS = ("core", "data", "models", "privacy", "federated", "simulation", "experiment", "sweep")
+LAYERS = (
+  "core",
+  "data",
+  "models",
+  "privacy",
+  "federated",
+  "simulation",
+  "experiment",
+  "study",
+  "sweep",
+)
 PACKAGE = "fedjax_med"
 
 
