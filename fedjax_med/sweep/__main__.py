@@ -93,6 +93,16 @@ def _command(base: Config, config: Config) -> str:
 
 
 def main(_: list[str]) -> None:
+  try:
+    _sweep()
+  except OSError as error:  # whatever the file system refuses, a full disk for one
+    raise UserError(
+      f"{error.filename or flags.FLAGS['workdir'].value}: {error.strerror or error}; make it"
+      " readable and writable, free space, or name other folders (--workdir, data.path)"
+    ) from error
+
+
+def _sweep() -> None:
   base, values = load_config(whole=False), flags.FLAGS  # the points are checked
   require(
     bool(values.workdir) or values.dry_run,

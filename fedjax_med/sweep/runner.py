@@ -86,6 +86,7 @@ class Prepared(NamedTuple):
     program: of one run.
     shapes: what the program is made for.
     layout: how runs lie on this machine.
+    batches: [2] batches of test images, and images of one; those of the largest test set.
     sweep: (states, fresh, rounds [S], points, pool) -> (states, metrics, probabilities).
     compilations: how often ``sweep`` was compiled in this process.
   """
@@ -94,6 +95,7 @@ class Prepared(NamedTuple):
   program: Program
   shapes: Shapes
   layout: Layout
+  batches: tuple[int, ...]
   sweep: Callable[..., Any]
   compilations: Callable[[], int]
 
@@ -143,7 +145,9 @@ def prepare(group: Sequence[Planned], at_once: int) -> Prepared:
   def run(states, fresh, rounds, points, pool):
     return sweep(states, fresh, rounds, points, pool, parts.given)
 
-  return Prepared(group, program, shapes, layout, run, lambda: len(traces))
+  most = max(int(each.case.hospitals.test.counts.sum()) for each in group)
+  batches = batches_of(np.zeros(most, np.int32), group[0].case.config.eval.batch_size).shape
+  return Prepared(group, program, shapes, layout, batches, run, lambda: len(traces))
 
 
 def run_group(
@@ -170,7 +174,7 @@ def run_group(
       note = f"{so_far.note}: {len(chunk)} runs at once"
       listen(so_far._replace(rounds=so_far.rounds + rounds, note=note))
 
-    outcomes, lines = _run_chunk(runs, prepared.sweep, layout, told)
+    outcomes, lines = _run_chunk(runs, prepared, told)
     for each, experiment, outcome, metrics in zip(chunk, runs, outcomes, lines, strict=True):
       write_point(experiment, layout, folder_of(each.key), name, command_of(each), outcome, metrics)
       epsilons = [*outcome.last.epsilons, outcome.last.client_epsilon, progress.epsilon]
@@ -209,17 +213,14 @@ def _layout(program: Program, group: Sequence[Planned], asked: int) -> Layout:
 
 
 def _run_chunk(
-  runs: Sequence[Experiment],
-  sweep: Callable[..., Any],
-  layout: Layout,
-  told: Callable[[int], None],
+  runs: Sequence[Experiment], prepared: Prepared, told: Callable[[int], None]
 ) -> tuple[list[Outcome], list[list[dict[str, Any]]]]:
   """Trains the runs; where each ended, and the lines of its log."""
   started = time.monotonic()
-  first = runs[0]
+  first, layout = runs[0], prepared.layout
   rows = [evaluation_rows(run) for run in runs]
   padded = [*runs, *[first] * (layout.size - len(runs))]  # the empty places repeat the first
-  points = _put(_stack(padded), layout.mesh, dealt=True)
+  points = _put(_stack(padded, prepared.batches), layout.mesh, dealt=True)
   parts = first.program.parts
   states = _put(blank_states(parts.initial, parts.given, layout.size), layout.mesh, dealt=True)
   fresh, lengths = True, np.zeros(layout.size, np.int32)
@@ -228,7 +229,7 @@ def _run_chunk(
   last: list[LogPoint | None] = [None] * len(runs)
   while True:
     going = [fresh or length > 0 for length in lengths[: len(runs)]]
-    states, metrics, found = sweep(states, np.bool_(fresh), lengths, points, first.pool)
+    states, metrics, found = prepared.sweep(states, np.bool_(fresh), lengths, points, first.pool)
     rounds, steps = jax.device_get((states.server.round, states.steps))
     metrics, found = jax.device_get((metrics, found))
     for k, run in enumerate(runs):
@@ -309,12 +310,11 @@ def write_point(
   files.write_json(folder / "summary.json", summary)
 
 
-def _stack(runs: Sequence[Experiment]) -> Point:
-  """What the runs do not share; test sets are padded to the largest."""
-  rows = [evaluation_rows(run) for run in runs]
-  shape = batches_of(np.zeros(max(map(len, rows)), np.int32), runs[0].config.eval.batch_size).shape
+def _stack(runs: Sequence[Experiment], shape: tuple[int, ...]) -> Point:
+  """What the runs do not share; test sets are padded to batches of ``shape``."""
   batches = np.zeros((len(runs), math.prod(shape)), np.int32)
-  for k, own in enumerate(rows):
+  for k, run in enumerate(runs):
+    own = evaluation_rows(run)
     batches[k, : len(own)] = own
 
   def stacked(*leaves: Any) -> jax.Array:
