@@ -32,46 +32,68 @@ class Series(NamedTuple):
 
 
 def draw_frontier(
-  path: pathlib.Path, lines: Sequence[Series], x_name: str, y_name: str, log: bool
+  path: pathlib.Path,
+  panels: Sequence[tuple[str, Sequence[Series]]],
+  x_name: str,
+  y_name: str,
+  log: bool,
 ) -> None:
-  """A metric against ε (or an axis) with intervals; dashed without privacy, dotted alone."""
-  with new_figure(path, (WIDTH, 5.0), f"{y_name} against {x_name}") as figure:
-    axis = figure.subplots()
-    known = np.concatenate([line.x[np.isfinite(line.x)] for line in lines] or [np.zeros(1)])
-    widest = np.ptp(known) if len(known) else 0.0
-    for number, (line, colour) in enumerate(zip(lines, PALETTE, strict=False)):
-      private = np.isfinite(line.x)
-      x, mean = line.x[private], line.mean[private]
-      if len(x):
-        spread = np.nan_to_num([mean - line.low[private], line.high[private] - mean])
-        # Side by side, so that no bar hides another.
-        shift = number - (len(lines) - 1) / 2
-        aside = x * 1.012**shift if log else x + 0.004 * shift * widest
-        axis.errorbar(
-          aside, mean, yerr=spread, color=colour, marker="o", markersize=5, linewidth=1.8,
-          capsize=3, label=line.label,
-        )  # fmt: skip
-      alone = private & ~np.isnan(line.alone)
-      if alone.any():
-        axis.plot(
-          line.x[alone], line.alone[alone], color=colour, linestyle=":", marker=".",
-          label=f"{line.label}, alone",
-        )  # fmt: skip
-      for value, low, high in zip(
-        line.mean[~private], line.low[~private], line.high[~private], strict=True
-      ):
-        label = f"{line.label}, no privacy" if line.label else "no privacy"
-        axis.axhline(value, color=colour, linestyle="--", linewidth=1.4, label=label)
-        if not np.isnan(low):
-          axis.axhspan(low, high, color=colour, alpha=0.05, linewidth=0)
-    if log:
-      axis.set_xscale("log")
-      ticks = sorted({float(f"{x:.2g}") for line in lines for x in line.x if np.isfinite(x)})
-      if len(ticks) <= 10:
-        axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
-        axis.minorticks_off()
-    axis.set(xlabel=x_name, ylabel=y_name)
-    add_legend(figure, axis)
+  """A metric against ε (or an axis) with intervals; dashed without privacy, dotted alone.
+
+  A panel is a title and its lines, whose labels are those of every other panel; all share axes.
+  """
+  columns = min(2, len(panels))
+  rows = -(-len(panels) // columns)
+  height = 5.0 if rows == 1 else 0.8 + 3.3 * rows
+  with new_figure(path, (WIDTH, height), f"{y_name} against {x_name}") as figure:
+    grid: Any = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
+    for axis in grid.ravel()[len(panels) :]:
+      axis.set_visible(False)
+    every = [line for _, lines in panels for line in lines]
+    for axis, (title, lines) in zip(grid.ravel(), panels, strict=False):
+      _draw_lines(axis, lines, log)
+      axis.set_title(title)
+      if log:
+        axis.set_xscale("log")
+        ticks = sorted({float(f"{x:.2g}") for line in every for x in line.x if np.isfinite(x)})
+        if len(ticks) <= 10:
+          axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+          axis.minorticks_off()
+    for axis in grid[-1]:
+      axis.set(xlabel=x_name)
+    for axis in grid[:, 0]:
+      axis.set(ylabel=y_name)
+    add_legend(figure, grid[0, 0])
+
+
+def _draw_lines(axis: Any, lines: Sequence[Series], log: bool) -> None:
+  known = np.concatenate([line.x[np.isfinite(line.x)] for line in lines])
+  widest = np.ptp(known) if len(known) else 0.0
+  for number, (line, colour) in enumerate(zip(lines, PALETTE, strict=False)):
+    private = np.isfinite(line.x)
+    x, mean = line.x[private], line.mean[private]
+    if len(x):
+      spread = np.nan_to_num([mean - line.low[private], line.high[private] - mean])
+      # Side by side, so that no bar hides another.
+      shift = number - (len(lines) - 1) / 2
+      aside = x * 1.012**shift if log else x + 0.004 * shift * widest
+      axis.errorbar(
+        aside, mean, yerr=spread, color=colour, marker="o", markersize=5, linewidth=1.8,
+        capsize=3, label=line.label,
+      )  # fmt: skip
+    alone = private & ~np.isnan(line.alone)
+    if alone.any():
+      axis.plot(
+        line.x[alone], line.alone[alone], color=colour, linestyle=":", marker=".",
+        label=f"{line.label}, alone",
+      )  # fmt: skip
+    bare = zip(line.mean[~private], line.low[~private], line.high[~private], strict=True)
+    for value, low, high in bare:
+      axis.axhline(
+        value, color=colour, linestyle="--", linewidth=1.4, label=f"{line.label}, no privacy"
+      )
+      if not np.isnan(low):
+        axis.axhspan(low, high, color=colour, alpha=0.05, linewidth=0)
 
 
 def draw_spread(

@@ -36,6 +36,7 @@ PRIVACY = tuple(
   for name in ("noise_multiplier", "target_epsilon", "mechanism")
 )
 MOST_LINES = len(figures.PALETTE)
+MOST_IN_PANEL, MOST_PANELS = 4, 8
 ENDS = ("mean", "low", "high")
 MOST_ARMS = 24  # in a figure; tables hold all of them
 
@@ -210,8 +211,8 @@ def _draw(runs: Runs, axes: list[str], arms: list[dict[str, Any]], folder: pathl
   hospitals = table.read_json(runs.folders[0] / "hospitals.json")
   for suffix in (".png", ".pdf"):
     if frontier is not None:
-      lines, name, log = frontier
-      figures.draw_frontier(folder / f"frontier{suffix}", lines, name, "AUROC", log)
+      panels, name, log = frontier
+      figures.draw_frontier(folder / f"frontier{suffix}", panels, name, "AUROC", log)
     figures.draw_spread(folder / f"spread{suffix}", labels, own, "AUROC")
     figures.draw_curves(folder / f"curves{suffix}", curves, "Accuracy")
     if confusions:
@@ -231,29 +232,46 @@ def _places(runs: Runs) -> dict[int, pathlib.Path]:
 
 def _frontier(
   axes: list[str], arms: list[dict[str, Any]]
-) -> tuple[list[figures.Series], str, bool] | None:
-  """Lines of the first figure, the name of its x, whether that is logarithmic; None without any."""
+) -> tuple[list[tuple[str, list[figures.Series]]], str, bool] | None:
+  """Panels of the first figure, the name of its x, whether that is logarithmic; None without any.
+
+  Axes that move ε are the x; of the others those that come first are panels, as many as it takes
+  for few lines in each.
+  """
   moved = [name for name in axes if name in PRIVACY]
-  if moved:
-    x_of, name, log = (lambda arm: arm["epsilon"]), "ε of the worst hospital", True
-  else:
-    numeric = [a for a in axes if all(isinstance(arm["values"][a], int | float) for arm in arms)]
-    if not numeric:
+  name, log = "ε of the worst hospital", True
+  if not moved:
+    moved = [a for a in axes if all(isinstance(arm["values"][a], int | float) for arm in arms)][:1]
+    if not moved:
       return None
-    moved, name, log = numeric[:1], numeric[0], False
-    x_of = lambda arm: float(arm["values"][moved[0]])  # noqa: E731
-  lines: dict[str, list[dict[str, Any]]] = {}
+    name, log = moved[0], False
+  rest, panelled = [axis for axis in axes if axis not in moved], []
+
+  def label(arm: dict[str, Any], names: list[str]) -> str:
+    return _label({axis: arm["values"][axis] for axis in names})
+
+  while len({label(arm, rest) for arm in arms}) > MOST_IN_PANEL and len(rest) > 1:
+    panelled.append(rest.pop(0))
+  panels: dict[str, dict[str, list[dict[str, Any]]]] = {}
   for arm in arms:
-    rest = {axis: value for axis, value in arm["values"].items() if axis not in moved}
-    lines.setdefault(_label(rest), []).append(arm)
-  found = []
-  for label, own in list(lines.items())[:MOST_LINES]:
+    lines = panels.setdefault(label(arm, panelled), {})
+    lines.setdefault(label(arm, rest), []).append(arm)
+
+  def series(label: str, own: list[dict[str, Any]]) -> figures.Series:
+    def x_of(arm: dict[str, Any]) -> float:
+      return arm["epsilon"] if log else float(arm["values"][moved[0]])
+
     own = sorted((arm for arm in own if arm["stats"]["auroc"]["n"]), key=x_of)
     stats = [arm["stats"]["auroc"] for arm in own]
-    alone = [arm["stats"]["alone.auroc"]["mean"] for arm in own]
+    alone = np.array([arm["stats"]["alone.auroc"]["mean"] for arm in own], float)
     mean, low, high = (np.array([each[key] for each in stats], float) for key in ENDS)
     x = np.array([x_of(arm) for arm in own], float)
-    found.append(figures.Series(label or "federation", x, mean, low, high, np.array(alone, float)))
+    return figures.Series(label or "federation", x, mean, low, high, alone)
+
+  found = [
+    (title, [series(*line) for line in list(lines.items())[:MOST_LINES]])
+    for title, lines in list(panels.items())[:MOST_PANELS]
+  ]
   return found, name, log
 
 

@@ -98,7 +98,8 @@ def test_the_frontier_has_a_line_a_partition_and_a_level_without_privacy(swept):
   assert axes == [TARGET, ALPHA]
   frontier = report._frontier(axes, report._arms(runs.frame, axes))
   assert frontier is not None
-  lines, name, log = frontier
+  ((title, lines),), name, log = frontier
+  assert title == ""
   assert (name, log) == ("ε of the worst hospital", True)
   assert [line.label for line in lines] == ["alpha=0.3", "alpha=100"]
   frame = study.load(swept)
@@ -109,6 +110,29 @@ def test_the_frontier_has_a_line_a_partition_and_a_level_without_privacy(swept):
     assert math.isinf(line.x[-1])
     known = own[own[TARGET] == 8.0].groupby("point")["all.auroc"].first()
     assert line.mean[1] == pytest.approx(known.mean())
+
+
+def test_many_lines_are_shared_out_to_panels_by_the_first_axes():
+  axes = ["privacy.unit", "partition.num_clients", TARGET, ALPHA]
+  stats = {key: {"n": 1, "mean": 0.5, "low": 0.4, "high": 0.6} for key in ("auroc", "alone.auroc")}
+  arms = [
+    {
+      "values": dict(zip(axes, (unit, k, target, a), strict=True)),
+      "epsilon": target,
+      "stats": stats,
+    }
+    for unit in ("record", "patient")
+    for k in (5, 20)
+    for target in (1.0, 8.0)
+    for a in (0.1, 1.0, 100.0)
+  ]
+  frontier = report._frontier(axes, arms)
+  assert frontier is not None
+  panels = dict(frontier[0])
+  titles = [f"unit={unit}, num_clients={k}" for unit in ("record", "patient") for k in (5, 20)]
+  assert list(panels) == titles
+  assert [line.label for line in panels[titles[0]]] == ["alpha=0.1", "alpha=1", "alpha=100"]
+  assert all(list(line.x) == [1.0, 8.0] for lines in panels.values() for line in lines)
 
 
 def test_several_runs_by_themselves_are_compared_by_what_differs(swept, tmp_path):
