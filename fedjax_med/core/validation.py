@@ -32,6 +32,7 @@ CHOICES = {
   "execution.probe": ("auto", "on", "off"),
 }
 
+MIN_TARGET = 1e-6  # ε
 # field: (lowest, highest, lowest itself allowed, remedy)
 RANGES: dict[str, tuple[float, float, bool, str]] = {
   "data.image_size": (8, 4096, True, "use 64 to 224; the paper uses 192"),
@@ -192,6 +193,21 @@ def _validate_privacy(config: Config) -> None:
     "set one of them above 0",
   )
   _validate_solve_for(config)
+  require(
+    privacy.bands == 1 or privacy.solve_for not in ("rounds", "batch_size"),
+    f"privacy.bands={privacy.bands} is made for a number of rounds and a batch size, which"
+    f" privacy.solve_for='{privacy.solve_for}' leaves open",
+    "use privacy.bands=1, or give them and use privacy.solve_for=noise",
+  )
+  for level, target in (
+    ("privacy", privacy.target_epsilon),
+    ("client_privacy", config.client_privacy.target_epsilon),
+  ):
+    require(
+      target == 0 or target >= MIN_TARGET,
+      f"{level}.target_epsilon={target:g} is under {MIN_TARGET:g}, below what can be computed",
+      "use 0.1 or more, or 0 for none",
+    )
   require(
     config.model.norm != "batch",
     "model.norm='batch' mixes the examples of a batch, so clipping one example's gradient does"

@@ -11,7 +11,6 @@ from fedjax_med.experiment import workdir as files
 from fedjax_med.experiment.build import Case, Experiment, build_baselines
 from fedjax_med.experiment.loop import train_rounds
 from fedjax_med.experiment.processes import is_first
-from fedjax_med.privacy.accounting import round_up
 
 
 def _curve(folder: pathlib.Path) -> list[dict[str, Any]]:
@@ -48,7 +47,7 @@ def gather(federation: Case, folder: pathlib.Path) -> dict[str, Any]:
   runs = [*(f"alone-{k + 1}" for k in range(len(names))), "pooled"]
   curves = {name: _curve(folder / "baselines" / name) for name in runs}
   if federation.guarantees:
-    _note_releases(federation, folder, curves)
+    _note_releases(folder, curves)
   solo = []
   for k, hospital in enumerate(names):
     curve = [
@@ -70,28 +69,8 @@ def gather(federation: Case, folder: pathlib.Path) -> dict[str, Any]:
   }
 
 
-def _note_releases(
-  federation: Case, folder: pathlib.Path, curves: dict[str, list[dict[str, Any]]]
-) -> None:
-  """Says in privacy.json that the baselines are further trainings on the same records."""
+def _note_releases(folder: pathlib.Path, curves: dict[str, list[dict[str, Any]]]) -> None:
+  """Writes the ε of the baselines into privacy.json, which says already what they are."""
   path = folder / "privacy.json"
-  record = json.loads(path.read_text())
-  if "baselines_epsilon" in record:
-    return
   spent = {name: curve[-1]["epsilon_max"] for name, curve in curves.items()}
-  record["baselines_epsilon"] = spent
-  if federation.protection.local:
-    record["not_covered"].append(
-      "The baselines are further trainings on the same records, each with noise of its own: a"
-      " hospital that releases the federation's model, its own and the pooled one spends at most"
-      " the sum of their ε (alone up to"
-      f" {round_up(max(v for k, v in spent.items() if k != 'pooled'))}, pooled"
-      f" {round_up(spent['pooled'])}) and of their δ."
-    )
-  if federation.protection.central:
-    others = "" if federation.protection.local else ", and no other: they are trained WITHOUT NOISE"
-    record["not_covered"].append(
-      "The baselines (each hospital's own model, and the one of pooled data) have no guarantee for"
-      f" whole hospitals{others}."
-    )
-  files.write_json(path, record)
+  files.write_json(path, {**json.loads(path.read_text()), "baselines_epsilon": spent})

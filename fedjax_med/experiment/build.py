@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from fedjax_med import __version__
 from fedjax_med.core.config import ClientPrivacyConfig, Config, fingerprint, init_seed, to_dict
 from fedjax_med.core.keys import base_key
 from fedjax_med.data.dataset import ClientTable, Hospitals, UnitTable, client_rows, client_table
@@ -17,6 +18,7 @@ from fedjax_med.experiment.program import Program, Shapes, make_program
 from fedjax_med.experiment.protection import Protection, cohort_cap, protect
 from fedjax_med.federated.algorithm import Client, Hyper, Pool, Units
 from fedjax_med.models.pretrained import load_safetensors
+from fedjax_med.models.registry import code_of
 from fedjax_med.privacy.client_level import ClientLevel
 from fedjax_med.privacy.guarantees import Guarantee
 from fedjax_med.simulation.mesh import Devices, choose_devices, replicate
@@ -126,6 +128,8 @@ def _run_id(
     del values[section][name]
   del values["execution"], values["eval"]
   values["model"]["init_seed"] = init_seed(config)
+  # Other code is another training, and must have other noise.
+  values["code"] = [__version__, code_of(config.model.name)]
   path = values["model"].pop("pretrained")  # its content counts, not its name
   if path:
     values["model"]["pretrained_sha256"] = load_safetensors(path).sha256
@@ -325,7 +329,10 @@ def _baseline_config(config: Config) -> Config:
   server = dataclasses.replace(
     config.server, optimizer="sgd", learning_rate=1.0, participation="full", proximal_weight=0.0
   )
-  return dataclasses.replace(config, server=server, client_privacy=ClientPrivacyConfig())
+  measured = dataclasses.replace(config.eval, local_baselines=False)
+  return dataclasses.replace(
+    config, server=server, eval=measured, client_privacy=ClientPrivacyConfig()
+  )
 
 
 def baselines(federation: Case) -> dict[str, Case]:

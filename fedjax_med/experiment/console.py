@@ -199,8 +199,12 @@ def results(console: Console, experiment: Experiment, outcome: Outcome) -> None:
   _add_rest(table, len(point.clients))
   console.print(table)
   if outcome.stopped == "budget":
-    budget = experiment.config.privacy.target_epsilon
+    config = experiment.config
+    budgets = {
+      "privacy.target_epsilon": config.privacy.target_epsilon,
+      "client_privacy.target_epsilon": config.client_privacy.target_epsilon,
+    }
+    told = " or ".join(f"{name}={value:g}" for name, value in budgets.items() if value)
     console.print(
-      f"[yellow]Stopped after round {point.rounds}: the next round would cross"
-      f" privacy.target_epsilon={budget:g}[/]"
+      f"[yellow]Stopped after round {point.rounds}: the next round would cross {told}[/]"
     )

@@ -178,10 +178,15 @@ def _baseline_curves(
   pooled = baselines["pooled"]["curve"]
   rounds = np.array([point["round"] for point in pooled])
   yield "pooled data", POOLED, "--", (rounds, _array([point["all"][key] for point in pooled]))
-  curves = [hospital["curve"] for hospital in baselines["alone"]]
-  values = _array([[point["all"][key] for point in curve] for curve in curves])
+  # Budgets may end each of them after another round: it stays where it ended.
+  known = [
+    {point["round"]: point["all"][key] for point in hospital["curve"]}
+    for hospital in baselines["alone"]
+  ]
+  every = sorted({round for curve in known for round in curve})
+  values = _array([[curve[max(r for r in curve if r <= at)] for at in every] for curve in known])
   keep = [column for column in range(values.shape[1]) if not _all_nan(values[:, column])]
-  rounds = np.array([curves[0][column]["round"] for column in keep])
+  rounds = np.array([every[column] for column in keep])
   yield "alone (mean)", ALONE, "-.", (rounds, np.nanmean(values[:, keep], axis=0))
 
 

@@ -21,7 +21,7 @@ from fedjax_med.federated.algorithm import RoundMetrics, Tree
 from fedjax_med.privacy import ledger
 from fedjax_med.privacy.calibration import affordable_steps
 from fedjax_med.privacy.clipping import TWO_PASS_GAP
-from fedjax_med.privacy.guarantees import NO_PRIVACY, Guarantee, privacy_record
+from fedjax_med.privacy.guarantees import NO_PRIVACY, Guarantee, baseline_gaps, privacy_record
 from fedjax_med.privacy.guarantees import spent as epsilons_of
 from fedjax_med.simulation.mesh import replicate, replicated
 from fedjax_med.simulation.rounds import NEVER, BlockMetrics, SimulationState
@@ -140,7 +140,9 @@ def write_privacy(
       files.write_json(folder / "privacy.json", NO_PRIVACY)
     return None
   book = ledger.record(folder, book, rounds, releases(experiment, rounds, steps))
-  gaps = (TWO_PASS_GAP,) if experiment.program.plan.clipping == "two_pass" else ()
+  gaps = [TWO_PASS_GAP] if experiment.program.plan.clipping == "two_pass" else []
+  if experiment.config.eval.local_baselines or (folder / "baselines").exists():
+    gaps += baseline_gaps(experiment.guarantees)
   record = privacy_record(experiment.guarantees, book.counts, gaps)
   files.write_json(folder / "privacy.json", {**record, "ledger": book.head})
   return book

@@ -301,6 +301,7 @@ def decide(
       "rows": subject.rows_per_unit,
       "examples": [int(np.median(subject.counts)), subject.arguments[1].indices.shape[1]],
       "cohort": subject.cohort,
+      "bands": config.privacy.bands,
     }
     seconds = kept_seconds(config, about, lambda c: time_chunk(with_chunk(c)[0]), chunks)
     chunk, why = probed_chunk(seconds, subject.steps, devices)

@@ -148,6 +148,7 @@ def make_program(
   def init_memory(params: Any) -> Any:
     return empty_memory(params, bands) if bands > 1 else ()
 
+  counts = -(-counts // bands)  # a step draws from one of as many subsets
   rates = np.minimum(1, client.batch_size / counts)
 
   def lowering_on(devices: int) -> tuple[Lowering, str]:

@@ -98,7 +98,13 @@ def protect(
 def _mechanisms(
   config: Config, counts: np.ndarray, steps: np.ndarray
 ) -> tuple[tuple[PoissonGaussian, ...], tuple[float, ...]]:
-  privacy = config.privacy
+  privacy, smallest = config.privacy, int(np.min(counts))
+  require(
+    privacy.bands == 1 or privacy.bands * config.client.batch_size <= smallest,
+    f"privacy.bands={privacy.bands} times client.batch_size={config.client.batch_size} exceeds the"
+    f" {smallest} units of a hospital, whose batches would be smaller than asked for",
+    "lower one of them",
+  )
   mechanisms = plan_mechanisms(
     counts,
     config.client.batch_size,

@@ -52,7 +52,7 @@ GUARANTEE = {
   "unit": str, "protects": str, "adjacency": str, "mechanism": str, "holds_against": [str],
   "not_against": [str], "accountant": dict, "epsilon_max": NUMBER,
   "parties": [
-    {"name": str, "n": int, "coefficients": [float], "sampling_probability": NUMBER,
+    {"name": str, "n": int, "sampling_probability": NUMBER,
      "batch_cap": int, "noise_multiplier": NUMBER, "clip_norm": NUMBER, "steps": int,
      "delta": NUMBER, "epsilon": NUMBER},
   ],
@@ -168,12 +168,7 @@ def load(workdir: pathlib.Path) -> dict[str, Any]:
   if baselines is not None:
     _same_hospitals(names, baselines["alone"], workdir / "baselines.json")
     curves = [row["curve"] for row in (baselines["pooled"], *baselines["alone"])]
-    rounds = [[point["round"] for point in curve] for curve in curves]
-    require(
-      rounds[0] != [] and all(row == rounds[0] for row in rounds),
-      f"{workdir / 'baselines.json'} has curves that are empty or of different rounds",
-      RESTORE,
-    )
+    require(all(curves), f"{workdir / 'baselines.json'} has curves that are empty", RESTORE)
   return {**run, "log": log, "baselines": baselines}
 
 

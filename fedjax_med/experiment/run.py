@@ -92,7 +92,8 @@ def run(
   compiling = start_compiling(experiment)
   terminal.describe(console, experiment, *planned(experiment), num_parameters(experiment))
   if is_first():
-    for stale in ("summary.json", "report.html"):  # of a shorter run that is now extended
+    # Of a shorter run that is now extended.
+    for stale in ("summary.json", "report.html", "privacy_statement.md"):
       (folder / stale).unlink(missing_ok=True)
   files.write_json(folder / "config.json", config_record(experiment, command))
   files.write_json(folder / "hospitals.json", hospital_record(experiment.hospitals))

@@ -195,6 +195,10 @@ def private_gradient(
     where = (client.number, context.round, context.step)
     units, bands = client.units, client.coefficients
     sampler = poisson_batch
+    # ε of one kind of noise must not stand beside releases with the other.
+    kept = 0 if memory == () else len(jax.tree.leaves(memory.noise)[0]) + 1
+    if kept != (0 if bands is None else len(bands)):
+      raise ValueError(f"coefficients {bands} do not go with a memory of {kept} bands")
     if bands is not None:
       sampler = functools.partial(banded_batch, step=memory.step, bands=bands.shape[0])
     slots, mask = sampler(

@@ -1,6 +1,11 @@
 """Networks by name, and the way from a model config to a network."""
 
+import functools
+import hashlib
+import inspect
+import pathlib
 from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -36,6 +41,26 @@ def register(name: str, constructor: Callable[..., nn.Module]) -> None:
     "choose another name",
   )
   MODELS[name] = constructor
+
+
+def code_of(name: str) -> str:
+  """Digest of the source of a network that was registered; empty for this package's own.
+
+  Two networks of one name are two trainings: with the same random keys the difference of their
+  releases would have no noise.
+  """
+  constructor: Any = MODELS[name]
+  while isinstance(constructor, functools.partial):
+    constructor = constructor.func
+  if getattr(constructor, "__module__", "").startswith("fedjax_med."):
+    return ""
+  try:
+    source = pathlib.Path(inspect.getsourcefile(constructor) or "").read_bytes()
+  except (TypeError, OSError):  # typed into a session
+    code: Any = getattr(constructor, "__code__", None)
+    require(code is not None, f"the source of model '{name}' cannot be read", "put it in a file")
+    source = code.co_code + repr(code.co_consts).encode()
+  return hashlib.sha256(source).hexdigest()
 
 
 def create_module(config: ModelConfig, num_classes: int) -> nn.Module:

@@ -5,6 +5,7 @@ Refuses a ledger that was edited or that privacy.json does not agree with (exit 
 """
 
 import json
+import math
 import pathlib
 from typing import Any
 
@@ -14,7 +15,7 @@ from fedjax_med.core.errors import UserError, require
 from fedjax_med.flags import run_main
 from fedjax_med.privacy import ledger as ledgers
 from fedjax_med.privacy.accounting import MIN_DELTA, check_delta, epsilon
-from fedjax_med.privacy.guarantees import UNITS, Guarantee
+from fedjax_med.privacy.guarantees import UNITS, Guarantee, privacy_record
 
 _WORKDIR = flags.DEFINE_string("workdir", "", "Folder of the run.")
 _DELTA = flags.DEFINE_float("delta", 0.0, "δ instead of each hospital's own; 0 keeps those.")
@@ -110,12 +111,35 @@ def _require_agreement(folder: pathlib.Path, ledger: ledgers.Ledger) -> None:
   first = len(ledger.guarantees[0].names)
   _require_equal(path, "the largest ε", largest, max(values[:first]))
   require(head == ledger.head, f"{path} names ledger {head}, the file is {ledger.head}", remedy)
+  _require_words(path, claimed, privacy_record(ledger.guarantees, ledger.counts), remedy)
+
+
+def _require_words(
+  path: pathlib.Path, claimed: dict[str, Any], truth: dict[str, Any], remedy: str
+) -> None:
+  """What is not a number that was compared before must be as the ledger's guarantees have it."""
+  same = ("unit", "protects", "adjacency", "mechanism", "holds_against", "not_against")
+  for said, is_so in zip(claimed["guarantees"], truth["guarantees"], strict=True):
+    for key in same:
+      require(
+        said.get(key) == is_so[key], f"{path} has another '{key}' than its ledger gives", remedy
+      )
+    for party, own in zip(said["parties"], is_so["parties"], strict=True):
+      for key in own.keys() - {"epsilon", "delta", "steps"}:
+        require(
+          party.get(key) == own[key],
+          f"{path} says {key} at '{own['name']}' is {party.get(key)}, the ledger {own[key]}",
+          remedy,
+        )
+  missing = [gap for gap in truth["not_covered"] if gap not in claimed.get("not_covered", [])]
+  require(not missing, f"{path} leaves out what is not covered: '{missing[:1]}'", remedy)
 
 
 def _require_equal(path: pathlib.Path, what: str, claim: Any, truth: float) -> None:
-  number = isinstance(claim, int | float)
+  number = isinstance(claim, int | float) and not isinstance(claim, bool)
+  near = number and math.isfinite(truth) and abs(claim - truth) <= TOLERANCE * abs(truth)
   require(
-    number and (claim == truth or abs(claim - truth) <= TOLERANCE * abs(truth)),
+    number and (claim == truth or near),
     f"{path} says {what} is {claim}, the ledger gives {truth:.12g}",
     "one of the two was edited or is of another run: restore it",
   )

@@ -64,6 +64,12 @@ def round_up(epsilon: float | None) -> str:
   return str(decimal.Decimal(repr(float(epsilon))).quantize(step, rounding=decimal.ROUND_CEILING))
 
 
+def ceil_digits(value: float, digits: int = 2) -> str:
+  """A δ or a factor for people: so many significant digits, rounded up."""
+  context = decimal.Context(prec=digits, rounding=decimal.ROUND_CEILING)
+  return f"{float(context.create_decimal(repr(float(value)))):g}"
+
+
 def epsilon(mechanism: PoissonGaussian, steps: int, delta: float, accountant: str = "pld") -> float:
   """ε of ``steps`` steps at ``delta``: 0 without steps, infinite without noise.
 

@@ -131,13 +131,26 @@ def spent(guarantee: Guarantee, counts: Sequence[int] | np.ndarray) -> tuple[flo
   return tuple(epsilon(*row) for row in rows)
 
 
+# What a checkpoint holds where noise is correlated.
+BANDS_GAP = (
+  "Checkpoints hold the noise of the last steps, which later steps take back: whoever has one, and"
+  " the models before and after it, can subtract the noise. Give checkpoints to nobody; the weights"
+  " alone are safe to share."
+)
+
+
 def _mechanism(guarantee: Guarantee) -> str:
-  bands = max(mechanism.bands for mechanism in guarantee.mechanisms)
-  correlated = (
-    f"; noise correlated over {bands} steps (banded matrix factorisation), each of which draws from"
-    f" another of {bands} fixed subsets"
+  bands, unit = max(mechanism.bands for mechanism in guarantee.mechanisms), guarantee.unit
+  if bands == 1:
+    return UNITS[unit].mechanism
+  return (
+    "DP-SGD at the hospital with correlated noise (banded matrix factorisation): in each local step"
+    f" a Poisson sample of one of {bands} fixed subsets of the {unit}s, which take turns, cut to"
+    f" batch_cap; the gradient of each {unit} clipped to clip_norm; on the sum Gaussian noise of"
+    " noise_multiplier * clip_norm, multiplied by the inverse of a banded matrix whose columns have"
+    f" norm 1; a fixed denominator. T steps count as T / {bands} releases, rounded up, and the"
+    " sampling probability is that within a subset"
   )
-  return UNITS[guarantee.unit].mechanism + (correlated if bands > 1 else "")
 
 
 def describe(guarantee: Guarantee, counts: Sequence[int] | np.ndarray) -> dict[str, Any]:
@@ -180,6 +193,26 @@ def describe(guarantee: Guarantee, counts: Sequence[int] | np.ndarray) -> dict[s
   }
 
 
+def baseline_gaps(guarantees: Sequence[Guarantee]) -> list[str]:
+  """What a run with baselines (hospitals alone, pooled data) has to say besides."""
+  units = {guarantee.unit for guarantee in guarantees}
+  local, gaps = units - {"client"}, []
+  if local:
+    gaps.append(
+      "The baselines are further trainings on the same records, each with noise of its own"
+      " (baselines_epsilon says their ε where they have ended): a hospital that releases the"
+      " federation's model, its own and the pooled one spends at most the sum of their ε and of"
+      " their δ. Whoever pools the images for the pooled one sees them all."
+    )
+  if "client" in units:
+    others = "" if local else ", and no other: they are trained WITHOUT NOISE"
+    gaps.append(
+      "The baselines (each hospital's own model, and the one of pooled data) have no guarantee for"
+      f" whole hospitals{others}."
+    )
+  return gaps
+
+
 def privacy_record(
   guarantees: Sequence[Guarantee],
   counts: Sequence[Sequence[int] | np.ndarray],
@@ -196,6 +229,8 @@ def privacy_record(
   if not guarantees:
     return NO_PRIVACY
   described = [describe(*each) for each in zip(guarantees, counts, strict=True)]
+  if any(mechanism.bands > 1 for guarantee in guarantees for mechanism in guarantee.mechanisms):
+    gaps = [BANDS_GAP, *gaps]
   units = {guarantee.unit for guarantee in guarantees}
   return {
     "mechanism": "; ".join(map(_mechanism, guarantees)),

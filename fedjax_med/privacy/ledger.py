@@ -190,11 +190,9 @@ def _from_json(value: dict[str, Any]) -> Guarantee:
 
 
 def _mechanism(party: dict[str, Any]) -> PoissonGaussian:
-  values: dict[str, Any] = {
-    field.name: party[field.name] for field in dataclasses.fields(PoissonGaussian)
-  }
-  values["coefficients"] = tuple(values["coefficients"])
-  return PoissonGaussian(**values)
+  party = {"coefficients": [1.0], **party}  # ledgers of before there was correlated noise
+  values = {field.name: party[field.name] for field in dataclasses.fields(PoissonGaussian)}
+  return PoissonGaussian(**{**values, "coefficients": tuple(values["coefficients"])})
 
 
 def _digest(previous: str, content: dict[str, Any]) -> str:

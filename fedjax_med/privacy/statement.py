@@ -3,7 +3,7 @@
 import math
 from typing import Any
 
-from fedjax_med.privacy.accounting import round_up
+from fedjax_med.privacy.accounting import ceil_digits, round_up
 from fedjax_med.privacy.guarantees import UNITS
 from fedjax_med.privacy.mechanism import PoissonGaussian
 from fedjax_med.privacy.tuning import tuned_epsilon
@@ -30,7 +30,7 @@ def tuning_costs(guarantee: dict[str, Any]) -> list[dict[str, Any]]:
     worst["batch_cap"],
     worst["noise_multiplier"],
     worst["clip_norm"],
-    tuple(worst["coefficients"]),
+    tuple(worst.get("coefficients", [1.0])),
   )
   costs = []
   for runs in RUNS:
@@ -120,12 +120,19 @@ def _found(found: dict[str, Any], confidence: float) -> str:
 def _strength(epsilon: float, delta: float, protects: str) -> str:
   if math.isinf(epsilon):
     return "not at all (ε = ∞): a party trained without noise, and nothing bounds what is revealed."
-  factor = f"{math.exp(epsilon):,.1f}" if epsilon < 15 else f"10^{epsilon / math.log(10):.1f}"
+  factor = f"10^{ceil_digits(epsilon / math.log(10), 3)}"
+  if epsilon < 15:
+    factor = ceil_digits(math.exp(epsilon), 3)
+  weak = (
+    f" δ IS LARGE: in up to one of {math.floor(1 / delta)} cases nothing at all is promised; give a"
+    " smaller one (privacy.delta, client_privacy.delta)."
+  )
   return (
-    f"ε ≤ {round_up(epsilon)} at δ = {delta:.2g}. Whatever can be computed from what this run gives"
-    f" out, its probability changes by at most a factor of e^ε = {factor} if {protects} is taken"
-    " away, but for a probability of δ. ε = 0 would be perfect; values up to 1 are strong, up to"
-    " about 10 in common use, above that the formal promise is weak."
+    f"ε ≤ {round_up(epsilon)} at δ = {ceil_digits(delta)}. Whatever can be computed from the models"
+    " that this run gives out (not from its logs and scores, see below), its probability changes by"
+    f" at most a factor of e^ε = {factor} if {protects} is taken away, but for a probability of δ."
+    " ε = 0 would be perfect; values up to 1 are strong, up to about 10 in common use, above that"
+    f" the formal promise is weak.{weak if delta > 0.01 else ''}"
   )
 
 
@@ -152,7 +159,7 @@ def _guarantee(guarantee: dict[str, Any]) -> list[str]:
     lines.append(
       f"| {party['name']} | {party['n']} | {party['sampling_probability']:.4f}"
       f" | {party['batch_cap']} | {party['noise_multiplier']:.3f} | {party['clip_norm']:.3g}"
-      f" | {party['steps']} | {party['delta']:.2g} | {round_up(party['epsilon'])} |"
+      f" | {party['steps']} | {ceil_digits(party['delta'])} | {round_up(party['epsilon'])} |"
     )
   accountant = guarantee["accountant"]
   lines += [
@@ -171,5 +178,7 @@ def _guarantee(guarantee: dict[str, Any]) -> list[str]:
     if cost["epsilon"] is None:
       lines.append(f"| {cost['runs']} | no bound: δ would reach 1/n; raise the batch cap | |")
     else:
-      lines.append(f"| {cost['runs']} | {round_up(cost['epsilon'])} | {cost['delta']:.2g} |")
+      lines.append(
+        f"| {cost['runs']} | {round_up(cost['epsilon'])} | {ceil_digits(cost['delta'])} |"
+      )
   return [*lines, ""]

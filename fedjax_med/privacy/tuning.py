@@ -33,9 +33,11 @@ def tuned_epsilon(
 
   require(mean_runs > 1, f"mean_runs={mean_runs} must be above 1", "use 10")
   check_delta(delta, mechanism.num_units)
+  if steps == 0:
+    return 0.0, delta
   compositions = mechanism.compositions(steps)
   total = delta + mean_runs * compositions * cut_probability(mechanism)
-  if total >= 1 / mechanism.num_units or mechanism.noise_multiplier == 0 or steps == 0:
+  if total >= 1 / mechanism.num_units or mechanism.noise_multiplier == 0:
     return None
   step = dp_accounting.PoissonSampledDpEvent(
     mechanism.drawn_probability, dp_accounting.GaussianDpEvent(mechanism.accounted_noise_multiplier)

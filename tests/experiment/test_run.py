@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import html
+import importlib.util
 import json
 import os
 import pathlib
@@ -20,13 +21,16 @@ import pytest
 
 from configs.smoke import get_config
 from fedjax_med.core.errors import UserError
+from fedjax_med.core.validation import validate
 from fedjax_med.data.dataset import client_rows
 from fedjax_med.data.hospitals import load_hospitals
 from fedjax_med.experiment import build
 from fedjax_med.experiment import run as runs
 from fedjax_med.experiment.loop import train_rounds
+from fedjax_med.models.registry import MODELS
 from fedjax_med.privacy import __main__ as command
 from fedjax_med.privacy import ledger
+from fedjax_med.privacy.banded import Memory
 from fedjax_med.privacy.clipping import TWO_PASS_GAP
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -44,6 +48,10 @@ def run(folder: pathlib.Path, **changes):
     setattr(getattr(config, section) if name else config, name or section, value)
   runs.run(config, folder, "smoke", "test")
   return json.loads((folder / "summary.json").read_text())
+
+
+def is_memory(leaf) -> bool:
+  return isinstance(leaf, Memory)
 
 
 def metrics(folder: pathlib.Path) -> list[dict]:
@@ -108,7 +116,8 @@ def test_privacy_file_states_the_mechanism_that_ran(finished):
 
 def test_correlated_noise_survives_resuming_and_is_in_ledger_statement_and_privacy_file(tmp_path):
   whole, parts = tmp_path / "whole", tmp_path / "parts"
-  changes = {"privacy__bands": 3, "server__num_rounds": 4, "eval__every": 2}
+  changes = {"privacy__bands": 3, "client__batch_size": 6}
+  changes |= {"server__num_rounds": 4, "eval__every": 2}
   expected = run(whole, **changes)
 
   def killed(experiment, folder, listen, *rest):
@@ -126,8 +135,8 @@ def test_correlated_noise_survives_resuming_and_is_in_ledger_statement_and_priva
   found = run(parts, **changes)
   assert found["weights_sha256"] == expected["weights_sha256"]
   (guarantee,) = json.loads((parts / "privacy.json").read_text())["guarantees"]
-  assert "correlated over 3 steps" in guarantee["mechanism"]
-  assert "correlated over 3 steps" in (parts / "privacy_statement.md").read_text()
+  assert "one of 3 fixed subsets" in guarantee["mechanism"]
+  assert "one of 3 fixed subsets" in (parts / "privacy_statement.md").read_text()
   for party in guarantee["parties"]:
     assert len(party["coefficients"]) == 3
     assert party["sampling_probability"] == pytest.approx(min(1, 3 * 16 / party["n"]))
@@ -426,6 +435,110 @@ def test_baselines_say_what_does_not_protect_them(tmp_path, unit):
   assert ("further trainings on the same records" in gaps) == (unit == "record")
   assert record["not_covered"][-1] in (tmp_path / "privacy_statement.md").read_text()
   assert record["not_covered"][-1] in html.unescape((tmp_path / "report.html").read_text())
+
+
+def test_baselines_that_ended_are_told_also_by_a_later_start_without_them(tmp_path):
+  run(tmp_path, eval__local_baselines=True, server__num_rounds=2)
+  run(tmp_path, server__num_rounds=2)
+  record = json.loads((tmp_path / "privacy.json").read_text())
+  assert any("further trainings on the same records" in gap for gap in record["not_covered"])
+
+
+def test_baselines_that_end_at_budgets_of_their_own_are_reported(tmp_path):
+  summary = run(
+    tmp_path,
+    eval__local_baselines=True,
+    eval__every=1,
+    server__num_rounds=12,
+    partition__scheme="quantity",
+    partition__alpha=0.5,
+    privacy__target_epsilon=4.0,
+  )
+  assert summary["stopped"] == "budget"
+  curves = json.loads((tmp_path / "baselines.json").read_text())["alone"]
+  ends = [curve["curve"][-1]["round"] for curve in curves]
+  assert len(set(ends)) > 1
+  page = (tmp_path / "report.html").read_text()
+  assert f"alone after\n{min(ends)} to {max(ends)}." in page
+
+
+def test_a_run_that_is_extended_has_no_statement_of_the_shorter_one(tmp_path, monkeypatch):
+  run(tmp_path, server__num_rounds=2)
+  assert (tmp_path / "privacy_statement.md").exists()
+
+  def killed(*_):
+    raise KeyboardInterrupt
+
+  monkeypatch.setattr(runs, "train_rounds", killed)
+  with pytest.raises(KeyboardInterrupt):
+    run(tmp_path, server__num_rounds=6)
+  assert not (tmp_path / "privacy_statement.md").exists()
+
+
+def test_networks_of_one_name_and_other_code_never_share_noise(tmp_path, monkeypatch):
+  config, code = get_config(), (ROOT / "fedjax_med" / "models" / "cnn.py").read_text()
+  config.model.name = "mine"
+  hospitals = load_hospitals(config)
+
+  def built(text):
+    path = tmp_path / f"mine{len(list(tmp_path.iterdir()))}.py"
+    path.write_text(text)
+    spec = importlib.util.spec_from_file_location("mine", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.setitem(MODELS, "mine", module.linear)
+    return build.federation(config, hospitals).run_id
+
+  same = built(code)
+  assert built(code) == same
+  assert built(code + "# other code\n") != same
+
+
+def test_correlated_noise_goes_on_from_every_step_that_was_taken(tmp_path):
+  config = get_config()
+  config.model.name, config.privacy.bands, config.client.batch_size = "linear", 2, 8
+  config.server.participation, config.server.participation_rate = "poisson", 0.5
+  experiment = build.build(config, load_hospitals(config))
+  assert experiment.local is not None
+  np.testing.assert_array_equal(
+    experiment.clients.coefficients,
+    np.array([m.coefficients for m in experiment.local.mechanisms], np.float32),
+  )
+  state = train_rounds(experiment, tmp_path, lambda _: None).state
+  (memory,) = [leaf for leaf in jax.tree.leaves(state.kept, is_leaf=is_memory) if is_memory(leaf)]
+  np.testing.assert_array_equal(memory.step, state.steps)
+  assert len(set(np.asarray(state.steps).tolist())) > 1
+  bare = experiment._replace(clients=experiment.clients._replace(coefficients=None))
+  with pytest.raises(ValueError, match="do not go with a memory of 2 bands"):
+    train_rounds(bare, tmp_path / "bare", lambda _: None)
+
+
+@pytest.mark.parametrize(
+  ("changes", "sentence"),
+  [
+    ({"privacy__bands": 5}, "privacy.bands=5 times client.batch_size=16 exceeds the"),
+    (
+      {"privacy__bands": 2, "privacy__solve_for": "rounds", "privacy__target_epsilon": 3.0},
+      "which privacy.solve_for='rounds' leaves open",
+    ),
+    ({"privacy__target_epsilon": 1e-9}, "privacy.target_epsilon=1e-09 is under 1e-06"),
+  ],
+)
+def test_what_correlated_noise_cannot_do_is_a_sentence(tmp_path, changes, sentence):
+  config = get_config()
+  for path, value in changes.items():
+    section, _, name = path.partition("__")
+    setattr(getattr(config, section), name, value)
+
+  def start():
+    validate(config)
+    build.build(config, load_hospitals(config))
+
+  with pytest.raises(UserError) as error:
+    start()
+  assert sentence in str(error.value)
 
 
 def test_rounding_that_has_no_bound_is_told(tmp_path):

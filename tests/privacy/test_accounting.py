@@ -334,3 +334,11 @@ def test_a_calibrated_run_affords_the_steps_it_was_calibrated_for():
 )
 def test_epsilon_is_never_rounded_down(value, shown):
   assert round_up(value) == shown
+
+
+@pytest.mark.parametrize(
+  ("value", "shown"),
+  [(1 / 30, "0.034"), (1e-4, "0.0001"), (4.01e-5, "4.1e-05"), (np.float64(0.02), "0.02")],
+)
+def test_delta_is_never_rounded_down(value, shown):
+  assert accounting.ceil_digits(value) == shown

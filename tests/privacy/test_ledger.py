@@ -179,6 +179,11 @@ def test_epsilon_is_recomputed_from_the_ledger_alone_at_any_delta(tmp_path):
     (("epsilon_max",), None, "the largest ε is None"),
     (("ledger",), "0" * 64, "names ledger 0000"),
     (("guarantees",), [], "about 0 parties, the ledger about 3"),
+    (("guarantees", 0, "parties", 0, "noise_multiplier"), 99.0, "noise_multiplier at 'hospital 1'"),
+    (("guarantees", 0, "parties", 1, "n"), 10**6, "n at 'hospital 2' is 1000000"),
+    (("guarantees", 0, "parties", 1, "coefficients"), [0.8, 0.6], "coefficients at 'hospital 2'"),
+    (("guarantees", 0, "protects"), "everybody", "another 'protects' than its ledger"),
+    (("not_covered",), [], "leaves out what is not covered"),
   ],
 )
 def test_a_privacy_file_that_claims_something_else_is_refused(tmp_path, path, value, message):
@@ -192,3 +197,21 @@ def test_a_privacy_file_that_claims_something_else_is_refused(tmp_path, path, va
   file.write_text(json.dumps(record))
   with pytest.raises(UserError, match=message):
     command.recompute(tmp_path)
+
+
+def test_no_finite_claim_stands_beside_a_ledger_without_noise(tmp_path):
+  bare = Guarantee("record", ("North",), (PoissonGaussian(60, 0.2, 28, 0.0, 1.0),), (1e-3,))
+  book = ledger.record(tmp_path, ledger.start(tmp_path, "abc", (bare,)), 1, [[2]])
+  record = {**privacy_record((bare,), book.counts), "ledger": book.head}
+  record["epsilon_max"] = record["guarantees"][0]["parties"][0]["epsilon"] = 0.5
+  (tmp_path / "privacy.json").write_text(json.dumps(record))
+  with pytest.raises(UserError, match=r"is 0\.5, the ledger gives inf"):
+    command.recompute(tmp_path)
+
+
+def test_a_ledger_of_before_correlated_noise_is_read(tmp_path):
+  old = ledger._to_json(LOCAL)
+  for party in old["parties"]:
+    del party["coefficients"]
+  ledger._append(tmp_path / ledger.FILE, "", {"run_id": "abc", "guarantees": [old]})
+  assert ledger.read(tmp_path).guarantees == (LOCAL,)

@@ -5,13 +5,14 @@ import pytest
 from dp_accounting import dp_event, rdp
 
 from fedjax_med.core.errors import UserError
-from fedjax_med.privacy.accounting import RDP_ORDERS, epsilon, round_up
-from fedjax_med.privacy.guarantees import NO_PRIVACY, UNITS, Guarantee, privacy_record
+from fedjax_med.privacy.accounting import RDP_ORDERS, ceil_digits, epsilon, round_up
+from fedjax_med.privacy.guarantees import BANDS_GAP, NO_PRIVACY, UNITS, Guarantee, privacy_record
 from fedjax_med.privacy.mechanism import PoissonGaussian
 from fedjax_med.privacy.statement import ASSUMPTIONS, tuning_costs, write_out
 from fedjax_med.privacy.tuning import tuned_epsilon
 
 MECHANISM = PoissonGaussian(200, 0.2, 72, 1.5, 1.0)
+RECORD_ONLY = Guarantee("record", ("North",), (MECHANISM,), (4e-4,))
 RECORD = privacy_record(
   [
     Guarantee("patient", ("North", "South"), (MECHANISM, MECHANISM), (4e-4, 3e-4)),
@@ -35,7 +36,7 @@ def test_everything_a_data_officer_asks_for_is_there():
       assert phrase in text
     for party in guarantee["parties"]:
       assert f"| {party['name']} | {party['n']} |" in text
-      assert f"| {party['delta']:.2g} | {round_up(party['epsilon'])} |" in text
+      assert f"| {ceil_digits(party['delta'])} | {round_up(party['epsilon'])} |" in text
   assert f"**not** against {UNITS['client'].not_against[0]}" in text
   for phrase in (*RECORD["not_covered"], *ASSUMPTIONS, "No audit was made", "5e5e"):
     assert phrase in text
@@ -97,6 +98,24 @@ def test_a_claim_without_worth_is_called_so(sigma, strength):
   weak = PoissonGaussian(200, 0.2, 72, sigma, 1.0)
   record = privacy_record([Guarantee("record", ("North",), (weak,), (4e-4,))], [[3]])
   assert strength in write_out(record, "abc")
+
+
+def test_a_delta_that_promises_little_is_called_so():
+  three = Guarantee("client", ("all",), (PoissonGaussian(3, 1.0, 3, 4.0, 0.5),), (1 / 30,))
+  text = write_out(privacy_record([three], [[6]]), "abc")
+  assert "at δ = 0.034." in text
+  assert "δ IS LARGE: in up to one of 30 cases nothing at all is promised" in text
+  assert "IS LARGE" not in write_out(privacy_record([RECORD_ONLY], [[6]]), "abc")
+
+
+def test_correlated_noise_is_described_as_it_is_and_its_checkpoints_are_secret():
+  banded = PoissonGaussian(60, 0.4, 30, 1.3, 1.0, (0.8, 0.6))
+  guarantee = Guarantee("record", ("North",), (banded,), (1e-3,))
+  text = write_out(privacy_record([guarantee], [[5]]), "abc")
+  assert "one of 2 fixed subsets of the records, which take turns" in text
+  assert "T / 2 releases, rounded up" in text
+  assert BANDS_GAP in text
+  assert BANDS_GAP not in write_out(RECORD, "abc")
 
 
 def test_choosing_the_best_of_many_runs_costs_more_the_more_there_are():
