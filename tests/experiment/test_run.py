@@ -139,7 +139,7 @@ def test_correlated_noise_survives_resuming_and_is_in_ledger_statement_and_priva
   assert "one of 3 fixed subsets" in (parts / "privacy_statement.md").read_text()
   for party in guarantee["parties"]:
     assert len(party["coefficients"]) == 3
-    assert party["sampling_probability"] == pytest.approx(min(1, 3 * 16 / party["n"]))
+    assert party["sampling_probability"] == pytest.approx(min(1, 3 * 6 / party["n"]))
   assert command.recompute(parts)["epsilon_max"] == pytest.approx(guarantee["epsilon_max"])
 
 
