@@ -29,7 +29,7 @@ def get_sweep() -> list[dict[str, Any]]:
         "partition.scheme": "iid" if iid else "dirichlet",
         "partition.alpha": 1.0 if iid else alpha,
         "privacy.target_epsilon": epsilon,
-        # Chosen apart, with and without privacy, on other seeds (README.md).
+        # Not tuned yet (README.md).
         "client.learning_rate": 0.1 if math.isinf(epsilon) else 0.5,
         "seed": seed,
       }
