@@ -49,6 +49,7 @@ def code_of(name: str) -> str:
   Two networks of one name are two trainings: with the same random keys the difference of their
   releases would have no noise.
   """
+  require_choice("model.name", name, MODELS)
   constructor: Any = MODELS[name]
   while isinstance(constructor, functools.partial):
     constructor = constructor.func
