@@ -261,7 +261,9 @@ def _frontier(
     def x_of(arm: dict[str, Any]) -> float:
       return arm["epsilon"] if log else float(arm["values"][moved[0]])
 
-    own = sorted((arm for arm in own if arm["stats"]["auroc"]["n"]), key=x_of)
+    # Arms that all diverged have no place, nor has ε = 0 (no round was affordable) on a log axis.
+    shown = [arm for arm in own if arm["stats"]["auroc"]["n"] and (x_of(arm) > 0 or not log)]
+    own = sorted(shown, key=x_of)
     stats = [arm["stats"]["auroc"] for arm in own]
     alone = np.array([arm["stats"]["alone.auroc"]["mean"] for arm in own], float)
     mean, low, high = (np.array([each[key] for each in stats], float) for key in ENDS)

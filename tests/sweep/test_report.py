@@ -135,6 +135,18 @@ def test_many_lines_are_shared_out_to_panels_by_the_first_axes():
   assert all(list(line.x) == [1.0, 8.0] for lines in panels.values() for line in lines)
 
 
+def test_an_arm_of_which_no_round_was_affordable_is_not_on_the_logarithmic_axis():
+  stats = {key: {"n": 1, "mean": 0.5, "low": 0.4, "high": 0.6} for key in ("auroc", "alone.auroc")}
+  arms = [
+    {"values": {SIGMA: sigma}, "epsilon": epsilon, "stats": stats}
+    for sigma, epsilon in ((0.5, 0.0), (1.0, 7.6), (4.0, 1.6))
+  ]
+  frontier = report._frontier([SIGMA], arms)
+  assert frontier is not None
+  (((_, (line,)),), _, _) = frontier
+  assert list(line.x) == [1.6, 7.6]
+
+
 def test_several_runs_by_themselves_are_compared_by_what_differs(swept, tmp_path):
   folders = [table.folder_of(swept, number) for number in (0, 4)]
   path = report.write(report.of_runs(folders), tmp_path / "both")
