@@ -104,7 +104,7 @@ def main() -> None:
       for number, config in enumerate(configs)
     ]
 
-  planned = plan_points(base, points, range(len(points)), ("init", "sampling"))
+  planned = plan_points(points, configs, range(len(points)))
   (group,) = groups(planned)
   program, shapes = plan_together([each.case for each in group])
   mesh, dataset = program.devices.mesh, group[0].case.hospitals.dataset

@@ -79,8 +79,9 @@ def load_config(whole: bool = True) -> Config:
 def run_main(main: Callable[[list[str]], None]) -> None:
   """Parses the command line and runs ``main`` with what is left of it (program name first).
 
-  Exits with code 2 after a UserError or a wrong command line (one line on stderr, with --debug
-  the traceback as well), 130 after Ctrl-C, 0 after --help. Other exceptions are bugs and pass.
+  Exits with code 2 after a UserError, a file that the system refuses or a wrong command line (one
+  line on stderr, with --debug the traceback as well), 130 after Ctrl-C, 0 after --help. Other
+  exceptions are bugs and pass.
   """
   if any(argument in _HELP for argument in sys.argv[1:]):
     try:
@@ -94,6 +95,14 @@ def run_main(main: Callable[[list[str]], None]) -> None:
     if flags.FLAGS["debug"].value or "--debug" in sys.argv:  # the latter if parsing failed
       traceback.print_exc()
     _fail(f"error: {error}", 2)
+  except OSError as error:  # whatever the file system refuses, a full disk for one
+    if flags.FLAGS["debug"].value:
+      traceback.print_exc()
+    _fail(
+      f"error: {error.filename or 'a file'}: {error.strerror or error}; make it readable and"
+      " writable, free space, or name other folders (--workdir, data.path, data.cache_dir)",
+      2,
+    )
   except KeyboardInterrupt:
     _fail("interrupted", 130)
 

@@ -14,7 +14,7 @@ from typing import Any
 from absl import flags
 from ml_collections import config_flags
 
-from fedjax_med.core.errors import UserError, require
+from fedjax_med.core.errors import require
 from fedjax_med.data.hospitals import load_hospitals
 from fedjax_med.flags import define_config, load_config, run_main
 
@@ -69,16 +69,10 @@ def main(_: list[str]) -> None:
   use_compilation_cache(config.execution.compilation_cache)
   name = pathlib.Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
   command = shlex.join(["python", "-m", "fedjax_med.train", *sys.argv[1:]])
-  try:
-    if values.dry_run:
-      run.dry_run(config, hospitals)
-    else:
-      run.run(config, pathlib.Path(values.workdir).expanduser(), name, command, hospitals)
-  except OSError as error:  # whatever the file system refuses, a full disk for one
-    raise UserError(
-      f"{error.filename or values.workdir}: {error.strerror or error}; make it readable and"
-      " writable, free space, or name other folders (--workdir, data.path, data.cache_dir)"
-    ) from error
+  if values.dry_run:
+    run.dry_run(config, hospitals)
+  else:
+    run.run(config, pathlib.Path(values.workdir).expanduser(), name, command, hospitals)
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ GRID = ("--grid=privacy.noise_multiplier=0.5,2", "--grid=seed=0:2")
     (["--grid=privacy.noise=1"], "axis 'privacy.noise' is no field that can vary; did you mean"),
     (["--grid=seed=3:3"], "seed=3:3 is empty; give values such as 0.5,1,2 or 0:5"),
     (["--grid=seed=0:2", "--shard=2/2"], "--shard=2/2 is not I/N with 0 ≤ I < N; use 0/4"),
+    (["--grid=seed=0:2", "--shard=3/4"], "--shard=3/4 has none of 2 points; use fewer shards"),
     (["--grid=seed=0:2", "--sweep=nowhere.py"], "--sweep=nowhere.py is not a file; give a .py"),
     (["--grid=seed=0:2", "--seed_axes=noise"], "--seed_axes='noise' is unknown; choose one of"),
     (["--grid=seed=-3,0"], "point seed=-3: seed=-3 must be at least 0"),
@@ -57,7 +58,7 @@ def test_a_sweep_its_report_and_its_points_by_themselves(tmp_path):
   folder = tmp_path / "sweep"
   result = sweep(f"--workdir={folder}", *GRID)
   assert result.returncode == 0, result.stderr
-  assert "4 of 4 points" in result.stdout
+  assert "(4 points, " in result.stdout
   frame = pd.read_parquet(folder / "results.parquet")
   assert len(frame) == 4 * 3
   again = sweep(f"--workdir={folder}", *GRID)
@@ -112,6 +113,8 @@ def test_killed_and_resumed_it_ends_in_the_same_table_as_unbroken_and_in_shards(
   for index in (0, 1):
     part = sweep(f"--workdir={tmp_path / 'shards'}", f"--shard={index}/2", *long)
     assert part.returncode == 0, part.stderr
+    assert "sweep merge --workdir=" in part.stdout
+  assert not (tmp_path / "shards" / "results.parquet").exists()
   merged = subprocess.run(
     [sys.executable, "-m", "fedjax_med.sweep", "merge", f"--workdir={tmp_path / 'shards'}"],
     cwd=ROOT, capture_output=True, text=True, check=True,
@@ -128,7 +131,7 @@ def test_killed_and_resumed_it_ends_in_the_same_table_as_unbroken_and_in_shards(
 @pytest.mark.slow
 def test_jobs_of_a_scheduler_run_the_shards_and_merge(tmp_path):
   folder = tmp_path / "jobs"
-  result = sweep(f"--workdir={folder}", *GRID, "--submit=local", "--shards=2")
+  result = sweep(f"--workdir={folder}", *GRID, "--submit", "local", "--shards=2")
   assert result.returncode == 0, result.stderr
   assert "4 of 4 points" in result.stdout
   assert len(pd.read_parquet(folder / "results.parquet")) == 4 * 3

@@ -306,6 +306,17 @@ def to_dict(config: Config) -> dict[str, Any]:
   return dataclasses.asdict(config)
 
 
+def flat(values: dict[str, Any]) -> dict[str, Any]:
+  """What ``to_dict`` gives by dotted field, such as ``privacy.clip_norm``."""
+  fields: dict[str, Any] = {}
+  for name, value in values.items():
+    if isinstance(value, dict):
+      fields |= {f"{name}.{field}": inner for field, inner in value.items()}
+    else:
+      fields[name] = value
+  return fields
+
+
 def from_dict(values: dict[str, Any]) -> Config:
   """Inverse of ``to_dict``; an unknown name raises TypeError."""
   sections = {field.name: field for field in dataclasses.fields(Config)}

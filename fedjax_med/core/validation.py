@@ -125,6 +125,14 @@ def validate(config: Config) -> None:
     rule += " and finite" if high == float("inf") else f" and at most {high:g}"
     require(inside, f"{path}={value} must be {rule}", remedy)
 
+  for path in ("privacy.target_epsilon", "client_privacy.target_epsilon"):
+    target = get_field(config, path)
+    require(
+      target == 0 or target >= MIN_TARGET,
+      f"{path}={target:g} is under {MIN_TARGET:g}, below what can be computed",
+      "use 0.1 or more, or 0 for none",
+    )
+
   data, partition = config.data, config.partition
   require(
     data.source == "phantoms" or data.path != "",
@@ -199,15 +207,6 @@ def _validate_privacy(config: Config) -> None:
     f" privacy.solve_for='{privacy.solve_for}' leaves open",
     "use privacy.bands=1, or give them and use privacy.solve_for=noise",
   )
-  for level, target in (
-    ("privacy", privacy.target_epsilon),
-    ("client_privacy", config.client_privacy.target_epsilon),
-  ):
-    require(
-      target == 0 or target >= MIN_TARGET,
-      f"{level}.target_epsilon={target:g} is under {MIN_TARGET:g}, below what can be computed",
-      "use 0.1 or more, or 0 for none",
-    )
   require(
     config.model.norm != "batch",
     "model.norm='batch' mixes the examples of a batch, so clipping one example's gradient does"

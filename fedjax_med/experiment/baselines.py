@@ -21,33 +21,29 @@ def _overall(line: dict[str, Any]) -> dict[str, Any]:
   return {key: value for key, value in line.items() if key not in ("clients", "seconds", "split")}
 
 
-def run_baselines(federation: Experiment, folder: pathlib.Path, console: Console) -> dict[str, Any]:
-  """Trains the baselines under ``folder``/baselines, each resumable like any run.
-
-  Returns:
-    'curves': test metrics at every log point, for baselines.json; 'summary': the last ones. Both
-    are empty in all processes of a run but the first.
-  """
+def run_baselines(federation: Experiment, folder: pathlib.Path, console: Console) -> None:
+  """Trains the baselines under ``folder``/baselines, each resumable like any run."""
   for name, run in build_baselines(federation).items():
     place = folder / "baselines" / name
     files.prepare(place)
     title = f"{run.names[0]} alone" if name != "pooled" else "pooled data"
     with terminal.progress(console, title, run.config.server.num_rounds) as listen:
       train_rounds(run, place, listen)
-  return gather(federation.case, folder) if is_first() else {"curves": {}, "summary": {}}
+  if is_first():
+    write_baselines(federation.case, folder)
 
 
-def gather(federation: Case, folder: pathlib.Path) -> dict[str, Any]:
-  """Results of the baselines under ``folder``/baselines; privacy.json of ``folder`` names them.
+def write_baselines(federation: Case, folder: pathlib.Path) -> None:
+  """Adds the baselines, all of which have run, to the results of ``folder``.
 
-  Returns:
-    As ``run_baselines``.
+  Their curves are in baselines.json, their last metrics in summary.json, their ε in privacy.json.
   """
   names = federation.hospitals.names
   runs = [*(f"alone-{k + 1}" for k in range(len(names))), "pooled"]
   curves = {name: _curve(folder / "baselines" / name) for name in runs}
   if federation.guarantees:
-    _note_releases(folder, curves)
+    spent = {name: curve[-1]["epsilon_max"] for name, curve in curves.items()}
+    _add(folder / "privacy.json", "baselines_epsilon", spent)
   solo = []
   for k, hospital in enumerate(names):
     curve = [
@@ -59,18 +55,11 @@ def gather(federation: Case, folder: pathlib.Path) -> dict[str, Any]:
     {"round": line["round"], "all": _overall(line), "clients": line["clients"]}
     for line in curves["pooled"]
   ]
+  files.write_json(folder / "baselines.json", {"alone": solo, "pooled": {"curve": together}})
   last = [entry["curve"][-1] for entry in solo]
-  return {
-    "curves": {"alone": solo, "pooled": {"curve": together}},
-    "summary": {
-      "alone": [{"own": point["own"], "all": point["all"]} for point in last],
-      "pooled": together[-1]["all"],
-    },
-  }
+  alone = [{"own": point["own"], "all": point["all"]} for point in last]
+  _add(folder / "summary.json", "baselines", {"alone": alone, "pooled": together[-1]["all"]})
 
 
-def _note_releases(folder: pathlib.Path, curves: dict[str, list[dict[str, Any]]]) -> None:
-  """Writes the ε of the baselines into privacy.json, which says already what they are."""
-  path = folder / "privacy.json"
-  spent = {name: curve[-1]["epsilon_max"] for name, curve in curves.items()}
-  files.write_json(path, {**json.loads(path.read_text()), "baselines_epsilon": spent})
+def _add(path: pathlib.Path, key: str, value: Any) -> None:
+  files.write_json(path, {**json.loads(path.read_text()), key: value})

@@ -31,8 +31,8 @@ def train_many(experiment: Experiment, runs: Runs) -> list[tuple[Any, Any]]:
   """(evaluated weights, model state) of every run after all rounds, on the host.
 
   A run equals the same run by itself to rounding, and ends early where a weight is not finite. Runs
-  are shared out over the devices of this
-  process; nothing is logged, saved or resumed, and no budget stops a run.
+  are shared out over the devices of this process; nothing is logged, saved or resumed, and no
+  budget stops a run.
   """
   parts, rounds = experiment.program.parts, experiment.config.server.num_rounds
   devices = min(local_devices(), len(runs.seeds))

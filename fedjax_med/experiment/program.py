@@ -148,8 +148,8 @@ def make_program(
   def init_memory(params: Any) -> Any:
     return empty_memory(params, bands) if bands > 1 else ()
 
-  counts = -(-counts // bands)  # a step draws from one of as many subsets
-  rates = np.minimum(1, client.batch_size / counts)
+  places = -(-counts // bands)  # a step draws from one of as many subsets
+  rates = np.minimum(1, client.batch_size / places)
 
   def lowering_on(devices: int) -> tuple[Lowering, str]:
     training = max(1, min(devices, cohort) // jax.process_count())
@@ -256,7 +256,7 @@ def make_program(
   subject = planning.Subject(
     cohort=cohort,
     steps=steps,
-    counts=counts,
+    counts=places,
     rates=rates,
     batch=batch_cap if private else client.batch_size,
     rows_per_unit=rows_per_unit * copies,

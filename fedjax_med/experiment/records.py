@@ -81,13 +81,11 @@ def _cost(experiment: Experiment, outcome: Outcome) -> dict[str, Any]:
   return {"steps": int(steps.sum()), "megabytes": round(float(2 * visits * size) / 1e6, 6)}
 
 
-def summary_record(
-  experiment: Experiment, outcome: Outcome, name: str, baselines: dict[str, Any] | None
-) -> dict[str, Any]:
+def summary_record(experiment: Experiment, outcome: Outcome, name: str) -> dict[str, Any]:
   """Results only, no times: an interrupted and an unbroken run write the same bytes."""
   labels = experiment.hospitals.dataset.labels[evaluation_rows(experiment)]
   plan = experiment.program.plan
-  summary = {
+  return {
     "run_id": experiment.run_id,
     "config_name": name,
     "rounds": outcome.last.rounds,
@@ -103,4 +101,3 @@ def summary_record(
     "plan": {**plan._asdict(), "reasons": list(plan.reasons)},
     "weights_sha256": digest(evaluated_params(outcome.state)),
   }
-  return summary if baselines is None else {**summary, "baselines": baselines["summary"]}

@@ -31,7 +31,7 @@ from fedjax_med.experiment.records import (
   summary_record,
 )
 from fedjax_med.experiment.report import write_report, write_statement
-from fedjax_med.experiment.trackers import track
+from fedjax_med.experiment.trackers import require_installed, track
 
 
 def planned(experiment: Experiment) -> tuple[int, tuple[float, ...], float | None]:
@@ -86,6 +86,7 @@ def run(
   console = terminal.make_console()
   started = time.monotonic()
   files.prepare(folder)
+  require_installed(config.eval.tracker)
   experiment = build(config, hospitals() if hospitals else load_hospitals(config))
   require_same_run(experiment.run_id)
   files.claim(folder, experiment.run_id)
@@ -97,25 +98,22 @@ def run(
       (folder / stale).unlink(missing_ok=True)
   files.write_json(folder / "config.json", config_record(experiment, command))
   files.write_json(folder / "hospitals.json", hospital_record(experiment.hospitals))
-  values = to_dict(experiment.config)
+  values, run_id = to_dict(experiment.config), experiment.run_id
   with (
     terminal.progress(console, "federation", config.server.num_rounds) as listen,
-    track(config.eval.tracker, folder, experiment.run_id, values) as record,
+    track(config.eval.tracker if is_first() else "none", folder, run_id, values) as record,
   ):
 
     def log(point: LogPoint) -> None:
       listen(point)
-      if is_first():
-        record(test_line(experiment, point))
+      record(test_line(experiment, point))
 
     outcome = train_rounds(experiment, folder, log, compiling)
   seconds = {**outcome.seconds, "total": time.monotonic() - started}
   files.write_json(folder / "timing.json", {k: round(v, 3) for k, v in seconds.items()})
-  files.write_json(folder / "summary.json", summary_record(experiment, outcome, name, None))
+  files.write_json(folder / "summary.json", summary_record(experiment, outcome, name))
   if config.eval.local_baselines:
-    baselines = run_baselines(experiment, folder, console)
-    files.write_json(folder / "baselines.json", baselines["curves"])
-    files.write_json(folder / "summary.json", summary_record(experiment, outcome, name, baselines))
+    run_baselines(experiment, folder, console)
 
   if not is_first():
     return

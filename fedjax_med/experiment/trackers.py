@@ -13,10 +13,17 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from fedjax_med.core.config import flat
 from fedjax_med.core.errors import UserError
 from fedjax_med.core.metrics import METRICS
 
 Write = Callable[[int, dict[str, float]], None]
+
+
+def require_installed(name: str) -> None:
+  """Raises UserError unless the tracker's package is there; nothing has been trained by then."""
+  if name != "none":
+    _package(name)
 
 
 @contextlib.contextmanager
@@ -56,7 +63,7 @@ def values_of(line: dict[str, Any]) -> dict[str, float]:
 
 @contextlib.contextmanager
 def _tensorboard(folder: pathlib.Path, run_id: str, config: dict[str, Any]) -> Iterator[Write]:
-  board = _package("tensorboardX", "tensorboard")
+  board = _package("tensorboard")
   # Event files of a resumed run stand beside the first ones; TensorBoard reads all of them.
   with board.SummaryWriter(str(folder / "tensorboard"), write_to_disk=True) as writer:
 
@@ -70,7 +77,7 @@ def _tensorboard(folder: pathlib.Path, run_id: str, config: dict[str, Any]) -> I
 
 @contextlib.contextmanager
 def _wandb(folder: pathlib.Path, run_id: str, config: dict[str, Any]) -> Iterator[Write]:
-  wandb = _package("wandb", "wandb")
+  wandb = _package("wandb")
   with wandb.init(
     project="fedjax_med", dir=str(folder), id=run_id, resume="allow", config=config
   ) as run:
@@ -79,16 +86,12 @@ def _wandb(folder: pathlib.Path, run_id: str, config: dict[str, Any]) -> Iterato
 
 @contextlib.contextmanager
 def _mlflow(folder: pathlib.Path, run_id: str, config: dict[str, Any]) -> Iterator[Write]:
-  client = _package("mlflow.tracking", "mlflow").MlflowClient(
-    f"sqlite:///{(folder / 'mlflow.db').absolute()}"
-  )
+  client = _package("mlflow").MlflowClient(f"sqlite:///{(folder / 'mlflow.db').absolute()}")
   experiment = client.get_experiment_by_name("fedjax_med")
   number = experiment.experiment_id if experiment else client.create_experiment("fedjax_med")
   run = client.create_run(number, run_name=run_id)
-  for section, values in config.items():
-    inner = values if isinstance(values, dict) else {"": values}
-    for field, value in inner.items():
-      client.log_param(run.info.run_id, f"{section}.{field}".rstrip("."), value)
+  for field, value in flat(config).items():
+    client.log_param(run.info.run_id, field, value)
 
   def write(round: int, values: dict[str, float]) -> None:
     for key, value in values.items():
@@ -101,11 +104,14 @@ def _mlflow(folder: pathlib.Path, run_id: str, config: dict[str, Any]) -> Iterat
 TRACKERS = {"tensorboard": _tensorboard, "wandb": _wandb, "mlflow": _mlflow}
 
 
-def _package(module: str, extra: str) -> Any:
+PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb", "mlflow": "mlflow.tracking"}
+
+
+def _package(name: str) -> Any:
   try:
-    return importlib.import_module(module)
+    return importlib.import_module(PACKAGES[name])
   except ImportError as error:
     raise UserError(
-      f"eval.tracker={extra} needs the package {module.partition('.')[0]}; run"
-      f" python -m pip install -e '.[{extra}]', or set --config.eval.tracker=none"
+      f"eval.tracker={name} needs the package {PACKAGES[name].partition('.')[0]}; run"
+      f" python -m pip install -e '.[{name}]', or set --config.eval.tracker=none"
     ) from error

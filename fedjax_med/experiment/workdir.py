@@ -6,6 +6,8 @@ Where several processes share a run, all can read the folder and the first one w
 import json
 import os
 import pathlib
+import uuid
+from collections.abc import Callable
 from typing import Any
 
 from fedjax_med.core.errors import UserError, require
@@ -27,11 +29,22 @@ def prepare(workdir: pathlib.Path) -> None:
 
 def write_json(path: pathlib.Path, value: Any) -> None:
   """Writes JSON whole or not at all: to a neighbour first, then renamed over ``path``."""
-  if not is_first():
-    return
-  temporary = path.with_name(path.name + ".tmp")
-  temporary.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n")
-  os.replace(temporary, path)
+  if is_first():
+    text = json.dumps(value, indent=2, allow_nan=False) + "\n"
+    write_whole(path, lambda place: place.write_text(text))
+
+
+def write_whole(path: pathlib.Path, write: Callable[[pathlib.Path], Any]) -> None:
+  """Lets ``write`` fill a neighbour of ``path``, which then takes its place.
+
+  The neighbour has a name of its own: shards of a sweep may write the same file at once.
+  """
+  temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+  try:
+    write(temporary)
+    os.replace(temporary, path)
+  finally:
+    temporary.unlink(missing_ok=True)
 
 
 def read_metrics(workdir: pathlib.Path) -> list[dict[str, Any]]:

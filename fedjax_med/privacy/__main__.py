@@ -111,13 +111,12 @@ def _require_agreement(folder: pathlib.Path, ledger: ledgers.Ledger) -> None:
   first = len(ledger.guarantees[0].names)
   _require_equal(path, "the largest ε", largest, max(values[:first]))
   require(head == ledger.head, f"{path} names ledger {head}, the file is {ledger.head}", remedy)
-  _require_words(path, claimed, privacy_record(ledger.guarantees, ledger.counts), remedy)
+  _require_words(path, claimed, privacy_record(ledger.guarantees, ledger.counts))
 
 
-def _require_words(
-  path: pathlib.Path, claimed: dict[str, Any], truth: dict[str, Any], remedy: str
-) -> None:
-  """What is not a number that was compared before must be as the ledger's guarantees have it."""
+def _require_words(path: pathlib.Path, claimed: dict[str, Any], truth: dict[str, Any]) -> None:
+  """What else privacy.json says, words and numbers, must follow from the ledger's guarantees."""
+  remedy = "restore it; where it was not edited, use the version of fedjax_med that wrote it"
   same = ("unit", "protects", "adjacency", "mechanism", "holds_against", "not_against")
   for said, is_so in zip(claimed["guarantees"], truth["guarantees"], strict=True):
     for key in same:

@@ -57,9 +57,12 @@ def _listed(path: str | None) -> list[grid.Point]:
     return []
   require(pathlib.Path(path).is_file(), f"--sweep={path} is not a file", "give a .py file")
   try:
-    found = runpy.run_path(path, run_name="sweep")["get_sweep"]()
-  except KeyError as error:
-    raise UserError(f"{path} has no {error}; define get_sweep() that returns points") from error
+    get_sweep = runpy.run_path(path, run_name="sweep").get("get_sweep")
+    if get_sweep is None:
+      raise UserError(f"{path} has no get_sweep(); define it, it returns the points")
+    found = get_sweep()
+  except UserError:
+    raise
   except Exception as error:
     raise UserError(f"{path}: {type(error).__name__}: {error}; correct the sweep file") from error
   right = isinstance(found, list) and all(isinstance(point, dict) and point for point in found)
@@ -83,26 +86,19 @@ def _shard(text: str) -> tuple[int, int]:
 
 def _command(base: Config, config: Config) -> str:
   """What runs one point by itself."""
-  given = [argument for argument in sys.argv[1:] if argument.startswith(("--config", "-config"))]
-  changed = [
-    f"--config.{name}={get_field(config, name)}"
+  flag = flags.FLAGS["config"]
+  given = config_flags.get_override_values(flag)
+  changed = {
+    name: get_field(config, name)
     for name in config_fields()
     if get_field(config, name) != get_field(base, name)
-  ]
-  return shlex.join(["python", "-m", "fedjax_med.train", *given, "--workdir=DIR", *changed])
+  }
+  fields = [f"--config.{name}={value}" for name, value in {**given, **changed}.items()]
+  start = ["python", "-m", "fedjax_med.train", f"--config={config_flags.get_config_filename(flag)}"]
+  return shlex.join([*start, "--workdir=DIR", *fields])
 
 
 def main(_: list[str]) -> None:
-  try:
-    _sweep()
-  except OSError as error:  # whatever the file system refuses, a full disk for one
-    raise UserError(
-      f"{error.filename or flags.FLAGS['workdir'].value}: {error.strerror or error}; make it"
-      " readable and writable, free space, or name other folders (--workdir, data.path)"
-    ) from error
-
-
-def _sweep() -> None:
   base, values = load_config(whole=False), flags.FLAGS  # the points are checked
   require(
     bool(values.workdir) or values.dry_run,
@@ -110,6 +106,8 @@ def _sweep() -> None:
     "name the folder for results, such as --workdir=runs/sweep",
   )
   index, number = _shard(values.shard)
+  if values.submit:
+    require_choice("--submit", values.submit, ("slurm", "local"))
   points = grid.points(
     base,
     list(config_fields()),
@@ -121,6 +119,7 @@ def _sweep() -> None:
     listed=_listed(values.sweep),
   )
 
+  from fedjax_med.experiment.baselines import write_baselines
   from fedjax_med.experiment.cache import use_compilation_cache  # jax takes seconds to import
   from fedjax_med.simulation.mesh import split_cpu
   from fedjax_med.sweep import progress, table
@@ -129,12 +128,13 @@ def _sweep() -> None:
 
   configs = [configure(base, point, values.seed_axes) for point in points]
   own = range(index, len(points), number)
+  require(bool(own), f"--shard={values.shard} has none of {len(points)} points", "use fewer shards")
   split_cpu(base.execution.devices)
   use_compilation_cache(base.execution.compilation_cache)
   console = progress.make_console()
   started = time.monotonic()
   if values.dry_run:
-    progress.describe(console, groups(plan_points(base, points, own, values.seed_axes)))
+    progress.describe(console, groups(plan_points(points, configs, own)))
     return
   workdir = pathlib.Path(values.workdir).expanduser()
   command = shlex.join(["python", "-m", "fedjax_med.sweep", *sys.argv[1:]])
@@ -144,7 +144,6 @@ def _sweep() -> None:
   if values.submit:
     from fedjax_med.sweep import merge, submit
 
-    require_choice("--submit", values.submit, ("slurm", "local"))
     options = values.submit_options
     submit.submit(values.submit, values.shards, sys.argv[1:], workdir, options)
     if values.submit == "local":
@@ -157,7 +156,7 @@ def _sweep() -> None:
     "add --resume to finish what is missing, or use another --workdir",
   )
   if len(finished) < len(own):
-    planned = plan_points(base, points, own, values.seed_axes)
+    planned = plan_points(points, configs, own)
     done = {each.key for each in planned if table.has_run(workdir, *each.key)}
     left = [each.case.config.server.num_rounds for each in planned if each.key not in done]
     name = pathlib.Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
@@ -174,13 +173,16 @@ def _sweep() -> None:
     if base.eval.local_baselines:
       for each in planned:
         if not (each.key.baseline or each.key.number in finished):
-          table.finish(table.folder_of(workdir, each.key.number), each.case)
+          write_baselines(each.case, table.folder_of(workdir, each.key.number))
+  seconds = f"{time.monotonic() - started:.1f} s"
+  if number > 1:  # of several that end at the same time the last one could write less than is there
+    merge = f"python -m fedjax_med.sweep merge --workdir={shlex.quote(str(workdir))}"
+    console.print(f"{len(own)} points of shard {values.shard}, {seconds}; {merge}", soft_wrap=True)
+    return
   frame = table.write(workdir)
   progress.results(console, frame, points)
   console.print(
-    f"Results: {workdir / table.RESULTS}   ({len(set(frame['point']))} of {len(points)} points,"
-    f" {time.monotonic() - started:.1f} s)",
-    soft_wrap=True,
+    f"Results: {workdir / table.RESULTS}   ({len(own)} points, {seconds})", soft_wrap=True
   )
 
 

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from fedjax_med.core.config import ClientPrivacyConfig, Config, PrivacyConfig, get_field, to_dict
+from fedjax_med.core.config import ClientPrivacyConfig, Config, PrivacyConfig, flat, to_dict
 from fedjax_med.core.errors import UserError, require, require_choice
 from fedjax_med.core.validation import validate
 from fedjax_med.data.dataset import Dataset, Hospitals
@@ -165,21 +165,26 @@ def hospital_loader() -> Callable[[Config], Hospitals]:
 
 
 def plan_points(
-  base: Config, points: Sequence[Point], numbers: Sequence[int], seed_axes: Sequence[str]
+  points: Sequence[Point], configs: Sequence[Config], numbers: Sequence[int]
 ) -> list[Planned]:
   """The runs of these points, each with its data and mechanisms; baselines too if asked for.
 
+  Args:
+    points: all of the sweep.
+    configs: of each point, from ``configure``.
+    numbers: points to plan.
+
   Raises:
-    UserError: a point breaks a rule, or its ε cannot be reached; nothing is compiled before.
+    UserError: a point's ε cannot be reached, or its data do not fit; nothing is compiled before.
   """
   hospitals, found = hospital_loader(), []
-  configs = [configure(base, point, seed_axes) for point in points]
   for number in numbers:
+    config = configs[number]
     try:
-      case = federation(configs[number], hospitals(configs[number]))
+      case = federation(config, hospitals(config))
     except UserError as error:
       raise UserError(f"point {shown(points[number])}: {error}") from error
-    cases = {"": case, **(baselines(case) if base.eval.local_baselines else {})}
+    cases = {"": case, **(baselines(case) if config.eval.local_baselines else {})}
     found += [Planned(Key(number, name), points[number], own) for name, own in cases.items()]
   return found
 
@@ -187,7 +192,7 @@ def plan_points(
 def static_key(case: Case) -> str:
   """What a program is made from: runs of one key share it."""
   config, protection = case.config, case.protection
-  values = {name: get_field(config, name) for name in _names(config) if name not in TRACED}
+  values = {name: value for name, value in flat(to_dict(config)).items() if name not in TRACED}
   if config.client.schedule == "constant":
     del values["server.num_rounds"]
   steps = protection.steps
@@ -223,13 +228,6 @@ def chunks(group: Sequence[Planned], size: int) -> list[list[Planned]]:
     runs = sorted(runs, key=lambda each: -each.case.config.server.num_rounds)
     parts += [runs[i : i + size] for i in range(0, len(runs), size)]
   return parts
-
-
-def _names(config: Config) -> list[str]:
-  names = []
-  for name, value in to_dict(config).items():
-    names += [f"{name}.{field}" for field in value] if isinstance(value, dict) else [name]
-  return names
 
 
 def _text(values: Any) -> str:

@@ -17,6 +17,7 @@ from fedjax_med.core.errors import require
 from fedjax_med.experiment.figures import draw_partition
 from fedjax_med.experiment.report import embedded, environment
 from fedjax_med.experiment.workdir import read_metrics
+from fedjax_med.privacy.accounting import round_up
 from fedjax_med.sweep import figures, table
 from fedjax_med.sweep.grid import Point
 
@@ -111,7 +112,7 @@ def write(runs: Runs, target: pathlib.Path) -> pathlib.Path:
   names = ("frontier", "spread", "curves", "confusions", "partition")
   shown = _table(arms, axes)
   shown.to_csv(target / "table.csv", index=False)
-  (target / "table.tex").write_text(_latex(shown), encoding="utf-8")
+  (target / "table.tex").write_text(_latex(shown, axes), encoding="utf-8")
   first = runs.folders[0]
   private = next(
     (f for f in runs.folders if table.read_json(f / "privacy.json")["guarantees"]), None
@@ -129,6 +130,7 @@ def write(runs: Runs, target: pathlib.Path) -> pathlib.Path:
       missing=runs.missing,
       hospitals=sorted(set(runs.frame.groupby("point").size())),
       metrics=METRICS,
+      most={"lines": MOST_LINES, "arms": MOST_ARMS},
       arms=arms,
       images=embedded(folder, names),
       config=table.read_json(first / "config.json"),
@@ -138,6 +140,7 @@ def write(runs: Runs, target: pathlib.Path) -> pathlib.Path:
         {"name": str(_below(place, target)), "point": _label(point), "command": _command(place)}
         for place, point in zip(runs.folders, runs.points, strict=True)
       ],
+      has_clients=bool(np.isfinite(runs.frame["client_epsilon"]).any()),
       has_alone=bool(runs.frame["alone.auroc"].notna().any()),
     )
   )
@@ -179,7 +182,7 @@ def _arms(frame: pd.DataFrame, axes: list[str]) -> list[dict[str, Any]]:
         "diverged": int(diverged.sum()),
         "epsilon": float(group["epsilon_max"].max()),
         "client_epsilon": float(group["client_epsilon"].max()),
-        "delta": float(own["delta"].max()),
+        "unit": ", ".join(sorted(set(group["unit"]))),
         "stats": stats,
         "rounds": float(group["rounds"].mean()),
         "steps": float(group["steps"].mean()),
@@ -203,7 +206,7 @@ def _draw(runs: Runs, axes: list[str], arms: list[dict[str, Any]], folder: pathl
     for arm in arms[:MOST_LINES]
   ]
   confusions = []
-  for arm in arms[:8]:
+  for arm in arms[:MOST_LINES]:
     ended = [table.read_json(by_point[k] / "summary.json") for k in arm["points"]]
     known = [np.array(e["confusion"]) for e in ended if e["stopped"] != "diverged"]
     confusions.append((arm["label"], sum(known) if known else None))
@@ -301,11 +304,12 @@ def _table(arms: list[dict[str, Any]], axes: list[str]) -> pd.DataFrame:
   return pd.DataFrame(rows)
 
 
-def _latex(shown: pd.DataFrame) -> str:
+def _latex(shown: pd.DataFrame, axes: list[str]) -> str:
   """Mean and half width of the interval of each metric, a row an arm (package booktabs)."""
-  heads = [name for name in shown.columns if "." in name and not name.endswith((".low", ".high"))]
-  short = pd.DataFrame({name: shown[name] for name in heads if not name.startswith("worst.")})
-  short["$\\varepsilon$"] = ["$\\infty$" if math.isinf(e) else f"{e:.2f}" for e in shown["epsilon"]]
+  short = shown[axes].copy()
+  short["$\\varepsilon$"] = [
+    "$\\infty$" if math.isinf(e) else round_up(e) for e in shown["epsilon"]
+  ]
   for name, label in (*METRICS[:3], ("worst.auroc", "AUROC, worst hospital")):
     short[label] = [_pm(*row) for row in shown[[name, f"{name}.high"]].to_numpy(float)]
   short.columns = [name.replace("_", "\\_") for name in short.columns]

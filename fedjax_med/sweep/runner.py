@@ -26,11 +26,12 @@ from fedjax_med.experiment.loop import (
   train_line,
   write_privacy,
 )
+from fedjax_med.experiment.many import AT_ONCE
 from fedjax_med.experiment.planning import shared_devices
 from fedjax_med.experiment.program import Program, Shapes
 from fedjax_med.experiment.records import config_record, hospital_record, summary_record
 from fedjax_med.experiment.report import write_statement
-from fedjax_med.experiment.trackers import track
+from fedjax_med.experiment.trackers import require_installed, track
 from fedjax_med.federated.algorithm import Pool
 from fedjax_med.privacy import ledger
 from fedjax_med.simulation.evaluation import batches_of
@@ -41,8 +42,6 @@ from fedjax_med.sweep.points import Key, Planned, chunks, groups
 
 # A kill loses a chunk, so it stays small where memory would allow more.
 MAX_AT_ONCE = 64
-# Runs side by side on an accelerator; a core of a CPU is full with one.
-SIDE_BY_SIDE = 8
 
 
 class Progress(NamedTuple):
@@ -121,6 +120,8 @@ def run_points(
     at_once: most runs in memory at once; 0 lets memory decide.
     listen: told of the progress.
   """
+  for name_of_tracker in {each.case.config.eval.tracker for each in planned}:
+    require_installed(name_of_tracker)
   progress = Progress(0, 0, None, "")
   parts = [part for part in groups(planned) if not {each.key for each in part} <= done]
   for number, group in enumerate(parts, 1):
@@ -193,11 +194,11 @@ def _layout(program: Program, group: Sequence[Planned], asked: int) -> Layout:
   shapes = jax.eval_shape(program.initial)
   state = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))
   shared = shared_devices(devices)
-  side_by_side, most = 1 if cpu else SIDE_BY_SIDE, MAX_AT_ONCE
+  side_by_side, most = 1 if cpu else AT_ONCE, MAX_AT_ONCE
   if program.budget.size is not None:
     room = program.budget.size
     if not cpu:
-      side_by_side = max(1, min(SIDE_BY_SIDE, int(room / 2 / program.needs)))
+      side_by_side = max(1, min(AT_ONCE, int(room / 2 / program.needs)))
     room -= shared * side_by_side * program.needs
     # A state is there before and after a block, and once more on its way to the host.
     most = max(devices, min(most, int(devices / shared * room / (3 * state))))
@@ -301,7 +302,7 @@ def write_point(
   seconds = {key: round(value, 3) for key, value in outcome.seconds.items()}
   files.write_json(folder / "timing.json", seconds)
   write_statement(folder)
-  summary = summary_record(experiment, outcome, name, None)
+  summary = summary_record(experiment, outcome, name)
   summary["plan"]["devices"] = 1
   summary["plan"]["reasons"].append(
     f"sweep: up to {layout.size} runs in one program, {layout.at_once} side by side on each of"

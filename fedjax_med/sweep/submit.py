@@ -7,8 +7,8 @@ from typing import Any
 
 from fedjax_med.core.errors import UserError, require
 
-# Flags of the sweep that its jobs do not get.
-OWN = ("--submit", "--shards", "--shard", "--resume")
+# Flags of the sweep that its jobs do not get, or get otherwise.
+OWN = ("submit", "submit_options", "shards", "shard", "resume", "noresume")
 
 
 def submit(
@@ -48,7 +48,7 @@ def submit(
   except (NameError, TypeError) as error:
     sentence = " ".join(str(error).split())
     raise UserError(f"--submit_options: {sentence}; see submitit's AutoExecutor") from error
-  kept = [text for text in arguments if text.split("=")[0].replace("_options", "") not in OWN]
+  kept = _without_own(arguments)
   jobs = []
   with executor.batch():
     for index in range(shards):
@@ -61,10 +61,24 @@ def submit(
       for job in jobs:
         job.result()
     except FailedJobError as error:
-      last = str(error).strip().splitlines()[-1]
-      raise UserError(f"a job failed ({last}); see {workdir / 'submitit'}") from error
+      logs = sorted(str(path) for path in (workdir / "submitit").glob("*_log.err"))
+      raise UserError(
+        f"a job failed; {', '.join(logs)} say why, and what they ask for is to be put right"
+      ) from error
   else:
     print(f"when they have ended: python -m fedjax_med.sweep merge --workdir={workdir}")
+
+
+def _without_own(arguments: Sequence[str]) -> list[str]:
+  """The arguments but for the flags of OWN, written --name=value or --name value."""
+  kept, skip = [], False
+  for text in arguments:
+    name, equals, _ = text.lstrip("-").partition("=")
+    own = text.startswith("-") and name in OWN
+    if not (own or (skip and not text.startswith("-"))):
+      kept.append(text)
+    skip = own and not equals and name not in ("resume", "noresume")
+  return kept
 
 
 def _value(text: str) -> Any:

@@ -2,18 +2,14 @@
 
 import json
 import math
-import os
 import pathlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from fedjax_med.core.config import Config, fingerprint, to_dict
+from fedjax_med.core.config import Config, fingerprint, flat, to_dict
 from fedjax_med.core.errors import UserError, require
 from fedjax_med.core.metrics import METRICS
-from fedjax_med.experiment import baselines
 from fedjax_med.experiment import workdir as files
-from fedjax_med.experiment.build import Case
-from fedjax_med.experiment.report import write_statement
 from fedjax_med.sweep.grid import Point
 
 if TYPE_CHECKING:
@@ -41,12 +37,8 @@ def begin(
   Raises:
     UserError: the folder cannot be written, or holds another sweep.
   """
-  try:
-    (workdir / "points").mkdir(parents=True, exist_ok=True)
-  except OSError as error:
-    raise UserError(
-      f"--workdir={workdir} cannot be written ({error.strerror}); choose a folder you may write to"
-    ) from error
+  files.prepare(workdir)
+  (workdir / "points").mkdir(exist_ok=True)
   values = {
     "base": to_dict(base),
     "points": [_plain(point) for point in points],
@@ -99,15 +91,6 @@ def done(workdir: pathlib.Path, number: int) -> bool:
   return not asked or "baselines" in read_json(folder / "summary.json")
 
 
-def finish(folder: pathlib.Path, case: Case) -> None:
-  """Joins a point and its baselines, all of which have run: their results and what they cost."""
-  gathered = baselines.gather(case, folder)
-  files.write_json(folder / "baselines.json", gathered["curves"])
-  write_statement(folder)
-  summary = read_json(folder / "summary.json")
-  files.write_json(folder / "summary.json", {**summary, "baselines": gathered["summary"]})
-
-
 def collect(workdir: pathlib.Path) -> "pd.DataFrame":
   """Results of all points that are done, a row a point and hospital; see ``write``.
 
@@ -129,11 +112,11 @@ def write(workdir: pathlib.Path) -> "pd.DataFrame":
   Equal runs give equal results, byte for byte, so the seconds that they took stand apart.
   """
   frame = collect(workdir)
-  _replace(workdir / RESULTS, lambda path: frame.to_parquet(path, index=False))
-  _replace(workdir / "results.csv", lambda path: frame.to_csv(path, index=False))
+  files.write_whole(workdir / RESULTS, lambda path: frame.to_parquet(path, index=False))
+  files.write_whole(workdir / "results.csv", lambda path: frame.to_csv(path, index=False))
   numbers = sorted(set(frame["point"])) if len(frame) else []
   seconds = timing(workdir, numbers)
-  _replace(workdir / "timing.csv", lambda path: seconds.to_csv(path, index=False))
+  files.write_whole(workdir / "timing.csv", lambda path: seconds.to_csv(path, index=False))
   return frame
 
 
@@ -147,7 +130,7 @@ def timing(workdir: pathlib.Path, numbers: Sequence[int]) -> "pd.DataFrame":
 
 def flat_config(folder: pathlib.Path) -> dict[str, Any]:
   """The configuration of a run by dotted fields."""
-  return _flat(read_json(folder / "config.json")["config"])
+  return flat(read_json(folder / "config.json")["config"])
 
 
 def rows_of(folder: pathlib.Path, number: int, point: Point) -> list[dict[str, Any]]:
@@ -156,7 +139,7 @@ def rows_of(folder: pathlib.Path, number: int, point: Point) -> list[dict[str, A
   privacy, hospitals = read_json(folder / "privacy.json"), read_json(folder / "hospitals.json")
   local = [each for each in privacy["guarantees"] if each["unit"] != "client"]
   spent = {party["name"]: party for each in local for party in each["parties"]}
-  shared = {"point": number, "run_id": summary["run_id"], **_flat(config["config"]), **point}
+  shared = {"point": number, "run_id": summary["run_id"], **flat(config["config"]), **point}
   nothing: dict[str, Any] = {"own": {}, "all": {}}
   solo = summary.get("baselines", {}).get("alone", [nothing] * len(summary["clients"]))
   pooled = summary.get("baselines", {}).get("pooled", {})
@@ -179,7 +162,7 @@ def rows_of(folder: pathlib.Path, number: int, point: Point) -> list[dict[str, A
         **{f"alone.{metric}": _number(by_itself["own"].get(metric)) for metric in METRICS},
         **{f"alone.all.{metric}": _number(by_itself["all"].get(metric)) for metric in METRICS},
         **{f"pooled.all.{metric}": _number(pooled.get(metric)) for metric in METRICS},
-        "unit": local[0]["unit"] if local else "none",
+        "unit": "+".join(each["unit"] for each in privacy["guarantees"]) or "none",
         "epsilon": _number(party.get("epsilon", math.inf)),
         "delta": _number(party.get("delta")),
         "sigma": _number(party.get("noise_multiplier", 0.0)),
@@ -194,26 +177,12 @@ def _number(value: float | None, missing: float = math.nan) -> float:
   return missing if value is None else float(value)
 
 
-def _flat(config: dict[str, Any]) -> dict[str, Any]:
-  flat = {}
-  for name, value in config.items():
-    inner = value if isinstance(value, dict) else {"": value}
-    flat |= {f"{name}.{field}".rstrip("."): each for field, each in inner.items()}
-  return flat
-
-
 def read_json(path: pathlib.Path) -> Any:
   """A file of a run; raises UserError if it cannot be read."""
   try:
     return json.loads(path.read_text())
   except (OSError, ValueError) as error:
     raise UserError(f"{path} cannot be read ({error}); delete its folder and --resume") from error
-
-
-def _replace(path: pathlib.Path, write: Any) -> None:
-  temporary = path.with_name(path.name + ".tmp")
-  write(temporary)
-  os.replace(temporary, path)
 
 
 def _without_places(values: dict[str, Any]) -> dict[str, Any]:

@@ -1,8 +1,9 @@
 """What the tests of sweeps share: a small configuration, and a sweep as the command runs it."""
 
 from configs.smoke import get_config
+from fedjax_med.experiment.baselines import write_baselines
 from fedjax_med.sweep import runner, table
-from fedjax_med.sweep.points import plan_points
+from fedjax_med.sweep.points import configure, plan_points
 
 AXES = ("init", "sampling")
 
@@ -16,17 +17,21 @@ def base(**changes):
   return config
 
 
+def plan(points, config=None, numbers=None, seed_axes=AXES):
+  """The runs of points, all of them or of these numbers."""
+  configs = [configure(config or base(), point, seed_axes) for point in points]
+  return plan_points(points, configs, range(len(points)) if numbers is None else numbers)
+
+
 def sweep(folder, points, config=None, numbers=None, seed_axes=AXES, at_once=0):
   """Runs points as ``python -m fedjax_med.sweep`` does; returns the table."""
-  config = config or base()
-  table.begin(folder, config, points, seed_axes)
-  numbers = range(len(points)) if numbers is None else numbers
-  planned = plan_points(config, points, numbers, seed_axes)
+  table.begin(folder, config or base(), points, seed_axes)
+  planned = plan(points, config, numbers, seed_axes)
   done = {each.key for each in planned if table.has_run(folder, *each.key)}
   runner.run_points(
     planned, done, lambda key: table.folder_of(folder, *key), "smoke", lambda _: "", at_once, print
   )
   for each in planned:
-    if config.eval.local_baselines and not each.key.baseline:
-      table.finish(table.folder_of(folder, each.key.number), each.case)
+    if each.case.config.eval.local_baselines and not each.key.baseline:
+      write_baselines(each.case, table.folder_of(folder, each.key.number))
   return table.write(folder)

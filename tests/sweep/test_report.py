@@ -63,10 +63,11 @@ def test_a_setting_has_the_mean_and_the_interval_of_its_points(swept):
   for row, (target, alpha) in zip(rows, [(p[TARGET], p[ALPHA]) for p in POINTS[::2]], strict=True):
     assert row[0].startswith(f"target_epsilon={target:g}, alpha={alpha:g}")
     own = found[(found[TARGET] == target) & (found[ALPHA] == alpha)]
-    values = [float(v) for v in re.findall(r'value="(.*?)"', row[3])]
+    values = [float(v) for v in re.findall(r'value="(.*?)"', row[4])]
     assert values == pytest.approx(own[["mean", "low", "high"]].to_numpy(float)[0])
-    epsilon = re.sub("<.*?>", "", row[2]).strip()
+    epsilon = re.sub("<.*?>", "", row[3]).strip()
     assert (epsilon == "none") == math.isinf(target)
+    assert row[2] == ("none" if math.isinf(target) else "record")
     if epsilon != "none":
       assert float(epsilon) <= target
 
@@ -170,7 +171,7 @@ def test_points_that_diverged_are_told_and_not_averaged(tmp_path):
   page = report.write(report.of_sweep(tmp_path), tmp_path).read_text()
   _, broken = cells(page, "arms")
   assert "(1 diverged)" in broken[0]
-  assert "–" in broken[3]
+  assert "–" in broken[4]
   assert "There is no formal guarantee".lower() in page.lower()
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from fedjax_med.core.config import from_dict, to_dict
+from fedjax_med.core.config import PrivacyConfig, flat, from_dict, init_seed, to_dict
 from fedjax_med.core.errors import UserError
 from fedjax_med.data.hospitals import load_hospitals
 from fedjax_med.experiment import run as runs
@@ -19,8 +19,8 @@ from fedjax_med.experiment.report import write_report
 from fedjax_med.privacy import __main__ as privacy_command
 from fedjax_med.privacy import ledger
 from fedjax_med.sweep import merge, runner, table
-from fedjax_med.sweep.points import TRACED, configure, groups, plan_points, shown, static_key
-from tests.sweep.sweeping import AXES, base, sweep
+from fedjax_med.sweep.points import TRACED, configure, groups, shown, static_key
+from tests.sweep.sweeping import AXES, base, plan, sweep
 
 SIGMA, TARGET, RATE = "privacy.noise_multiplier", "privacy.target_epsilon", "client.learning_rate"
 
@@ -31,7 +31,7 @@ def alone(folder, config):
   experiment = build(config, load_hospitals(config))
   outcome = train_rounds(experiment, folder, lambda _: None)
   lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-  return summary_record(experiment, outcome, "smoke", None), lines
+  return summary_record(experiment, outcome, "smoke"), lines
 
 
 def close(found, expected):
@@ -60,15 +60,61 @@ TOGETHER = [
   {"server.num_rounds": 5, SIGMA: 0.7, "privacy.clip_norm": 0.3},
   {TARGET: 4.0, SIGMA: 0.0},
   {TARGET: 6.0, SIGMA: 0.0, "privacy.same_noise": True, "privacy.delta": 1e-4},
+  {TARGET: 6.0, SIGMA: 0.0, "privacy.noise_stddev": 0.5, "privacy.solve_for": "clip_norm"},
   {TARGET: 6.0},  # a budget that three rounds would cross
 ]
+
+
+# The same of whole hospitals' privacy, of drawn cohorts and of averages.
+Z, CLIENT = "client_privacy.noise_multiplier", "client_privacy"
+CENTRAL = [
+  {Z: 2.0},
+  {Z: 0.0, f"{CLIENT}.target_epsilon": 9.0, f"{CLIENT}.delta": 0.02},
+  {Z: 3.0, f"{CLIENT}.clipping": "adaptive", f"{CLIENT}.quantile": 0.3},
+  {Z: 3.0, f"{CLIENT}.clipping": "adaptive", f"{CLIENT}.clip_learning_rate": 0.5},
+  {Z: 3.0, f"{CLIENT}.clipping": "adaptive", f"{CLIENT}.count_noise": 4.0},
+  {Z: 2.0, "server.participation_rate": 0.8, "server.ema_decay": 0.3},
+]
+
+
+def central():
+  config = base(
+    server__weighting="uniform",
+    server__participation="poisson",
+    server__participation_rate=0.6,
+    server__ema_decay=0.6,
+    client_privacy__mechanism="dp_fedavg",
+    client_privacy__noise_multiplier=2.0,
+  )
+  config.privacy = PrivacyConfig()
+  return config
+
+
+@pytest.fixture(scope="module")
+def centrally_swept(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("central")
+  sweep(folder, CENTRAL, central())
+  return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", range(len(CENTRAL)), ids=[shown(p) for p in CENTRAL])
+def test_whole_hospitals_and_drawn_cohorts_equal_the_runs_by_themselves(
+  centrally_swept, tmp_path, number
+):
+  assert len(groups(plan(CENTRAL, central()))) == 1
+  config = configure(central(), CENTRAL[number], AXES)
+  expected, _ = alone(tmp_path / "alone", config)
+  folder = table.folder_of(centrally_swept, number)
+  close(json.loads((folder / "summary.json").read_text()), expected)
+  assert ledger.read(folder).counts == ledger.read(tmp_path / "alone").counts
 
 
 @pytest.fixture(scope="module")
 def swept(tmp_path_factory):
   folder = tmp_path_factory.mktemp("swept")
   table.begin(folder, base(), TOGETHER, AXES)
-  (group,) = groups(plan_points(base(), TOGETHER, range(len(TOGETHER)), AXES))
+  (group,) = groups(plan(TOGETHER))
   prepared = runner.prepare(group, 4)
   start = runner.Progress(0, 0, None, "")
   runner.run_group(
@@ -81,7 +127,7 @@ def swept(tmp_path_factory):
 
 
 def test_points_that_differ_in_data_share_one_program():
-  assert len(groups(plan_points(base(), TOGETHER, range(len(TOGETHER)), AXES))) == 1
+  assert len(groups(plan(TOGETHER))) == 1
 
 
 @pytest.mark.parametrize("number", range(len(TOGETHER)), ids=[shown(p) for p in TOGETHER])
@@ -104,7 +150,7 @@ def test_a_point_equals_the_run_by_itself_in_results_ledger_and_epsilon(swept, t
 
 
 def test_budgets_end_points_where_they_end_runs(swept):
-  ended = json.loads((table.folder_of(swept, 8) / "summary.json").read_text())
+  ended = json.loads((table.folder_of(swept, len(TOGETHER) - 1) / "summary.json").read_text())
   assert ended["stopped"] == "budget"
   assert 0 < ended["rounds"] < 3
   assert ended["epsilon_max"] <= 6
@@ -112,11 +158,8 @@ def test_budgets_end_points_where_they_end_runs(swept):
 
 def test_traced_fields_are_fields_and_all_others_make_another_program():
   config = base()
-  case = plan_points(config, [{"seed": 0}], [0], AXES)[0].case
-  fields = {name for name, value in to_dict(config).items() if not isinstance(value, dict)}
-  for section, values in to_dict(config).items():
-    fields |= {f"{section}.{name}" for name in values} if isinstance(values, dict) else set()
-  assert fields >= TRACED
+  case = plan([{"seed": 0}])[0].case
+  assert flat(to_dict(config)).keys() >= TRACED
   key = static_key(case)
   for name, value in (("client.batch_size", 8), ("model.dropout", 0.1), ("privacy.bands", 2)):
     section, _, field = name.partition(".")
@@ -133,7 +176,7 @@ def test_groups_of_other_programs_patients_and_no_privacy_run_beside_each_other(
     {"privacy.unit": "record", "client.batch_size": 8},
   ]
   frame = sweep(tmp_path / "units", points)
-  assert len(groups(plan_points(base(), points, range(3), AXES))) == 3
+  assert len(groups(plan(points))) == 3
   assert list(frame["unit"].unique()) == ["record", "patient"]
   frame = sweep(tmp_path / "targets", [{TARGET: 3.0, SIGMA: 0.0}, {TARGET: math.inf, SIGMA: 0.0}])
   assert list(frame.groupby("point")["epsilon_max"].first()) == [
@@ -164,27 +207,17 @@ def test_a_point_that_diverges_says_so_and_touches_no_other(tmp_path):
 
 
 @pytest.mark.parametrize(
-  ("axes", "moved"),
-  [
-    (("partition",), {"data.seed"}),
-    (("init",), {"model.init_seed"}),
-    (("sampling",), {"seed", "model.init_seed"}),
-    (("init", "sampling"), {"seed", "model.init_seed"}),
-    (("partition", "init", "sampling"), {"data.seed", "seed", "model.init_seed"}),
-  ],
+  "axes",
+  [("partition",), ("init",), ("sampling",), AXES, ("partition", *AXES)],
 )
-def test_seeds_move_what_was_asked_and_nothing_else(axes, moved):
-  zero, one = (plan_points(base(), [{"seed": k}], [0], axes)[0].case for k in (0, 7))
-  changed = {
-    "data.seed": zero.rows.indices.tolist() != one.rows.indices.tolist(),
-    "seed": zero.config.seed != one.config.seed,
+def test_seeds_move_what_was_asked_and_nothing_else(axes):
+  zero, one = (plan([{"seed": k}], seed_axes=axes)[0].case for k in (0, 7))
+  moved = {
+    "partition": zero.rows.indices.tolist() != one.rows.indices.tolist(),
+    "init": init_seed(zero.config) != init_seed(one.config),
+    "sampling": zero.config.seed != one.config.seed,
   }
-  weights = [case.config.model.init_seed for case in (zero, one)]
-  start = [w if w >= 0 else case.config.seed for w, case in zip(weights, (zero, one), strict=True)]
-  changed["model.init_seed"] = start[0] != start[1]
-  asked = {"partition": "data.seed", "init": "model.init_seed", "sampling": "seed"}
-  assert {name for name, has in changed.items() if has} == {asked[axis] for axis in axes}
-  assert {asked[axis] for axis in axes} <= moved
+  assert {axis for axis, has in moved.items() if has} == set(axes)
 
 
 def test_a_sweep_of_seeds_of_phantoms_has_images_of_its_own_for_each(tmp_path):
@@ -231,8 +264,7 @@ def test_the_table_has_a_row_a_point_and_hospital_with_everything_in_it(swept):
   frame = pd.read_parquet(swept / table.RESULTS)
   assert len(frame) == 3 * len(TOGETHER)
   assert list(frame["hospital"][:3]) == [f"hospital {k}" for k in (1, 2, 3)]
-  fields = {f"{s}.{n}" for s, v in to_dict(base()).items() if isinstance(v, dict) for n in v}
-  assert fields <= set(frame.columns)
+  assert flat(to_dict(base())).keys() <= set(frame.columns)
   privacy = json.loads((table.folder_of(swept, 5) / "privacy.json").read_text())
   parties = privacy["guarantees"][0]["parties"]
   rows = frame[frame["point"] == 5]
@@ -265,7 +297,7 @@ def test_another_sweep_or_a_run_in_the_folder_is_refused(swept, tmp_path):
 )
 def test_a_point_that_breaks_a_rule_is_named_before_anything_compiles(points, sentence):
   with pytest.raises(UserError, match=sentence):
-    plan_points(base(), points, range(len(points)), AXES)
+    plan(points)
 
 
 @pytest.mark.slow
