@@ -13,8 +13,8 @@ from typing import Any
 
 from benchmarks import common
 from fedjax_med.privacy.accounting import default_delta
-from fedjax_med.privacy.banded import error_over_independent
-from fedjax_med.privacy.mechanism import plan_mechanisms
+from fedjax_med.privacy.calibration import plan_mechanisms
+from fedjax_med.privacy.strategy import error_over_independent
 
 
 def line_of(n: int, batch: int, epsilon: float, steps: int, bands: list[int]) -> dict[str, Any]:
@@ -23,9 +23,8 @@ def line_of(n: int, batch: int, epsilon: float, steps: int, bands: list[int]) ->
     b: plan_mechanisms([n], batch, steps=[steps], clip_norm=1.0, target_epsilon=epsilon, bands=b)[0]
     for b in bands
   }
-  ratios = {
-    b: error_over_independent(n, batch, b, steps=steps, target_epsilon=epsilon) for b in bands
-  }
+  plain = plan_mechanisms([n], batch, steps=[steps], clip_norm=1.0, target_epsilon=epsilon)[0]
+  ratios = {b: error_over_independent(plain, plans[b], steps) for b in bands}
   whole = [b for b in bands if plans[b].expected_batch_size >= min(batch, n) * (1 - 1e-9)]
   best = max(whole, key=lambda b: ratios[b])
   return {

@@ -3,6 +3,8 @@
 import difflib
 from collections.abc import Iterable
 
+import numpy as np
+
 
 class UserError(ValueError):
   """Something the user can put right; entry points print it and exit with code 2.
@@ -29,3 +31,10 @@ def require_choice(field: str, value: str, known: Iterable[str]) -> None:
   """Raises ``UserError`` naming the nearest known choice unless ``value`` is one of them."""
   known = list(known)
   require(value in known, f"{field}='{value}' is unknown", nearest(value, known))
+
+
+def require_whole(name: str, value: int | np.integer, lowest: int, remedy: str) -> None:
+  """Raises UserError unless ``value`` is a whole number of at least ``lowest``."""
+  whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
+  rule = f"{name}={value} must be a whole number of at least {lowest}"
+  require(whole and bool(value >= lowest), rule, remedy)

@@ -10,10 +10,10 @@ from fedjax_med.core.config import Config
 from fedjax_med.core.errors import UserError, require
 from fedjax_med.data.dataset import ClientTable, UnitTable, unit_table
 from fedjax_med.privacy.accounting import epsilon, resolve_deltas
-from fedjax_med.privacy.calibration import affordable_steps, calibrate_noise
+from fedjax_med.privacy.calibration import affordable_steps, calibrate_noise, plan_mechanisms
 from fedjax_med.privacy.client_level import split_noise
 from fedjax_med.privacy.guarantees import Guarantee
-from fedjax_med.privacy.mechanism import PoissonGaussian, batch_size_bound, plan_mechanisms
+from fedjax_med.privacy.mechanism import PoissonGaussian, batch_size_bound
 
 # Rows of a patient in a step where nothing is asked for: a stack of slices is mostly one picture.
 ROWS_PER_UNIT = 8

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fedjax_med.core.errors import require, require_choice
-from fedjax_med.privacy.mechanism import PoissonGaussian, require_whole
+from fedjax_med.core.errors import require, require_choice, require_whole
+from fedjax_med.privacy.mechanism import PoissonGaussian
 
 if TYPE_CHECKING:
   from dp_accounting import TruncatedSubsampledGaussianDpEvent as Event

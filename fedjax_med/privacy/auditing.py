@@ -13,8 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy import special, stats
 
-from fedjax_med.core.errors import require
-from fedjax_med.privacy.mechanism import require_whole
+from fedjax_med.core.errors import require, require_whole
 from fedjax_med.privacy.membership import bit_values, real_values
 
 # Fewer guesses than this, all correct, show ε = 1.6 at 95%: not worth a share of the confidence.

@@ -27,88 +27,15 @@ Nothing here depends on T: a run may go on beyond the steps its strategy is best
 coefficients. It may not change them, nor lose its buffer of earlier noise, between two steps.
 """
 
-import functools
-import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from fedjax_med.privacy.mechanism import PoissonGaussian, plan_mechanisms, require_whole
-from fedjax_med.privacy.noise import gaussian_noise_like
+from fedjax_med.privacy.noise import gaussian_noise_like, noised_mean
 from fedjax_med.privacy.sampling import poisson_batch
 
 Tree = Any  # a pytree of arrays
-
-
-def toeplitz_strategy(steps: int, bands: int) -> np.ndarray:
-  """Coefficients of the strategy whose prefix sums have the (nearly) smallest mean squared error.
-
-  Minimises mean(prefix_errors(c, steps)) · ‖c‖², the error at a given privacy (arXiv 2405.15913,
-  section 4), over positive coefficients that do not rise. Toeplitz costs up to a few per cent of
-  error over a general banded matrix.
-
-  Args:
-    steps: T, at least ``bands``.
-    bands: b, at least 1, which gives independent noise.
-
-  Returns:
-    [bands] float64 of norm 1.
-
-  Raises:
-    UserError: a value breaks its rule.
-  """
-  require_whole("bands", bands, 1, "1 is independent noise")
-  require_whole("steps", steps, bands, f"lower bands={bands} to the number of steps")
-  return np.array(_strategy(int(steps), int(bands)))
-
-
-def prefix_errors(coefficients: np.ndarray | tuple[float, ...], steps: int) -> np.ndarray:
-  """[steps] float64 variance that x_0 + .. + x_t has, x = C⁻¹ z: row t of A C⁻¹, norm squared.
-
-  A, of ones on and below the diagonal, sums up steps. Independent noise has 1, 2, .., ``steps``.
-  """
-  return np.cumsum(_partial_sums(np.asarray(coefficients, float), steps) ** 2)
-
-
-def error_over_independent(
-  num_units: int,
-  batch_size: int,
-  bands: int,
-  *,
-  steps: int,
-  target_epsilon: float,
-  delta: float = 0.0,
-) -> float:
-  """By how much banded noise is better: above 1 it leaves less noise in SGD's weights.
-
-  Both are calibrated to the same (ε, δ) and number of steps: independent noise with Poisson
-  batches of the whole hospital, banded noise with batches of its subsets. Compared is the root mean
-  square, over steps, of the noise in the sum of all mean gradients so far (a constant learning rate
-  without momentum). Noise from the choice of batches is not counted.
-
-  Raises:
-    UserError: a value breaks its rule, or the target cannot be reached.
-  """
-  independent, banded = (
-    plan_mechanisms(
-      [num_units],
-      batch_size,
-      steps=[steps],
-      clip_norm=1.0,
-      target_epsilon=target_epsilon,
-      delta=delta,
-      bands=each,
-    )[0]
-    for each in (1, bands)
-  )
-
-  def error(mechanism: PoissonGaussian) -> float:
-    spread = math.sqrt(prefix_errors(mechanism.coefficients, steps).mean())
-    return mechanism.noise_multiplier / mechanism.expected_batch_size * spread
-
-  return error(independent) / error(banded)
 
 
 def banded_batch(
@@ -198,13 +125,8 @@ def correlated_mean(
   fresh = gaussian_noise_like(key, clipped_sum, 1.0)
   noise, last = correlated_noise(memory.noise, fresh, coefficients)
   stddev = jnp.asarray(noise_multiplier, jnp.float32) * jnp.asarray(clip_norm, jnp.float32)
-  denominator = jnp.asarray(expected_batch_size, jnp.float32)
-  mean = jax.tree.map(
-    lambda leaf, x: (jnp.asarray(leaf).astype(jnp.float32) + stddev * x) / denominator,
-    clipped_sum,
-    noise,
-  )
-  return mean, Memory(memory.step + 1, last)
+  scaled = jax.tree.map(lambda x: stddev * x, noise)
+  return noised_mean(clipped_sum, scaled, expected_batch_size), Memory(memory.step + 1, last)
 
 
 def correlated_noise(previous: Tree, fresh: Tree, coefficients: jax.Array) -> tuple[Tree, Tree]:
@@ -233,41 +155,3 @@ def correlated_noise(previous: Tree, fresh: Tree, coefficients: jax.Array) -> tu
     lambda last, new: jnp.concatenate([new[None], last])[: last.shape[0]], previous, noise
   )
   return noise, buffer
-
-
-def _partial_sums(coefficients: np.ndarray, steps: int) -> np.ndarray:
-  """[steps] first column of A C⁻¹, Toeplitz like its factors: the sums of C⁻¹'s first column."""
-  from scipy import signal
-
-  return np.asarray(signal.lfilter([1.0], coefficients, np.ones(steps)))
-
-
-@functools.lru_cache(maxsize=1024)
-def _strategy(steps: int, bands: int) -> tuple[float, ...]:
-  from scipy import optimize, signal
-
-  if bands == 1:
-    return (1.0,)
-  # Partial sum k stands in the rows of steps - k prefixes.
-  weights = np.arange(steps, 0, -1) / steps
-
-  def loss(ratios: np.ndarray) -> tuple[float, np.ndarray]:
-    """Log of the error, and its slope by c_j / c_{j-1}: in [0, 1] every C⁻¹ is stable."""
-    c = np.cumprod(np.concatenate([[1.0], ratios]))
-    sums = _partial_sums(c, steps)
-    # d sums / d c_j is -(C⁻¹ sums) shifted by j.
-    shifted = signal.lfilter([1.0], c, sums)
-    weighted = weights * sums
-    error = float(weighted @ sums)
-    inner = np.array([weighted[j:] @ shifted[: steps - j] for j in range(bands)])
-    slope = 2 * c / (c @ c) - 2 * inner / error
-    through = np.cumsum((slope * c)[:0:-1])[::-1]
-    return math.log(error) + math.log(c @ c), through / ratios
-
-  j = np.arange(1, bands)
-  # The coefficients of (1 - z)^(-1/2), best for as many bands as steps (arXiv 2302.01463).
-  found = optimize.minimize(
-    loss, (2 * j - 1) / (2 * j), jac=True, method="L-BFGS-B", bounds=[(0.05, 1.0)] * (bands - 1)
-  )
-  c = np.cumprod(np.concatenate([[1.0], found.x]))
-  return tuple(c / np.linalg.norm(c))

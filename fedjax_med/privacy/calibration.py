@@ -1,18 +1,82 @@
-"""What ε ≤ target leaves free: σ, or the number of steps, solved with the PLD accountant."""
+"""The mechanism of each hospital, and what ε ≤ target leaves free in it: σ, or the steps."""
 
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
-from fedjax_med.core.errors import UserError, require
-from fedjax_med.privacy.accounting import check_delta, epsilon
-from fedjax_med.privacy.mechanism import PoissonGaussian, require_whole
+import numpy as np
+
+from fedjax_med.core.errors import UserError, require, require_whole
+from fedjax_med.privacy.accounting import check_delta, epsilon, resolve_deltas
+from fedjax_med.privacy.mechanism import PoissonGaussian, batch_size_bound
+from fedjax_med.privacy.strategy import toeplitz_strategy
 
 # affordable_steps answers no more than this.
 MAX_STEPS = 10_000_000
 # calibrate_noise looks for σ in this range.
 NOISE_RANGE = (0.05, 1e5)
+
+
+def plan_mechanisms(
+  counts: Sequence[int] | np.ndarray,
+  batch_size: int,
+  *,
+  steps: Sequence[int] | np.ndarray,
+  clip_norm: float,
+  batch_cap: int = 0,
+  noise_multiplier: float = 0.0,
+  target_epsilon: float = 0.0,
+  delta: float = 0.0,
+  bands: int = 1,
+) -> tuple[PoissonGaussian, ...]:
+  """The mechanism of each hospital.
+
+  Args:
+    counts: [K] units of each hospital.
+    batch_size: expected batch size; q_i = min(1, bands · batch_size / n_i).
+    steps: [K] local steps each hospital will take in all; σ is calibrated to them, and the noise's
+      correlation made for them.
+    clip_norm: C.
+    batch_cap: one static cap for all hospitals; 0 means the expected size plus 5 standard
+      deviations at the hospital where that is largest. Never more than the largest hospital.
+    noise_multiplier: σ of every hospital; 0 means calibrate.
+    target_epsilon: with ``noise_multiplier=0`` the ε that each hospital's σ is calibrated to.
+    delta: δ; 0 means 1 / (10 n_i). Refused from 1/n_i on.
+    bands: steps that noise is correlated over, at most n_i and ``steps``.
+
+  Raises:
+    UserError: a value breaks its rule, or the target cannot be reached.
+  """
+  require_whole("batch_size", batch_size, 1, "use 32")
+  require(len(counts) > 0, "there is no hospital", "use at least one")
+  require(
+    len(steps) == len(counts),
+    f"steps has {len(steps)} entries for {len(counts)} hospitals",
+    "give one number of steps for each hospital",
+  )
+  require(
+    noise_multiplier != 0 or target_epsilon > 0,
+    f"noise_multiplier={noise_multiplier} and target_epsilon={target_epsilon} leave σ open",
+    "set one of them above 0",
+  )
+  for count in counts:
+    require_whole("num_units", count, 1, "give every hospital at least one training example")
+  sizes = [int(count) for count in counts]
+  deltas = resolve_deltas(sizes, delta)
+  rates = [min(1.0, bands * batch_size / n) for n in sizes]
+  places = [-(-n // bands) for n in sizes]
+  largest = max(min(n, batch_size_bound(n, q, 5)) for n, q in zip(places, rates, strict=True))
+  cap = min(batch_cap or largest, max(places))
+  mechanisms = []
+  for n, q, num_steps, hospital_delta in zip(sizes, rates, steps, deltas, strict=True):
+    strategy = toeplitz_strategy(int(num_steps), bands)
+    unit = PoissonGaussian(n, q, cap, 1.0, clip_norm, tuple(map(float, strategy)))
+    sigma = float(noise_multiplier) or unit.column_norm * calibrate_noise(
+      unit.places, q, cap, unit.compositions(num_steps), hospital_delta, target_epsilon
+    )
+    mechanisms.append(dataclasses.replace(unit, noise_multiplier=sigma))
+  return tuple(mechanisms)
 
 
 @functools.lru_cache(maxsize=4096)

@@ -7,12 +7,11 @@ is called with its numbers, and the accountant sees nothing but its ``event``.
 import dataclasses
 import itertools
 import math
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fedjax_med.core.errors import require
+from fedjax_med.core.errors import require, require_whole
 from fedjax_med.core.rounding import MIN_CLIP_NORM, NORM_SLACK
 
 if TYPE_CHECKING:
@@ -59,7 +58,7 @@ class PoissonGaussian:
     require(
       len(c) > 0 and falling and c[-1] > 0 and abs(self.column_norm - 1) < 1e-6,
       f"coefficients={c} must be positive, not rising and of norm 1",
-      "use banded.toeplitz_strategy(steps, bands)",
+      "use strategy.toeplitz_strategy(steps, bands)",
     )
     remedy = "give the hospital at least one training example"
     if self.bands > 1:
@@ -142,79 +141,8 @@ class PoissonGaussian:
     return -(-int(steps) // self.bands)
 
 
-def plan_mechanisms(
-  counts: Sequence[int] | np.ndarray,
-  batch_size: int,
-  *,
-  steps: Sequence[int] | np.ndarray,
-  clip_norm: float,
-  batch_cap: int = 0,
-  noise_multiplier: float = 0.0,
-  target_epsilon: float = 0.0,
-  delta: float = 0.0,
-  bands: int = 1,
-) -> tuple[PoissonGaussian, ...]:
-  """The mechanism of each hospital.
-
-  Args:
-    counts: [K] units of each hospital.
-    batch_size: expected batch size; q_i = min(1, bands · batch_size / n_i).
-    steps: [K] local steps each hospital will take in all; σ is calibrated to them, and the noise's
-      correlation made for them.
-    clip_norm: C.
-    batch_cap: one static cap for all hospitals; 0 means the expected size plus 5 standard
-      deviations at the hospital where that is largest. Never more than the largest hospital.
-    noise_multiplier: σ of every hospital; 0 means calibrate.
-    target_epsilon: with ``noise_multiplier=0`` the ε that each hospital's σ is calibrated to.
-    delta: δ; 0 means 1 / (10 n_i). Refused from 1/n_i on.
-    bands: steps that noise is correlated over, at most n_i and ``steps``.
-
-  Raises:
-    UserError: a value breaks its rule, or the target cannot be reached.
-  """
-  # Both are built on this module's PoissonGaussian.
-  from fedjax_med.privacy import accounting, banded, calibration
-
-  require_whole("batch_size", batch_size, 1, "use 32")
-  require(len(counts) > 0, "there is no hospital", "use at least one")
-  require(
-    len(steps) == len(counts),
-    f"steps has {len(steps)} entries for {len(counts)} hospitals",
-    "give one number of steps for each hospital",
-  )
-  require(
-    noise_multiplier != 0 or target_epsilon > 0,
-    f"noise_multiplier={noise_multiplier} and target_epsilon={target_epsilon} leave σ open",
-    "set one of them above 0",
-  )
-  for count in counts:
-    require_whole("num_units", count, 1, "give every hospital at least one training example")
-  sizes = [int(count) for count in counts]
-  deltas = accounting.resolve_deltas(sizes, delta)
-  rates = [min(1.0, bands * batch_size / n) for n in sizes]
-  places = [-(-n // bands) for n in sizes]
-  largest = max(min(n, batch_size_bound(n, q, 5)) for n, q in zip(places, rates, strict=True))
-  cap = min(batch_cap or largest, max(places))
-  mechanisms = []
-  for n, q, num_steps, hospital_delta in zip(sizes, rates, steps, deltas, strict=True):
-    strategy = banded.toeplitz_strategy(int(num_steps), bands)
-    unit = PoissonGaussian(n, q, cap, 1.0, clip_norm, tuple(map(float, strategy)))
-    sigma = float(noise_multiplier) or unit.column_norm * calibration.calibrate_noise(
-      unit.places, q, cap, unit.compositions(num_steps), hospital_delta, target_epsilon
-    )
-    mechanisms.append(dataclasses.replace(unit, noise_multiplier=sigma))
-  return tuple(mechanisms)
-
-
 def batch_size_bound(num_units: int, sampling_probability: float, num_stds: float) -> int:
   """Expected Poisson batch size plus ``num_stds`` standard deviations, rounded up."""
   expected = num_units * sampling_probability
   std = math.sqrt(expected * (1 - sampling_probability))
   return math.ceil(expected + num_stds * std - 1e-9)
-
-
-def require_whole(name: str, value: int | np.integer, lowest: int, remedy: str) -> None:
-  """Raises UserError unless ``value`` is a whole number of at least ``lowest``."""
-  whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
-  rule = f"{name}={value} must be a whole number of at least {lowest}"
-  require(whole and bool(value >= lowest), rule, remedy)

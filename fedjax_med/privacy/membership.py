@@ -9,8 +9,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy import special, stats
 
-from fedjax_med.core.errors import require
-from fedjax_med.privacy.mechanism import require_whole
+from fedjax_med.core.errors import require, require_whole
 
 # An example has a variance of its own from this many runs on: Carlini et al. find the one pooled
 # over examples better under 64 runs, half of them with the example.

@@ -63,8 +63,14 @@ def private_mean(
     float32 pytree of ``clipped_sum``'s structure.
   """
   stddev = jnp.asarray(noise_multiplier, jnp.float32) * jnp.asarray(clip_norm, jnp.float32)
+  return noised_mean(
+    clipped_sum, gaussian_noise_like(key, clipped_sum, stddev), expected_batch_size
+  )
+
+
+def noised_mean(clipped_sum: Tree, noise: Tree, expected_batch_size: jax.Array | float) -> Tree:
+  """(clipped_sum + noise) / (q·n) in float32: noise is on the sum, whatever it is made of."""
   denominator = jnp.asarray(expected_batch_size, jnp.float32)
-  noise = gaussian_noise_like(key, clipped_sum, stddev)
   return jax.tree.map(
     lambda leaf, z: (jnp.asarray(leaf).astype(jnp.float32) + z) / denominator, clipped_sum, noise
   )

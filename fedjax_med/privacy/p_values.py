@@ -9,8 +9,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy import stats
 
-from fedjax_med.core.errors import require
-from fedjax_med.privacy.mechanism import require_whole
+from fedjax_med.core.errors import require, require_whole
 from fedjax_med.privacy.membership import finite_values
 
 

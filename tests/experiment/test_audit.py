@@ -15,10 +15,10 @@ from fedjax_med.experiment.draw_checks import check_execution
 from fedjax_med.federated import local
 from fedjax_med.privacy import banded, clipping, noise
 from fedjax_med.privacy.auditing import threshold_epsilon
-from fedjax_med.privacy.banded import toeplitz_strategy
 from fedjax_med.privacy.guarantees import Guarantee, spent
 from fedjax_med.privacy.mechanism import PoissonGaussian
 from fedjax_med.privacy.sampling import epoch_batch, poisson_batch
+from fedjax_med.privacy.strategy import toeplitz_strategy
 
 STEPS = 24
 Q = 0.25

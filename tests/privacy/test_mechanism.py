@@ -12,7 +12,8 @@ from scipy import stats
 from fedjax_med.core.errors import UserError
 from fedjax_med.core.keys import base_key
 from fedjax_med.privacy.accounting import default_delta, epsilon
-from fedjax_med.privacy.mechanism import PoissonGaussian, batch_size_bound, plan_mechanisms
+from fedjax_med.privacy.calibration import plan_mechanisms
+from fedjax_med.privacy.mechanism import PoissonGaussian, batch_size_bound
 from fedjax_med.privacy.sampling import poisson_batch
 
 
