@@ -157,9 +157,9 @@ def _hyper(config: Config, protection: Protection) -> Hyper:
     client = config.client_privacy
     level = ClientLevel(
       *scalars(
-        protection.update_noise,
+        mechanism.sum_noise_multiplier,
         mechanism.expected_batch_size,
-        protection.count_noise,
+        mechanism.count_noise,
         client.quantile,
         client.clip_learning_rate if client.clipping == "adaptive" else 0.0,
       )
@@ -362,8 +362,6 @@ def _alone(federation: Case, config: Config, k: int) -> Case:
     units=units,
     local=local and local.only(k),
     central=None,
-    update_noise=0.0,
-    count_noise=0.0,
   )
   table, name = _tables(rows, protection), federation.names[one]
   run_id = _run_id(config, federation.hospitals, name, table)

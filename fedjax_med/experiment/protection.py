@@ -11,7 +11,6 @@ from fedjax_med.core.errors import UserError, require
 from fedjax_med.data.dataset import ClientTable, UnitTable, unit_table
 from fedjax_med.privacy.accounting import epsilon, resolve_deltas
 from fedjax_med.privacy.calibration import affordable_steps, calibrate_noise, plan_mechanisms
-from fedjax_med.privacy.client_level import split_noise
 from fedjax_med.privacy.guarantees import Guarantee
 from fedjax_med.privacy.mechanism import PoissonGaussian, batch_size_bound
 
@@ -29,8 +28,6 @@ class Protection(NamedTuple):
     rows_per_unit: rows of a unit that a step looks at.
     local: DP-SGD in the clients' local steps, or None.
     central: DP-FedAvg at the server, or None.
-    update_noise: noise multiplier on the sum of updates (below ``central``'s σ never).
-    count_noise: noise on the count of unclipped updates.
   """
 
   config: Config
@@ -39,8 +36,6 @@ class Protection(NamedTuple):
   rows_per_unit: int
   local: Guarantee | None
   central: Guarantee | None
-  update_noise: float
-  count_noise: float
 
 
 def local_steps(config: Config, counts: np.ndarray) -> np.ndarray:
@@ -92,7 +87,7 @@ def protect(
   if private:
     mechanisms, deltas = _mechanisms(config, counts, steps)
     local = Guarantee(config.privacy.unit, names, mechanisms, deltas)
-  return Protection(config, steps, units, rows_per_unit, local, *_central(config, len(names)))
+  return Protection(config, steps, units, rows_per_unit, local, _central(config, len(names)))
 
 
 def _mechanisms(
@@ -199,11 +194,11 @@ def _solve_clip_norm(config: Config, counts: np.ndarray) -> Config:
   return dataclasses.replace(config, privacy=privacy)
 
 
-def _central(config: Config, num_clients: int) -> tuple[Guarantee | None, float, float]:
-  """Client-level guarantee, noise multiplier on the updates, noise on the count."""
+def _central(config: Config, num_clients: int) -> Guarantee | None:
+  """The client-level guarantee, if there is one."""
   client, server = config.client_privacy, config.server
   if client.mechanism == "none":
-    return None, 0.0, 0.0
+    return None
   cap = cohort_cap(config, num_clients) or num_clients
   rate = 1.0 if server.participation == "full" else server.participation_rate
   (delta,) = resolve_deltas([num_clients], client.delta)
@@ -211,9 +206,7 @@ def _central(config: Config, num_clients: int) -> tuple[Guarantee | None, float,
     num_clients, rate, cap, server.num_rounds, delta, client.target_epsilon
   )
   mechanism = PoissonGaussian(num_clients, rate, cap, sigma, client.clip_norm)
-  update_noise = count_noise = 0.0
   if client.clipping == "adaptive":
     count_noise = client.count_noise or max(mechanism.expected_batch_size / 20, sigma)
-    update_noise = split_noise(sigma, count_noise)
-  guarantee = Guarantee("client", ("all hospitals",), (mechanism,), (delta,))
-  return guarantee, update_noise or sigma, count_noise
+    mechanism = dataclasses.replace(mechanism, count_noise=count_noise)
+  return Guarantee("client", ("all hospitals",), (mechanism,), (delta,))

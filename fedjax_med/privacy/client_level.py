@@ -4,13 +4,11 @@ McMahan et al. 2018 (arXiv 1710.06963) with a fixed denominator; the clip norm b
 (arXiv 1905.03871).
 """
 
-import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from fedjax_med.core.errors import require
 from fedjax_med.core.keys import Stream, key_for
 from fedjax_med.privacy.noise import private_mean
 
@@ -21,7 +19,8 @@ class ClientLevel(NamedTuple):
   """Traced float32 scalars of client-level privacy.
 
   Attributes:
-    noise_multiplier: noise on the sum of updates, over the clip norm; see ``split_noise``.
+    noise_multiplier: noise on the sum of updates, over the clip norm;
+      ``PoissonGaussian.sum_noise_multiplier``.
     expected_cohort: q·K, the fixed denominator.
     count_noise: standard deviation of the noise on the sum of (bit - 1/2), where a bit says whether
       an update was within the clip norm.
@@ -34,29 +33,6 @@ class ClientLevel(NamedTuple):
   count_noise: jax.Array
   quantile: jax.Array
   clip_learning_rate: jax.Array
-
-
-def split_noise(noise_multiplier: float, count_noise: float) -> float:
-  """Noise multiplier left for the updates, if the noisy count is to cost nothing on top.
-
-  Updates over z·C and bits over ``count_noise`` (a bit - 1/2 is at most 1/2) are one Gaussian
-  mechanism of noise multiplier σ with 1/σ² = 1/z² + 1/(2 count_noise)² (Andrew et al. 2021,
-  theorem 1).
-
-  Args:
-    noise_multiplier: σ, accounted for the whole round.
-    count_noise: standard deviation of the noise on the count.
-
-  Raises:
-    UserError: the count alone would cost more than σ allows.
-  """
-  require(
-    2 * count_noise > noise_multiplier,
-    f"client_privacy.count_noise={count_noise:g} must be above half the noise multiplier"
-    f" {noise_multiplier:g}",
-    f"use {noise_multiplier:.3g} or more, or client_privacy.clipping=fixed",
-  )
-  return 1 / math.sqrt(noise_multiplier**-2 - (2 * count_noise) ** -2)
 
 
 def clip_update(update: Tree, clip_norm: jax.Array) -> tuple[Tree, jax.Array]:

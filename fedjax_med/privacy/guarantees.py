@@ -139,10 +139,19 @@ BANDS_GAP = (
 )
 
 
-def _mechanism(guarantee: Guarantee) -> str:
+_COUNTED = (
+  ". The clip norm is adaptive: a second release of each round, how many updates were within it,"
+  " with Gaussian noise of count_noise, moves it; clip_norm is the first round's. noise_multiplier"
+  " is that of both releases together, and the sum has the larger sum_noise_multiplier * clip_norm"
+)
+
+
+def mechanism_of(guarantee: Guarantee) -> str:
+  """What is done to protect a unit, in a sentence or two."""
   bands, unit = max(mechanism.bands for mechanism in guarantee.mechanisms), guarantee.unit
+  counted = any(mechanism.count_noise for mechanism in guarantee.mechanisms)
   if bands == 1:
-    return UNITS[unit].mechanism
+    return UNITS[unit].mechanism + (_COUNTED if counted else "")
   return (
     "DP-SGD at the hospital with correlated noise (banded matrix factorisation): in each local step"
     f" a Poisson sample of one of {bands} fixed subsets of the {unit}s, which take turns, cut to"
@@ -151,6 +160,13 @@ def _mechanism(guarantee: Guarantee) -> str:
     f" norm 1; a fixed denominator. T steps count as T / {bands} releases, rounded up, and the"
     " sampling probability is that within a subset"
   )
+
+
+def _noises(mechanism: PoissonGaussian) -> dict[str, float]:
+  return {
+    "sum_noise_multiplier": mechanism.sum_noise_multiplier,
+    "count_noise": mechanism.count_noise,
+  }
 
 
 def describe(guarantee: Guarantee, counts: Sequence[int] | np.ndarray) -> dict[str, Any]:
@@ -162,7 +178,7 @@ def describe(guarantee: Guarantee, counts: Sequence[int] | np.ndarray) -> dict[s
     "unit": guarantee.unit,
     "protects": unit.protects,
     "adjacency": unit.adjacency,
-    "mechanism": _mechanism(guarantee),
+    "mechanism": mechanism_of(guarantee),
     "holds_against": list(unit.holds_against),
     "not_against": list(unit.not_against),
     "accountant": {
@@ -181,6 +197,7 @@ def describe(guarantee: Guarantee, counts: Sequence[int] | np.ndarray) -> dict[s
         "batch_cap": mechanism.batch_cap,
         "noise_multiplier": mechanism.noise_multiplier,
         "coefficients": list(mechanism.coefficients),
+        **(_noises(mechanism) if mechanism.count_noise else {}),
         "clip_norm": mechanism.clip_norm,
         "steps": int(count),
         "delta": float(delta),
@@ -233,7 +250,7 @@ def privacy_record(
     gaps = [BANDS_GAP, *gaps]
   units = {guarantee.unit for guarantee in guarantees}
   return {
-    "mechanism": "; ".join(map(_mechanism, guarantees)),
+    "mechanism": "; ".join(map(mechanism_of, guarantees)),
     "epsilon_max": described[0]["epsilon_max"],
     "guarantees": described,
     "not_covered": [*NOT_COVERED, *([_RECORDS_ONLY] if "record" in units else []), *gaps],

@@ -190,7 +190,8 @@ def _from_json(value: dict[str, Any]) -> Guarantee:
 
 
 def _mechanism(party: dict[str, Any]) -> PoissonGaussian:
-  party = {"coefficients": [1.0], **party}  # ledgers of before there was correlated noise
+  # Ledgers of before there was correlated noise, or a count among the mechanisms.
+  party = {"coefficients": [1.0], "count_noise": 0.0, **party}
   values = {field.name: party[field.name] for field in dataclasses.fields(PoissonGaussian)}
   return PoissonGaussian(**{**values, "coefficients": tuple(values["coefficients"])})
 

@@ -36,10 +36,14 @@ class PoissonGaussian:
       above 0 and at most 1.
     batch_cap: units a batch holds at most; a larger draw is cut to a uniform subset. It must be
       at least ``places``, or the expected size plus 2 standard deviations.
-    noise_multiplier: σ, noise standard deviation on the sum over ``clip_norm``; 0 is no noise.
-    clip_norm: C, largest l2 norm of one unit's contribution, at least 1e-12.
+    noise_multiplier: σ, noise standard deviation on the sum over ``clip_norm``; 0 is no noise. With
+      ``count_noise`` that of both releases together.
+    clip_norm: C, largest l2 norm of one unit's contribution, at least 1e-12; the first round's
+      where it is adaptive (every round's noise follows it).
     coefficients: [b] first column of the strategy matrix: positive, not rising (then the recursion
       is stable, Eneström-Kakeya), of norm 1 to a millionth; (1.0,) is independent noise.
+    count_noise: σ_b, noise standard deviation on the sum of (bit - 1/2), where a unit's bit says
+      whether it was within ``clip_norm`` (adaptive clipping); 0 releases no such count.
 
   Raises:
     UserError: a value breaks its rule.
@@ -51,6 +55,7 @@ class PoissonGaussian:
   noise_multiplier: float
   clip_norm: float
   coefficients: tuple[float, ...] = (1.0,)
+  count_noise: float = 0.0
 
   def __post_init__(self) -> None:
     c = self.coefficients
@@ -77,6 +82,13 @@ class PoissonGaussian:
       MIN_CLIP_NORM <= clip_norm < math.inf,
       f"clip_norm={clip_norm} must be finite and at least {MIN_CLIP_NORM:g}",
       "use 1",
+    )
+    count_noise = self.count_noise
+    require(
+      count_noise == 0 or sigma / 2 < count_noise < math.inf,
+      f"count_noise={count_noise:g} must be above half the noise multiplier {sigma:g}, or the count"
+      " alone would cost more than that allows",
+      f"use {sigma:.3g} or more, or client_privacy.clipping=fixed",
     )
     lowest = min(n, batch_size_bound(n, q, 2))
     require(
@@ -105,6 +117,17 @@ class PoissonGaussian:
   def expected_batch_size(self) -> float:
     """q·n / b, the fixed denominator of every step, whatever the size of the batch drawn."""
     return self.sampling_probability * self.num_units / self.bands
+
+  @property
+  def sum_noise_multiplier(self) -> float:
+    """z, what the device puts on the sum over ``clip_norm``: σ, or more beside a noisy count.
+
+    A sum with z·C and bits (a bit - 1/2 is at most 1/2) with σ_b are one Gaussian mechanism of
+    1/σ² = 1/z² + 1/(2 σ_b)² (Andrew et al., arXiv 1905.03871, theorem 1).
+    """
+    if self.count_noise == 0 or self.noise_multiplier == 0:
+      return self.noise_multiplier
+    return 1 / math.sqrt(self.noise_multiplier**-2 - (2 * self.count_noise) ** -2)
 
   @property
   def drawn_probability(self) -> float:

@@ -10,7 +10,7 @@ from fedjax_med.data.hospitals import load_hospitals
 from fedjax_med.experiment import run as runs
 from fedjax_med.experiment.build import build
 from fedjax_med.simulation.mesh import choose_devices
-from tests.experiment.test_run import run
+from tests.experiment.running import run
 
 
 def results(folder) -> dict:

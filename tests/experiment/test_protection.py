@@ -54,7 +54,7 @@ def epsilons(found, more_rounds=0):
 
 def test_noise_is_calibrated_hospital_by_hospital():
   found = protection(privacy__target_epsilon=3.0)
-  assert all(0.98 * 3 <= value <= 3 for value in epsilons(found))
+  assert all(0.995 * 3 <= value <= 3 for value in epsilons(found))
   assert len({m.noise_multiplier for m in local(found).mechanisms}) == 3
 
 
@@ -63,7 +63,7 @@ def test_one_noise_for_all_is_what_the_neediest_hospital_needs():
   found = protection(privacy__target_epsilon=3.0, privacy__same_noise=True)
   assert {m.noise_multiplier for m in local(found).mechanisms} == {max(each)}
   assert max(epsilons(found)) <= 3
-  assert min(epsilons(found)) < 0.98 * 3
+  assert min(epsilons(found)) < 0.995 * 3
 
 
 def test_rounds_are_the_most_that_the_target_allows():
@@ -89,7 +89,7 @@ def test_the_clip_norm_is_the_given_noise_over_the_noise_multiplier():
   )
   for mechanism in local(found).mechanisms:
     assert mechanism.noise_multiplier * mechanism.clip_norm == pytest.approx(0.4)
-  assert 0.98 * 5 <= max(epsilons(found)) <= 5
+  assert 0.995 * 5 <= max(epsilons(found)) <= 5
   assert found.config.privacy.clip_norm == local(found).mechanisms[0].clip_norm
 
 
@@ -132,18 +132,18 @@ def test_whole_hospitals_have_one_mechanism_of_cohorts():
   assert (mechanism.num_units, mechanism.sampling_probability) == (3, 1.0)
   assert central(found).deltas == (1 / 30,)
   rounds = found.config.server.num_rounds
-  assert 0.98 * 6 <= epsilon(mechanism, rounds, 1 / 30) <= 6
-  assert found.update_noise == mechanism.noise_multiplier
+  assert 0.995 * 6 <= epsilon(mechanism, rounds, 1 / 30) <= 6
+  assert mechanism.sum_noise_multiplier == mechanism.noise_multiplier
 
 
 def test_an_adaptive_clip_norm_takes_its_noise_out_of_the_same_epsilon():
   changes = {"privacy__target_epsilon": 3.0, "client_privacy__mechanism": "dp_fedavg"}
   changes |= {"client_privacy__noise_multiplier": 2.0, "client_privacy__clipping": "adaptive"}
   found = protection(**changes)
-  sigma = central(found).mechanisms[0].noise_multiplier
-  assert sigma == 2.0
-  together = found.update_noise**-2 + (2 * found.count_noise) ** -2
-  assert together == pytest.approx(sigma**-2)
+  (mechanism,) = central(found).mechanisms
+  assert mechanism.noise_multiplier == 2.0
+  together = mechanism.sum_noise_multiplier**-2 + (2 * mechanism.count_noise) ** -2
+  assert together == pytest.approx(2.0**-2)
   with pytest.raises(UserError, match=r"count_noise=0.5 must be above half"):
     protection(**changes, client_privacy__count_noise=0.5)
 

@@ -1,5 +1,6 @@
 """DP-FedAvg: clipped updates, noise on the sum, a fixed denominator, an adaptive clip norm."""
 
+import dataclasses
 import functools
 import math
 from typing import Any
@@ -10,7 +11,8 @@ import numpy as np
 import pytest
 
 from fedjax_med.core.errors import UserError
-from fedjax_med.privacy.client_level import ClientLevel, clip_update, noisy_mean, split_noise
+from fedjax_med.privacy.client_level import ClientLevel, clip_update, noisy_mean
+from fedjax_med.privacy.mechanism import PoissonGaussian
 from tests.federated.toy import KEY, make_clients, make_federation, make_hyper, make_pool
 
 POOL = make_pool()
@@ -142,11 +144,13 @@ def test_an_adaptive_clip_norm_settles_where_half_the_updates_pass():
 
 
 def test_the_count_costs_nothing_beyond_the_noise_multiplier():
-  z = split_noise(1.5, 2.0)
+  counted = PoissonGaussian(6, 1.0, 6, 1.5, 0.3, count_noise=2.0)
+  z = counted.sum_noise_multiplier
   assert 1 / z**2 + 1 / (2 * 2.0) ** 2 == pytest.approx(1 / 1.5**2)
   assert z > 1.5
+  assert counted.event() == dataclasses.replace(counted, count_noise=0.0).event()
   with pytest.raises(UserError, match=r"count_noise=0.7 must be above half the noise multiplier"):
-    split_noise(1.5, 0.7)
+    dataclasses.replace(counted, count_noise=0.7)
 
 
 def test_one_hospital_moves_the_sum_by_at_most_the_clip_norm():

@@ -132,7 +132,7 @@ def test_plan_calibrates_each_hospital_to_its_target():
   planned = plan_mechanisms(counts, 16, steps=steps, clip_norm=1.0, target_epsilon=4.0)
   for m, num_steps in zip(planned, steps, strict=True):
     reached = epsilon(m, num_steps, default_delta(m.num_units))
-    assert 0.99 * 4 <= reached <= 4
+    assert 0.995 * 4 <= reached <= 4
   sigmas = [m.noise_multiplier for m in planned]
   assert sigmas[0] > sigmas[2] > sigmas[1]
 

@@ -118,6 +118,17 @@ def test_correlated_noise_is_described_as_it_is_and_its_checkpoints_are_secret()
   assert BANDS_GAP not in write_out(RECORD, "abc")
 
 
+def test_an_adaptive_clip_norm_is_described_as_two_releases():
+  central = PoissonGaussian(30, 0.4, 30, 1.5, 0.3, count_noise=2.0)
+  record = privacy_record([Guarantee("client", ("all",), (central,), (1e-3,))], [[5]])
+  assert "a second release of each round" in write_out(record, "abc")
+  (party,) = record["guarantees"][0]["parties"]
+  assert party["noise_multiplier"] == 1.5
+  assert party["count_noise"] == 2.0
+  assert party["sum_noise_multiplier"] == pytest.approx((1.5**-2 - 4.0**-2) ** -0.5)
+  assert "second release" not in write_out(RECORD, "abc")
+
+
 def test_choosing_the_best_of_many_runs_costs_more_the_more_there_are():
   costs = tuning_costs(RECORD["guarantees"][0])
   values = [RECORD["guarantees"][0]["parties"][0]["epsilon"], *(cost["epsilon"] for cost in costs)]
