@@ -11,6 +11,7 @@ from fedjax_med.experiment.build import Experiment
 from fedjax_med.experiment.canaries import Subject, make_trials, many_canaries, single_canaries
 from fedjax_med.experiment.client_audit import hospital_trials
 from fedjax_med.experiment.draw_checks import Check, check_execution
+from fedjax_med.experiment.loop import planned_rounds
 from fedjax_med.privacy.auditing import one_run_epsilon
 from fedjax_med.privacy.client_level import ClientLevel
 from fedjax_med.privacy.guarantees import Guarantee, spent
@@ -113,7 +114,7 @@ def _local(experiment: Experiment, max_trials: int, seed: int, tell: Callable) -
   local = experiment.local
   assert local is not None
   a_round = tuple(int(each) for each in experiment.steps)
-  steps = tuple(each * experiment.config.server.num_rounds for each in a_round)
+  steps = tuple(each * planned_rounds(experiment) for each in a_round)
   subject = Subject(local, steps, a_round, experiment.program.plan.clipping, seed)
   return _result(local.unit, *audit_units(subject, max_trials, tell))
 
@@ -121,7 +122,7 @@ def _local(experiment: Experiment, max_trials: int, seed: int, tell: Callable) -
 def _central(
   experiment: Experiment, central: Guarantee, max_trials: int, seed: int, tell: Callable
 ) -> dict[str, Any]:
-  rounds = experiment.config.server.num_rounds
+  rounds = planned_rounds(experiment)
   (mechanism,), (delta,), (epsilon,) = central.mechanisms, central.deltas, spent(central, [rounds])
   level = 1 - CONFIDENCE
   number = wanted_trials(epsilon, level, max_trials)

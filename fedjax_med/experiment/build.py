@@ -346,7 +346,12 @@ def baselines(federation: Case) -> dict[str, Case]:
   found = {f"alone-{k + 1}": _alone(federation, config, k) for k in range(len(names))}
   rows = client_table([np.concatenate(client_rows(hospitals.train))])
   steps = federation.protection.steps.sum(keepdims=True)
-  return found | {"pooled": _case(config, hospitals, ("pooled",), rows, numbers, steps)}
+  pooled = _case(config, hospitals, ("pooled",), rows, numbers, steps)
+  if (local := pooled.protection.local) is not None:
+    pooled = pooled._replace(
+      protection=pooled.protection._replace(local=local._replace(place="pooled"))
+    )
+  return found | {"pooled": pooled}
 
 
 def _alone(federation: Case, config: Config, k: int) -> Case:
@@ -360,7 +365,7 @@ def _alone(federation: Case, config: Config, k: int) -> Case:
     config=config,
     steps=federation.protection.steps[one],
     units=units,
-    local=local and local.only(k),
+    local=local and local.only(k)._replace(place="alone"),
     central=None,
   )
   table, name = _tables(rows, protection), federation.names[one]

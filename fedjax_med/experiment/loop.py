@@ -112,6 +112,12 @@ def affordable_rounds(experiment: Experiment, steps: np.ndarray, done: int) -> f
   return min(left)
 
 
+def planned_rounds(experiment: Experiment) -> int:
+  """Rounds of a whole run: as configured, or as many as the budgets allow."""
+  allowed = affordable_rounds(experiment, np.zeros_like(experiment.steps), 0)
+  return int(min(experiment.config.server.num_rounds, allowed))
+
+
 def next_rounds(experiment: Experiment, steps: np.ndarray, done: int) -> int:
   """Rounds up to the next log point; 0 at the end, or where a budget ends the run before."""
   every, total = experiment.config.eval.every, experiment.config.server.num_rounds

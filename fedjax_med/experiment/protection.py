@@ -1,7 +1,7 @@
 """From a config and the sizes of the hospitals to the mechanisms that protect them."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -87,7 +87,27 @@ def protect(
   if private:
     mechanisms, deltas = _mechanisms(config, counts, steps)
     local = Guarantee(config.privacy.unit, names, mechanisms, deltas)
-  return Protection(config, steps, units, rows_per_unit, local, _central(config, len(names)))
+  central = _central(config, len(names))
+  budgets = (
+    (local, "privacy", config.privacy, steps),
+    (central, "client_privacy", config.client_privacy, (1,)),
+  )
+  for guarantee, section, values, each in budgets:
+    if guarantee and values.noise_multiplier and values.target_epsilon:
+      _require_a_round(guarantee, section, values.target_epsilon, each)
+  return Protection(config, steps, units, rows_per_unit, local, central)
+
+
+def _require_a_round(
+  guarantee: Guarantee, section: str, budget: float, steps: Sequence[int] | np.ndarray
+) -> None:
+  for name, mechanism, delta, each in zip(*guarantee[1:4], steps, strict=True):
+    require(
+      affordable_steps(mechanism, delta, budget) >= each,
+      f"{section}.target_epsilon={budget:g} does not allow '{name}' one round at"
+      f" {section}.noise_multiplier={mechanism.noise_multiplier:g}",
+      "raise either of them, or take fewer local steps a round",
+    )
 
 
 def _mechanisms(
@@ -160,6 +180,11 @@ def _solve_batch_size(config: Config, counts: np.ndarray) -> Config:
 
   def allowed(batch_size: int) -> bool:
     candidate = _with_batch(config, batch_size)
+    if config.privacy.batch_cap and any(
+      min(n, batch_size_bound(n, min(1.0, batch_size / n), 2)) > config.privacy.batch_cap
+      for n in map(int, counts)
+    ):
+      return False
     steps = local_steps(candidate, counts)
     rows = zip(*_mechanisms(candidate, counts, steps), steps, strict=True)
     return all(

@@ -254,7 +254,7 @@ def _statement(workdir: pathlib.Path, run: dict[str, Any]) -> dict[str, Any]:
   """What the section on privacy shows beside privacy.json."""
   return {
     "assumptions": ASSUMPTIONS,
-    "audit": audit_sentence(_audit(workdir)),
+    "audit": audit_sentence(_audit(workdir), run["privacy"]),
     "tuning": [tuning_costs(guarantee) for guarantee in run["privacy"].get("guarantees", [])],
   }
 

@@ -16,7 +16,7 @@ from fedjax_med.experiment.baselines import run_baselines
 from fedjax_med.experiment.build import Experiment, build
 from fedjax_med.experiment.loop import (
   LogPoint,
-  affordable_rounds,
+  planned_rounds,
   spent,
   start_compiling,
   test_line,
@@ -36,8 +36,7 @@ from fedjax_med.experiment.trackers import require_installed, track
 
 def planned(experiment: Experiment) -> tuple[int, tuple[float, ...], float | None]:
   """Rounds that the budgets allow, and after them each hospital's ε and that of whole hospitals."""
-  allowed = affordable_rounds(experiment, np.zeros_like(experiment.steps), 0)
-  rounds = int(min(experiment.config.server.num_rounds, allowed))
+  rounds = planned_rounds(experiment)
   return rounds, *spent(experiment, rounds, experiment.steps * rounds)
 
 

@@ -91,7 +91,7 @@ def _require_agreement(folder: pathlib.Path, ledger: ledgers.Ledger) -> None:
   rows = [
     ((guarantee.unit, name), mechanism, delta, count)
     for guarantee, counts in zip(ledger.guarantees, ledger.counts, strict=True)
-    for name, mechanism, delta, count in zip(*guarantee[1:], counts, strict=True)
+    for name, mechanism, delta, count in zip(*guarantee[1:4], counts, strict=True)
   ]
   require(
     [row[0] for row in rows] == list(claims),

@@ -34,7 +34,7 @@ class Unit(NamedTuple):
 
 
 _DP_SGD = (
-  "DP-SGD at the hospital: in each local step a Poisson sample of the {unit}s, cut to batch_cap;"
+  "DP-SGD {place}: in each local step a Poisson sample of the {unit}s, cut to batch_cap;"
   " the gradient of each {unit} clipped to clip_norm; Gaussian noise of noise_multiplier *"
   " clip_norm on the sum; a fixed denominator"
 )
@@ -47,14 +47,14 @@ UNITS = {
   "record": Unit(
     "one training image of one hospital",
     "zero-out (one record replaced by nothing; the number of records of each hospital is public)",
-    _DP_SGD.format(unit="record"),
+    _DP_SGD.format(place="at the hospital", unit="record"),
     _EVERYBODY,
     (),
   ),
   "patient": Unit(
     "all training images of one patient or near-duplicate group, together",
     "zero-out (one patient replaced by nothing; the number of patients of each hospital is public)",
-    _DP_SGD.format(unit="patient"),
+    _DP_SGD.format(place="at the hospital", unit="patient"),
     _EVERYBODY,
     (),
   ),
@@ -71,12 +71,19 @@ UNITS = {
     ("the server, which sees every update before it adds the noise and has to be trusted",),
   ),
 }
+_MODEL = ("whoever gets a model of any round",)
+# Who may look, and who may not, where one party trains by itself.
+BASELINES = {
+  "alone": (_MODEL, ("the hospital itself, which holds the images",)),
+  "pooled": (_MODEL, ("whoever pools the images, and sees them all",)),
+}
 NOT_COVERED = (
   "Losses, accuracies and gradient norms shown or stored during training are not noised.",
   "Normalisation statistics taken over more than one image are not noised.",
   "Stopping, or choosing a round, by a validation score uses data outside the guarantee.",
   "Who was drawn is to stay secret: the log and the number of steps tell which hospitals took part"
   " in a round, and running times hint at how many records a step drew.",
+  "How many images have near-duplicates, and how many files could not be read, is told as it is.",
   "A run that stops because a loss is not finite tells that much of the data.",
   "Tuning: the guarantee is of one run, not of the runs tried before it.",
   "The number of hospitals and how many images of each class each one holds are public.",
@@ -99,12 +106,14 @@ class Guarantee(NamedTuple):
     names: [P] parties: the hospitals, or the one server.
     mechanisms: [P] what one release of each is.
     deltas: [P] δ of each.
+    place: who trains: federation, or a name of BASELINES.
   """
 
   unit: str
   names: tuple[str, ...]
   mechanisms: tuple[PoissonGaussian, ...]
   deltas: tuple[float, ...]
+  place: str = "federation"
 
   def only(self, party: int) -> "Guarantee":
     """The guarantee of one party by itself."""
@@ -121,7 +130,7 @@ def spent(guarantee: Guarantee, counts: Sequence[int] | np.ndarray) -> tuple[flo
   Raises:
     UserError: lengths differ, there is no party, or a number is not valid.
   """
-  lengths = (*map(len, guarantee[1:]), len(counts))
+  lengths = (*map(len, guarantee[1:4]), len(counts))
   require(
     len(set(lengths)) == 1 and len(counts) > 0,
     f"names, mechanisms, deltas and counts have lengths {lengths}",
@@ -150,10 +159,13 @@ def mechanism_of(guarantee: Guarantee) -> str:
   """What is done to protect a unit, in a sentence or two."""
   bands, unit = max(mechanism.bands for mechanism in guarantee.mechanisms), guarantee.unit
   counted = any(mechanism.count_noise for mechanism in guarantee.mechanisms)
-  if bands == 1:
+  place = "where the images are pooled" if guarantee.place == "pooled" else "at the hospital"
+  if unit == "client":
     return UNITS[unit].mechanism + (_COUNTED if counted else "")
+  if bands == 1:
+    return _DP_SGD.format(place=place, unit=unit)
   return (
-    "DP-SGD at the hospital with correlated noise (banded matrix factorisation): in each local step"
+    f"DP-SGD {place} with correlated noise (banded matrix factorisation): in each local step"
     f" a Poisson sample of one of {bands} fixed subsets of the {unit}s, which take turns, cut to"
     f" batch_cap; the gradient of each {unit} clipped to clip_norm; on the sum Gaussian noise of"
     " noise_multiplier * clip_norm, multiplied by the inverse of a banded matrix whose columns have"
@@ -173,14 +185,16 @@ def describe(guarantee: Guarantee, counts: Sequence[int] | np.ndarray) -> dict[s
   """One guarantee as privacy.json holds it, after ``counts`` [P] releases; see ``spent``."""
   epsilons = spent(guarantee, counts)
   unit = UNITS[guarantee.unit]
+  everybody = (unit.holds_against, unit.not_against)
+  holds_against, not_against = BASELINES.get(guarantee.place, everybody)
   intervals = [discretization_interval(m) for m in guarantee.mechanisms if m.noise_multiplier > 0]
   return {
     "unit": guarantee.unit,
     "protects": unit.protects,
     "adjacency": unit.adjacency,
     "mechanism": mechanism_of(guarantee),
-    "holds_against": list(unit.holds_against),
-    "not_against": list(unit.not_against),
+    "holds_against": list(holds_against),
+    "not_against": list(not_against),
     "accountant": {
       "name": "PLD",
       "library": "dp-accounting",

@@ -169,6 +169,7 @@ def _to_json(guarantee: Guarantee) -> dict[str, Any]:
   rows = zip(guarantee.names, guarantee.mechanisms, guarantee.deltas, strict=True)
   return {
     "unit": guarantee.unit,
+    "place": guarantee.place,
     "adjacency": UNITS[guarantee.unit].adjacency,
     "sampler": SAMPLER,
     "keys": KEYS[guarantee.unit],
@@ -186,6 +187,7 @@ def _from_json(value: dict[str, Any]) -> Guarantee:
     tuple(party["name"] for party in parties),
     tuple(_mechanism(party) for party in parties),
     tuple(party["delta"] for party in parties),
+    value.get("place", "federation"),
   )
 
 

@@ -64,7 +64,7 @@ def write_out(record: dict[str, Any], run_id: str, audit: dict[str, Any] | None 
   lines += [f"- {item}" for item in record["not_covered"]]
   lines += ["", "## What is assumed", ""]
   lines += [f"- {item}" for item in ASSUMPTIONS]
-  lines += ["", "## Audit", "", audit_sentence(audit), "", "## How to check", ""]
+  lines += ["", "## Audit", "", audit_sentence(audit, record), "", "## How to check", ""]
   lines += [
     "`ledger.jsonl` in the folder of the run lists every mechanism that was executed;"
     " `python -m fedjax_med.privacy --workdir=DIR` recomputes each ε from it alone, with two"
@@ -74,10 +74,16 @@ def write_out(record: dict[str, Any], run_id: str, audit: dict[str, Any] | None 
   return "\n".join(lines)
 
 
-def audit_sentence(audit: dict[str, Any] | None) -> str:
-  """What an audit found, in a sentence or two for each unit."""
+def audit_sentence(audit: dict[str, Any] | None, record: dict[str, Any]) -> str:
+  """What an audit found, in a sentence or two for each unit; see ``write_out``."""
   if audit is None:
     return "No audit was made of this run (`python -m fedjax_med.audit` makes one)."
+  claim, audited = record["epsilon_max"], audit["audits"][0]["epsilon"]
+  if not math.isclose(claim, audited, rel_tol=1e-6):
+    return (
+      "The audit in this folder says nothing of this run: it was made for another number of rounds,"
+      f" when the claim was ε ≤ {round_up(audited)}. Run `python -m fedjax_med.audit` again."
+    )
   return " ".join(_found(each, audit["confidence"]) for each in audit["audits"])
 
 
@@ -149,8 +155,8 @@ def _guarantee(guarantee: dict[str, Any]) -> list[str]:
     "",
     "**Against whom:**",
     "",
-    *[f"- {who};" for who in unit.holds_against],
-    *[f"- **not** against {who};" for who in unit.not_against],
+    *[f"- {who};" for who in guarantee["holds_against"]],
+    *[f"- **not** against {who};" for who in guarantee["not_against"]],
     "",
     "| party | n | sampling q | cap | noise σ | clip C | releases | δ | ε, rounded up |",
     "|---|---|---|---|---|---|---|---|---|",

@@ -6,7 +6,14 @@ from dp_accounting import dp_event, rdp
 
 from fedjax_med.core.errors import UserError
 from fedjax_med.privacy.accounting import RDP_ORDERS, ceil_digits, epsilon, round_up
-from fedjax_med.privacy.guarantees import BANDS_GAP, NO_PRIVACY, UNITS, Guarantee, privacy_record
+from fedjax_med.privacy.guarantees import (
+  BANDS_GAP,
+  BASELINES,
+  NO_PRIVACY,
+  UNITS,
+  Guarantee,
+  privacy_record,
+)
 from fedjax_med.privacy.mechanism import PoissonGaussian
 from fedjax_med.privacy.statement import ASSUMPTIONS, tuning_costs, write_out
 from fedjax_med.privacy.tuning import tuned_epsilon
@@ -56,7 +63,8 @@ def audited(lower=1.234, silent=9.0, failed=0, unit="record"):
 
 
 def told(*audits):
-  return write_out(RECORD, "abc", {"confidence": 0.95, "audits": audits})
+  record = {**RECORD, "epsilon_max": 7.9}
+  return write_out(record, "abc", {"confidence": 0.95, "audits": audits})
 
 
 def test_an_audit_is_told_with_its_claim_and_a_contradiction_is_loud():
@@ -66,6 +74,14 @@ def test_an_audit_is_told_with_its_claim_and_a_contradiction_is_loud():
   broken = told(audited(failed=2))
   assert "2 of 3 checks of what is executed FAILED, which CONTRADICTS THE CLAIM" in broken
   assert "bound from below CONTRADICTS" not in broken
+
+
+def test_an_audit_of_another_claim_says_nothing_of_this_run():
+  text = write_out(RECORD, "abc", {"confidence": 0.95, "audits": [audited()]})
+  assert "says nothing of this run" in text
+  assert "when the claim was ε ≤ 7.90" in text
+  assert "agrees" not in text
+  assert "ε ≥" not in text
 
 
 def test_every_audited_unit_is_told():
@@ -116,6 +132,17 @@ def test_correlated_noise_is_described_as_it_is_and_its_checkpoints_are_secret()
   assert "T / 2 releases, rounded up" in text
   assert BANDS_GAP in text
   assert BANDS_GAP not in write_out(RECORD, "abc")
+
+
+@pytest.mark.parametrize("place", ["alone", "pooled"])
+def test_a_baseline_promises_nothing_against_whoever_trains_it(place):
+  text = write_out(privacy_record([RECORD_ONLY._replace(place=place)], [[5]]), "abc")
+  holds, fails = BASELINES[place]
+  assert f"- {holds[0]};" in text
+  assert f"- **not** against {fails[0]};" in text
+  assert "server" not in text.split("What ε does not cover")[0]
+  assert ("where the images are pooled" in text) == (place == "pooled")
+  assert ("at the hospital" in text) == (place == "alone")
 
 
 def test_an_adaptive_clip_norm_is_described_as_two_releases():
