@@ -110,6 +110,24 @@ def test_a_target_that_allows_nothing_is_refused_with_the_remedy(solve):
     )
 
 
+@pytest.mark.parametrize("level", ["privacy", "client_privacy"])
+def test_a_budget_without_a_single_round_is_refused_before_anything_is_built(level):
+  changes = {f"{level}__noise_multiplier": 0.6, f"{level}__target_epsilon": 0.01}
+  if level == "client_privacy":
+    changes |= {"client_privacy__mechanism": "dp_fedavg", "privacy__target_epsilon": 3.0}
+  with pytest.raises(UserError, match=rf"^{level}.target_epsilon=0.01 does not allow .* one round"):
+    protection(**changes)
+
+
+def test_a_batch_size_is_found_also_under_a_cap_that_some_sizes_exceed():
+  changes = {"privacy__target_epsilon": 500.0, "privacy__noise_multiplier": 1.2}
+  found = protection(**changes, privacy__solve_for="batch_size", privacy__batch_cap=24)
+  size = found.config.client.batch_size
+  assert all(mechanism.batch_cap == 24 for mechanism in local(found).mechanisms)
+  with pytest.raises(UserError, match="batch_cap=24 is under"):
+    protection(**changes, privacy__batch_cap=24, client__batch_size=size + 1)
+
+
 def test_patients_are_the_units_of_sampling_noise_and_delta():
   groups = np.arange(sum(COUNTS)) // 4
   found = protection(groups, privacy__target_epsilon=3.0, privacy__unit="patient")

@@ -24,6 +24,7 @@ from fedjax_med.privacy import __main__ as command
 from fedjax_med.privacy import ledger
 from fedjax_med.privacy.banded import Memory
 from fedjax_med.privacy.clipping import TWO_PASS_GAP
+from fedjax_med.privacy.guarantees import spent
 from tests.experiment.running import metrics, run, smoke_config
 
 
@@ -258,6 +259,42 @@ def test_correlated_noise_goes_on_from_every_step_that_was_taken(tmp_path):
   bare = experiment._replace(clients=experiment.clients._replace(coefficients=None))
   with pytest.raises(ValueError, match="do not go with a memory of 2 bands"):
     train_rounds(bare, tmp_path / "bare", lambda _: None)
+
+
+@pytest.mark.slow
+def test_correlated_noise_is_the_same_in_every_layout(tmp_path):
+  changes = {"privacy__bands": 3, "client__batch_size": 6, "server__num_rounds": 3}
+  changes |= {"eval__every": 3}
+  one_by_one = run(tmp_path / "scan", **changes)["test"]
+  vmapped = run(tmp_path / "vmap", **changes, execution__layout="vmap")["test"]
+  chunks = {"execution__layout": "chunk", "execution__chunk_size": 2}
+  for other in (vmapped, run(tmp_path / "chunk", **changes, **chunks)["test"]):
+    assert other["loss"] == pytest.approx(one_by_one["loss"], rel=1e-4)
+
+
+def test_a_budget_ends_correlated_noise_before_it_is_crossed(tmp_path):
+  changes = {"privacy__bands": 3, "client__batch_size": 6, "eval__every": 50}
+  summary = run(tmp_path, **changes, privacy__target_epsilon=5.0, server__num_rounds=400)
+  assert summary["stopped"] == "budget"
+  assert summary["epsilon_max"] <= 5.0
+  (guarantee,) = ledger.read(tmp_path).guarantees
+  further = [count + 3 for count in ledger.read(tmp_path).counts[0]]
+  assert max(spent(guarantee, further)) > 5.0
+
+
+@pytest.mark.slow
+def test_baselines_and_patients_go_with_correlated_noise(tmp_path):
+  changes = {"privacy__bands": 2, "privacy__unit": "patient", "client__batch_size": 6}
+  run(tmp_path, **changes, server__num_rounds=2, eval__every=2, eval__local_baselines=True)
+  record = json.loads((tmp_path / "privacy.json").read_text())
+  (guarantee,) = record["guarantees"]
+  assert guarantee["unit"] == "patient"
+  for name, place in (("alone-1", "at the hospital"), ("pooled", "where the images are pooled")):
+    folder = tmp_path / "baselines" / name
+    (own,) = json.loads((folder / "privacy.json").read_text())["guarantees"]
+    assert own["mechanism"].startswith(f"DP-SGD {place} with correlated noise")
+    assert command.recompute(folder)["epsilon_max"] == pytest.approx(own["epsilon_max"])
+    assert record["baselines_epsilon"][name] == own["epsilon_max"] > 0
 
 
 @pytest.mark.parametrize(

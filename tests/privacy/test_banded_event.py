@@ -3,6 +3,7 @@
 Statistical bounds are 4.5 standard errors, seeds fixed.
 """
 
+import dataclasses
 import itertools
 import math
 
@@ -16,6 +17,7 @@ from fedjax_med.privacy.accounting import default_delta, discretization_interval
 from fedjax_med.privacy.calibration import plan_mechanisms
 from fedjax_med.privacy.mechanism import PoissonGaussian
 from fedjax_med.privacy.strategy import toeplitz_strategy
+from fedjax_med.privacy.tuning import tuned_epsilon
 from tests.privacy.banded_cases import dense, mechanism, plan_banded
 
 
@@ -64,6 +66,20 @@ def test_a_record_pays_once_in_as_many_steps_as_there_are_bands():
   assert spent[0] == 0
   assert spent[1] == spent[4] < spent[5] == spent[8] < spent[9]
   assert [m.compositions(steps) for steps in (0, 1, 4, 5, 8, 9)] == [0, 1, 1, 2, 2, 3]
+
+
+@pytest.mark.parametrize("steps", [4, 41])
+def test_the_renyi_bound_and_the_cost_of_choosing_are_above_the_epsilon_of_a_run(steps):
+  m = mechanism(batch_cap=23)
+  own = epsilon(m, steps, 1e-3)
+  assert own < epsilon(m, steps, 1e-3, "rdp") < 2 * own
+  tuned = tuned_epsilon(m, steps, 1e-3, 5)
+  assert tuned is not None
+  assert tuned[0] > own
+  whole = dataclasses.replace(m, num_units=m.places, coefficients=(1.0,))
+  again = tuned_epsilon(whole, m.compositions(steps), 1e-3, 5)
+  assert again is not None
+  assert tuned[0] == pytest.approx(again[0], rel=1e-6)  # the norm of c is 1 to 1e-7
 
 
 def test_no_noise_costs_everything():
