@@ -1,18 +1,20 @@
 #!/usr/bin/env bash
 # The privacy-utility study: runs the sweep (resumes what was stopped), keeps tables and figures here.
-# Usage: experiments/privacy_utility/run.sh phantoms [FLAGS]
+# Usage: experiments/privacy_utility/run.sh phantoms|tuning [FLAGS]
 #        experiments/privacy_utility/run.sh br35h|sars_cov2_ct FOLDER [FLAGS]
 set -euo pipefail
-name=${1:?name phantoms, br35h or sars_cov2_ct}
+name=${1:?name phantoms, tuning, br35h or sars_cov2_ct}
 shift
-flags=()
-if [[ "$name" != phantoms ]]; then
+config=$name points=points flags=()
+if [[ "$name" == tuning ]]; then
+  config=phantoms points=tuning
+elif [[ "$name" != phantoms ]]; then
   flags+=("--config.data.path=$(realpath "${1:?name the folder with the class folders}")")
   shift
 fi
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 here=experiments/privacy_utility
-./run.sh sweep --config="$here/$name.py" --sweep="$here/points.py" \
+./run.sh sweep --config="$here/$config.py" --sweep="$here/$points.py" \
   --seed_axes=partition,init,sampling --workdir="runs/privacy_utility/$name" --resume \
   "${flags[@]}" "$@"
 ./run.sh report --workdir="runs/privacy_utility/$name"
