@@ -1,6 +1,7 @@
 """Figures of a sweep, from its table and the logs of its points; see ``experiment.figures``."""
 
 import pathlib
+import textwrap
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -117,7 +118,7 @@ def draw_spread(
                    label="mean" if first else None)  # fmt: skip
       axis.scatter(known.min(), row, s=46, marker="v", color=PALETTE[1], zorder=3,
                    label="worst" if first else None)  # fmt: skip
-    axis.set_yticks(range(len(labels)), labels)
+    axis.set_yticks(range(len(labels)), [textwrap.fill(label, 52) for label in labels])
     axis.invert_yaxis()
     axis.set(xlabel=y_name)
     axis.grid(visible=False, axis="y")

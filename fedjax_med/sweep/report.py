@@ -37,7 +37,7 @@ PRIVACY = tuple(
   for name in ("noise_multiplier", "target_epsilon", "mechanism")
 )
 MOST_LINES = len(figures.PALETTE)
-MOST_IN_PANEL, MOST_PANELS = 4, 8
+MOST_IN_PANEL, MOST_PANELS = 4, 12
 ENDS = ("mean", "low", "high")
 MOST_ARMS = 24  # in a figure; tables hold all of them
 
@@ -175,7 +175,6 @@ def _arms(frame: pd.DataFrame, axes: list[str]) -> list[dict[str, Any]]:
       )
     arms.append(
       {
-        "label": _label(values) or "all points",
         "values": values,
         "points": group["point"].astype(int).tolist(),
         "n": len(group),
@@ -190,7 +189,24 @@ def _arms(frame: pd.DataFrame, axes: list[str]) -> list[dict[str, Any]]:
         "seconds": float(group["seconds"].mean()),
       }
     )
+  telling = _telling(axes, arms)
+  for arm in arms:
+    arm["label"] = _label({name: arm["values"][name] for name in telling}) or "all points"
   return arms
+
+
+def _telling(axes: list[str], arms: list[dict[str, Any]]) -> list[str]:
+  """Axes without those that follow from others, such as a learning rate chosen for each ε."""
+
+  def different(names: list[str]) -> int:
+    return len({tuple(str(arm["values"][name]) for name in names) for arm in arms})
+
+  telling = list(axes)
+  for axis in reversed([name for name in axes if name not in PRIVACY]):
+    others = [name for name in telling if name != axis]
+    if different(others) == different(axes):
+      telling = others
+  return telling
 
 
 def _draw(runs: Runs, axes: list[str], arms: list[dict[str, Any]], folder: pathlib.Path) -> None:
@@ -248,7 +264,7 @@ def _frontier(
     if not moved:
       return None
     name, log = moved[0], False
-  rest, panelled = [axis for axis in axes if axis not in moved], []
+  rest, panelled = [axis for axis in _telling(axes, arms) if axis not in moved], []
 
   def label(arm: dict[str, Any], names: list[str]) -> str:
     return _label({axis: arm["values"][axis] for axis in names})

@@ -134,6 +134,17 @@ def test_many_lines_are_shared_out_to_panels_by_the_first_axes():
   assert list(panels) == titles
   assert [line.label for line in panels[titles[0]]] == ["alpha=0.1", "alpha=1", "alpha=100"]
   assert all(list(line.x) == [1.0, 8.0] for lines in panels.values() for line in lines)
+  # What follows from other axes tells nothing apart: batch size of hospitals, rate of ε.
+  for arm in arms:
+    batch = {5: 64, 20: 32}[arm["values"]["partition.num_clients"]]
+    rate = 0.1 if arm["values"][TARGET] == 1.0 else 0.3
+    arm["values"] |= {"client.batch_size": batch, "client.learning_rate": rate}
+  more = report._frontier([*axes, "client.batch_size", "client.learning_rate"], arms)
+  assert more is not None
+  for (title, lines), (known, same) in zip(more[0], frontier[0], strict=True):
+    assert title == known
+    assert [line.label for line in lines] == [line.label for line in same]
+    assert [list(line.x) for line in lines] == [list(line.x) for line in same]
 
 
 def test_an_arm_of_which_no_round_was_affordable_is_not_on_the_logarithmic_axis():
