@@ -7,6 +7,7 @@ sentence on stderr and exit code 2; only our own bugs print a traceback.
 
 import dataclasses
 import difflib
+import errno
 import inspect
 import os
 import pathlib
@@ -95,7 +96,11 @@ def run_main(main: Callable[[list[str]], None]) -> None:
     if flags.FLAGS["debug"].value or "--debug" in sys.argv:  # the latter if parsing failed
       traceback.print_exc()
     _fail(f"error: {error}", 2)
+  except BrokenPipeError:  # "... | head" closed the pipe
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
   except OSError as error:  # whatever the file system refuses, a full disk for one
+    if error.filename is None and error.errno not in (errno.ENOSPC, errno.EDQUOT):
+      raise
     if flags.FLAGS["debug"].value:
       traceback.print_exc()
     _fail(

@@ -126,7 +126,7 @@ def read_image(path: pathlib.Path, min_size: int) -> Image.Image | str:
       return to_grey(image)
   except Exception as error:  # a damaged file can make a decoder raise almost anything
     reason = " ".join(str(error).split()) or type(error).__name__
-    return f"cannot be read ({reason.replace(str(path), path.name)[:120]})"
+    return f"cannot be read ({reason.replace(str(path), 'the file')[:120]})"
 
 
 def resize(image: Image.Image, size: int) -> np.ndarray:

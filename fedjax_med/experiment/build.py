@@ -15,7 +15,7 @@ from fedjax_med.core.config import ClientPrivacyConfig, Config, fingerprint, ini
 from fedjax_med.core.keys import base_key
 from fedjax_med.data.dataset import ClientTable, Hospitals, UnitTable, client_rows, client_table
 from fedjax_med.experiment.program import Program, Shapes, make_program
-from fedjax_med.experiment.protection import Protection, cohort_cap, protect
+from fedjax_med.experiment.protection import Protection, cohort_cap, protect, require_a_round
 from fedjax_med.federated.algorithm import Client, Hyper, Pool, Units
 from fedjax_med.models.pretrained import load_safetensors
 from fedjax_med.models.registry import code_of
@@ -229,7 +229,9 @@ def build(config: Config, hospitals: Hospitals) -> Experiment:
 def federation(config: Config, hospitals: Hospitals) -> Case:
   """The case in which every hospital is a client."""
   numbers = np.arange(len(hospitals.names))
-  return _case(config, hospitals, hospitals.names, hospitals.train, numbers, None)
+  case = _case(config, hospitals, hospitals.names, hospitals.train, numbers, None)
+  require_a_round(case.protection)  # a baseline may end at once, beside a federation that has run
+  return case
 
 
 def plan_together(cases: Sequence[Case]) -> tuple[Program, Shapes]:

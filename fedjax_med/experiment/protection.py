@@ -1,7 +1,7 @@
 """From a config and the sizes of the hospitals to the mechanisms that protect them."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -87,27 +87,26 @@ def protect(
   if private:
     mechanisms, deltas = _mechanisms(config, counts, steps)
     local = Guarantee(config.privacy.unit, names, mechanisms, deltas)
-  central = _central(config, len(names))
+  return Protection(config, steps, units, rows_per_unit, local, _central(config, len(names)))
+
+
+def require_a_round(protection: Protection) -> None:
+  """Raises UserError where a budget ends the run before its first round."""
+  config = protection.config
   budgets = (
-    (local, "privacy", config.privacy, steps),
-    (central, "client_privacy", config.client_privacy, (1,)),
+    (protection.local, "privacy", config.privacy, protection.steps),
+    (protection.central, "client_privacy", config.client_privacy, (1,)),
   )
-  for guarantee, section, values, each in budgets:
-    if guarantee and values.noise_multiplier and values.target_epsilon:
-      _require_a_round(guarantee, section, values.target_epsilon, each)
-  return Protection(config, steps, units, rows_per_unit, local, central)
-
-
-def _require_a_round(
-  guarantee: Guarantee, section: str, budget: float, steps: Sequence[int] | np.ndarray
-) -> None:
-  for name, mechanism, delta, each in zip(*guarantee[1:4], steps, strict=True):
-    require(
-      affordable_steps(mechanism, delta, budget) >= each,
-      f"{section}.target_epsilon={budget:g} does not allow '{name}' one round at"
-      f" {section}.noise_multiplier={mechanism.noise_multiplier:g}",
-      "raise either of them, or take fewer local steps a round",
-    )
+  for guarantee, section, values, steps in budgets:
+    if not (guarantee and values.noise_multiplier and values.target_epsilon):
+      continue
+    for name, mechanism, delta, each in zip(*guarantee[1:4], steps, strict=True):
+      require(
+        affordable_steps(mechanism, delta, values.target_epsilon) >= each,
+        f"{section}.target_epsilon={values.target_epsilon:g} does not allow '{name}' one round at"
+        f" {section}.noise_multiplier={mechanism.noise_multiplier:g}",
+        "raise either of them, or take fewer local steps a round",
+      )
 
 
 def _mechanisms(
@@ -180,10 +179,7 @@ def _solve_batch_size(config: Config, counts: np.ndarray) -> Config:
 
   def allowed(batch_size: int) -> bool:
     candidate = _with_batch(config, batch_size)
-    if config.privacy.batch_cap and any(
-      min(n, batch_size_bound(n, min(1.0, batch_size / n), 2)) > config.privacy.batch_cap
-      for n in map(int, counts)
-    ):
+    if not _fits_cap(config, counts, batch_size):
       return False
     steps = local_steps(candidate, counts)
     rows = zip(*_mechanisms(candidate, counts, steps), steps, strict=True)
@@ -192,6 +188,11 @@ def _solve_batch_size(config: Config, counts: np.ndarray) -> Config:
       for mechanism, delta, each in rows
     )
 
+  require(
+    _fits_cap(config, counts, 1),
+    f"privacy.batch_cap={config.privacy.batch_cap} is too small even for client.batch_size=1",
+    "raise it, or use 0 to have it chosen",
+  )
   size = _largest(allowed, int(counts.max()))
   if size == 0:
     raise UserError(
@@ -200,6 +201,13 @@ def _solve_batch_size(config: Config, counts: np.ndarray) -> Config:
       " the first two, or lower server.num_rounds"
     )
   return _with_batch(config, size)
+
+
+def _fits_cap(config: Config, counts: np.ndarray, batch_size: int) -> bool:
+  """Whether a mechanism accepts ``privacy.batch_cap`` with this batch size at every hospital."""
+  cap = config.privacy.batch_cap
+  rates = [(int(n), min(1.0, batch_size / int(n))) for n in counts]
+  return not cap or all(min(n, batch_size_bound(n, q, 2)) <= cap for n, q in rates)
 
 
 def _largest(allowed: Callable[[int], bool], limit: int) -> int:

@@ -118,7 +118,9 @@ class Guarantee(NamedTuple):
   def only(self, party: int) -> "Guarantee":
     """The guarantee of one party by itself."""
     one = slice(party, party + 1)
-    return Guarantee(self.unit, self.names[one], self.mechanisms[one], self.deltas[one])
+    return self._replace(
+      names=self.names[one], mechanisms=self.mechanisms[one], deltas=self.deltas[one]
+    )
 
 
 def spent(guarantee: Guarantee, counts: Sequence[int] | np.ndarray) -> tuple[float, ...]:
@@ -151,7 +153,7 @@ BANDS_GAP = (
 _COUNTED = (
   ". The clip norm is adaptive: a second release of each round, how many updates were within it,"
   " with Gaussian noise of count_noise, moves it; clip_norm is the first round's. noise_multiplier"
-  " is that of both releases together, and the sum has the larger sum_noise_multiplier * clip_norm"
+  " is that of both releases together"
 )
 
 
@@ -161,7 +163,11 @@ def mechanism_of(guarantee: Guarantee) -> str:
   counted = any(mechanism.count_noise for mechanism in guarantee.mechanisms)
   place = "where the images are pooled" if guarantee.place == "pooled" else "at the hospital"
   if unit == "client":
-    return UNITS[unit].mechanism + (_COUNTED if counted else "")
+    if not counted:
+      return UNITS[unit].mechanism
+    return (
+      UNITS[unit].mechanism.replace("of noise_multiplier", "of sum_noise_multiplier") + _COUNTED
+    )
   if bands == 1:
     return _DP_SGD.format(place=place, unit=unit)
   return (

@@ -119,7 +119,6 @@ def main(_: list[str]) -> None:
     listed=_listed(values.sweep),
   )
 
-  from fedjax_med.experiment.baselines import write_baselines
   from fedjax_med.experiment.cache import use_compilation_cache  # jax takes seconds to import
   from fedjax_med.simulation.mesh import split_cpu
   from fedjax_med.sweep import progress, table
@@ -145,7 +144,8 @@ def main(_: list[str]) -> None:
     from fedjax_med.sweep import merge, submit
 
     options = values.submit_options
-    submit.submit(values.submit, values.shards, sys.argv[1:], workdir, options)
+    shards = min(values.shards, len(points))
+    submit.submit(values.submit, shards, sys.argv[1:], workdir, options)
     if values.submit == "local":
       merge.join(workdir, [])
     return
@@ -170,10 +170,6 @@ def main(_: list[str]) -> None:
         values.points_at_once,
         listen,
       )
-    if base.eval.local_baselines:
-      for each in planned:
-        if not (each.key.baseline or each.key.number in finished):
-          write_baselines(each.case, table.folder_of(workdir, each.key.number))
   seconds = f"{time.monotonic() - started:.1f} s"
   if number > 1:  # of several that end at the same time the last one could write less than is there
     merge = f"python -m fedjax_med.sweep merge --workdir={shlex.quote(str(workdir))}"
@@ -181,9 +177,8 @@ def main(_: list[str]) -> None:
     return
   frame = table.write(workdir)
   progress.results(console, frame, points)
-  console.print(
-    f"Results: {workdir / table.RESULTS}   ({len(own)} points, {seconds})", soft_wrap=True
-  )
+  there = f"{frame['point'].nunique()} points, {seconds}"
+  console.print(f"Results: {workdir / table.RESULTS}   ({there})", soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -311,7 +311,8 @@ def _table(arms: list[dict[str, Any]], axes: list[str]) -> pd.DataFrame:
   rows = []
   for arm in arms:
     row: dict[str, Any] = {name: arm["values"][name] for name in axes}
-    row |= {"points": arm["n"], "epsilon": arm["epsilon"]}
+    row |= {"points": arm["n"], "unit": arm["unit"], "epsilon": arm["epsilon"]}
+    row["client_epsilon"] = arm["client_epsilon"]
     for name, _ in METRICS:
       for key in (name, f"worst.{name}"):
         stats = arm["stats"][key]
@@ -322,7 +323,8 @@ def _table(arms: list[dict[str, Any]], axes: list[str]) -> pd.DataFrame:
 
 def _latex(shown: pd.DataFrame, axes: list[str]) -> str:
   """Mean and half width of the interval of each metric, a row an arm (package booktabs)."""
-  short = shown[axes].copy()
+  short = shown[axes].map(lambda value: str(value).replace("_", "\\_"))
+  short["unit"] = shown["unit"]
   short["$\\varepsilon$"] = [
     "$\\infty$" if math.isinf(e) else round_up(e) for e in shown["epsilon"]
   ]

@@ -13,6 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from fedjax_med.core.config import init_seed, to_dict
 from fedjax_med.experiment import workdir as files
+from fedjax_med.experiment.baselines import write_baselines
 from fedjax_med.experiment.build import Experiment, place, plan_together
 from fedjax_med.experiment.loop import (
   LogPoint,
@@ -110,6 +111,8 @@ def run_points(
 ) -> None:
   """Runs every point and writes its folder; a chunk's folders are whole when it is done.
 
+  Baselines are runs of their own, and join the results of their points at the end.
+
   Args:
     planned: the points. Programs are made for all of them, so that what is resumed is run by the
       program that would have run it.
@@ -129,6 +132,9 @@ def run_points(
     listen(progress._replace(note=f"{progress.note}: compiling"))
     prepared = prepare(group, at_once)
     progress = run_group(prepared, done, folder_of, name, command_of, listen, progress)
+  for each in planned:
+    if each.case.config.eval.local_baselines and not each.key.baseline:
+      write_baselines(each.case, folder_of(each.key))
 
 
 def prepare(group: Sequence[Planned], at_once: int) -> Prepared:

@@ -168,6 +168,7 @@ def test_damaged_files_are_left_out_and_named(two: pathlib.Path, how: str):
   ((name, reason),) = dataset.skipped
   assert name == "yes/bad.png"
   assert reason.startswith("cannot be read (")
+  assert "bad" not in reason  # reports of private runs show reasons, and names may be patients'
   assert str(two) not in reason
   assert ("finite" in reason) == (how == "not finite")
 

@@ -9,7 +9,7 @@ import pytest
 from configs.smoke import get_config
 from fedjax_med.core.errors import UserError
 from fedjax_med.data.dataset import client_table
-from fedjax_med.experiment.protection import protect
+from fedjax_med.experiment.protection import protect, require_a_round
 from fedjax_med.privacy.accounting import epsilon
 from fedjax_med.privacy.guarantees import spent
 
@@ -115,8 +115,9 @@ def test_a_budget_without_a_single_round_is_refused_before_anything_is_built(lev
   changes = {f"{level}__noise_multiplier": 0.6, f"{level}__target_epsilon": 0.01}
   if level == "client_privacy":
     changes |= {"client_privacy__mechanism": "dp_fedavg", "privacy__target_epsilon": 3.0}
+  found = protection(**changes)  # as of a baseline, which may end at once
   with pytest.raises(UserError, match=rf"^{level}.target_epsilon=0.01 does not allow .* one round"):
-    protection(**changes)
+    require_a_round(found)
 
 
 def test_a_batch_size_is_found_also_under_a_cap_that_some_sizes_exceed():
@@ -126,6 +127,12 @@ def test_a_batch_size_is_found_also_under_a_cap_that_some_sizes_exceed():
   assert all(mechanism.batch_cap == 24 for mechanism in local(found).mechanisms)
   with pytest.raises(UserError, match="batch_cap=24 is under"):
     protection(**changes, privacy__batch_cap=24, client__batch_size=size + 1)
+
+
+def test_a_cap_too_small_for_any_batch_is_named():
+  changes = {"privacy__target_epsilon": 500.0, "privacy__noise_multiplier": 1.2}
+  with pytest.raises(UserError, match=r"privacy.batch_cap=2 is too small even"):
+    protection(**changes, privacy__solve_for="batch_size", privacy__batch_cap=2)
 
 
 def test_patients_are_the_units_of_sampling_noise_and_delta():

@@ -15,7 +15,7 @@ from fedjax_med.core.errors import UserError
 from fedjax_med.core.validation import validate
 from fedjax_med.data.dataset import client_rows
 from fedjax_med.data.hospitals import load_hospitals
-from fedjax_med.experiment import build
+from fedjax_med.experiment import audit, build
 from fedjax_med.experiment import run as runs
 from fedjax_med.experiment.loop import train_rounds
 from fedjax_med.models import cnn
@@ -131,6 +131,23 @@ def test_the_run_stops_before_the_budget_is_crossed(tmp_path):
   assert 0 < summary["rounds"] < 200
   more = run(tmp_path / "more", server__num_rounds=summary["rounds"] + 1)
   assert more["epsilon_max"] > budget
+
+
+def test_an_audit_is_of_the_rounds_that_the_budget_allows(monkeypatch):
+  config = smoke_config(privacy__target_epsilon=4.0, server__num_rounds=200)
+  experiment = build.build(config, load_hospitals(config))
+  subjects = []
+
+  def seen(subject, *_):
+    subjects.append(subject)
+    return [audit.Found("hospital 1", 4.0, 1e-3, 0.0, "none", 1, 0)], [], 0.0
+
+  monkeypatch.setattr(audit, "audit_units", seen)
+  audit.audit_run(experiment, 1000, 0, lambda _: None)
+  (subject,) = subjects
+  assert max(spent(subject.guarantee, subject.steps)) <= 4.0
+  more = np.array(subject.steps) + experiment.steps
+  assert max(spent(subject.guarantee, more)) > 4.0
 
 
 def test_a_target_epsilon_is_met_at_every_hospital(tmp_path):

@@ -76,12 +76,14 @@ def test_an_audit_is_told_with_its_claim_and_a_contradiction_is_loud():
   assert "bound from below CONTRADICTS" not in broken
 
 
-def test_an_audit_of_another_claim_says_nothing_of_this_run():
-  text = write_out(RECORD, "abc", {"confidence": 0.95, "audits": [audited()]})
-  assert "says nothing of this run" in text
-  assert "when the claim was ε ≤ 7.90" in text
-  assert "agrees" not in text
-  assert "ε ≥" not in text
+@pytest.mark.parametrize("claim", [7.0, 7.9, 9.0])
+def test_an_audit_older_than_the_last_rounds_says_so_and_hides_nothing(claim):
+  # Hospitals that were not drawn spend less than was audited: the audit covers that.
+  record = {**RECORD, "epsilon_max": claim}
+  text = write_out(record, "abc", {"confidence": 0.95, "audits": [audited(lower=8.0)]})
+  assert ("older than the last rounds" in text) == (claim > 7.9)
+  assert "the claim of that audit was ε ≤ 7.90" in text
+  assert "CONTRADICTS THE CLAIM" in text
 
 
 def test_every_audited_unit_is_told():
@@ -153,6 +155,7 @@ def test_an_adaptive_clip_norm_is_described_as_two_releases():
   assert party["noise_multiplier"] == 1.5
   assert party["count_noise"] == 2.0
   assert party["sum_noise_multiplier"] == pytest.approx((1.5**-2 - 4.0**-2) ** -0.5)
+  assert "Gaussian noise of sum_noise_multiplier * clip_norm" in write_out(record, "abc")
   assert "second release" not in write_out(RECORD, "abc")
 
 

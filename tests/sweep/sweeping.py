@@ -1,7 +1,6 @@
 """What the tests of sweeps share: a small configuration, and a sweep as the command runs it."""
 
 from configs.smoke import get_config
-from fedjax_med.experiment.baselines import write_baselines
 from fedjax_med.sweep import runner, table
 from fedjax_med.sweep.points import configure, plan_points
 
@@ -31,7 +30,4 @@ def sweep(folder, points, config=None, numbers=None, seed_axes=AXES, at_once=0):
   runner.run_points(
     planned, done, lambda key: table.folder_of(folder, *key), "smoke", lambda _: "", at_once, print
   )
-  for each in planned:
-    if each.case.config.eval.local_baselines and not each.key.baseline:
-      write_baselines(each.case, table.folder_of(folder, each.key.number))
   return table.write(folder)

@@ -301,6 +301,13 @@ def test_a_point_that_breaks_a_rule_is_named_before_anything_compiles(points, se
 
 
 @pytest.mark.slow
+def test_baselines_may_be_asked_for_by_a_point(tmp_path):
+  table = sweep(tmp_path, [{"eval.local_baselines": True}, {"eval.local_baselines": False}])
+  first, second = (table[table["point"] == number] for number in (0, 1))
+  assert first["alone.auroc"].notna().all()
+  assert second["alone.auroc"].isna().all()
+
+
 def test_baselines_of_a_point_are_those_of_the_run_by_itself(tmp_path):
   config = base(eval__local_baselines=True)
   points = [{SIGMA: 1.0}, {SIGMA: 2.0}]
