@@ -14,6 +14,8 @@ ALPHAS = (0.1, 1.0, math.inf)
 UNITS = ("record", "patient")
 SEEDS = range(5)
 BATCH_SIZES = {5: 64, 20: 32}
+# Images of a patient in a step, drawn anew each time: copies are alike. Phantoms have 3 at most.
+ROWS_PER_UNIT = {"record": 0, "patient": 3}
 # With privacy and without: tuned on phantoms of other seeds (README.md).
 LEARNING_RATES = {False: 0.1, True: 0.03}
 
@@ -28,6 +30,7 @@ def get_sweep() -> list[dict[str, Any]]:
     points.append(
       {
         "privacy.unit": unit,
+        "privacy.rows_per_unit": ROWS_PER_UNIT[unit],
         "partition.num_clients": hospitals,
         "partition.scheme": "iid" if iid else "dirichlet",
         "partition.alpha": 1.0 if iid else alpha,
