@@ -268,8 +268,9 @@ def _case(
   rows: ClientTable,
   numbers: np.ndarray,
   steps: np.ndarray | None,  # None: as configured
+  place: str = "federation",
 ) -> Case:
-  protection = protect(config, names, rows, hospitals.split.units, steps)
+  protection = protect(config, names, rows, hospitals.split.units, steps, place)
   rows = rows if protection.units is None else protection.units.rows
   table = _tables(rows, protection)
   run_id = _run_id(protection.config, hospitals, names, table)
@@ -348,12 +349,7 @@ def baselines(federation: Case) -> dict[str, Case]:
   found = {f"alone-{k + 1}": _alone(federation, config, k) for k in range(len(names))}
   rows = client_table([np.concatenate(client_rows(hospitals.train))])
   steps = federation.protection.steps.sum(keepdims=True)
-  pooled = _case(config, hospitals, ("pooled",), rows, numbers, steps)
-  if (local := pooled.protection.local) is not None:
-    pooled = pooled._replace(
-      protection=pooled.protection._replace(local=local._replace(place="pooled"))
-    )
-  return found | {"pooled": pooled}
+  return found | {"pooled": _case(config, hospitals, ("pooled",), rows, numbers, steps, "pooled")}
 
 
 def _alone(federation: Case, config: Config, k: int) -> Case:

@@ -12,7 +12,7 @@ from fedjax_med.data.dataset import ClientTable, UnitTable, unit_table
 from fedjax_med.privacy.accounting import epsilon, resolve_deltas
 from fedjax_med.privacy.calibration import affordable_steps, calibrate_noise, plan_mechanisms
 from fedjax_med.privacy.guarantees import Guarantee
-from fedjax_med.privacy.mechanism import PoissonGaussian, batch_size_bound
+from fedjax_med.privacy.mechanism import PoissonGaussian, batch_size_bound, smallest_cap
 
 # Rows of a patient in a step where nothing is asked for: a stack of slices is mostly one picture.
 ROWS_PER_UNIT = 8
@@ -62,6 +62,7 @@ def protect(
   rows: ClientTable,
   groups: np.ndarray,
   steps: np.ndarray | None = None,
+  place: str = "federation",
 ) -> Protection:
   """Mechanisms of every client and of the server.
 
@@ -71,6 +72,7 @@ def protect(
     rows: who holds what.
     groups: [N] patient or near-duplicate group of each example.
     steps: [K] local steps a round, None as configured.
+    place: who trains, as ``Guarantee`` has it.
 
   Raises:
     UserError: a rule that needs the sizes is broken, or a target cannot be reached.
@@ -86,7 +88,7 @@ def protect(
   local = None
   if private:
     mechanisms, deltas = _mechanisms(config, counts, steps)
-    local = Guarantee(config.privacy.unit, names, mechanisms, deltas)
+    local = Guarantee(config.privacy.unit, names, mechanisms, deltas, place)
   return Protection(config, steps, units, rows_per_unit, local, _central(config, len(names)))
 
 
@@ -207,7 +209,7 @@ def _fits_cap(config: Config, counts: np.ndarray, batch_size: int) -> bool:
   """Whether a mechanism accepts ``privacy.batch_cap`` with this batch size at every hospital."""
   cap = config.privacy.batch_cap
   rates = [(int(n), min(1.0, batch_size / int(n))) for n in counts]
-  return not cap or all(min(n, batch_size_bound(n, q, 2)) <= cap for n, q in rates)
+  return not cap or all(smallest_cap(n, q) <= cap for n, q in rates)
 
 
 def _largest(allowed: Callable[[int], bool], limit: int) -> int:

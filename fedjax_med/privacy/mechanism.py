@@ -86,11 +86,11 @@ class PoissonGaussian:
     count_noise = self.count_noise
     require(
       count_noise == 0 or sigma / 2 < count_noise < math.inf,
-      f"count_noise={count_noise:g} must be above half the noise multiplier {sigma:g}, or the count"
-      " alone would cost more than that allows",
+      f"client_privacy.count_noise={count_noise:g} must be above half the noise multiplier"
+      f" {sigma:g}, or the count alone would cost more than that allows",
       f"use {sigma:.3g} or more, or client_privacy.clipping=fixed",
     )
-    lowest = min(n, batch_size_bound(n, q, 2))
+    lowest = smallest_cap(n, q)
     require(
       cap >= lowest,
       f"batch_cap={cap} is under {lowest}, the expected batch size {q * n:.6g} plus 2 standard"
@@ -162,6 +162,11 @@ class PoissonGaussian:
     """How many times the event composes in ``steps`` steps: ceil(steps / b), the first subset's."""
     require_whole("steps", steps, 0, "count the steps executed")
     return -(-int(steps) // self.bands)
+
+
+def smallest_cap(num_units: int, sampling_probability: float) -> int:
+  """Smallest ``batch_cap`` that a mechanism accepts."""
+  return min(num_units, batch_size_bound(num_units, sampling_probability, 2))
 
 
 def batch_size_bound(num_units: int, sampling_probability: float, num_stds: float) -> int:

@@ -191,12 +191,16 @@ def _arms(frame: pd.DataFrame, axes: list[str]) -> list[dict[str, Any]]:
     )
   telling = _telling(axes, arms)
   for arm in arms:
-    arm["label"] = _label({name: arm["values"][name] for name in telling}) or "all points"
+    arm["label"] = _label(arm["values"]) or "all points"
+    arm["short"] = _label({name: arm["values"][name] for name in telling}) or "all points"
   return arms
 
 
 def _telling(axes: list[str], arms: list[dict[str, Any]]) -> list[str]:
-  """Axes without those that follow from others, such as a learning rate chosen for each ε."""
+  """Axes without those that follow from others, such as a learning rate chosen for each ε.
+
+  Labels of figures have room for no more; tables name every axis.
+  """
 
   def different(names: list[str]) -> int:
     return len({tuple(str(arm["values"][name]) for name in names) for arm in arms})
@@ -212,20 +216,20 @@ def _telling(axes: list[str], arms: list[dict[str, Any]]) -> list[str]:
 def _draw(runs: Runs, axes: list[str], arms: list[dict[str, Any]], folder: pathlib.Path) -> None:
   frontier = _frontier(axes, arms)
   some = arms[:MOST_ARMS]
-  labels = [arm["label"] for arm in some]
+  labels = [arm["short"] for arm in some]
   by_point = {int(number): place for number, place in _places(runs).items()}
   own = [
     runs.frame[runs.frame["point"].isin(arm["points"])]["auroc"].to_numpy(float) for arm in some
   ]
   curves = [
-    (arm["label"], *_curve([by_point[number] for number in arm["points"]]))
+    (arm["short"], *_curve([by_point[number] for number in arm["points"]]))
     for arm in arms[:MOST_LINES]
   ]
   confusions = []
   for arm in arms[:MOST_LINES]:
     ended = [table.read_json(by_point[k] / "summary.json") for k in arm["points"]]
     known = [np.array(e["confusion"]) for e in ended if e["stopped"] != "diverged"]
-    confusions.append((arm["label"], sum(known) if known else None))
+    confusions.append((arm["short"], sum(known) if known else None))
   confusions = [(label, counts) for label, counts in confusions if counts is not None]
   hospitals = table.read_json(runs.folders[0] / "hospitals.json")
   for suffix in (".png", ".pdf"):
@@ -280,7 +284,7 @@ def _frontier(
     def x_of(arm: dict[str, Any]) -> float:
       return arm["epsilon"] if log else float(arm["values"][moved[0]])
 
-    # Arms that all diverged have no place, nor has ε = 0 (no round was affordable) on a log axis.
+    # Arms that all diverged have no place, nor has ε = 0 (no step was taken) on a log axis.
     shown = [arm for arm in own if arm["stats"]["auroc"]["n"] and (x_of(arm) > 0 or not log)]
     own = sorted(shown, key=x_of)
     stats = [arm["stats"]["auroc"] for arm in own]
