@@ -114,7 +114,7 @@ def prepare(setting: Setting) -> Measured:
     ),
     Pool(jnp.asarray(inputs), jnp.asarray(labels)),
     # learning rates, no proximal term, C = 1, no average, everyone takes part
-    Hyper(*(jnp.float32(value) for value in (0.01, 1, 0, 1, 0, 1))),
+    Hyper(*(jnp.float32(value) for value in (0.01, 1, 0, 1, 0, 1, 0))),
     base_key(0),
   )
   data = replicate(data, devices.mesh)

@@ -168,7 +168,7 @@ def _build(workload: specs.Workload, private: bool, layout: str, chunk: int) -> 
     None if cohort_cap else workload.steps,
   )
   algorithm = create_algorithm(
-    "fedavg", train, server_optimizer("sgd", 0.0), average=False, private=private
+    "fedavg", train, server_optimizer("sgd", 0.0), average=False, records=private
   )
   run_round = make_round(
     algorithm,
@@ -216,6 +216,7 @@ def _hyper(workload: specs.Workload, participation_rate: float) -> Hyper:
     "clip_norm": specs.CLIP_NORM,
     "ema_decay": 0.0,
     "participation_rate": participation_rate,
+    "personal_weight": 0.0,
   }
   return Hyper(**{name: jnp.float32(value) for name, value in values.items()})
 

@@ -80,7 +80,7 @@ def run_arm(config: Config, seeds: int) -> dict[str, Any]:
   rows = loop.evaluation_rows(experiment)
   labels = experiment.hospitals.dataset.labels[rows]
   metrics = [
-    classification_metrics(experiment.program.predict(*weights, experiment.pool, rows), labels)
+    classification_metrics(experiment.program.predict(weights, experiment.pool, [rows]), labels)
     for weights in trained
   ]
   rounds = config.server.num_rounds

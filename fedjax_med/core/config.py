@@ -125,7 +125,8 @@ class ServerConfig:
   """What the server does with the clients' deltas.
 
   Attributes:
-    algorithm: a name of the algorithm registry.
+    algorithm: fedavg, scaffold, fednova, fedbn, fedper, finetune or ditto (docs/algorithms.md);
+      FedProx is proximal_weight, FedAvgM, FedAdam and FedYogi are ``optimizer``.
     num_rounds: communication rounds.
     optimizer: sgd (FedAvg), momentum (FedAvgM), adam (FedAdam) or yogi (FedYogi), from optax.
     learning_rate: server learning rate; 1 with sgd is plain FedAvg.
@@ -134,6 +135,9 @@ class ServerConfig:
     participation: full or poisson.
     participation_rate: probability that a client takes part in a round (poisson).
     proximal_weight: FedProx μ; 0 turns the term off.
+    personal_layers: layers that are each hospital's own under algorithm=fedper or finetune: a
+      regular expression that their path begins with, such as head, or stage4_block1|head.
+    personal_weight: Ditto's λ, the pull of a hospital's own model to the global one.
     ema_decay: evaluate an exponential moving average over rounds with this decay; 0 is off.
   """
 
@@ -146,6 +150,8 @@ class ServerConfig:
   participation: str = "full"
   participation_rate: float = 1.0
   proximal_weight: float = 0.0
+  personal_layers: str = "head"
+  personal_weight: float = 0.1
   ema_decay: float = 0.0
 
 

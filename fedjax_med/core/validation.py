@@ -1,7 +1,9 @@
 """The rules that a configuration obeys, as far as they need no data."""
 
+import re
+
 from fedjax_med.core.config import Config, get_field
-from fedjax_med.core.errors import require, require_choice
+from fedjax_med.core.errors import UserError, require, require_choice
 from fedjax_med.core.rounding import MIN_CLIP_NORM
 
 CHOICES = {
@@ -60,6 +62,7 @@ RANGES: dict[str, tuple[float, float, bool, str]] = {
   "server.momentum": (0, 0.9999, True, "use 0.9"),
   "server.participation_rate": (0, 1, False, "use 1 for every client in every round"),
   "server.proximal_weight": (0, float("inf"), True, "use 0 for plain FedAvg, 0.01 for FedProx"),
+  "server.personal_weight": (0, float("inf"), True, "use 0.1 to 1 for Ditto"),
   "server.ema_decay": (0, 0.9999, True, "use 0 or 0.9"),
   "privacy.noise_multiplier": (0, 1e6, True, "use 1"),
   "privacy.target_epsilon": (0, 1e6, True, "use 8, or 0 for none"),
@@ -112,6 +115,36 @@ REFUSED = {
 }
 
 
+def _validate_algorithm(config: Config) -> None:
+  server, optimizer = config.server, config.client.optimizer
+  if server.algorithm in ("scaffold", "fednova"):
+    require(
+      server.proximal_weight == 0,
+      f"server.algorithm='{server.algorithm}' with server.proximal_weight="
+      f"{server.proximal_weight:g}: it takes the weights a client moves for a sum of gradients",
+      "use server.proximal_weight=0, or server.algorithm=fedavg (FedProx)",
+    )
+  require(
+    server.algorithm != "scaffold" or optimizer == "sgd",
+    f"server.algorithm='scaffold' with client.optimizer='{optimizer}': its control variates are"
+    " mean gradients only after plain SGD steps",
+    "use client.optimizer=sgd",
+  )
+  require(
+    server.algorithm != "fednova" or optimizer in ("sgd", "momentum"),
+    f"server.algorithm='fednova' with client.optimizer='{optimizer}': the effective number of its"
+    " steps is known for SGD and momentum only",
+    "use client.optimizer=sgd or momentum",
+  )
+  try:
+    re.compile(server.personal_layers)
+  except re.error as error:
+    raise UserError(
+      f"server.personal_layers='{server.personal_layers}' is no regular expression: {error};"
+      " name a layer, such as head"
+    ) from None
+
+
 def validate(config: Config) -> None:
   """Checks every rule that needs no data; raises UserError with value, rule and remedy."""
   _refuse(config)
@@ -144,6 +177,7 @@ def validate(config: Config) -> None:
     f"partition.num_clients={partition.num_clients} is under 2",
     "use at least two hospitals",
   )
+  _validate_algorithm(config)
   layout, chunk = config.execution.layout, config.execution.chunk_size
   require(
     (layout == "chunk") == (chunk > 0),

@@ -171,6 +171,7 @@ def _hyper(config: Config, protection: Protection) -> Hyper:
     config.privacy.clip_norm,
     config.server.ema_decay,
     config.server.participation_rate,
+    config.server.personal_weight,
   )
   return Hyper(*values, client_level=level)
 
@@ -330,7 +331,12 @@ def _batch_cap(local: Guarantee | None) -> int:
 def _baseline_config(config: Config) -> Config:
   """A single client needs no server optimiser, no noise of a server, and is in every round."""
   server = dataclasses.replace(
-    config.server, optimizer="sgd", learning_rate=1.0, participation="full", proximal_weight=0.0
+    config.server,
+    algorithm="fedavg",
+    optimizer="sgd",
+    learning_rate=1.0,
+    participation="full",
+    proximal_weight=0.0,
   )
   measured = dataclasses.replace(config.eval, local_baselines=False)
   return dataclasses.replace(

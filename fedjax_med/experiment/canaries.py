@@ -106,7 +106,7 @@ def _client(subject: Subject, k: int, canaries: int) -> Client:
 
 
 def _hyper(clip_norm: float) -> Hyper:
-  return Hyper(*(jnp.float32(value) for value in (0.0, 0.0, 0.0, clip_norm, 0.0, 1.0)))
+  return Hyper(*(jnp.float32(value) for value in (0.0, 0.0, 0.0, clip_norm, 0.0, 1.0, 0.0)))
 
 
 def _images(pixels: int, canaries: int) -> np.ndarray:

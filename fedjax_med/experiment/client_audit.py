@@ -32,7 +32,7 @@ def _algorithm(clip_norm: float) -> FederatedAlgorithm:
     update = {"w": jnp.zeros_like(server.params["w"]).at[0].set(size)}
     return ClientDelta(update, {}), kept, no_metrics()
 
-  def server_update(server, delta, hyper):
+  def server_update(server, delta, share, hyper):
     params = jax.tree.map(jnp.add, server.params, delta.params)
     return server._replace(params=params, round=server.round + 1)
 
@@ -68,7 +68,7 @@ def hospital_trials(
   ones = jnp.ones(num_clients, jnp.int32)
   real = jnp.ones(num_clients, jnp.float32)
   clients = Client(jnp.arange(num_clients), ones[:, None] * 0, ones, real, ones, real, real, real)
-  scalars = [jnp.float32(value) for value in (0.0, 1.0, 0.0, 1.0, 0.0, q)]
+  scalars = [jnp.float32(value) for value in (0.0, 1.0, 0.0, 1.0, 0.0, q, 0.0)]
   hyper = Hyper(*scalars, client_level=level)
   sigma = mechanism.noise_multiplier * jnp.asarray([share for share, _ in ATTACKS], jnp.float32)
 

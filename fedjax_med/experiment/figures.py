@@ -113,13 +113,14 @@ def draw_rounds(
   log: list[dict[str, Any]],
   baselines: dict[str, Any] | None,
   split_scheme: str,
+  who: str,
 ) -> None:
   """Accuracy, AUROC and loss at the log points of metrics.jsonl, and the ε spent by then."""
   test = [line for line in log if line["split"] == "test"]
   train = [line for line in log if line["split"] == "train"]
   private = any(line["epsilon_max"] is not None for line in test)
   epsilon = test[-1]["epsilon_max"]
-  title = f"Global model on the test images · {context_line(split_scheme, epsilon)}"
+  title = f"{who.capitalize()} on the test images · {context_line(split_scheme, epsilon)}"
   with new_figure(path, (WIDTH, 6.2) if private else (WIDTH, 3.6), title) as figure:
     axes = (figure.subplots(2, 2) if private else figure.subplots(1, 3)).ravel()
     panels = [("accuracy", "accuracy"), ("auroc", "AUROC"), ("loss", "loss (nats)")]
@@ -130,7 +131,7 @@ def draw_rounds(
           axis.plot(*curve, color=colour, linestyle=style, linewidth=1.6, label=name)
       axis.plot(
         *_curve(test, key), color=GLOBAL, linewidth=2.2, marker=_marker(test),
-        markersize=4, label="global model, all test images",
+        markersize=4, label=f"{who}, all test images",
       )  # fmt: skip
       if key == "loss" and train:
         axis.plot(*_curve(train, key), color="#444444", linestyle=":", label="local training")
@@ -196,8 +197,8 @@ def draw_hospitals(
   hospitals: dict[str, Any],
   baselines: dict[str, Any] | None,
 ) -> None:
-  """Accuracy and AUROC of the global model on each hospital's test images; alone next to it."""
-  clients, scheme = summary["clients"], hospitals["split"]["scheme"]
+  """Accuracy and AUROC of the model on each hospital's test images; alone next to it."""
+  clients, scheme, who = summary["clients"], hospitals["split"]["scheme"], summary["predicts"]
   alone = None
   if baselines is not None:
     last = {hospital["name"]: hospital["curve"][-1]["own"] for hospital in baselines["alone"]}
@@ -208,13 +209,13 @@ def draw_hospitals(
     sizes = [sum(row["train"]) for row in hospitals["hospitals"]]
     with new_figure(path, (WIDTH, 4.6), f"{title} · {len(clients)} hospitals") as figure:
       for axis, (key, label) in zip(figure.subplots(1, 2), panels, strict=True):
-        _draw_hospital_dots(axis, key, label, clients, alone, sizes)
+        _draw_hospital_dots(axis, key, label, who, clients, alone, sizes)
     return
   height = 0.62 if alone else 0.36
   with new_figure(path, (WIDTH, 1.9 + height * len(clients)), title) as figure:
     axes = figure.subplots(1, 2, sharey=True)
     for axis, (key, label) in zip(axes, panels, strict=True):
-      groups = [("global model", GLOBAL, clients)]
+      groups = [(who, GLOBAL, clients)]
       groups += [("trained alone", ALONE, alone)] if alone else []
       thickness = 0.76 / len(groups)
       for place, (name, colour, rows) in enumerate(groups):
@@ -227,7 +228,7 @@ def draw_hospitals(
       overall = summary["test"][key]
       if overall is not None:
         axis.axvline(overall, color=GLOBAL, linestyle="--", linewidth=1.2, zorder=0.5,
-                     label="global model, all test images")  # fmt: skip
+                     label=f"{who}, all test images")  # fmt: skip
       axis.set(title=label, xlim=(0, 1.13), xticks=np.linspace(0, 1, 6))
       axis.grid(visible=False, axis="y")
     axes[0].set_yticks(range(len(clients)), [client["name"] for client in clients])
@@ -239,15 +240,16 @@ def _draw_hospital_dots(
   axis: Any,
   key: str,
   label: str,
+  who: str,
   clients: list[dict[str, Any]],
   alone: list[dict[str, Any]] | None,
   sizes: list[int],
 ) -> None:
-  """A dot for each of many hospitals: global against alone, or global against its size."""
+  """A dot for each of many hospitals: against the one trained alone, or against its size."""
   values = _array([client[key] for client in clients])
   if alone is None:
     axis.scatter(sizes, values, s=16, color=GLOBAL, alpha=0.6, linewidth=0)
-    axis.set(title=label, xlabel="train images of the hospital", ylabel="global model")
+    axis.set(title=label, xlabel="train images of the hospital", ylabel=who)
     axis.set(xscale="log", ylim=(min(axis.get_ylim()[0], 0.9), 1.01))
     axis.xaxis.set_major_formatter("{x:.0f}")
     return
@@ -258,8 +260,8 @@ def _draw_hospital_dots(
   better = int(np.sum(values[both] > local[both]))
   low = min([0.9, *local[both], *values[both]]) - 0.02
   axis.set(
-    title=f"{label}: the global model is better in {better} of {int(both.sum())}",
-    xlabel="trained alone", ylabel="global model", xlim=(low, 1.01), ylim=(low, 1.01),
+    title=f"{label}: {who} better in {better} of {int(both.sum())}",
+    xlabel="trained alone", ylabel=who, xlim=(low, 1.01), ylim=(low, 1.01),
   )  # fmt: skip
 
 

@@ -12,17 +12,19 @@ import numpy as np
 
 from fedjax_med.core.errors import UserError, require
 from fedjax_med.core.metrics import classification_metrics
-from fedjax_med.data.dataset import client_rows
+from fedjax_med.data.dataset import Hospitals, client_rows
 from fedjax_med.experiment import checkpoints
 from fedjax_med.experiment import workdir as files
 from fedjax_med.experiment.build import Experiment
 from fedjax_med.experiment.processes import is_first
-from fedjax_med.federated.algorithm import RoundMetrics, Tree
+from fedjax_med.experiment.program import Parts
+from fedjax_med.federated.algorithm import RoundMetrics
 from fedjax_med.privacy import ledger
 from fedjax_med.privacy.calibration import affordable_steps
 from fedjax_med.privacy.clipping import TWO_PASS_GAP
 from fedjax_med.privacy.guarantees import NO_PRIVACY, Guarantee, baseline_gaps, privacy_record
 from fedjax_med.privacy.guarantees import spent as epsilons_of
+from fedjax_med.simulation.evaluation import Weights
 from fedjax_med.simulation.mesh import replicate, replicated
 from fedjax_med.simulation.rounds import NEVER, BlockMetrics, SimulationState
 
@@ -72,9 +74,17 @@ def evaluation_rows(experiment: Experiment) -> np.ndarray:
   return np.concatenate(client_rows(experiment.hospitals.test)).astype(np.int32)
 
 
-def evaluated_params(state: SimulationState) -> Tree:
+def evaluation_groups(parts: Parts, hospitals: Hospitals) -> list[np.ndarray]:
+  """The same rows: each hospital's by themselves where it predicts with a model of its own."""
+  groups = [rows.astype(np.int32) for rows in client_rows(hospitals.test)]
+  return groups if parts.personal else [np.concatenate(groups)]
+
+
+def evaluated(parts: Parts, state: SimulationState) -> Weights:
   """The weights that are measured: the average over rounds where one is kept."""
-  return state.server.average or state.server.params
+  server = state.server
+  kept = state.kept if parts.personal else ()
+  return Weights(server.average or server.params, server.state, kept)
 
 
 def releases(experiment: Experiment, rounds: int, steps: np.ndarray) -> list[list[int]]:
@@ -155,20 +165,19 @@ def write_privacy(
 
 
 def observe(experiment: Experiment, state: SimulationState) -> LogPoint:
-  """Evaluates the global model on every hospital's test set and computes the ε spent.
+  """Evaluates the model on every hospital's test set and computes the ε spent.
 
   Raises:
     UserError: a prediction is not finite.
   """
   rounds = int(state.server.round)
-  rows = evaluation_rows(experiment)
-  probabilities = experiment.program.predict(
-    evaluated_params(state), state.server.state, experiment.pool, rows
-  )
+  program = experiment.program
+  groups = evaluation_groups(program.parts, experiment.hospitals)
+  probabilities = program.predict(evaluated(program.parts, state), experiment.pool, groups)
   config = experiment.config
   require(
     bool(np.isfinite(probabilities).all()),
-    f"round {rounds}: the predictions of the global model are not finite",
+    f"round {rounds}: the predictions of the model are not finite",
     f"lower client.learning_rate={config.client.learning_rate:g}"
     f" or server.learning_rate={config.server.learning_rate:g}",
   )
@@ -286,9 +295,9 @@ def start_compiling(experiment: Experiment) -> Callable[[], float]:
 
   # Traced here: jax's settings may belong to this thread.
   rounds = threads.submit(compile, program.block.lower(state, *block_arguments(experiment, 0)))
-  evaluated = evaluated_params(state), state.server.state
-  rows = evaluation_rows(experiment)
-  lowered = program.lower_predict(*evaluated, experiment.pool, rows)
+  weights = evaluated(program.parts, state)
+  groups = evaluation_groups(program.parts, experiment.hospitals)
+  lowered = program.lower_predict(weights, experiment.pool, groups)
   tasks = rounds, threads.submit(compile, lowered)
   threads.shutdown(wait=False)
   return lambda: max(task.result() for task in tasks)

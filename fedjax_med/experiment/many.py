@@ -1,12 +1,13 @@
 """Several whole runs of one experiment as one program: other seeds, or other shares of the data."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
 
 from fedjax_med.experiment.build import Experiment
-from fedjax_med.experiment.loop import evaluated_params
+from fedjax_med.experiment.loop import evaluated
+from fedjax_med.simulation.evaluation import Weights
 from fedjax_med.simulation.mesh import local_devices, map_over_devices
 
 # Runs side by side on an accelerator; a core is full with one.
@@ -27,8 +28,8 @@ class Runs(NamedTuple):
   indices: np.ndarray
 
 
-def train_many(experiment: Experiment, runs: Runs) -> list[tuple[Any, Any]]:
-  """(evaluated weights, model state) of every run after all rounds, on the host.
+def train_many(experiment: Experiment, runs: Runs) -> list[Weights]:
+  """The evaluated weights of every run after all rounds, on the host.
 
   A run equals the same run by itself to rounding, and ends early where a weight is not finite. Runs
   are shared out over the devices of this process; nothing is logged, saved or resumed, and no
@@ -43,7 +44,7 @@ def train_many(experiment: Experiment, runs: Runs) -> list[tuple[Any, Any]]:
     own = clients._replace(indices=run.indices)
     state = parts.initial(run.seeds, *given)
     state, _ = parts.block(state, own, pool, hyper, run.keys, rounds)
-    return evaluated_params(state), state.server.state
+    return evaluated(parts, state)
 
   inputs = experiment.clients, experiment.pool, experiment.hyper
   shared = jax.device_get((inputs, parts.given))

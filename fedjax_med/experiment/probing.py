@@ -138,7 +138,7 @@ def time_steps(
   key = base_key(0)
   params, state = zeros(jax.eval_shape(model.init, key, image))
   pool = Pool(jnp.zeros(image.shape, jnp.uint8), jnp.zeros((1,), jnp.int32))
-  hyper = Hyper(*(jnp.float32(value) for value in (0.01, 1, 0, 1, 0, 1)))
+  hyper = Hyper(*(jnp.float32(value) for value in (0.01, 1, 0, 1, 0, 1, 0)))
   each = jnp.ones((chunk,), jnp.float32)
   clients = Client(
     number=jnp.arange(chunk),

@@ -16,8 +16,9 @@ from fedjax_med.experiment import planning
 from fedjax_med.experiment.probing import time_steps
 from fedjax_med.experiment.processes import least
 from fedjax_med.experiment.protection import cohort_cap
-from fedjax_med.federated.algorithm import FederatedAlgorithm
+from fedjax_med.federated.algorithm import FederatedAlgorithm, ServerState
 from fedjax_med.federated.local import (
+  LocalTraining,
   cross_entropy,
   local_training,
   plain_gradient,
@@ -51,13 +52,17 @@ class Parts(NamedTuple):
     initial: (seed, given params, given state) -> SimulationState before round 0.
     given: params and state that initial values are taken from, {} where all are drawn.
     block: (state, clients, pool, hyper, key, num_rounds) -> (state, BlockMetrics).
-    evaluate: (params, state, pool, batches [b, size]) -> probabilities [b, size, classes].
+    evaluate: (weights, pool, batches) -> probabilities [b, size, classes].
+    personal: whether clients predict with models of their own.
+    message: float32 values that a client gets in a round, and those that it sends.
   """
 
   initial: Callable[..., SimulationState]
   given: tuple[Any, Any]
   block: Callable[..., Any]
   evaluate: Callable[..., jax.Array]
+  personal: bool
+  message: tuple[int, int]
 
 
 class Program(NamedTuple):
@@ -70,7 +75,7 @@ class Program(NamedTuple):
     block: a jitted block of rounds.
     parts: what it is made of.
     needs: upper estimate from shapes of what one device needs in a round, bytes.
-    predict: class probabilities of given pool rows.
+    predict: (weights, pool, groups of pool rows) -> class probabilities.
     lower_predict: lowers predict for a compiler, of the same arguments or their shapes.
     arguments: shapes of what a block is called with.
     budget: memory that the plan kept to.
@@ -165,7 +170,7 @@ def make_program(
     params, state = jax.eval_shape(model.init, base_key(0), image)
     return clipping_problems(model, params, state, image, config.model.dtype)
 
-  def train_as(choice: Choice, shared_steps: int | None) -> Callable:
+  def train_as(choice: Choice, shared_steps: int | None) -> LocalTraining:
     shape = {
       "max_examples": max_examples,
       "normalisation": config.data.normalisation,
@@ -198,8 +203,10 @@ def make_program(
       train_as(choice, shared_steps),
       server_optimizer(server.optimizer, server.momentum),
       average=server.ema_decay > 0,
-      private=private or client_level,
+      records=private,
+      clients=client_level,
       init_memory=init_memory,
+      personal_layers=server.personal_layers,
     )
 
   def rounds_as(choice: Choice, mesh: Mesh | None) -> Callable[..., Any]:
@@ -269,7 +276,7 @@ def make_program(
 
   def time_chunk(choice: Choice) -> float:
     return time_steps(
-      train_as(choice, None),
+      train_as(choice, None).train,
       model_of(remat, choice.devices),
       image,
       choice.chunk,
@@ -292,8 +299,18 @@ def make_program(
       f"devices {choice.devices}: {devices.number} exceed the memory",
     )
   mesh = devices.mesh
-  evaluate = make_evaluate(model_of(False, choice.devices), config.data.normalisation)
-  parts = Parts(initial, values, rounds_as(choice, None), evaluate)
+  algorithm = algorithm_as(choice)
+  evaluate = make_evaluate(
+    model_of(False, choice.devices), config.data.normalisation, algorithm.personal
+  )
+  parts = Parts(
+    initial,
+    values,
+    rounds_as(choice, None),
+    evaluate,
+    algorithm.personal is not None,
+    _message(algorithm, arguments[0].server),
+  )
   initial = jax.jit(initial) if mesh is None else jax.jit(initial, out_shardings=replicated(mesh))
   lowering, lowering_reason = lowering_on(choice.devices)
   rate = 1.0 if most is None else server.participation_rate
@@ -323,4 +340,19 @@ def make_program(
     arguments,
     budget,
     given.origin,
+  )
+
+
+def _message(algorithm: FederatedAlgorithm, server: ServerState) -> tuple[int, int]:
+  """Values that a client gets and sends in a round; non-trained state is not counted."""
+
+  def size(tree: Any) -> int:
+    return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(tree))
+
+  pairs = zip(
+    jax.tree.leaves(server.params), jax.tree.leaves(algorithm.at_home(server.params)), strict=True
+  )
+  shared = size([leaf for leaf, own in pairs if not own])
+  return shared + size(server.extra), shared + size(
+    jax.eval_shape(algorithm.blank_extra, server.params)
   )

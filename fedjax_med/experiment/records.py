@@ -13,7 +13,7 @@ from fedjax_med.core.metrics import confusion_matrix
 from fedjax_med.data.dataset import ClientTable, Hospitals
 from fedjax_med.experiment.build import Experiment
 from fedjax_med.experiment.checkpoints import digest
-from fedjax_med.experiment.loop import Outcome, evaluated_params, evaluation_rows
+from fedjax_med.experiment.loop import Outcome, evaluated, evaluation_rows
 
 PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "dp-accounting", "numpy")
 
@@ -73,12 +73,11 @@ def hospital_record(hospitals: Hospitals) -> dict[str, Any]:
 
 
 def _cost(experiment: Experiment, outcome: Outcome) -> dict[str, Any]:
-  """Local steps of all hospitals, and megabytes of float32 weights that would have been sent."""
+  """Local steps of all hospitals, and megabytes of float32 values that would have been sent."""
   steps = np.asarray(outcome.state.steps)
-  # A hospital that takes part gets the weights and sends as many back.
   visits = (steps // experiment.steps).sum()
-  size = 4 * num_parameters(experiment)
-  return {"steps": int(steps.sum()), "megabytes": round(float(2 * visits * size) / 1e6, 6)}
+  size = 4 * sum(experiment.program.parts.message)
+  return {"steps": int(steps.sum()), "megabytes": round(float(visits * size) / 1e6, 6)}
 
 
 def summary_record(experiment: Experiment, outcome: Outcome, name: str) -> dict[str, Any]:
@@ -90,6 +89,7 @@ def summary_record(experiment: Experiment, outcome: Outcome, name: str) -> dict[
     "config_name": name,
     "rounds": outcome.last.rounds,
     "stopped": outcome.stopped,
+    "predicts": "own models" if experiment.program.parts.personal else "global model",
     "epsilon_max": max(outcome.last.epsilons, default=outcome.last.client_epsilon),
     "client_epsilon": outcome.last.client_epsilon,
     "test": outcome.last.test,
@@ -99,5 +99,5 @@ def summary_record(experiment: Experiment, outcome: Outcome, name: str) -> dict[
     **_cost(experiment, outcome),
     "split": experiment.hospitals.split.scheme,
     "plan": {**plan._asdict(), "reasons": list(plan.reasons)},
-    "weights_sha256": digest(evaluated_params(outcome.state)),
+    "weights_sha256": digest(evaluated(experiment.program.parts, outcome.state)),
   }

@@ -43,7 +43,7 @@ SHAPES: dict[str, Any] = {
   "summary.json": {
     "run_id": str, "config_name": str, "rounds": int, "stopped": str, "test": VALUES,
     "clients": [CLIENT], "epsilon_max": NUMBER, "confusion": [[int]],
-    "num_parameters": int,
+    "num_parameters": int, "predicts": str,
     "plan": {"layout": str, "clipping": str, "lowering": str, "reasons": [str]},
   },
   "timing.json": {"compile": NUMBER, "train": NUMBER, "total": NUMBER},
@@ -232,7 +232,11 @@ def _draw_all(folder: pathlib.Path, run: dict[str, Any], suffix: str) -> None:
   hospitals, summary, baselines = run["hospitals"], run["summary"], run["baselines"]
   figures.draw_partition(folder / f"partition{suffix}", hospitals)
   figures.draw_rounds(
-    folder / f"rounds{suffix}", run["log"], baselines, hospitals["split"]["scheme"]
+    folder / f"rounds{suffix}",
+    run["log"],
+    baselines,
+    hospitals["split"]["scheme"],
+    summary["predicts"],
   )
   figures.draw_hospitals(folder / f"hospitals{suffix}", summary, hospitals, baselines)
   figures.draw_confusion(folder / f"confusion{suffix}", summary, hospitals)

@@ -60,6 +60,12 @@ def prepare(config: Config, hospitals: Hospitals, runs: int, seed: int) -> Shado
     experiment = build(config, half)
   except UserError as error:
     raise UserError(f"--shadow_runs={runs} trains on halves of the data: {error}") from error
+  require(
+    not experiment.program.parts.personal,
+    f"--shadow_runs={runs} attacks the global model, and with server.algorithm="
+    f"'{config.server.algorithm}' each hospital predicts with a model of its own",
+    "use --shadow_runs=0",
+  )
   rows = np.sort(np.concatenate(client_rows(hospitals.train)))
   return Shadows(experiment, rows, halves, seed)
 
@@ -78,7 +84,7 @@ def attack(shadows: Shadows) -> dict[str, Any]:
   labels = experiment.hospitals.dataset.labels[rows]
   confidences = np.stack(
     [
-      _confidence(experiment.program.predict(*weights, experiment.pool, rows), labels)
+      _confidence(experiment.program.predict(weights, experiment.pool, [rows]), labels)
       for weights in _train(experiment, halves, seed)
     ]
   )

@@ -1,4 +1,4 @@
-"""A federated algorithm: four functions, and records of what moves between server and clients."""
+"""A federated algorithm: a few functions, and records of what moves between server and clients."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -77,6 +77,7 @@ class Hyper(NamedTuple):
     clip_norm: C, bound on one example's gradient norm.
     ema_decay: decay of the evaluated average over rounds.
     participation_rate: probability that a client takes part in a round.
+    personal_weight: Ditto's λ (Li et al. 2021, eq. 2).
     client_level: settings of client-level privacy, or None without it.
   """
 
@@ -86,14 +87,22 @@ class Hyper(NamedTuple):
   clip_norm: jax.Array
   ema_decay: jax.Array
   participation_rate: jax.Array
+  personal_weight: jax.Array
   client_level: ClientLevel | None = None
 
 
 class ClientDelta(NamedTuple):
-  """What a client sends: local minus received weights, and the same for non-trained state."""
+  """What a client sends.
+
+  Attributes:
+    params: local minus received weights.
+    state: the same for non-trained state.
+    extra: what the algorithm needs besides, averaged with the same weights; () for most.
+  """
 
   params: Tree
   state: Tree
+  extra: Tree = ()
 
 
 class ServerState(NamedTuple):
@@ -105,6 +114,7 @@ class ServerState(NamedTuple):
     opt_state: state of the server optimiser.
     average: exponential moving average of params over rounds, {} when it is off.
     round: int32 finished rounds.
+    extra: what the algorithm keeps besides; () for most.
   """
 
   params: Tree
@@ -112,6 +122,7 @@ class ServerState(NamedTuple):
   opt_state: Tree
   average: Tree
   round: jax.Array
+  extra: Tree = ()
 
 
 class RoundMetrics(NamedTuple):
@@ -161,7 +172,12 @@ class FederatedAlgorithm(NamedTuple):
       local training, which correlated noise goes on from; () for most runs.
     client_update: (server, kept, client, pool, hyper, key) -> (ClientDelta, kept, RoundMetrics).
       Runs under vmap over clients; random keys come from (client.number, server.round, step).
-    server_update: (server, mean ClientDelta, hyper) -> ServerState.
+    server_update: (server, mean ClientDelta, share, hyper) -> ServerState. ``share`` is the part of
+      all clients' weight that took part in the round, 1 under full participation.
+    at_home: params -> the same tree of Python booleans: weights that never leave a client.
+    blank_extra: params -> zeros in the shape of ``ClientDelta.extra``.
+    personal: (params, state, kept) -> (params, state) that a client predicts with, made of the
+      global model and what it keeps; None where that is the global model.
   """
 
   init_server: Callable[[Tree, Tree], ServerState]
@@ -169,4 +185,7 @@ class FederatedAlgorithm(NamedTuple):
   client_update: Callable[
     [ServerState, Tree, Client, Pool, Hyper, jax.Array], tuple[ClientDelta, Tree, RoundMetrics]
   ]
-  server_update: Callable[[ServerState, ClientDelta, Hyper], ServerState]
+  server_update: Callable[[ServerState, ClientDelta, jax.Array, Hyper], ServerState]
+  at_home: Callable[[Tree], Tree] = lambda params: jax.tree.map(lambda leaf: False, params)
+  blank_extra: Callable[[Tree], Tree] = lambda params: ()
+  personal: Callable[[Tree, Tree, Tree], tuple[Tree, Tree]] | None = None

@@ -13,11 +13,20 @@ from fedjax_med.federated.algorithm import (
   ServerState,
   Tree,
 )
+from fedjax_med.federated.local import LocalTraining
 from fedjax_med.federated.optimizers import descend
 
 
+def difference(params: Tree, state: Tree, server: ServerState) -> ClientDelta:
+  """What a client sends that ended with these weights and this state."""
+  return ClientDelta(
+    jax.tree.map(jnp.subtract, params, server.params),
+    jax.tree.map(jnp.subtract, state, server.state),
+  )
+
+
 def fedavg(
-  train: Callable,
+  local: LocalTraining,
   optimizer: optax.GradientTransformation,
   *,
   average: bool,
@@ -26,10 +35,10 @@ def fedavg(
   """Clients train from the global weights; the server steps along the mean of their deltas.
 
   Args:
-    train: a local_training function.
+    local: how clients train.
     optimizer: direction of the server step (identity is FedAvg; Reddi et al. 2021 for others).
     average: also keep an exponential moving average of the weights over rounds.
-    init_memory: params -> what ``train`` goes on from in a client's first round.
+    init_memory: params -> what training goes on from in a client's first round.
   """
 
   def init_server(params: Tree, state: Tree) -> ServerState:
@@ -38,16 +47,15 @@ def fedavg(
     return ServerState(params, state, optimizer.init(params), kept, jnp.zeros((), jnp.int32))
 
   def client_update(server, kept, client, pool, hyper, key):
-    params, state, kept, metrics = train(
+    params, state, kept, metrics = local.train(
       server.params, server.state, kept, client, pool, hyper, key, server.round
     )
-    delta = ClientDelta(
-      jax.tree.map(jnp.subtract, params, server.params),
-      jax.tree.map(jnp.subtract, state, server.state),
-    )
-    return delta, kept, metrics
+    return difference(params, state, server), kept, metrics
 
-  def server_update(server: ServerState, delta: ClientDelta, hyper: Hyper) -> ServerState:
+  def server_update(
+    server: ServerState, delta: ClientDelta, share: jax.Array, hyper: Hyper
+  ) -> ServerState:
+    del share
     # optax minimises: the pseudo-gradient is the negative mean delta (Reddi et al. 2021, alg. 1).
     direction, opt_state = optimizer.update(
       jax.tree.map(jnp.negative, delta.params), server.opt_state, server.params
@@ -61,7 +69,7 @@ def fedavg(
       lambda old, new: decay * old + (1 - decay) * new, server.average, params if average else {}
     )
     state = jax.tree.map(jnp.add, server.state, delta.state)
-    return ServerState(params, state, opt_state, kept, done)
+    return ServerState(params, state, opt_state, kept, done, server.extra)
 
   def init_client(params: Tree, state: Tree) -> Tree:
     return init_memory(params)

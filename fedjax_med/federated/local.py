@@ -303,13 +303,31 @@ def _all_finite(leaves: list[jax.Array]) -> jax.Array:
   return jnp.stack([each.all() for each in [*arrays, jnp.concatenate(short)]]).all()
 
 
+class LocalTraining(NamedTuple):
+  """How a client trains in a round.
+
+  Attributes:
+    train: (params, state, memory, client, pool, hyper, key, round, *, adjust=None,
+      trainable=None) -> (params, state, memory, RoundMetrics). ``memory`` is what the gradient goes
+      on from: a banded.Memory, or () where there is none. ``adjust(gradient, weights)`` changes a
+      step's gradient after clipping and noise, by nothing that was read from an example otherwise.
+      ``trainable`` is a tree of Python booleans: weights that are False stay as they are.
+    optimizer: optax direction of a step.
+    rate: (hyper, round) -> local learning rate.
+  """
+
+  train: Callable[..., tuple[Tree, Tree, Tree, RoundMetrics]]
+  optimizer: optax.GradientTransformation
+  rate: Callable[[Hyper, jax.Array], jax.Array]
+
+
 def local_training(
   gradient: Gradient,
   optimizer: optax.GradientTransformation,
   rate_factor: Callable[[jax.Array], jax.Array],
   num_local_steps: int | None,
-) -> Callable[..., tuple[Tree, Tree, Tree, RoundMetrics]]:
-  """Builds ``train(params, state, memory, client, pool, hyper, key, round)``: a client's round.
+) -> LocalTraining:
+  """Builds a client's round of local steps.
 
   Args:
     gradient: plain_gradient or private_gradient.
@@ -318,14 +336,26 @@ def local_training(
     num_local_steps: local steps where they are the same for every client, else None and
       ``client.num_steps`` decides (under vmap the clients that are done wait, unchanged).
 
-  Returns:
-    A function to (params, state, memory, RoundMetrics), where memory is what the gradient goes on
-    from: a banded.Memory, or () where there is none. The FedProx term μ(w − w_round) is added after
-    clipping and noise: it depends on no example.
+  The FedProx term μ(w − w_round) is added after clipping and noise: it depends on no example.
   """
 
-  def train(params, state, memory, client: Client, pool: Pool, hyper: Hyper, key, round):
-    rate = hyper.client_learning_rate * rate_factor(round)
+  def rate_of(hyper: Hyper, round: jax.Array) -> jax.Array:
+    return hyper.client_learning_rate * rate_factor(round)
+
+  def train(
+    params,
+    state,
+    memory,
+    client: Client,
+    pool: Pool,
+    hyper: Hyper,
+    key,
+    round,
+    *,
+    adjust: Callable[[Tree, Tree], Tree] | None = None,
+    trainable: Tree | None = None,
+  ):
+    rate = rate_of(hyper, round)
 
     def body(step, carry):
       local, local_state, memory, opt_state, sums = carry
@@ -335,8 +365,13 @@ def local_training(
       grad = jax.tree.map(
         lambda g, w, w0: g + hyper.proximal_weight * (w - w0), grad, local, params
       )
+      if adjust is not None:
+        grad = adjust(grad, local)
       direction, opt_state = optimizer.update(grad, opt_state, local)
-      local = descend(local, direction, rate)
+      moved = descend(local, direction, rate)
+      if trainable is not None:
+        moved = jax.tree.map(lambda may, new, old: new if may else old, trainable, moved, local)
+      local = moved
       return local, local_state, memory, opt_state, add_metrics(sums, metrics)
 
     bound = client.num_steps if num_local_steps is None else num_local_steps
@@ -346,4 +381,4 @@ def local_training(
     finite = _all_finite([*jax.tree.leaves(local), sums.loss])
     return local, local_state, memory, sums._replace(finite=finite)
 
-  return train
+  return LocalTraining(train, optimizer, rate_of)

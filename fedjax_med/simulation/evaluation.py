@@ -1,6 +1,7 @@
-"""Class probabilities of the global model on a set of examples, in batches of one shape."""
+"""Class probabilities of the models of a run on sets of examples, in batches of one shape."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,15 +14,52 @@ from fedjax_med.models.model import Model
 from fedjax_med.simulation.mesh import CLIENTS, replicated
 
 
-def make_evaluate(model: Model, normalisation: str) -> Callable[..., jax.Array]:
-  """Builds ``evaluate(params, state, pool, batches [b, size]) -> [b, size, classes]``, not jitted.
+class Weights(NamedTuple):
+  """What predicts after some rounds.
 
-  The result is float32 class probabilities of pool rows, batch by batch.
+  Attributes:
+    params: the global model's.
+    state: its non-trained state.
+    kept: what each client keeps, leading axis K, where a client predicts with a model of its own;
+      () where all use the global one.
   """
 
-  def evaluate(params: Tree, state: Tree, pool: Pool, batches: jax.Array) -> jax.Array:
-    def one(rows):
-      logits, _ = model.apply(params, state, normalise(pool.inputs[rows], normalisation))
+  params: Tree
+  state: Tree
+  kept: Tree = ()
+
+
+class Batches(NamedTuple):
+  """Examples in batches of one shape.
+
+  Attributes:
+    rows: [b, size] int32 pool rows; padding repeats row 0.
+    owners: [b] int32 client whose model looks at the batch.
+  """
+
+  rows: np.ndarray | jax.Array
+  owners: np.ndarray | jax.Array
+
+
+def make_evaluate(
+  model: Model,
+  normalisation: str,
+  personal: Callable[[Tree, Tree, Tree], tuple[Tree, Tree]] | None = None,
+) -> Callable[..., jax.Array]:
+  """Builds ``evaluate(weights, pool, batches) -> [b, size, classes]``, not jitted.
+
+  The result is float32 class probabilities of pool rows, batch by batch; with ``personal`` (of a
+  FederatedAlgorithm) by the model of each batch's owner.
+  """
+
+  def evaluate(weights: Weights, pool: Pool, batches: Batches) -> jax.Array:
+    def one(batch: Batches):
+      params, state = weights.params, weights.state
+      if personal is not None:
+        kept = jax.tree.map(lambda leaf: leaf[batch.owners], weights.kept)
+        params, state = personal(params, state, kept)
+      images = normalise(pool.inputs[batch.rows], normalisation)
+      logits, _ = model.apply(params, state, images)
       return jax.nn.softmax(logits.astype(jnp.float32))
 
     return jax.lax.map(one, batches)
@@ -29,23 +67,45 @@ def make_evaluate(model: Model, normalisation: str) -> Callable[..., jax.Array]:
   return evaluate
 
 
-def batches_of(rows: np.ndarray, batch_size: int, devices: int = 1) -> np.ndarray:
-  """[b, size] ``rows`` in batches, as many for every device; padded with row 0 at the end."""
-  size = min(batch_size, max(1, -(-len(rows) // devices)))
-  num_batches = devices * max(1, -(-len(rows) // (size * devices)))
-  padded = np.zeros(num_batches * size, np.int32)
-  padded[: len(rows)] = rows
-  return padded.reshape(num_batches, size)
+def shape_of(
+  runs: Sequence[Sequence[np.ndarray]], batch_size: int, devices: int = 1
+) -> tuple[int, int]:
+  """[b, size] of batches that the groups of each run fit into, as many for every device."""
+  longest = max((len(rows) for groups in runs for rows in groups), default=0)
+  alone = all(len(groups) == 1 for groups in runs)  # then one group is shared out over the devices
+  size = min(batch_size, max(1, -(-longest // (devices if alone else 1))))
+  total = max(1, *(sum(-(-len(rows) // size) for rows in groups) for groups in runs))
+  return total + -total % devices, size
+
+
+def batches_of(groups: Sequence[np.ndarray], shape: tuple[int, int]) -> tuple[Batches, np.ndarray]:
+  """Pool rows in batches of ``shape`` [b, size], each of one group only.
+
+  Returns:
+    The batches, and [n] the places of the rows among all of the batches' slots, group by group.
+  """
+  total, size = shape
+  slots, owners, places = np.zeros(total * size, np.int32), np.zeros(total, np.int32), []
+  first = 0
+  for owner, rows in enumerate(groups):
+    last = first + -(-len(rows) // size)
+    owners[first:last] = owner
+    places.append(first * size + np.arange(len(rows)))
+    slots[places[-1]] = rows
+    first = last
+  return Batches(slots.reshape(shape), owners), np.concatenate(places)
 
 
 def make_predict(
   evaluate: Callable[..., jax.Array], *, batch_size: int, mesh: Mesh | None = None
 ) -> tuple[Callable[..., np.ndarray], Callable[..., jax.stages.Lowered]]:
-  """Builds ``predict(params, state, pool, rows [n]) -> probabilities [n, classes]`` (NumPy).
+  """Builds ``predict(weights, pool, groups) -> probabilities [n, classes]`` (NumPy).
 
-  ``rows`` are pool rows on the host. They are padded to whole batches, so one test set compiles
-  one program; the batches are shared out over the devices of a mesh. The second function, of the
-  same arguments, only lowers it for a compiler; shapes will do for all of them but ``rows``.
+  ``groups`` are arrays of pool rows on the host, one for every client that predicts with a model of
+  its own, else one in all; the result is in their order. They are padded to whole batches, so one
+  test set compiles one program; the batches are shared out over the devices of a mesh. The second
+  function, of the same arguments, only lowers it for a compiler; shapes will do for all of them but
+  the groups.
   """
   devices = 1 if mesh is None else mesh.size
   if mesh is None:
@@ -53,16 +113,19 @@ def make_predict(
   else:
     whole, dealt = PartitionSpec(), PartitionSpec(CLIENTS)
     sharded = jax.shard_map(
-      evaluate, mesh=mesh, in_specs=(whole,) * 3 + (dealt,), out_specs=dealt, check_vma=False
+      evaluate, mesh=mesh, in_specs=(whole, whole, dealt), out_specs=dealt, check_vma=False
     )
     compiled = jax.jit(sharded, out_shardings=replicated(mesh))
 
-  def predict(params: Tree, state: Tree, pool: Pool, rows: np.ndarray) -> np.ndarray:
-    batches = batches_of(rows, batch_size, devices)
-    probabilities = np.asarray(compiled(params, state, pool, batches))
-    return probabilities.reshape(-1, probabilities.shape[-1])[: len(rows)]
+  def predict(weights: Weights, pool: Pool, groups: Sequence[np.ndarray]) -> np.ndarray:
+    batches, places = batches_of(groups, shape_of([groups], batch_size, devices))
+    probabilities = np.asarray(compiled(weights, pool, batches))
+    return probabilities.reshape(-1, probabilities.shape[-1])[places]
 
-  def lower_predict(params: Tree, state: Tree, pool: Pool, rows: np.ndarray) -> jax.stages.Lowered:
-    return compiled.lower(params, state, pool, batches_of(rows, batch_size, devices))
+  def lower_predict(
+    weights: Weights, pool: Pool, groups: Sequence[np.ndarray]
+  ) -> jax.stages.Lowered:
+    batches, _ = batches_of(groups, shape_of([groups], batch_size, devices))
+    return compiled.lower(weights, pool, batches)
 
   return predict, lower_predict

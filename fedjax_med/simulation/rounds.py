@@ -203,7 +203,9 @@ def make_round(
       return jax.lax.cond(numbers[0] < num_clients, run_chunk, skip_chunk, total, numbers)
 
     zeros = ClientDelta(
-      jax.tree.map(jnp.zeros_like, server.params), jax.tree.map(jnp.zeros_like, server.state)
+      jax.tree.map(jnp.zeros_like, server.params),
+      jax.tree.map(jnp.zeros_like, server.state),
+      algorithm.blank_extra(server.params),
     )
     total, (kept, metrics, (weight, bits)) = jax.lax.scan(
       run_if_any if some_absent else run_chunk, zeros, numbers
@@ -231,10 +233,12 @@ def make_round(
       assert level is not None
       update, clip_norm = noisy_mean(total.params, bits, clip_norm, level, key, server.round)
       mean = ClientDelta(update, jax.tree.map(jnp.zeros_like, total.state))  # state is not clipped
+      share = weight / num_clients
     else:
       scale = 1 / jnp.where(someone, weight, 1)
       mean = jax.tree.map(lambda leaf: leaf * scale, total)
-    updated = algorithm.server_update(server, mean, hyper)
+      share = weight
+    updated = algorithm.server_update(server, mean, share, hyper)
     # An empty cohort leaves all but the round's number as it was; under DP-FedAvg it is noise.
     if cohort_cap is not None and not client_level:
       absent = server._replace(round=updated.round)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from fedjax_med.federated.algorithm import Client, Hyper
+from fedjax_med.simulation.evaluation import Batches
 from fedjax_med.simulation.mesh import CLIENTS, one_by_one, replicated
 from fedjax_med.simulation.rounds import SimulationState
 
@@ -20,14 +21,14 @@ class Point(NamedTuple):
     key: key of every other draw.
     clients: stacked over the K clients.
     hyper: traced hyperparameters.
-    batches: [b, size] int32 pool rows to evaluate on.
+    batches: what to evaluate on.
   """
 
   seed: jax.Array
   key: jax.Array
   clients: Client
   hyper: Hyper
-  batches: jax.Array
+  batches: Batches
 
 
 def make_sweep(

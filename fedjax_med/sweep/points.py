@@ -38,6 +38,7 @@ TRACED = frozenset(
     "server.learning_rate",
     "server.weighting",
     "server.proximal_weight",
+    "server.personal_weight",
     "server.ema_decay",
     "server.participation_rate",
     "privacy.unit",

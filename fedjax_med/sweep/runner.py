@@ -1,6 +1,5 @@
 """The host side of a sweep: groups and chunks run, and every point leaves what a run leaves."""
 
-import math
 import pathlib
 import time
 from collections.abc import Callable, Sequence, Set
@@ -18,8 +17,8 @@ from fedjax_med.experiment.build import Experiment, place, plan_together
 from fedjax_med.experiment.loop import (
   LogPoint,
   Outcome,
-  evaluated_params,
-  evaluation_rows,
+  evaluated,
+  evaluation_groups,
   log_lines,
   measure,
   next_rounds,
@@ -35,7 +34,7 @@ from fedjax_med.experiment.report import write_statement
 from fedjax_med.experiment.trackers import require_installed, track
 from fedjax_med.federated.algorithm import Pool
 from fedjax_med.privacy import ledger
-from fedjax_med.simulation.evaluation import batches_of
+from fedjax_med.simulation.evaluation import Batches, batches_of, shape_of
 from fedjax_med.simulation.mesh import CLIENTS, client_mesh, local_devices, replicated
 from fedjax_med.simulation.rounds import NEVER
 from fedjax_med.simulation.sweep import Point, blank_states, make_sweep
@@ -86,7 +85,7 @@ class Prepared(NamedTuple):
     program: of one run.
     shapes: what the program is made for.
     layout: how runs lie on this machine.
-    batches: [2] batches of test images, and images of one; those of the largest test set.
+    batches: [b, size] of test images, enough for each run's.
     sweep: (states, fresh, rounds [S], points, pool) -> (states, metrics, probabilities).
     compilations: how often ``sweep`` was compiled in this process.
   """
@@ -95,7 +94,7 @@ class Prepared(NamedTuple):
   program: Program
   shapes: Shapes
   layout: Layout
-  batches: tuple[int, ...]
+  batches: tuple[int, int]
   sweep: Callable[..., Any]
   compilations: Callable[[], int]
 
@@ -145,15 +144,15 @@ def prepare(group: Sequence[Planned], at_once: int) -> Prepared:
 
   def evaluate(state, pool, batches):
     traces.append(1)
-    return parts.evaluate(evaluated_params(state), state.server.state, pool, batches)
+    return parts.evaluate(evaluated(parts, state), pool, batches)
 
   sweep = make_sweep(parts.initial, parts.block, evaluate, at_once=layout.at_once, mesh=layout.mesh)
 
   def run(states, fresh, rounds, points, pool):
     return sweep(states, fresh, rounds, points, pool, parts.given)
 
-  most = max(int(each.case.hospitals.test.counts.sum()) for each in group)
-  batches = batches_of(np.zeros(most, np.int32), group[0].case.config.eval.batch_size).shape
+  tests = [evaluation_groups(parts, each.case.hospitals) for each in group]
+  batches = shape_of(tests, group[0].case.config.eval.batch_size)
   return Prepared(group, program, shapes, layout, batches, run, lambda: len(traces))
 
 
@@ -225,9 +224,12 @@ def _run_chunk(
   """Trains the runs; where each ended, and the lines of its log."""
   started = time.monotonic()
   first, layout = runs[0], prepared.layout
-  rows = [evaluation_rows(run) for run in runs]
-  padded = [*runs, *[first] * (layout.size - len(runs))]  # the empty places repeat the first
-  points = _put(_stack(padded, prepared.batches), layout.mesh, dealt=True)
+  tests = [evaluation_groups(prepared.program.parts, run.hospitals) for run in runs]
+  batches, places = zip(*(batches_of(each, prepared.batches) for each in tests), strict=True)
+  missing = layout.size - len(runs)
+  padded = [*runs, *[first] * missing]  # the empty places repeat the first
+  points = _stack(padded, [*batches, *[batches[0]] * missing])
+  points = _put(points, layout.mesh, dealt=True)
   parts = first.program.parts
   states = _put(blank_states(parts.initial, parts.given, layout.size), layout.mesh, dealt=True)
   fresh, lengths = True, np.zeros(layout.size, np.int32)
@@ -242,7 +244,7 @@ def _run_chunk(
     for k, run in enumerate(runs):
       if not going[k]:
         continue
-      probabilities = found[k].reshape(-1, found.shape[-1])[: len(rows[k])]
+      probabilities = found[k].reshape(-1, found.shape[-1])[places[k]]
       own = jax.tree.map(lambda leaf, k=k: leaf[k], metrics)
       diverged = bool((own.first_bad_round != NEVER).any() or not np.isfinite(probabilities).all())
       if diverged:  # what it predicts is nothing, not even where it is finite
@@ -317,12 +319,8 @@ def write_point(
   files.write_json(folder / "summary.json", summary)
 
 
-def _stack(runs: Sequence[Experiment], shape: tuple[int, ...]) -> Point:
-  """What the runs do not share; test sets are padded to batches of ``shape``."""
-  batches = np.zeros((len(runs), math.prod(shape)), np.int32)
-  for k, run in enumerate(runs):
-    own = evaluation_rows(run)
-    batches[k, : len(own)] = own
+def _stack(runs: Sequence[Experiment], batches: Sequence[Batches]) -> Point:
+  """What the runs do not share; the batches are of their test sets."""
 
   def stacked(*leaves: Any) -> jax.Array:
     return jnp.stack(leaves)
@@ -332,7 +330,7 @@ def _stack(runs: Sequence[Experiment], shape: tuple[int, ...]) -> Point:
     jnp.stack([run.key for run in runs]),
     jax.tree.map(stacked, *[run.clients for run in runs]),
     jax.tree.map(stacked, *[run.hyper for run in runs]),
-    jnp.asarray(batches.reshape(-1, *shape)),
+    jax.tree.map(stacked, *batches),
   )
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from configs.smoke import get_config
 from fedjax_med.data.hospitals import load_hospitals
 from fedjax_med.experiment import build
-from fedjax_med.experiment.loop import evaluated_params, train_rounds
+from fedjax_med.experiment.loop import evaluated, train_rounds
 from fedjax_med.experiment.many import Runs, train_many
 
 
@@ -22,11 +22,11 @@ def test_seeds_in_one_program_equal_the_single_runs(tmp_path):
   keys = jax.numpy.stack([build.run_key(experiment, seed) for seed in seeds])
   indices = np.asarray(experiment.clients.indices)
   runs = Runs(np.array(seeds, np.int32), keys, np.stack([indices] * len(seeds)))
-  for seed, (params, state) in zip(seeds, train_many(experiment, runs), strict=True):
+  for seed, weights in zip(seeds, train_many(experiment, runs), strict=True):
     single = build.build(dataclasses.replace(config, seed=seed), hospitals)
     folder = tmp_path / str(seed)
     folder.mkdir()
     outcome = train_rounds(single, folder, lambda point: None)
-    expected = evaluated_params(outcome.state)
-    chex.assert_trees_all_close(params, jax.device_get(expected), rtol=2e-5, atol=1e-6)
-    assert state == {}
+    expected = evaluated(single.program.parts, outcome.state)
+    assert expected.state == {}
+    chex.assert_trees_all_close(weights, jax.device_get(expected), rtol=2e-5, atol=1e-6)

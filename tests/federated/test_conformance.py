@@ -6,13 +6,25 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fedjax_med.federated.registry import ALGORITHMS, PRIVATE
+from fedjax_med.federated.registry import ALGORITHMS
 from fedjax_med.simulation.mesh import client_mesh
 from fedjax_med.simulation.rounds import jit_block, make_block
 from tests.federated.toy import KEY, make_clients, make_federation, make_hyper, make_pool
 
-CASES = [(name, private) for name in ALGORITHMS for private in {False, name in PRIVATE}]
-every = pytest.mark.parametrize(("name", "private"), CASES)
+
+def cases(fast: set[str]) -> pytest.MarkDecorator:
+  """Every algorithm without and, where it may, with DP-SGD; all but some of them slow."""
+
+  def case(name, private):
+    quick = name == "fedavg" or (name in fast and not private)
+    return pytest.param(name, private, marks=() if quick else pytest.mark.slow)
+
+  kinds = [(name, p) for name, each in ALGORITHMS.items() for p in {False, each.records}]
+  return pytest.mark.parametrize(("name", "private"), [case(*kind) for kind in kinds])
+
+
+every = cases({"scaffold", "fednova", "ditto", "fedper"})
+thorough = cases(set())
 POOL = make_pool()
 
 
@@ -37,7 +49,7 @@ def test_five_rounds_and_five_more_equal_ten_bit_for_bit(name, private):
   chex.assert_trees_all_equal(whole, resumed)
 
 
-@every
+@thorough
 def test_layouts_agree_to_rounding(name, private):
   results = [
     rounds(make_federation(name, private=private, chunk=chunk, shared_steps=steps), 3)
@@ -47,7 +59,7 @@ def test_layouts_agree_to_rounding(name, private):
     chex.assert_trees_all_close(results[0], result, rtol=2e-5, atol=1e-6)
 
 
-@every
+@thorough
 @pytest.mark.parametrize(
   ("steps", "cohort_cap"), [((2, 2, 2), None), ((1, 5, 3), None), ((1, 5, 3), 2)]
 )
@@ -77,7 +89,7 @@ def test_devices_agree_to_rounding_with_everyone_and_with_a_drawn_cohort(
     chex.assert_trees_all_close(metrics, found_metrics, rtol=2e-5, atol=1e-6)
 
 
-@every
+@thorough
 def test_eight_devices_resume_from_one_and_go_on_bit_for_bit_by_themselves(name, private):
   one, eight = (make_federation(name, private=private, chunk=1, devices=n) for n in (1, 8))
   whole, _ = rounds(eight, 6)
@@ -89,7 +101,7 @@ def test_eight_devices_resume_from_one_and_go_on_bit_for_bit_by_themselves(name,
   chex.assert_trees_all_close(whole, resumed, rtol=2e-5, atol=1e-6)
 
 
-@every
+@thorough
 def test_compiled_equals_interpreted(name, private):
   initial, block, run_round = make_federation(name, private=private, chunk=1, shared_steps=1)
   clients, hyper = make_clients((1, 1, 1)), make_hyper()
@@ -99,7 +111,7 @@ def test_compiled_equals_interpreted(name, private):
   chex.assert_trees_all_close(compiled.server, plain.server, rtol=1e-5, atol=1e-6)
 
 
-@every
+@thorough
 @pytest.mark.parametrize("devices", [1, 8])
 def test_block_lengths_hyperparameters_and_seeds_share_one_trace(name, private, devices):
   chex.clear_trace_counter()
@@ -112,7 +124,7 @@ def test_block_lengths_hyperparameters_and_seeds_share_one_trace(name, private, 
     block(initial(), clients, POOL, hyper, key, jnp.asarray(length))
 
 
-@every
+@thorough
 def test_what_lies_in_padding_changes_no_bit(name, private):
   federation = make_federation(name, private=private)
   clean, _ = rounds(federation, 2)
@@ -123,17 +135,18 @@ def test_what_lies_in_padding_changes_no_bit(name, private):
   chex.assert_trees_all_equal(clean, dirty)
 
 
-@every
+@thorough
 def test_an_absent_cohort_changes_nothing(name, private):
   federation = make_federation(name, private=private, cohort_cap=2, chunk=2)
   initial = federation[0]()
   state, metrics = rounds(federation, 3, hyper=make_hyper(participation_rate=0.0))
   chex.assert_trees_all_equal(state.server.params, initial.server.params)
+  chex.assert_trees_all_equal(state.kept, initial.kept)
   assert int(state.steps.sum()) == 0
   assert int(metrics.clients.steps.sum()) == 0
 
 
-@every
+@thorough
 def test_an_empty_round_leaves_a_server_with_momentum_where_it_is(name, private):
   federation = make_federation(name, private=private, cohort_cap=3, chunk=1, server="momentum")
   moving, _ = rounds(federation, 2)
@@ -143,14 +156,14 @@ def test_an_empty_round_leaves_a_server_with_momentum_where_it_is(name, private)
   assert int(still.server.round) == 4
 
 
-@every
+@thorough
 def test_a_cohort_of_everyone_equals_full_participation(name, private):
   full, _ = rounds(make_federation(name, private=private), 3)
   cohort, _ = rounds(make_federation(name, private=private, cohort_cap=3, chunk=2), 3)
   chex.assert_trees_all_close(full, cohort, rtol=2e-5, atol=1e-6)
 
 
-@every
+@thorough
 def test_steps_are_counted_for_the_clients_that_took_them(name, private):
   federation = make_federation(name, private=private)
   state, metrics = rounds(federation, 4, clients=make_clients((1, 3, 2)))
@@ -170,7 +183,7 @@ def test_learns_the_toy_task(name, private):
   assert float(last.clients.correct.sum() / last.clients.examples.sum()) > 0.9
 
 
-@every
+@thorough
 def test_a_client_that_breaks_is_named_and_ends_the_block(name, private):
   federation = make_federation(name, private=private)
   clients = make_clients()._replace(

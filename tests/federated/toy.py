@@ -23,6 +23,8 @@ from fedjax_med.simulation.rounds import init_state, jit_block, make_block, make
 
 COUNTS = (12, 8, 5)
 BATCH = 4
+# Networks with the layers that an algorithm treats apart; the rest learn on a linear one.
+MODELS = {"fedbn": "cnn_small", "fedper": "mlp", "finetune": "mlp"}
 KEY = base_key(7)
 
 
@@ -63,6 +65,7 @@ def make_hyper(**changes: float) -> Hyper:
     "clip_norm": 1.0,
     "ema_decay": 0.0,
     "participation_rate": 1.0,
+    "personal_weight": 0.1,
   }
   return Hyper(**{name: jnp.float32(value) for name, value in {**values, **changes}.items()})
 
@@ -75,7 +78,7 @@ def make_federation(
   chunk: int = 3,
   cohort_cap: int | None = None,
   shared_steps: int | None = None,
-  model_name: str = "linear",
+  model_name: str | None = None,
   batch: int = BATCH,
   optimizer: str = "sgd",
   server: str = "sgd",
@@ -86,22 +89,23 @@ def make_federation(
   client_level: bool = False,
 ):
   """(initial state maker, block, run_round) of the toy federation."""
-  model = create_model(ModelConfig(name=model_name), 2, "matmul")
+  model = create_model(ModelConfig(name=model_name or MODELS.get(name, "linear")), 2, "matmul")
   loss = cross_entropy(0.0)
   shape = {"max_examples": max(COUNTS), "normalisation": "fixed"}
   if private:
     gradient = private_gradient(model, loss, clipping="two_pass", batch_cap=10, **shape)
   else:
     gradient = plain_gradient(model, loss, batch_size=batch, **shape)
-  train = local_training(
+  local = local_training(
     gradient, client_optimizer(optimizer, 0.9, 0.01), schedule(rate_schedule, 10, 0), shared_steps
   )
   algorithm = create_algorithm(
     name,
-    train,
+    local,
     server_optimizer(server, 0.9),
     average=average,
-    private=private or client_level,
+    records=private,
+    clients=client_level,
   )
   mesh = client_mesh(devices)
   run_round = make_round(

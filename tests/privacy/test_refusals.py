@@ -16,7 +16,6 @@ from fedjax_med.core.errors import UserError
 from fedjax_med.core.keys import Stream, base_key, key_for
 from fedjax_med.data.hospitals import load_hospitals
 from fedjax_med.experiment.build import build
-from fedjax_med.federated import registry
 from fedjax_med.federated.local import StepContext, cross_entropy, local_training, private_gradient
 from fedjax_med.federated.optimizers import client_optimizer, schedule
 from fedjax_med.models.model import from_flax
@@ -119,9 +118,9 @@ def test_a_network_that_mixes_examples_runs_where_no_example_moves_anothers_cont
 
 def test_private_training_leaves_stored_statistics_as_they_were():
   gradient = private_gradient(MIXER, LOSS, clipping="reference", **SHAPE)
-  train = local_training(gradient, client_optimizer("sgd", 0, 0), schedule("constant", 1, 0), 3)
+  local = local_training(gradient, client_optimizer("sgd", 0, 0), schedule("constant", 1, 0), 3)
   client = jax.tree.map(lambda leaf: leaf[0], make_clients())
-  after, state, _, metrics = jax.jit(train)(
+  after, state, _, metrics = jax.jit(local.train)(
     PARAMS, STATE, (), client, POOL, make_hyper(), KEY, ZERO
   )
   assert float(metrics.units) > 0
@@ -199,9 +198,8 @@ def test_keys_are_threefry_whatever_jax_is_set_to_and_others_are_refused(impl):
 def test_an_algorithm_that_is_not_declared_private_is_refused_before_anything_compiles(
   section, monkeypatch
 ):
-  monkeypatch.setitem(registry.ALGORITHMS, "scaffold", registry.ALGORITHMS["fedavg"])
   config = get_config()
-  config.server.algorithm, config.server.weighting = "scaffold", "uniform"
+  config.server.algorithm, config.server.weighting = "ditto", "uniform"
   if section == "client_privacy":
     config.privacy.mechanism, config.privacy.noise_multiplier = "none", 0.0
     config.client_privacy.mechanism, config.client_privacy.noise_multiplier = "dp_fedavg", 1.0
@@ -214,5 +212,5 @@ def test_an_algorithm_that_is_not_declared_private_is_refused_before_anything_co
   with pytest.raises(UserError) as caught:
     build(config, hospitals)
   sentence = str(caught.value)
-  assert sentence.startswith("server.algorithm='scaffold' is not declared private: ")
-  assert "; use server.algorithm=fedavg, or privacy.mechanism=none and" in sentence
+  assert sentence.startswith("server.algorithm='ditto' is not declared private for ")
+  assert "; use server.algorithm=fedavg or fedbn or privacy.mechanism=none and" in sentence

@@ -110,7 +110,7 @@ def counting(counted: list[int]) -> FederatedAlgorithm:
     metrics = no_metrics()._replace(steps=client.num_steps)
     return ClientDelta(params - server.params, server.state), kept, metrics
 
-  def server_update(server, delta, hyper):
+  def server_update(server, delta, share, hyper):
     return server._replace(params=server.params + delta.params, round=server.round + 1)
 
   return FederatedAlgorithm(init_server, lambda params, state: (), client_update, server_update)

@@ -1,0 +1,57 @@
+"""FedNova (Wang et al. 2020): unequal numbers of local steps no longer tilt the objective."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from fedjax_med.federated.algorithm import FederatedAlgorithm, Tree
+from fedjax_med.federated.fedavg import fedavg
+from fedjax_med.federated.local import LocalTraining
+
+
+def effective_steps(optimizer: optax.GradientTransformation, steps: jax.Array) -> jax.Array:
+  """‖a_i‖₁: what ``steps`` local steps move a weight by whose gradient stays 1, in learning rates.
+
+  With plain SGD the number of steps; with momentum ρ more, up to 1 / (1 − ρ) times (section 4).
+  """
+  one = jnp.ones((), jnp.float32)
+
+  def body(_, carry):
+    total, state = carry
+    direction, state = optimizer.update(one, state, one)
+    return total + jnp.asarray(direction), state
+
+  total, _ = jax.lax.fori_loop(0, steps, body, (jnp.zeros((), jnp.float32), optimizer.init(one)))
+  return total
+
+
+def fednova(
+  local: LocalTraining,
+  optimizer: optax.GradientTransformation,
+  *,
+  average: bool,
+  init_memory: Callable[[Tree], Tree],
+) -> FederatedAlgorithm:
+  """FedAvg of deltas over their own effective steps, times the mean of those (equation 6).
+
+  Arguments as of ``fedavg``. Where all clients take as many steps it is FedAvg.
+  """
+  plain = fedavg(local, optimizer, average=average, init_memory=init_memory)
+
+  def client_update(server, kept, client, pool, hyper, key):
+    delta, kept, metrics = plain.client_update(server, kept, client, pool, hyper, key)
+    steps = effective_steps(local.optimizer, metrics.steps)
+    per_step = jax.tree.map(lambda leaf: leaf / jnp.maximum(steps, 1e-6), delta.params)
+    return delta._replace(params=per_step, extra=steps), kept, metrics
+
+  def server_update(server, delta, share, hyper):
+    params = jax.tree.map(lambda leaf: leaf * delta.extra, delta.params)
+    return plain.server_update(server, delta._replace(params=params), share, hyper)
+
+  return plain._replace(
+    client_update=client_update,
+    server_update=server_update,
+    blank_extra=lambda params: jnp.zeros((), jnp.float32),
+  )
