@@ -125,8 +125,9 @@ class ServerConfig:
   """What the server does with the clients' deltas.
 
   Attributes:
-    algorithm: fedavg, scaffold, fednova, fedbn, fedper, finetune or ditto (docs/algorithms.md);
-      FedProx is proximal_weight, FedAvgM, FedAdam and FedYogi are ``optimizer``.
+    algorithm: fedavg, scaffold, fednova, performance, fedbn, fedper, finetune or ditto;
+      FedProx is proximal_weight, FedAvgM, FedAdam and FedYogi are ``optimizer``
+      (docs/algorithms.md).
     num_rounds: communication rounds.
     optimizer: sgd (FedAvg), momentum (FedAvgM), adam (FedAdam) or yogi (FedYogi), from optax.
     learning_rate: server learning rate; 1 with sgd is plain FedAvg.

@@ -11,6 +11,7 @@ from fedjax_med.federated.algorithm import FederatedAlgorithm, Tree
 from fedjax_med.federated.fedavg import fedavg
 from fedjax_med.federated.fednova import fednova
 from fedjax_med.federated.local import LocalTraining
+from fedjax_med.federated.performance import performance_weighted
 from fedjax_med.federated.personal import (
   ditto,
   layers_at_home,
@@ -54,6 +55,8 @@ ALGORITHMS: dict[str, Entry] = {
     clients=True,
     names_layers=True,
   ),
+  # Its weights are read off the examples.
+  "performance": Entry(performance_weighted, records=False, clients=False),
   # The models of these stay at home, but read every example again, neither clipped nor noised.
   "finetune": Entry(tuned_at_home, records=False, clients=False, names_layers=True),
   "ditto": Entry(ditto, records=False, clients=False),

@@ -141,6 +141,37 @@ def test_fednova_takes_the_mean_step_of_every_client_the_mean_number_of_times():
   assert_close(run("fednova").server.params, params)
 
 
+def test_performance_weights_are_shares_times_accuracies():
+  params, gradient = gradient_of("performance")
+  model = create_model(ModelConfig(name="linear"), 2)
+  images = POOL.inputs.astype(jnp.float32) / 127.5 - 1
+  right = functools.partial(rightly, model.apply, images)
+  ends, uneven = np.cumsum(COUNTS), []
+  for _ in range(ROUNDS):
+    trained, weights = [], []
+    for k, (end, n) in enumerate(zip(ends, COUNTS, strict=True)):
+      local, seen = params, []
+      for _ in range(STEPS[k]):
+        seen.append(right(local, slice(end - n, end)))
+        local = tree(lambda w, g: w - RATE * g, local, gradient(k, local))
+      trained.append(local)
+      weights.append(SHARES[k] * np.mean(seen))
+    shares = np.array(weights) / sum(weights)
+    uneven.append(np.ptp(shares / SHARES))
+    params = tree(
+      lambda *leaves: sum(p * leaf for p, leaf in zip(shares, leaves, strict=True)),  # noqa: B023
+      *trained,
+    )
+  assert max(uneven) > 0.05  # the weights are not those of FedAvg
+  assert_close(run("performance").server.params, params)
+
+
+def rightly(apply, images, params, rows):
+  """Share of these rows that the model classifies rightly."""
+  logits = apply(params, {}, images[rows])[0]
+  return float((logits.argmax(-1) == POOL.labels[rows]).mean())
+
+
 @pytest.mark.parametrize("rho", [0.5, 0.9])
 def test_effective_steps_of_momentum_are_those_of_the_paper(rho):
   for steps in (0, 1, 2, 7):
