@@ -55,6 +55,7 @@ TEST = [
   "jax-privacy>=2.0,<2.1",  # clips the other way; its API still changes
   "pytest>=8.3,<10",
   "pytest-xdist>=3.6,<4",
+  "scikit-image>=0.25,<0.27",  # what texture features are compared with
   "scikit-learn>=1.5,<2",
   *SUBMIT,
   *TENSORBOARD,
