@@ -74,6 +74,8 @@ class ModelConfig:
     name: a name of the model registry.
     norm: group, batch (refused with privacy) or frozen_batch.
     dropout: rate before the head.
+    width: multiplier of every layer's channels, each rounded to a multiple of 8 and at least 8
+      (grouped convolutions keep their number of groups).
     dtype: float32 or bfloat16 for activations; weights, norms and noise stay float32.
     pretrained: .safetensors file with a PyTorch state dict (pretrainedmodels or timm) that initial
       weights and statistics are taken from; empty is none. Needs norm=frozen_batch.
@@ -83,6 +85,7 @@ class ModelConfig:
   name: str = "se_resnext50_32x4d"
   norm: str = "group"
   dropout: float = 0.0
+  width: float = 1.0
   dtype: str = "float32"
   pretrained: str = ""
   init_seed: int = -1

@@ -49,6 +49,7 @@ RANGES: dict[str, tuple[float, float, bool, str]] = {
   "partition.classes_per_client": (1, 100_000, True, "use 1 or more"),
   "partition.min_client_size": (1, 10_000_000, True, "use 8"),
   "model.dropout": (0, 0.95, True, "use 0 to 0.5"),
+  "model.width": (0, 16, False, "use 1 for the published network, 0.25 for a small computer"),
   "client.learning_rate": (0, float("inf"), False, "use 0.01 to 0.1 with sgd"),
   "client.warmup_rounds": (0, 1_000_000, True, "use 0"),
   "client.momentum": (0, 0.9999, True, "use 0.9"),
@@ -201,6 +202,12 @@ def validate(config: Config) -> None:
     f"model.pretrained='{model.pretrained}' holds no weights for model.name='{model.name}' with"
     f" model.norm='{model.norm}'",
     "use model.name={} with model.norm={}, or leave it empty".format(*convertible),
+  )
+  require(
+    model.pretrained == "" or model.width == 1,
+    f"model.width={model.width:g} with model.pretrained='{model.pretrained}', whose weights have"
+    " the published width",
+    "use model.width=1, or leave model.pretrained empty",
   )
   _validate_privacy(config)
   _validate_client_privacy(config)

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from fedjax_med.models import ops
+from fedjax_med.models.blocks import classify, scaled
 from fedjax_med.models.layers import normalise
 
 
@@ -35,9 +36,9 @@ class CNN(nn.Module):
       x = nn.Conv(channels, (3, 3), use_bias=False, dtype=self.dtype, name=f"conv{index}")(x)
       x = normalise(x, self.norm, train=train, dtype=self.dtype, name=f"norm{index}")
       x = ops.max_pool(nn.relu(x), (2, 2), (2, 2))
-    x = nn.Dropout(self.dropout, deterministic=not train)(x.mean(axis=(1, 2)))
-    logits = nn.Dense(self.num_classes, dtype=self.dtype, name="head")(x)
-    return logits.astype(ops.accumulator(self.dtype))
+    return classify(
+      x.mean(axis=(1, 2)), self.num_classes, dropout=self.dropout, train=train, dtype=self.dtype
+    )
 
 
 class MLP(nn.Module):
@@ -61,20 +62,18 @@ class MLP(nn.Module):
     x = inputs.astype(self.dtype).reshape(inputs.shape[0], -1)
     for index, size in enumerate(self.hidden, start=1):
       x = nn.relu(nn.Dense(size, dtype=self.dtype, name=f"hidden{index}")(x))
-    x = nn.Dropout(self.dropout, deterministic=not train)(x)
-    logits = nn.Dense(self.num_classes, dtype=self.dtype, name="head")(x)
-    return logits.astype(ops.accumulator(self.dtype))
+    return classify(x, self.num_classes, dropout=self.dropout, train=train, dtype=self.dtype)
 
 
-def cnn_small(num_classes: int, **kwargs: Any) -> CNN:
+def cnn_small(num_classes: int, *, width: float = 1.0, **kwargs: Any) -> CNN:
   """Two convolutions of 16 and 32 channels; ``kwargs`` are norm, dropout and dtype."""
-  return CNN(num_classes, features=(16, 32), **kwargs)
+  return CNN(num_classes, features=scaled((16, 32), width), **kwargs)
 
 
-def mlp(num_classes: int, *, norm: str = "group", **kwargs: Any) -> MLP:
+def mlp(num_classes: int, *, norm: str = "group", width: float = 1.0, **kwargs: Any) -> MLP:
   """One hidden layer of 32; it has nothing to normalise, so ``norm`` changes nothing."""
   del norm
-  return MLP(num_classes, hidden=(32,), **kwargs)
+  return MLP(num_classes, hidden=scaled((32,), width), **kwargs)
 
 
 def linear(num_classes: int, *, norm: str = "group", **kwargs: Any) -> MLP:

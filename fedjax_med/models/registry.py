@@ -12,17 +12,33 @@ import jax.numpy as jnp
 
 from fedjax_med.core.config import ModelConfig
 from fedjax_med.core.errors import require, require_choice
-from fedjax_med.models import cnn, ops, pretrained, se_resnext
+from fedjax_med.models import (
+  cnn,
+  densenet,
+  googlenet,
+  mobile,
+  ops,
+  pretrained,
+  se_resnext,
+  vgg,
+)
 from fedjax_med.models.layers import NORMS
 from fedjax_med.models.model import Model, from_flax
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
-# name: constructor(num_classes, *, norm, dropout, dtype)
+# name: constructor(num_classes, *, norm, dropout, dtype[, width])
 MODELS: dict[str, Callable[..., nn.Module]] = {
   "se_resnext50_32x4d": se_resnext.se_resnext50_32x4d,
   "se_resnext_tiny": se_resnext.se_resnext_tiny,
   "se_resnext_micro": se_resnext.se_resnext_micro,
+  "resnet50": se_resnext.resnet50,
+  "resnext50_32x4d": se_resnext.resnext50_32x4d,
+  "vgg16": vgg.vgg16,
+  "googlenet": googlenet.googlenet,
+  "densenet121": densenet.densenet121,
+  "mobilenet_v2": mobile.mobilenet_v2,
+  "efficientnet_b0": mobile.efficientnet_b0,
   "cnn_small": cnn.cnn_small,
   "mlp": cnn.mlp,
   "linear": cnn.linear,
@@ -33,14 +49,32 @@ def register(name: str, constructor: Callable[..., nn.Module]) -> None:
   """Adds a network that configs can name; UserError if the name is taken by another one.
 
   ``constructor(num_classes, norm=..., dropout=..., dtype=...)`` returns a Linen module that maps
-  inputs [B, ...] to logits [B, num_classes].
+  inputs [B, ...] to logits [B, num_classes]; an argument ``width`` receives ``model.width``. A
+  function that was read from its file once more replaces itself: config files are read twice.
   """
+  known = MODELS.get(name, constructor)
   require(
-    MODELS.get(name, constructor) is constructor,
+    known is constructor or _read_again(known, constructor),
     f"a model named '{name}' is registered already",
     "choose another name",
   )
   MODELS[name] = constructor
+
+
+def _read_again(one: Any, other: Any) -> bool:
+  """Whether both are functions that the same lines of a file define, with the same defaults."""
+  if not all(inspect.isfunction(each) and not each.__closure__ for each in (one, other)):
+    return False
+  first, second = (
+    (
+      pathlib.Path(code.co_filename).absolute(),
+      code,
+      function.__defaults__,
+      function.__kwdefaults__,
+    )
+    for function, code in ((one, one.__code__), (other, other.__code__))
+  )
+  return first == second
 
 
 def code_of(name: str) -> str:
@@ -67,14 +101,23 @@ def code_of(name: str) -> str:
 def create_module(config: ModelConfig, num_classes: int) -> nn.Module:
   """The Linen module a config names, its stem pool that of the weights it is to start from.
 
-  UserError with the nearest name if there is none, or if the weights cannot be read.
+  UserError with the nearest name if there is none, if it has no width to change, or if the weights
+  cannot be read.
   """
   require_choice("model.name", config.name, MODELS)
   require_choice("model.norm", config.norm, NORMS)
   require_choice("model.dtype", config.dtype, DTYPES)
-  module = MODELS[config.name](
-    num_classes, norm=config.norm, dropout=config.dropout, dtype=DTYPES[config.dtype]
-  )
+  constructor = MODELS[config.name]
+  arguments = {"norm": config.norm, "dropout": config.dropout, "dtype": DTYPES[config.dtype]}
+  if config.width != 1:
+    require(
+      "width" in inspect.signature(constructor).parameters,
+      f"model.width={config.width:g} needs a network that can be made wider, which '{config.name}'"
+      " cannot",
+      "use model.width=1, or give its constructor an argument named width",
+    )
+    arguments["width"] = config.width
+  module = constructor(num_classes, **arguments)
   if config.pretrained:
     file = pretrained.load_safetensors(config.pretrained)
     naming = pretrained.naming_of(file.arrays, file.path)

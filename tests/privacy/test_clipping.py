@@ -1,7 +1,6 @@
 """Clipped sums equal a plain loop over examples of stock Flax and jax.grad."""
 
 import functools
-from typing import Any
 
 import flax.linen as nn
 import jax
@@ -9,10 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fedjax_med.core.config import ModelConfig
 from fedjax_med.models.gradients import keeps_factors
 from fedjax_med.models.model import from_flax
-from fedjax_med.models.registry import create_module
 from fedjax_med.privacy.clipping import METHODS, clipped_sum
 from tests.privacy.clipping_cases import (
   EVERY,
@@ -27,7 +24,6 @@ from tests.privacy.clipping_cases import (
   loss,
   norms_of,
   program,
-  quick_jit,
   same_bits,
   setting,
 )
@@ -69,42 +65,6 @@ def test_every_lowering_gives_the_same_sum(method, lowering):
   got, metrics = program(method, name, lowering)(*setting(name), EVERY, 1.0)
   assert_close(got, loop(gradients(name), 1.0), 1e-5)
   np.testing.assert_allclose(metrics.norm, norms_of(gradients(name)), rtol=1e-5)
-
-
-@pytest.mark.parametrize("method", ["book_keeping", "two_pass"])
-def test_clients_with_their_own_weights_equal_loops_on_an_se_resnext(method):
-  module = create_module(ModelConfig(name="se_resnext_micro"), NUM_CLASSES)
-  model = from_flax(module)
-  inputs = jax.random.normal(jax.random.key(0), (2, 3, 8, 8, 1))
-  labels = jnp.asarray([[0, 1, 2], [2, 2, 0]], jnp.int32)
-  mask = np.array([[True, True, True], [True, False, True]])
-  keys = jax.random.split(jax.random.key(1), 2)
-  params, state = jax.jit(jax.vmap(model.init, (0, None)))(keys, inputs[0, :1])
-
-  def run(params, inputs, labels, mask):
-    return clipped_sum(
-      method, model, loss, params, state, inputs, labels, mask, jnp.float32(3.3), None
-    )
-
-  got, metrics = quick_jit(jax.vmap(run))(params, inputs, labels, mask)
-
-  @quick_jit
-  def gradient(params, x, label):
-    def value(params):
-      logits: Any = module.apply({"params": params}, x[None])
-      return loss(logits, label[None])[0]
-
-    return jax.grad(value)(params)
-
-  for client in range(2):
-    own = jax.tree.map(lambda x, c=client: x[c], params)
-    rows = [row for row in range(3) if mask[client, row]]
-    trees = [
-      jax.tree.map(np.float64, gradient(own, inputs[client, row], labels[client, row]))
-      for row in rows
-    ]
-    assert_close(jax.tree.map(lambda x, c=client: x[c], got), loop(trees, 3.3), 1e-5)
-    np.testing.assert_allclose(metrics.norm[client, rows], norms_of(trees), rtol=1e-5)
 
 
 @every_pair
