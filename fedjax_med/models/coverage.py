@@ -38,7 +38,7 @@ _ELEMENTWISE = frozenset([
 _SEEN_BY_SHAPE = frozenset([
   "argmax", "argmin", "broadcast_in_dim", "concatenate", "dot_general", "dynamic_slice",
   "reduce_and", "reduce_max", "reduce_min", "reduce_or", "reduce_prod", "reduce_sum", "slice",
-  "split", "squeeze", "transpose",
+  "split", "squeeze", "stack", "transpose",
 ])
 # Inner programs that run once, argument by argument. Not custom_vjp: its backward pass is hidden.
 _CALLS = frozenset([

@@ -16,6 +16,7 @@ from fedjax_med.models.blocks import (
   halvings,
   scaled,
 )
+from fedjax_med.models.texture import texture_features
 
 
 class Stage(NamedTuple):
@@ -72,6 +73,7 @@ class MobileNet(nn.Module):
     last_features: channels of the last convolution.
     act: nonlinearity.
     reduction: squeeze factor of the gates, relative to a block's input; 0 has none.
+    texture: size of a dense layer on texture features, beside the network's own; 0 has none.
     norm: group, batch or frozen_batch.
     dropout: rate before the head.
     dtype: of activations; parameters are float32.
@@ -84,6 +86,7 @@ class MobileNet(nn.Module):
   last_features: int
   act: Callable[[jax.Array], jax.Array]
   reduction: int = 0
+  texture: int = 0
   norm: str = "group"
   dropout: float = 0.0
   dtype: Any = jnp.float32
@@ -115,9 +118,12 @@ class MobileNet(nn.Module):
           name=f"stage{number}_block{index}",
         )(x, train)
     x = layer(x, self.last_features, name="last")
-    return classify(
-      x.mean(axis=(1, 2)), self.num_classes, dropout=self.dropout, train=train, dtype=self.dtype
-    )
+    x = x.mean(axis=(1, 2))
+    if self.texture:
+      described = texture_features(images).astype(x.dtype)
+      described = nn.Dense(self.texture, dtype=self.dtype, name="texture")(described)
+      x = jnp.concatenate([x, nn.relu(described)], axis=-1)
+    return classify(x, self.num_classes, dropout=self.dropout, train=train, dtype=self.dtype)
 
 
 # Sandler et al. (2018), table 2: expand, kernel, features, blocks, stride.
@@ -161,3 +167,11 @@ def efficientnet_b0(num_classes: int, *, width: float = 1.0, **kwargs: Any) -> M
   ``kwargs`` are norm, dropout and dtype.
   """
   return _mobile(num_classes, EFFICIENTNET_B0, width, act=nn.silu, reduction=4, **kwargs)
+
+
+def efficientnet_b0_texture(num_classes: int, *, width: float = 1.0, **kwargs: Any) -> MobileNet:
+  """EfficientNet-B0 that is told the image's co-occurrence properties and local binary patterns.
+
+  ``kwargs`` are norm, dropout and dtype.
+  """
+  return efficientnet_b0(num_classes, width=width, texture=scaled(64, width), **kwargs)

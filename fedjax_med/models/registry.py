@@ -39,6 +39,7 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
   "densenet121": densenet.densenet121,
   "mobilenet_v2": mobile.mobilenet_v2,
   "efficientnet_b0": mobile.efficientnet_b0,
+  "efficientnet_b0_texture": mobile.efficientnet_b0_texture,
   "cnn_small": cnn.cnn_small,
   "mlp": cnn.mlp,
   "linear": cnn.linear,

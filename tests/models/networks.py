@@ -34,6 +34,7 @@ LARGE: dict[str, tuple[float, Any]] = {
   # a block that does not expand, and strided and residual ones
   "mobilenet_v2": (0.5, lambda m: {"stages": (m.stages[0], m.stages[1])}),
   "efficientnet_b0": (0.5, lambda m: {"stages": (m.stages[0], m.stages[2])}),
+  "efficientnet_b0_texture": (0.5, lambda m: {"stages": (m.stages[2],)}),
 }
 # The same blocks as micro has, only more of them.
 SLOW = {*LARGE, "se_resnext_tiny"}

@@ -49,6 +49,7 @@ SIZES = {
   "densenet121": (7_978_856, 120, 1),
   "mobilenet_v2": (3_504_872, 52, 1),
   "efficientnet_b0": (5_288_548, 49, 33),
+  "efficientnet_b0_texture": (5_288_548 + (22 + 1) * 64 + 64 * 1000, 49, 34),
   "se_resnext_tiny": (se_resnext_size((3, 16), 8, 8, [(w, w, 1) for w in (32, 64, 128)]), 13, 7),
   "se_resnext_micro": (se_resnext_size((3, 8), 4, 4, [(8, 16, 1), (16, 32, 1)]), 9, 5),
   "cnn_small": ((9 * 3 * 16 + 2 * 16) + (9 * 16 * 32 + 2 * 32) + 33 * 1000, 2, 1),
