@@ -13,18 +13,29 @@ from fedjax_med.models.model import Model
 from fedjax_med.simulation.mesh import CLIENTS, replicated
 
 
+def make_classify(model: Model, normalisation: str) -> Callable[..., jax.Array]:
+  """Builds ``classify(params, state, images [B, H, W, C] uint8) -> [B, classes]``, not jitted.
+
+  The result is float32 class probabilities.
+  """
+
+  def classify(params: Tree, state: Tree, images: jax.Array) -> jax.Array:
+    logits, _ = model.apply(params, state, normalise(images, normalisation))
+    return jax.nn.softmax(logits.astype(jnp.float32))
+
+  return classify
+
+
 def make_evaluate(model: Model, normalisation: str) -> Callable[..., jax.Array]:
   """Builds ``evaluate(params, state, pool, batches [b, size]) -> [b, size, classes]``, not jitted.
 
   The result is float32 class probabilities of pool rows, batch by batch.
   """
 
-  def evaluate(params: Tree, state: Tree, pool: Pool, batches: jax.Array) -> jax.Array:
-    def one(rows):
-      logits, _ = model.apply(params, state, normalise(pool.inputs[rows], normalisation))
-      return jax.nn.softmax(logits.astype(jnp.float32))
+  classify = make_classify(model, normalisation)
 
-    return jax.lax.map(one, batches)
+  def evaluate(params: Tree, state: Tree, pool: Pool, batches: jax.Array) -> jax.Array:
+    return jax.lax.map(lambda rows: classify(params, state, pool.inputs[rows]), batches)
 
   return evaluate
 
