@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedjax_med.core.errors import require
+from fedjax_med.core.errors import UserError, require
 from fedjax_med.data.images import EXTENSIONS, list_pictures, read_image, resize
 from fedjax_med.data.normalisation import normalise
 from fedjax_med.experiment.overlays import overlay
@@ -75,7 +75,10 @@ def choose_layer(trained: Trained, name: str = "") -> attention.Layer:
 def make_look(
   trained: Trained, layer: attention.Layer
 ) -> Callable[[np.ndarray, int | None], Looked]:
-  """Compiles (images [B, H, W, C] uint8, target) -> Looked; None explains the predicted class."""
+  """Compiles (images [B, H, W, C] uint8, target) -> Looked; None explains the predicted class.
+
+  It raises UserError where the layer is inside a loop.
+  """
   model, normalisation = trained.model, trained.config.data.normalisation
   classify = make_classify(model, normalisation)
 
@@ -89,7 +92,13 @@ def make_look(
 
   def run(images: np.ndarray, target: int | None) -> Looked:
     number = np.int32(-1 if target is None else target)  # traced: one program for every target
-    return Looked(*jax.device_get(look(trained.params, trained.state, images, number)))
+    try:
+      return Looked(*jax.device_get(look(trained.params, trained.state, images, number)))
+    except jax.errors.UnexpectedTracerError as error:
+      raise UserError(
+        f"layer '{layer.name}' runs inside a loop (nn.scan), which its map does not leave; name a"
+        " layer before it with --layer"
+      ) from error
 
   return run
 

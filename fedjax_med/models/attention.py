@@ -53,8 +53,8 @@ def find_layers(model: Model, params: Params, state: State, inputs: Any) -> list
   def watch(call: Call) -> Any:
     name, out = "/".join(call.path), call.outputs
     if isinstance(out, jax.Array) and out.ndim == 4 and out.shape[0] == inputs.shape[0]:
-      calls = found.pop(name).calls if name in found else 0
       _, height, width, channels = out.shape
+      calls = found.pop(name).calls if name in found else 0
       found[name] = Layer(name, calls + 1, call.kind, (height, width, channels))
     return out
 
@@ -106,10 +106,8 @@ def grad_cam(
   """Gradient-weighted class activation map (Selvaraju et al. 2017, equations 1 and 2).
 
   The weight of a channel is the mean over positions of the gradient of the target's logit, and the
-  map what is positive of the weighted sum of channels. Images do not see each other.
-
-  Raises:
-    UserError: the layer runs inside a loop (``nn.scan``), where its map cannot be reached.
+  map what is positive of the weighted sum of channels. Images do not see each other. The map of a
+  layer inside a loop (``nn.scan``) does not leave it: jit raises UnexpectedTracerError.
   """
 
   def score(shift):
@@ -130,13 +128,7 @@ def grad_cam(
     return chosen.sum(), kept["map"]
 
   shift = jnp.zeros((inputs.shape[0], *layer.shape), jnp.float32)
-  try:
-    gradient, features = jax.grad(score, has_aux=True)(shift)
-  except jax.errors.UnexpectedTracerError as error:
-    raise UserError(
-      f"layer '{layer.name}' runs inside a loop, where its map cannot be reached; name a layer"
-      " around it with --layer"
-    ) from error
+  gradient, features = jax.grad(score, has_aux=True)(shift)
   weights = gradient.mean(axis=(1, 2), keepdims=True)  # equation 1
   return jax.nn.relu((weights * features.astype(jnp.float32)).sum(-1))  # equation 2
 

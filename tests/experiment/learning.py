@@ -38,9 +38,9 @@ def learn(folder: pathlib.Path) -> None:
   files.write_json(folder / "summary.json", records.summary_record(experiment, outcome, "learned"))
 
 
-def write_test_images(folder: pathlib.Path) -> np.ndarray:
-  """Writes the run's test images as 0000.png and so on; returns their labels."""
-  hospitals = load_hospitals(learning_config())
+def write_test_images(folder: pathlib.Path, config: Config) -> np.ndarray:
+  """Writes the test images of a run as 0000.png and so on; returns their labels."""
+  hospitals = load_hospitals(config)
   folder.mkdir(parents=True, exist_ok=True)
   rows = hospitals.split.test
   for number, row in enumerate(rows):

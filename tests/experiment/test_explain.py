@@ -39,6 +39,7 @@ def record_of(folder):
   return json.loads((folder / "explain" / "explain.json").read_text())
 
 
+@pytest.mark.slow
 def test_the_page_holds_a_row_for_each_hospital_and_needs_no_other_file(explained):
   html = (explained / "explain" / "index.html").read_text()
   hospitals = json.loads((explained / "hospitals.json").read_text())["hospitals"]
@@ -49,6 +50,7 @@ def test_the_page_holds_a_row_for_each_hospital_and_needs_no_other_file(explaine
   assert len(list((explained / "explain").glob("*.png"))) == len(hospitals)
 
 
+@pytest.mark.slow
 def test_the_maps_point_at_the_tumours(explained):
   pointing = record_of(explained)["pointing"]
   assert pointing["images"] >= 30
@@ -56,20 +58,46 @@ def test_the_maps_point_at_the_tumours(explained):
   assert pointing["hits"] > pointing["chance"] + 0.2
 
 
+def pretend(folder, **changes):
+  """Writes what ``explain`` leaves, one picture."""
+  record = {
+    "run_id": json.loads((folder / "config.json").read_text())["run_id"],
+    "rounds": json.loads((folder / "summary.json").read_text())["rounds"],
+    "layer": "norm2", "map": [8, 8], "target": "predicted", "shown": "phantoms",
+    "patients_of_private_run": False,
+    "figures": [{"file": "group-1.png", "caption": "Ahorn: predicted healthy"}],
+  }  # fmt: skip
+  (folder / "explain").mkdir(exist_ok=True)
+  Image.new("L", (4, 4)).save(folder / "explain" / "group-1.png")
+  (folder / "explain" / "explain.json").write_text(json.dumps({**record, **changes}))
+
+
 @pytest.mark.usefixtures("undrawn")
-def test_the_report_shows_the_same_pictures_and_says_if_the_weights_are_others(explained, tmp_path):
-  folder = shutil.copytree(explained, tmp_path / "run")
-  before = write_report(folder).read_text()
-  assert "Where the network looks" in before
-  hospitals = json.loads((folder / "hospitals.json").read_text())["hospitals"]
-  for hospital in hospitals:
-    assert f'alt="{hospital["name"]}: predicted ' in before
-  assert "not of the weights" not in before
-  record = record_of(folder)
-  (folder / "explain" / "explain.json").write_text(json.dumps({**record, "rounds": 3}))
-  assert "after round 3, not of the weights this report is on" in write_report(folder).read_text()
-  (folder / "explain" / "explain.json").write_text(json.dumps({**record, "run_id": "another"}))
+def test_the_report_shows_the_pictures_that_may_be_shown(finished, tmp_path):
+  folder = shutil.copytree(finished, tmp_path / "run")
   assert "Where the network looks" not in write_report(folder).read_text()
+  pretend(folder)
+  shown = write_report(folder).read_text()
+  assert 'alt="Ahorn: predicted healthy"' in shown
+  assert "not of the weights" not in shown
+  pretend(folder, rounds=3)
+  assert "after round 3, not of the weights this report is on" in write_report(folder).read_text()
+  pretend(folder, run_id="another")
+  assert "Where the network looks" not in write_report(folder).read_text()
+  pretend(folder, patients_of_private_run=True, shown="test images")
+  secret = write_report(folder).read_text()
+  assert "not part of this report, and not for release" in secret
+  assert "Ahorn: predicted" not in secret
+  pretend(folder, shown="given pictures")
+  assert "Ahorn: predicted" not in write_report(folder).read_text()  # linked
+
+
+@pytest.mark.slow
+def test_the_report_of_a_run_shows_every_row_of_its_page(explained, tmp_path):
+  folder = shutil.copytree(explained, tmp_path / "run")
+  html = write_report(folder).read_text()
+  for hospital in json.loads((folder / "hospitals.json").read_text())["hospitals"]:
+    assert f'alt="{hospital["name"]}: predicted ' in html
 
 
 @pytest.mark.slow
@@ -94,6 +122,7 @@ def private(folder, **data):
   (folder / "config.json").write_text(json.dumps(record))
 
 
+@pytest.mark.slow
 def test_patients_of_a_private_run_are_not_shown_unasked(learned, tmp_path):
   folder = shutil.copytree(learned, tmp_path / "run")
   private(folder, source="folder", path="/nowhere")
@@ -104,16 +133,7 @@ def test_patients_of_a_private_run_are_not_shown_unasked(learned, tmp_path):
     page_of(folder, show_patients=True)
 
 
-@pytest.mark.usefixtures("undrawn")
-def test_a_page_with_patients_says_so_and_stays_out_of_the_report(explained, tmp_path):
-  folder = shutil.copytree(explained, tmp_path / "run")
-  record = {**record_of(folder), "patients_of_private_run": True, "shown": "test images"}
-  (folder / "explain" / "explain.json").write_text(json.dumps(record))
-  report = write_report(folder).read_text()
-  assert "not part of this report, and not for release" in report
-  assert ": predicted " not in report
-
-
+@pytest.mark.slow
 def test_other_data_than_the_runs_are_refused(learned, tmp_path):
   folder = shutil.copytree(learned, tmp_path / "run")
   record = json.loads((folder / "config.json").read_text())
@@ -123,6 +143,7 @@ def test_other_data_than_the_runs_are_refused(learned, tmp_path):
     page_of(folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ("changes", "sentence"),
   [

@@ -15,7 +15,9 @@ from PIL import Image
 from fedjax_med.core.errors import UserError
 from fedjax_med.core.metrics import classification_metrics, confusion_matrix
 from fedjax_med.experiment import predictions, trained
-from tests.experiment.learning import write_test_images
+from fedjax_med.experiment.checkpoints import digest
+from tests.experiment.learning import learning_config, write_test_images
+from tests.experiment.running import smoke_config
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
@@ -25,8 +27,8 @@ def silent(text):
 
 
 @pytest.fixture(scope="module")
-def model(learned):
-  return trained.load(learned)
+def model(finished):
+  return trained.load(finished)
 
 
 def table(path):
@@ -39,13 +41,14 @@ def predict(model, images, output, layer=None):
   return counts, table(output)
 
 
-def test_predictions_on_test_images_are_what_the_run_measured(model, learned, tmp_path):
-  labels = write_test_images(tmp_path / "images")
+def require_what_the_run_measured(folder, config, tmp_path):
+  model = trained.load(folder)
+  labels = write_test_images(tmp_path / "images", config)
   counts, rows = predict(model, tmp_path / "images", tmp_path / "table.csv")
   assert counts == (len(labels), [])
   names = [f"probability of {name}" for name in model.class_names]
   probabilities = np.array([[float(row[name]) for name in names] for row in rows])
-  summary = json.loads((learned / "summary.json").read_text())
+  summary = json.loads((folder / "summary.json").read_text())
   assert confusion_matrix(probabilities, labels).tolist() == summary["confusion"]
   found = classification_metrics(probabilities, labels)
   expected = {key: summary["test"][key] for key in ("loss", "auroc", "accuracy", "ece")}
@@ -55,11 +58,33 @@ def test_predictions_on_test_images_are_what_the_run_measured(model, learned, tm
   assert model.rounds == summary["rounds"]
 
 
-def test_the_measured_weights_are_the_average_and_not_the_last(model, learned):
-  from fedjax_med.experiment.checkpoints import digest
+def test_predictions_on_test_images_are_what_the_run_measured(finished, tmp_path):
+  require_what_the_run_measured(finished, smoke_config(), tmp_path)
 
+
+@pytest.mark.slow
+def test_predictions_of_an_averaged_network_are_those_of_the_average(learned, tmp_path):
+  require_what_the_run_measured(learned, learning_config(), tmp_path)
   summary = json.loads((learned / "summary.json").read_text())
-  assert digest(model.params) == summary["weights_sha256"]
+  assert digest(trained.load(learned).params) == summary["weights_sha256"]
+
+
+@pytest.mark.slow
+def test_overlays_lie_beside_the_table_under_the_names_of_the_pictures(learned, tmp_path):
+  model, folder = trained.load(learned), tmp_path / "images"
+  (folder / "a").mkdir(parents=True)
+  Image.fromarray(np.zeros((300, 40), np.uint8)).save(folder / "tall.tif")
+  Image.fromarray(np.full((24, 24), 9, np.uint8)).save(folder / "a" / "small.png")
+  (folder / "broken.png").write_text("no picture")
+  layer = predictions.choose_layer(model)
+  for _ in range(2):  # the overlays of a first start are no pictures of a second one
+    counts, _ = predict(model, folder, folder / "table.csv", layer)
+    assert (counts.read, len(counts.errors)) == (2, 1)
+  overlays = folder / "table_maps"
+  written = {path.relative_to(overlays).as_posix() for path in overlays.rglob("*.png")}
+  assert written == {"tall.tif.png", "a/small.png.png"}
+  with Image.open(overlays / "tall.tif.png") as picture:
+    assert picture.size == (256, 1920)
 
 
 def test_pictures_of_every_mode_and_size_are_read_as_in_training(model, tmp_path):
@@ -78,8 +103,7 @@ def test_pictures_of_every_mode_and_size_are_read_as_in_training(model, tmp_path
   (folder / "empty.jpg").write_bytes(b"")
   (folder / "notes.txt").write_text("no picture")
   (folder / ".hidden.png").write_bytes(whole)
-  layer = predictions.choose_layer(model)
-  counts, rows = predict(model, folder, tmp_path / "out" / "table.csv", layer)
+  counts, rows = predict(model, folder, tmp_path / "out" / "table.csv")
   by_name = {row["file"]: row for row in rows}
   assert counts.read == 6
   assert sorted(name for name, _ in counts.errors) == ["cut.png", "empty.jpg"]
@@ -103,14 +127,8 @@ def test_pictures_of_every_mode_and_size_are_read_as_in_training(model, tmp_path
   for name in ("cut.png", "empty.jpg"):
     assert "cannot be read" in by_name[name]["error"]
     assert by_name[name]["predicted"] == ""
-  overlays = tmp_path / "out" / "table_maps"
-  written = {str(path.relative_to(overlays)) for path in overlays.rglob("*.png")}
-  assert written == {f"{name}.png" for name in [*equal, "large.tif"]}
-  with Image.open(overlays / "large.tif.png") as picture:
-    assert picture.size == (256, 1920)
 
 
-@pytest.mark.slow
 def test_batches_and_one_picture_agree(model, tmp_path):
   rng = np.random.default_rng(1)
   folder = tmp_path / "many"
@@ -136,7 +154,7 @@ def without(*names):
 
 def other_network(folder):
   record = json.loads((folder / "config.json").read_text())
-  record["config"]["model"]["name"] = "linear"
+  record["config"]["model"]["name"] = "mlp"
   (folder / "config.json").write_text(json.dumps(record))
 
 
@@ -163,17 +181,17 @@ def another_run(folder):
     (lambda folder: (folder / "hospitals.json").write_text("{"), r"is not what a run writes"),
   ],
 )
-def test_a_folder_without_a_model_is_refused_in_one_sentence(change, sentence, learned, tmp_path):
-  folder = shutil.copytree(learned, tmp_path / "run")
+def test_a_folder_without_a_model_is_refused_in_one_sentence(change, sentence, finished, tmp_path):
+  folder = shutil.copytree(finished, tmp_path / "run")
   change(folder)
   with pytest.raises(UserError, match=sentence):
     trained.load(folder)
 
 
-def test_loading_a_model_writes_nothing(learned):
-  before = sorted(learned.rglob("*"))
-  trained.load(learned)
-  assert sorted(learned.rglob("*")) == before
+def test_loading_a_model_writes_nothing(finished):
+  before = sorted(finished.rglob("*"))
+  trained.load(finished)
+  assert sorted(finished.rglob("*")) == before
 
 
 def start(*arguments, cwd):
@@ -189,10 +207,10 @@ def start(*arguments, cwd):
 
 
 @pytest.mark.slow
-def test_a_folder_of_broken_pictures_ends_with_code_2_and_names_them(learned, tmp_path):
+def test_a_folder_of_broken_pictures_ends_with_code_2_and_names_them(finished, tmp_path):
   (tmp_path / "images").mkdir()
   (tmp_path / "images" / "broken.png").write_text("no picture")
-  result = start(f"--workdir={learned}", "--images=images", cwd=tmp_path)
+  result = start(f"--workdir={finished}", "--images=images", cwd=tmp_path)
   assert result.returncode == 2
   assert "broken.png: cannot be read" in result.stderr
   assert result.stderr.splitlines()[-1].startswith("error: none of the 1 files")

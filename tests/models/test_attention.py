@@ -49,6 +49,25 @@ class Twice(nn.Module):
     return x[:, 0, 0, :]
 
 
+class Turn(nn.Module):
+  """One turn of a loop."""
+
+  @nn.compact
+  def __call__(self, x, _):
+    return nn.relu(nn.Conv(2, (3, 3), name="inside")(x)), None
+
+
+class Looped(nn.Module):
+  """A layer, then two that are scanned."""
+
+  @nn.compact
+  def __call__(self, x):
+    x = nn.Conv(2, (3, 3), name="before")(x)
+    turns = nn.scan(Turn, variable_axes={"params": 0}, split_rngs={"params": True}, length=2)
+    x, _ = turns(name="turns")(x, None)
+    return x.mean((1, 2))
+
+
 def made(module):
   return initial(from_flax(module))
 
@@ -138,6 +157,15 @@ def test_the_last_call_of_a_shared_layer_counts():
     weight = kernel[:, :, int(TARGET[image])].mean()
     expected = np.maximum(weight * features[image, :, :, 0], 0)
     np.testing.assert_allclose(maps[image], expected, rtol=1e-4, atol=1e-6)
+
+
+def test_a_layer_inside_a_loop_is_an_error_and_no_map():
+  model, params, state = made(Looped())
+  inside, before = (layer_of(model, params, state, name) for name in ("", "before"))
+  assert inside.name == "turns/inside"
+  with pytest.raises(jax.errors.UnexpectedTracerError):
+    grad_cam(model, params, state, inside)
+  assert grad_cam(model, params, state, before).shape == (3, 8, 8)
 
 
 def test_gates_are_the_sigmoid_of_their_formula():
