@@ -12,6 +12,9 @@ Usage: ./run.sh [COMMAND] [ARGUMENTS]
   train ...      python -m fedjax_med.train ...   (./run.sh train --help lists every flag)
   sweep ...      python -m fedjax_med.sweep ...     a grid of configurations as one program
   report ...     python -m fedjax_med.report ...    on a run, several runs or a sweep
+  predict ...    python -m fedjax_med.predict ...   classes of your pictures, by a run's model
+  explain ...    python -m fedjax_med.explain ...   where a run's model looks, by hospital
+  export ...     python -m fedjax_med.export ...    a run's model for other programs
   privacy ...    python -m fedjax_med.privacy ...   recomputes every ε of a run from its ledger
   audit ...      python -m fedjax_med.audit ...     attacks the privacy mechanism of a config
   test ...       the tests; arguments go to pytest: ./run.sh test -m "not slow"
@@ -96,7 +99,7 @@ case "$command" in
     exec .venv/bin/python -m fedjax_med.train \
       --config=configs/quickstart.py --workdir=runs/quickstart "$@"
     ;;
-  train | sweep | report | privacy | audit)
+  train | sweep | report | predict | explain | export | privacy | audit)
     install run .
     exec .venv/bin/python -m "fedjax_med.$command" "$@"
     ;;

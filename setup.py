@@ -21,6 +21,7 @@ INSTALL = [
   "array_record>=0.8,<0.9; platform_system != 'Windows'",
   "chex>=0.1.90,<0.2",
   "dp-accounting>=0.6,<0.7",
+  "flatbuffers>=24,<27",  # used by jax.export, which does not declare it
   "flax>=0.12,<0.13",
   "importlib_resources>=6",  # used by tensorflow-datasets, which does not declare it
   "jax>=0.10,<0.12",

@@ -75,13 +75,7 @@ def list_folder(root: pathlib.Path, wanted: tuple[str, ...] = ()) -> Listing:
   )
   files = []
   for label, name in enumerate(class_names):
-    found = [
-      path
-      for path in sorted(folders[name].rglob("*"))
-      if path.suffix.lower() in EXTENSIONS
-      and path.is_file()
-      and not any(_hidden(part) for part in (path, *path.relative_to(root).parents))
-    ]
+    found = list_pictures(folders[name])
     require(
       bool(found),
       f"class folder {folders[name]} holds no pictures",
@@ -89,6 +83,17 @@ def list_folder(root: pathlib.Path, wanted: tuple[str, ...] = ()) -> Listing:
     )
     files += [(path, path.relative_to(root).as_posix(), label) for path in found]
   return Listing(class_names, tuple(files))
+
+
+def list_pictures(folder: pathlib.Path) -> list[pathlib.Path]:
+  """Picture files in ``folder`` and below it in order of name, hidden ones left out."""
+  return [
+    path
+    for path in sorted(folder.rglob("*"))
+    if path.suffix.lower() in EXTENSIONS
+    and path.is_file()
+    and not any(_hidden(part) for part in (path, *path.relative_to(folder).parents))
+  ]
 
 
 def to_grey(image: Image.Image) -> Image.Image:

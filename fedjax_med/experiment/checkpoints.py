@@ -2,9 +2,10 @@
 
 import contextlib
 import hashlib
+import logging
 import pathlib
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -21,8 +22,12 @@ def _leaves(state: SimulationState) -> dict[str, np.ndarray]:
 
 def digest(tree: Any) -> str:
   """SHA-256 over names, dtypes, shapes and bytes of every leaf: equal weights, equal digest."""
+  return _digest(_leaves(tree))
+
+
+def _digest(leaves: dict[str, np.ndarray]) -> str:
   sha = hashlib.sha256()
-  for name, leaf in sorted(_leaves(tree).items()):
+  for name, leaf in sorted(leaves.items()):
     sha.update(f"{name} {leaf.dtype} {leaf.shape}".encode())
     sha.update(np.ascontiguousarray(leaf).tobytes())
   return sha.hexdigest()
@@ -66,9 +71,72 @@ def restore(
   Raises:
     UserError: the checkpoint is unreadable, was altered, or belongs to another run.
   """
+  found = _newest(manager, run_id, "this configuration", "the flags of the first start")
+  if found is None:
+    return None, None
+  leaves, head, place, remedy = found
+  return _filled(like, leaves, place, remedy), head
+
+
+def restore_model(
+  workdir: pathlib.Path, run_id: str, like: tuple[Any, Any]
+) -> tuple[tuple[Any, Any], int] | None:
+  """The evaluated weights of a workdir's newest checkpoint; None where it holds none.
+
+  Nothing of the training is needed, and nothing is written.
+
+  Args:
+    workdir: folder of the run.
+    run_id: of the run that the workdir says it holds.
+    like: params and state of the network, arrays or shapes.
+
+  Returns:
+    (params, state): the average over rounds where the run keeps one, else the weights of the last
+    round; and the rounds that they were trained for.
+
+  Raises:
+    UserError: see ``restore``.
+  """
+  if not (workdir / "checkpoints").is_dir():
+    return None
+  options = ocp.CheckpointManagerOptions(read_only=True, save_interval_steps=0, create=False)
+  log = logging.getLogger("absl")
+  level = log.level
+  log.setLevel(logging.ERROR)  # orbax warns that nothing can be saved
+  try:
+    with ocp.CheckpointManager((workdir / "checkpoints").absolute(), options=options) as manager:
+      found = _newest(manager, run_id, "config.json", "a folder that holds the files of one run")
+  finally:
+    log.setLevel(level)
+  if found is None:
+    return None
+  leaves, _, place, remedy = found
+  server = {n.removeprefix(".server"): leaf for n, leaf in leaves.items() if n[:7] == ".server"}
+  averaged = any(name.startswith(".average") for name in server)
+  params, state = (
+    {n.removeprefix(part): leaf for n, leaf in server.items() if n.startswith(f"{part}[")}
+    for part in (".average" if averaged else ".params", ".state")
+  )
+  weights = _filled(like[0], params, place, remedy), _filled(like[1], state, place, remedy)
+  return weights, int(server[".round"])
+
+
+class _Found(NamedTuple):
+  """A checkpoint: its leaves by name, the ledger's head, where it is, what to do if it is bad."""
+
+  leaves: dict[str, np.ndarray]
+  head: str | None
+  folder: pathlib.Path
+  remedy: str
+
+
+def _newest(
+  manager: ocp.CheckpointManager, run_id: str, who: str, other_remedy: str
+) -> _Found | None:
+  """The newest checkpoint, whole and of run ``run_id``, or None; UserError if it is not."""
   step = manager.latest_step()
   if step is None:
-    return None, None
+    return None
   folder = pathlib.Path(manager.directory) / str(step)
   remedy = f"delete {folder} to go on from the checkpoint before it, or use another --workdir"
   try:
@@ -82,18 +150,23 @@ def restore(
     raise UserError(f"checkpoint {folder} cannot be read ({reason}); {remedy}") from error
   require(
     meta.get("run_id") == run_id,
-    f"checkpoint {folder} belongs to run {meta.get('run_id')}, this configuration is run {run_id}",
-    "use another --workdir for a different configuration, or the flags of the first start",
+    f"checkpoint {folder} belongs to run {meta.get('run_id')}, {who} is run {run_id}",
+    f"use another --workdir for a different configuration, or {other_remedy}",
   )
+  require(
+    _digest({name: np.asarray(leaf) for name, leaf in leaves.items()}) == meta.get("digest"),
+    f"checkpoint {folder} was altered: its contents do not match their digest",
+    remedy,
+  )
+  return _Found(leaves, meta.get("ledger"), folder, remedy)
+
+
+def _filled(like: Any, leaves: dict[str, Any], folder: pathlib.Path, remedy: str) -> Any:
+  """``like`` with the values of ``leaves``; UserError where names, shapes or types differ."""
   paths, structure = jax.tree_util.tree_flatten_with_path(like)
   names = [jax.tree_util.keystr(path) for path, _ in paths]
   expected = {name: (leaf.shape, leaf.dtype) for name, (_, leaf) in zip(names, paths, strict=True)}
   actual = {name: (leaf.shape, leaf.dtype) for name, leaf in leaves.items()}
   require(actual == expected, f"checkpoint {folder} holds arrays of another model", remedy)
-  state = jax.tree.unflatten(structure, [leaves[name] for name in names])
-  require(
-    digest(state) == meta.get("digest"),
-    f"checkpoint {folder} was altered: its contents do not match their digest",
-    remedy,
-  )
-  return jax.tree.map(jax.numpy.asarray, state), meta.get("ledger")
+  filled = jax.tree.unflatten(structure, [leaves[name] for name in names])
+  return jax.tree.map(jax.numpy.asarray, filled)

@@ -14,6 +14,7 @@ from fedjax_med.data.dataset import ClientTable, Hospitals
 from fedjax_med.experiment.build import Experiment
 from fedjax_med.experiment.checkpoints import digest
 from fedjax_med.experiment.loop import Outcome, evaluated, evaluation_rows
+from fedjax_med.models.registry import network_record
 
 PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "dp-accounting", "numpy")
 
@@ -40,6 +41,9 @@ def config_record(experiment: Experiment, command: str) -> dict[str, Any]:
     "device": f"{jax.devices()[0].device_kind} x {jax.device_count()}",
     "versions": versions,
     "notes": notes,
+    "network": network_record(
+      experiment.config.model, len(experiment.hospitals.dataset.class_names)
+    ),
     "config": to_dict(experiment.config),
   }
 

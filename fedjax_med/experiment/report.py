@@ -67,6 +67,10 @@ BASELINES = {
   "alone": [{"name": str, "curve": [{**POINT, "own": VALUES}]}],
   "pooled": {"curve": [{**POINT, "clients": [VALUES]}]},
 }
+EXPLANATION = {
+  "run_id": str, "rounds": int, "layer": str, "map": [int], "target": str, "shown": str,
+  "patients_of_private_run": bool, "figures": [{"file": str, "caption": str}],
+}  # fmt: skip
 RESTORE = "restore it or run the experiment again"
 STOPPED = {
   "completed": "all rounds were run",
@@ -93,6 +97,7 @@ def write_report(workdir: pathlib.Path, papers: bool = False) -> pathlib.Path:
     "images": _draw(workdir, run),
     "rows": _rows(run),
     "statement": _statement(workdir, run),
+    "explanation": _explanation(workdir, run),
     "stopped": STOPPED.get(run["summary"]["stopped"], run["summary"]["stopped"]),
     "max_bars": figures.MAX_BARS,
   }
@@ -261,6 +266,24 @@ def _statement(workdir: pathlib.Path, run: dict[str, Any]) -> dict[str, Any]:
     "audit": audit_sentence(_audit(workdir), run["privacy"]),
     "tuning": [tuning_costs(guarantee) for guarantee in run["privacy"].get("guarantees", [])],
   }
+
+
+def _explanation(workdir: pathlib.Path, run: dict[str, Any]) -> dict[str, Any] | None:
+  """What python -m fedjax_med.explain has left for this run, or None.
+
+  Its pictures enter the report where they are test images that may be shown.
+  """
+  path = workdir / "explain" / "explain.json"
+  if not path.exists():
+    return None
+  found = _read(path)
+  _check(found, EXPLANATION, path)
+  if found["run_id"] != run["config"]["run_id"]:
+    return None
+  shown = found["shown"] != "given pictures" and not found["patients_of_private_run"]
+  names = [figure["file"].removesuffix(".png") for figure in found["figures"]] if shown else []
+  captions = {figure["file"].removesuffix(".png"): figure["caption"] for figure in found["figures"]}
+  return {**found, "images": embedded(path.parent, names), "captions": captions}
 
 
 def _audit(workdir: pathlib.Path) -> dict[str, Any] | None:

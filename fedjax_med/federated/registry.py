@@ -30,12 +30,14 @@ class Entry(NamedTuple):
     records: whether DP-SGD covers it: its clients read examples in ``LocalTraining.train`` alone,
       once a step, and what they send is made of that.
     clients: whether DP-FedAvg covers it: a client sends weights only, all of which are clipped.
+    whole: whether the server's model is one by itself, and not without layers that stay at home.
     names_layers: whether ``make`` also takes ``chosen``, the layers of server.personal_layers.
   """
 
   make: Callable[..., FederatedAlgorithm]
   records: bool
   clients: bool
+  whole: bool = True
   names_layers: bool = False
 
 
@@ -48,11 +50,13 @@ ALGORITHMS: dict[str, Entry] = {
     functools.partial(layers_at_home, chosen=norm_layers, statistics=True),
     records=True,
     clients=True,
+    whole=False,
   ),
   "fedper": Entry(
     functools.partial(layers_at_home, statistics=False),
     records=True,
     clients=True,
+    whole=False,
     names_layers=True,
   ),
   # Its weights are read off the examples.

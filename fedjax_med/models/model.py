@@ -22,6 +22,22 @@ State = dict[str, Any]
 Records = dict[tuple[str, ...], gradients.Record]
 
 
+class Call(NamedTuple):
+  """One call of a layer or block.
+
+  Attributes:
+    path: names from the network's root to the module; () is the network itself.
+    kind: name of the module's class.
+    inputs: its first argument, None where it has none.
+    outputs: what it returned.
+  """
+
+  path: tuple[str, ...]
+  kind: str
+  inputs: Any
+  outputs: Any
+
+
 class Model(NamedTuple):
   """A network as pure functions.
 
@@ -42,6 +58,9 @@ class Model(NamedTuple):
     uncovered: (params, state, inputs) -> for clipping methods 'book_keeping' and 'two_pass', why
       they cannot be trusted, one phrase a reason, empty if they can. ``inputs`` needs a shape
       [any, ...] and a dtype only.
+    watched_apply: (params, state, inputs [B, ...], watch) -> logits outside training. Every module
+      is shown to ``watch`` when it is done, as a ``Call``, and ``watch(call)`` goes on in the place
+      of its outputs.
 
   Logits are float32, or float64 where the network computes so.
   """
@@ -52,6 +71,7 @@ class Model(NamedTuple):
   blank_records: Callable[..., Records]
   recorded_apply: Callable[..., jax.Array]
   uncovered: Callable[..., dict[str, tuple[str, ...]]]
+  watched_apply: Callable[..., jax.Array]
 
 
 def from_flax(module: nn.Module, lowering: ops.Lowering = "matmul") -> Model:
@@ -72,9 +92,12 @@ def from_flax(module: nn.Module, lowering: ops.Lowering = "matmul") -> Model:
     return variables.get("params", {}), state
 
   def run(call, params, state, inputs, key, train):
+    return intercepted(_interceptor(call, lowering), params, state, inputs, key, train)
+
+  def intercepted(interceptor, params, state, inputs, key, train):
     rngs = {} if key is None else {"dropout": key}
     mutable = list(state) if train else []
-    with nn.intercept_methods(_interceptor(call, lowering)):
+    with nn.intercept_methods(interceptor):
       logits, changed = module.apply(
         {"params": params, **state}, inputs, rngs=rngs, mutable=mutable, **train_argument(train)
       )
@@ -129,7 +152,19 @@ def from_flax(module: nn.Module, lowering: ops.Lowering = "matmul") -> Model:
       "two_pass": findings.problems,
     }
 
-  return Model(init, apply, tapped_apply, blank_records, recorded_apply, uncovered)
+  def watched_apply(params, state, inputs, watch):
+    lowered = _interceptor(_plain, lowering)
+
+    def intercept(next_method, args, kwargs, context):
+      outputs = lowered(next_method, args, kwargs, context)
+      if context.method_name != "__call__":
+        return outputs
+      module = context.module
+      return watch(Call(module.path, type(module).__name__, args[0] if args else None, outputs))
+
+    return intercepted(intercept, params, state, inputs, None, False)[0]
+
+  return Model(init, apply, tapped_apply, blank_records, recorded_apply, uncovered, watched_apply)
 
 
 def _plain(layer: gradients.Layer, inputs: jax.Array, path: tuple[str, ...]) -> jax.Array:

@@ -206,6 +206,56 @@ def overlay(path: str, params: Any, state: Any) -> Overlay:
   return Overlay(new_params, new_state, origin)
 
 
+def to_state_dict(
+  params: Any, state: Any, stem_pool_padding: str
+) -> tuple[dict[str, np.ndarray], str]:
+  """Weights as PyTorch names and lays them out; the inverse of ``convert_state_dict``.
+
+  A network of this package's SE-ResNeXt layout gets the names of the file that its stem's pool
+  belongs to (``NAMINGS``), any other one its path in Flax with dots. Convolution kernels become
+  OIHW and matrices [out, in]; 'kernel' and 'scale' are called 'weight', 'mean' and 'var'
+  'running_mean' and 'running_var'. Arrays of other shapes and names stay as they are.
+
+  Args:
+    params: of the network.
+    state: its {'batch_stats': ...}, or {}.
+    stem_pool_padding: see ``SEResNeXt``.
+
+  Returns:
+    arrays by name, and the name of the naming: one of ``NAMINGS`` or 'flax'.
+  """
+  leaves = {}
+  for tree in (params, *state.values()):
+    for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
+      names = [str(getattr(entry, "key", getattr(entry, "idx", entry))) for entry in path]
+      leaves[tuple(names)] = np.asarray(leaf)
+  for name, naming in NAMINGS.items():
+    if naming.stem_pool_padding == stem_pool_padding and ("stem", "kernel") in leaves:
+      try:
+        return {
+          _their_name(naming, list(names)): np.ascontiguousarray(_to_theirs(list(names), leaf))
+          for names, leaf in leaves.items()
+        }, name
+      except KeyError:  # a layer that SE-ResNeXt has not
+        continue
+  arrays = {}
+  for names, leaf in leaves.items():
+    if names[-1] == "kernel" and leaf.ndim in (2, 4):
+      leaf = leaf.transpose(3, 2, 0, 1) if leaf.ndim == 4 else leaf.T
+    key = ".".join([*names[:-1], _LEAVES.get(names[-1]) or names[-1]])
+    # Where one module has both 'kernel' and 'scale'.
+    key = ".".join(names) if key in arrays else key
+    arrays[key] = np.ascontiguousarray(leaf)
+  return arrays, "flax"
+
+
+def _to_theirs(names: list[str], array: np.ndarray) -> np.ndarray:
+  """Inverse of ``_to_ours``."""
+  if array.ndim == 4:
+    return array.transpose(3, 2, 0, 1)
+  return array.T.reshape(_their_shape(names, array.shape)) if array.ndim == 2 else array
+
+
 def _their_name(naming: Naming, names: list[str]) -> str:
   """PyTorch's key for one of our leaves: ['stage2_block1', 'conv2', 'kernel'] and the like."""
   block = re.fullmatch(r"stage(\d+)_block(\d+)", names[0])

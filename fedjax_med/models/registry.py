@@ -1,5 +1,6 @@
 """Networks by name, and the way from a model config to a network."""
 
+import dataclasses
 import functools
 import hashlib
 import inspect
@@ -124,6 +125,44 @@ def create_module(config: ModelConfig, num_classes: int) -> nn.Module:
     naming = pretrained.naming_of(file.arrays, file.path)
     module = module.clone(stem_pool_padding=naming.stem_pool_padding)
   return module
+
+
+def network_record(config: ModelConfig, num_classes: int) -> dict[str, str]:
+  """What a config leaves to other files of the network it names; config.json keeps it.
+
+  ``source_sha256`` is ``code_of`` the network; ``stem_pool_padding`` was read from the pretrained
+  weights and is absent where there were none.
+  """
+  record = {"source_sha256": code_of(config.name)}
+  if config.pretrained:
+    module: Any = create_module(config, num_classes)
+    record["stem_pool_padding"] = module.stem_pool_padding
+  return record
+
+
+def recreate_model(
+  config: ModelConfig, num_classes: int, record: dict[str, str], lowering: ops.Lowering
+) -> Model:
+  """The network of a run that has ended, by its ``network_record``; needs no pretrained weights.
+
+  Raises:
+    UserError: the network is not registered, or its source is not the one that was trained.
+  """
+  require(
+    config.name in MODELS,
+    f"the run's network '{config.name}' is not part of this package",
+    "give --network=FILE.py, the file that registers it (usually the --config of the run)",
+  )
+  trained, present = record.get("source_sha256"), code_of(config.name)
+  require(
+    trained in (None, present),
+    f"the source of the run's network '{config.name}' has changed since it was trained",
+    "give the file as it was then",
+  )
+  module: Any = create_module(dataclasses.replace(config, pretrained=""), num_classes)
+  if "stem_pool_padding" in record:
+    module = module.clone(stem_pool_padding=record["stem_pool_padding"])
+  return from_flax(module, lowering=lowering)
 
 
 def create_model(

@@ -14,6 +14,19 @@ from fedjax_med.models.model import Model
 from fedjax_med.simulation.mesh import CLIENTS, replicated
 
 
+def make_classify(model: Model, normalisation: str) -> Callable[..., jax.Array]:
+  """Builds ``classify(params, state, images [B, H, W, C] uint8) -> [B, classes]``, not jitted.
+
+  The result is float32 class probabilities.
+  """
+
+  def classify(params: Tree, state: Tree, images: jax.Array) -> jax.Array:
+    logits, _ = model.apply(params, state, normalise(images, normalisation))
+    return jax.nn.softmax(logits.astype(jnp.float32))
+
+  return classify
+
+
 class Weights(NamedTuple):
   """What predicts after some rounds.
 
@@ -51,6 +64,7 @@ def make_evaluate(
   The result is float32 class probabilities of pool rows, batch by batch; with ``personal`` (of a
   FederatedAlgorithm) by the model of each batch's owner.
   """
+  classify = make_classify(model, normalisation)
 
   def evaluate(weights: Weights, pool: Pool, batches: Batches) -> jax.Array:
     def one(batch: Batches):
@@ -58,9 +72,7 @@ def make_evaluate(
       if personal is not None:
         kept = jax.tree.map(lambda leaf: leaf[batch.owners], weights.kept)
         params, state = personal(params, state, kept)
-      images = normalise(pool.inputs[batch.rows], normalisation)
-      logits, _ = model.apply(params, state, images)
-      return jax.nn.softmax(logits.astype(jnp.float32))
+      return classify(params, state, pool.inputs[batch.rows])
 
     return jax.lax.map(one, batches)
 

@@ -11,7 +11,7 @@ from safetensors.numpy import save_file
 
 from configs.smoke import get_config
 from fedjax_med.data.hospitals import load_hospitals
-from fedjax_med.experiment import build
+from fedjax_med.experiment import build, trained
 from fedjax_med.experiment import run as runs
 from fedjax_med.models.pretrained import load_safetensors, overlay
 from tests.models.state_dicts import MICRO, entries, numbered
@@ -90,3 +90,5 @@ def test_a_run_says_what_it_started_from(tmp_path, capsys):
   assert f"SHA-256 {sha}" in " ".join(capsys.readouterr().out.split())
   notes = json.loads((tmp_path / "run" / "config.json").read_text())["notes"]
   assert any(sha in note and "outside the privacy statement" in note for note in notes)
+  (tmp_path / "weights.safetensors").unlink()  # a run that has ended needs its own folder only
+  assert trained.load(tmp_path / "run").stem_pool_padding == "around"

@@ -2,6 +2,7 @@
 
 import json
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,14 +11,17 @@ from safetensors.numpy import save_file
 
 from fedjax_med.core.config import ModelConfig
 from fedjax_med.core.errors import UserError
+from fedjax_med.models.cnn import cnn_small
 from fedjax_med.models.pretrained import (
   NAMINGS,
   convert_state_dict,
   load_safetensors,
+  naming_of,
   overlay,
+  to_state_dict,
 )
 from fedjax_med.models.registry import create_module
-from fedjax_med.models.se_resnext import SEResNeXt
+from fedjax_med.models.se_resnext import SEResNeXt, se_resnext_micro
 from tests.models.state_dicts import MICRO, entries, numbered
 
 # Every number of channels is another one, so that no transposition goes unnoticed.
@@ -185,3 +189,39 @@ def test_the_network_and_its_start_follow_the_file(naming, padding, tmp_path):
   }
   assert path in found.origin
   assert "with a new head" in found.origin
+
+
+def numbered_variables(module):
+  """Parameters and state of a network for 8 grey pixels a side, another number everywhere."""
+  shapes = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, 8, 8, 1)))
+  leaves, structure = jax.tree.flatten(shapes)
+  ends = np.cumsum([leaf.size for leaf in leaves])
+  arrays = [
+    np.arange(end - leaf.size, end, dtype=np.float32).reshape(leaf.shape)
+    for leaf, end in zip(leaves, ends, strict=True)
+  ]
+  variables = jax.tree.unflatten(structure, arrays)
+  return variables["params"], {k: v for k, v in variables.items() if k != "params"}
+
+
+@pytest.mark.parametrize(("padding", "naming"), [("ceil", "pretrainedmodels"), ("around", "timm")])
+@pytest.mark.parametrize("norm", ["group", "frozen_batch"])
+def test_exported_weights_are_read_back_as_they_were(padding, naming, norm):
+  module = se_resnext_micro(2, norm=norm, stem_pool_padding=padding)
+  params, state = numbered_variables(module)
+  arrays, used = to_state_dict(params, state, padding)
+  assert used == naming
+  assert naming_of(arrays, "it") == NAMINGS[naming]
+  chex.assert_trees_all_equal(convert_state_dict(arrays, params, state, "it"), (params, state))
+
+
+def test_other_networks_are_exported_under_their_path_in_pytorchs_layout():
+  params, state = numbered_variables(cnn_small(3, norm="batch"))
+  arrays, used = to_state_dict(params, state, "ceil")
+  assert used == "flax"
+  assert arrays["conv2.weight"].shape == (32, 16, 3, 3)
+  assert arrays["conv2.weight"][5, 4, 1, 2] == params["conv2"]["kernel"][1, 2, 4, 5]
+  np.testing.assert_array_equal(arrays["head.weight"], params["head"]["kernel"].T)
+  np.testing.assert_array_equal(arrays["norm1.weight"], params["norm1"]["scale"])
+  np.testing.assert_array_equal(arrays["norm1.running_var"], state["batch_stats"]["norm1"]["var"])
+  assert len(arrays) == len(jax.tree.leaves((params, state)))

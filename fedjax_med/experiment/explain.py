@@ -1,0 +1,260 @@
+"""The page of a trained model that shows, hospital by hospital, where it looks."""
+
+import base64
+import dataclasses
+import json
+import pathlib
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from fedjax_med.core.errors import UserError, require, require_choice
+from fedjax_med.data.dataset import Hospitals, client_rows
+from fedjax_med.data.hospitals import load_hospitals
+from fedjax_med.experiment import overlays
+from fedjax_med.experiment import workdir as files
+from fedjax_med.experiment.pointing import score
+from fedjax_med.experiment.predictions import (
+  Looked,
+  choose_layer,
+  make_look,
+  pictures_in,
+  read_pictures,
+)
+from fedjax_med.experiment.records import hospital_record
+from fedjax_med.experiment.report import environment
+from fedjax_med.experiment.trained import Trained
+from fedjax_med.models import attention
+
+MAX_HOSPITALS = 20  # that get a row
+MAX_POINTED = 512  # images of the pointing game
+# Zhang et al. allow 15 pixels on the photographs of PASCAL VOC, most of them 500 wide.
+TOLERANCE = 15 / 500
+
+
+class Group(NamedTuple):
+  """Images that stand in one row of the page.
+
+  Attributes:
+    name: of the hospital, or what else they are.
+    pixels: [n, H, W, C] uint8.
+    true: name of each one's class, empty where it is not known.
+  """
+
+  name: str
+  pixels: np.ndarray
+  true: tuple[str, ...]
+
+
+def explain(
+  trained: Trained,
+  *,
+  images: pathlib.Path | None,
+  num_images: int,
+  target: str,
+  layer_name: str,
+  data_path: str,
+  show_patients: bool,
+) -> pathlib.Path:
+  """Writes WORKDIR/explain: index.html, its pictures and explain.json; returns the page.
+
+  Args:
+    trained: the model.
+    images: a folder of pictures, or None for the test images of the run's own data.
+    num_images: of each hospital, or of the folder.
+    target: 'predicted', or the class that every image is explained for.
+    layer_name: where Grad-CAM is made; empty chooses (``attention.choose_layer``).
+    data_path: where the data of the run lie now; empty if they have not moved.
+    show_patients: show pictures of patients although the run is private.
+
+  Raises:
+    UserError: the network has no map, the data are not those of the run, pictures of patients
+      would be shown that must not be, or a name is unknown.
+  """
+  require(num_images >= 1, f"--num_images={num_images} is under 1", "ask for at least one")
+  number = None
+  if target != "predicted":
+    require_choice("--target", target, ("predicted", *trained.class_names))
+    number = trained.class_names.index(target)
+  layer = choose_layer(trained, layer_name)
+  phantoms = trained.config.data.source == "phantoms"
+  secret = trained.private and not phantoms
+  require(
+    not secret or images is not None or show_patients,
+    "this run is private and its test images are pictures of patients, which no ε covers",
+    "give --images=FOLDER with pictures that you may show, or --show_patients=true for a page that"
+    " stays where the images are",
+  )
+  hospitals = None if images else _load_data(trained, data_path)
+  if images:
+    groups = [_given(trained, images, num_images)]
+  else:
+    assert hospitals is not None
+    groups = _of_hospitals(hospitals, num_images)
+  look = make_look(trained, layer)
+  pixels = np.concatenate([group.pixels for group in groups])
+  size = min(trained.config.eval.batch_size, len(pixels))
+  whole = _look_at(look, pixels, number, size)
+  ends = np.cumsum([len(group.pixels) for group in groups])
+  looked = [_part(whole, end - len(g.pixels), end) for g, end in zip(groups, ends, strict=True)]
+  block = _gate_shown(list(looked[0].gated), looked[0])
+
+  folder = trained.folder / "explain"
+  folder.mkdir(exist_ok=True)
+  for old in folder.glob("*.png"):
+    old.unlink()
+  figures = []
+  for index, (group, made) in enumerate(zip(groups, looked, strict=True), 1):
+    name = f"group-{index}.png"
+    seen = [_seen(trained, group, made, row, block) for row in range(len(group.pixels))]
+    overlays.draw_grid(folder / name, group.name, seen, block)
+    caption = f"{group.name}: {'; '.join(_caption(each) for each in seen)}."
+    figures.append({"file": name, "caption": caption})
+  gates = list(looked[0].gated)
+  if gates:
+    rows = [
+      (group.name, [made.gated[name].gates for name in gates])
+      for group, made in zip(groups, looked, strict=True)
+    ]
+    overlays.draw_gates(folder / "gates.png", gates, rows)
+    caption = (
+      "Factors by which each squeeze-and-excitation block scales its channels, over the images"
+      " above."
+    )
+    figures.append({"file": "gates.png", "caption": caption})
+  record = {
+    "run_id": trained.run_id,
+    "rounds": trained.rounds,
+    "target": target,
+    "layer": layer.name,
+    "map": list(layer.shape[:2]),
+    "gate": block,
+    "shown": "given pictures" if images else "phantoms" if phantoms else "test images",
+    "patients_of_private_run": secret and images is None,
+    "hospitals_left_out": 0 if hospitals is None else max(0, len(hospitals.names) - len(groups)),
+    "pointing": None if hospitals is None else _point(trained, hospitals, look, size),
+    "figures": figures,
+  }
+  files.write_json(folder / "explain.json", record)
+  page = folder / "index.html"
+  view = {
+    **record,
+    "model": trained.config.model.name,
+    "size": trained.config.data.image_size,
+    "private": trained.private,
+    "images": [
+      {**figure, "data": base64.b64encode((folder / figure["file"]).read_bytes()).decode("ascii")}
+      for figure in figures
+    ],
+  }
+  page.write_text(environment().get_template("explain.html").render(view), encoding="utf-8")
+  return page
+
+
+def _load_data(trained: Trained, data_path: str) -> Hospitals:
+  """The run's hospitals; UserError if the data cannot be read or are not those it had."""
+  config = trained.config
+  if data_path:
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, path=data_path))
+  try:
+    hospitals = load_hospitals(config)
+  except UserError as error:
+    raise UserError(
+      f"the data of the run cannot be read ({str(error).partition(';')[0]}); say where they lie"
+      " with --data_path=DIR, or give --images=FOLDER"
+    ) from error
+  held = json.loads((trained.folder / "hospitals.json").read_text(encoding="utf-8"))
+  now = hospital_record(hospitals)
+  require(
+    all(now[key] == held.get(key) for key in ("class_names", "split", "hospitals")),
+    f"the data in '{config.data.path}' are not those of the run: hospitals.json counts others",
+    "say where those lie with --data_path=DIR, or give --images=FOLDER",
+  )
+  return hospitals
+
+
+def _given(trained: Trained, images: pathlib.Path, num_images: int) -> Group:
+  """The first readable pictures of a folder."""
+  found = []
+  root, paths = pictures_in(images)
+  for picture in read_pictures(trained, root, paths):
+    if picture.pixels is not None:
+      found.append(picture.pixels)
+    if len(found) == num_images:
+      break
+  require(bool(found), f"--images={images} holds no readable picture", "mend or replace the files")
+  return Group(f"Pictures of {images.name}", np.stack(found), ("",) * len(found))
+
+
+def _of_hospitals(hospitals: Hospitals, num_images: int) -> list[Group]:
+  """Test images of every hospital that has any, its classes by turns, in the order of the test."""
+  dataset, groups = hospitals.dataset, []
+  for name, rows in zip(hospitals.names, client_rows(hospitals.test), strict=True):
+    labels = dataset.labels[rows]
+    # The how-manieth of its class each one is: the firsts of all classes come first.
+    turn = np.zeros(len(rows), np.int64)
+    for label in np.unique(labels):
+      turn[labels == label] = np.arange((labels == label).sum())
+    chosen = rows[np.lexsort((labels, turn))][:num_images]
+    if len(chosen):
+      true = tuple(dataset.class_names[label] for label in dataset.labels[chosen])
+      groups.append(Group(name, dataset.inputs[chosen], true))
+  return groups[:MAX_HOSPITALS]
+
+
+def _look_at(look: Any, pixels: np.ndarray, target: int | None, size: int) -> Looked:
+  """``look`` at images in batches of ``size``, the last one padded: one shape, one program."""
+  parts = []
+  for start in range(0, len(pixels), size):
+    part = pixels[start : start + size]
+    padded = np.zeros((size, *pixels.shape[1:]), np.uint8)
+    padded[: len(part)] = part
+    parts.append(_part(look(padded, target), 0, len(part)))
+  return jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
+
+
+def _part(looked: Looked, start: int, end: int) -> Looked:
+  return jax.tree.map(lambda leaf: leaf[start:end], looked)
+
+
+def _gate_shown(names: Sequence[str], looked: Looked) -> str:
+  """The block whose gated map is drawn: the last with places to tell apart; empty if none."""
+  sides = {name: min(looked.gated[name].activation.shape[1:]) for name in names}
+  large = [name for name in names if sides[name] >= attention.LEAST_SIDE]
+  maps = large or [name for name in names if sides[name] > 1]
+  return maps[-1] if maps else ""
+
+
+def _seen(trained: Trained, group: Group, looked: Looked, row: int, block: str) -> overlays.Seen:
+  probabilities = looked.probabilities[row]
+  best = int(probabilities.argmax())
+  return overlays.Seen(
+    group.pixels[row, :, :, 0],
+    looked.maps[row],
+    np.asarray(looked.gated[block].activation[row]) if block else None,
+    trained.class_names[best],
+    float(probabilities[best]),
+    group.true[row],
+  )
+
+
+def _caption(seen: overlays.Seen) -> str:
+  true = f", true class {seen.true}" if seen.true else ""
+  return f"predicted {seen.predicted} with {seen.probability:.2f}{true}"
+
+
+def _point(trained: Trained, hospitals: Hospitals, look: Any, size: int) -> dict[str, Any] | None:
+  """The pointing game on test images whose tumour is known (phantoms); None where none is."""
+  dataset = hospitals.dataset
+  if dataset.tumour_masks is None:
+    return None
+  rows = np.concatenate(client_rows(hospitals.test))
+  rows = rows[dataset.tumour_masks[rows].any((1, 2))][:MAX_POINTED]
+  if not len(rows):
+    return None
+  maps = _look_at(look, dataset.inputs[rows], 1, size).maps  # 1 is the class with a tumour
+  side = trained.config.data.image_size
+  hits, chance = score(maps, dataset.tumour_masks[rows], max(1, round(TOLERANCE * side)))
+  return {"images": len(rows), "hits": hits, "chance": chance}

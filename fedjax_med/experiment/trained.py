@@ -1,0 +1,144 @@
+"""The model that a run has trained, from its workdir alone: neither data nor pretrained file."""
+
+import json
+import pathlib
+import runpy
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from fedjax_med.core.config import Config, from_dict
+from fedjax_med.core.errors import UserError, require
+from fedjax_med.core.keys import base_key
+from fedjax_med.experiment.checkpoints import restore_model
+from fedjax_med.federated.registry import ALGORITHMS
+from fedjax_med.models.model import Model
+from fedjax_med.models.ops import Lowering
+from fedjax_med.models.registry import recreate_model
+from fedjax_med.simulation.mesh import cpu_cores
+from fedjax_med.simulation.plan import choose_lowering
+
+CHANNELS = 1  # data/images.py makes one grey channel of every picture
+
+
+class Trained(NamedTuple):
+  """A run's global model, ready to be used.
+
+  Attributes:
+    folder: the workdir.
+    run_id: fingerprint of the run.
+    config: of the run.
+    class_names: in the order of the model's outputs.
+    rounds: that the weights were trained for.
+    model: the network.
+    params: weights that the run is measured by: the average over rounds where it keeps one.
+    state: stored statistics, {} for most networks.
+    stem_pool_padding: of the network's stem, empty where it has no such choice.
+  """
+
+  folder: pathlib.Path
+  run_id: str
+  config: Config
+  class_names: tuple[str, ...]
+  rounds: int
+  model: Model
+  params: Any
+  state: Any
+  stem_pool_padding: str
+
+  @property
+  def image_shape(self) -> tuple[int, int, int]:
+    """(H, W, C) of what the network sees."""
+    return self.config.data.image_size, self.config.data.image_size, CHANNELS
+
+  @property
+  def private(self) -> bool:
+    """Whether the run promises differential privacy."""
+    levels = self.config.privacy, self.config.client_privacy
+    return any(level.mechanism != "none" for level in levels)
+
+
+def load(folder: pathlib.Path, network: str = "", lowering: Lowering | None = None) -> Trained:
+  """Loads the newest checkpoint of a finished or interrupted run.
+
+  Args:
+    folder: the workdir.
+    network: Python file that registers a network of the user's own; empty without one.
+    lowering: how convolutions run; None as the run would choose it here.
+
+  Raises:
+    UserError: the folder holds no run or no weights, or the network is not the one trained.
+  """
+  require(
+    folder.is_dir(),
+    f"--workdir={folder} is not a folder",
+    "give the folder of a run that fedjax_med.train has written",
+  )
+  require(
+    not (folder / "sweep.json").exists(),
+    f"--workdir={folder} is a sweep, whose points keep results but no weights",
+    "train the point by itself, with the command in points/NUMBER/config.json",
+  )
+  record, held = _read(folder / "config.json"), _read(folder / "hospitals.json")
+  try:
+    config, class_names = from_dict(record["config"]), tuple(held["class_names"])
+    run_id = str(record["run_id"])
+    saved = dict(record.get("network", {}))
+  except (KeyError, TypeError, ValueError) as error:
+    raise UserError(
+      f"{folder} holds a run of another version of fedjax_med ({error}); use the version that"
+      " its config.json names"
+    ) from error
+  algorithm = ALGORITHMS.get(config.server.algorithm)
+  require(
+    algorithm is None or algorithm.whole,
+    f"{folder} was trained with server.algorithm='{config.server.algorithm}', whose global model"
+    " lacks the layers that stay at the hospitals",
+    "use a run of another algorithm",
+  )
+  if network:
+    _register(network)
+  cores = cpu_cores()
+  lowering = lowering or choose_lowering(config.execution.lowering, cores)[0]
+  model = recreate_model(config.model, len(class_names), saved, lowering)
+  size = config.data.image_size
+  image = jnp.zeros((1, size, size, CHANNELS), jnp.float32)
+  like = jax.eval_shape(model.init, base_key(0), image)
+  found = restore_model(folder, run_id, like)
+  if found is None:
+    raise UserError(
+      f"{folder} holds no checkpoint, because the run ended before its first log point or is a"
+      " point of a sweep, which keeps no weights; train it by itself with the command in its"
+      " config.json"
+    )
+  (params, state), rounds = found
+  padding = saved.get("stem_pool_padding", "ceil")
+  return Trained(folder, run_id, config, class_names, rounds, model, params, state, padding)
+
+
+def _read(path: pathlib.Path) -> dict[str, Any]:
+  try:
+    return dict(json.loads(path.read_text(encoding="utf-8")))
+  except FileNotFoundError as error:
+    raise UserError(
+      f"{path.parent} has no {path.name}; give the folder of a run that fedjax_med.train wrote"
+    ) from error
+  except (ValueError, TypeError) as error:  # UnicodeDecodeError is one
+    raise UserError(f"{path} is not what a run writes ({error}); restore it") from error
+
+
+def _register(file: str) -> None:
+  """Runs a user's Python file, which calls ``models.registry.register``."""
+  require(
+    pathlib.Path(file).expanduser().is_file(),
+    f"--network={file} is not a file",
+    "give the Python file that registers the run's network",
+  )
+  try:
+    runpy.run_path(str(pathlib.Path(file).expanduser()), run_name="fedjax_med_network")
+  except UserError:
+    raise
+  except Exception as error:  # whatever the user's file raises
+    reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+    raise UserError(f"--network={file} cannot be run ({reason}); correct the file") from error

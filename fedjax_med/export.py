@@ -1,0 +1,52 @@
+"""Writes the model of a run as a file for other programs.
+
+--format=jax is a compiled program: uint8 images [b, size, size, 1] to class probabilities, with
+weights and normalisation inside, for CPU, CUDA and TPU. It loads without this package:
+  jax.export.deserialize(bytearray(open(FILE, "rb").read())).call(images)
+FILE.json beside it names classes, size and privacy.
+
+--format=safetensors holds the weights as PyTorch lays them out: convolutions OIHW, matrices
+[out, in]. An SE-ResNeXt has the names of pretrainedmodels or timm, whichever its stem's pool
+belongs to, and can be read again by model.pretrained; any other network its path in Flax with dots
+(conv1.weight). Classes, size, normalisation, ε and run id are in the file's metadata.
+
+Examples:
+  python -m fedjax_med.export --workdir=runs/quickstart --format=jax
+  python -m fedjax_med.export --workdir=runs/quickstart --format=safetensors --output=FILE
+"""
+
+import pathlib
+
+from absl import flags
+
+from fedjax_med.core.errors import require, require_choice
+from fedjax_med.flags import run_main
+
+_ENDINGS = {"jax": ".jax", "safetensors": ".safetensors"}
+
+flags.DEFINE_string("workdir", "", "Folder of the run; it may be unfinished.")
+flags.DEFINE_string("format", "", "jax (a program) or safetensors (weights).")
+flags.DEFINE_string("output", "", "File to write; empty is WORKDIR/export/model.FORMAT.")
+flags.DEFINE_string("network", "", "Python file that registers the run's network, if it is yours.")
+
+
+def main(argv: list[str]) -> None:
+  values = flags.FLAGS
+  require(len(argv) == 1, f"'{' '.join(argv[1:])}' is not a flag", "give --format=jax")
+  require(bool(values.workdir), "--workdir is missing", "give the folder of a run")
+  require(bool(values.format), "--format is missing", "use --format=jax or --format=safetensors")
+  require_choice("--format", values.format, _ENDINGS)
+  folder = pathlib.Path(values.workdir).expanduser()
+  output = folder / "export" / f"model{_ENDINGS[values.format]}"
+  if values.output:
+    output = pathlib.Path(values.output).expanduser()
+  require(not output.is_dir(), f"--output={output} is a folder", "name a file")
+  from fedjax_med.experiment import exporting, trained  # after the flags: jax takes a while
+
+  # Native convolutions: what runs it later is not known, and every platform has them.
+  model = trained.load(folder, values.network, lowering="native")
+  print(f"{output}: {exporting.export_model(model, values.format, output)}")
+
+
+if __name__ == "__main__":
+  run_main(main)

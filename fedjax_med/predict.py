@@ -1,0 +1,73 @@
+"""Predicts the class of pictures with the model that a run has trained, and writes a table.
+
+Pictures are read as the training read them: any size and mode (grey, colour, palette, transparent,
+16 bits) becomes one grey channel at the run's resolution. The training data are not needed. The
+table has a row a file: file, predicted class, probability of every class, error. Files that cannot
+be read are named with the reason and do not stop the others; the exit code is 2 if none can be.
+
+Probabilities are the network's own and not calibrated on your pictures. Not for diagnosis.
+
+Examples:
+  python -m fedjax_med.predict --workdir=runs/quickstart --images=scans
+  python -m fedjax_med.predict --workdir=runs/quickstart --images=scan.png --output=one.csv --maps
+"""
+
+import pathlib
+import sys
+
+from absl import flags
+
+from fedjax_med.core.errors import require
+from fedjax_med.flags import run_main
+
+flags.DEFINE_string("workdir", "", "Folder of the run whose model predicts; it may be unfinished.")
+flags.DEFINE_string("images", "", "Folder of pictures, searched with all below it, or one picture.")
+flags.DEFINE_string("output", "predictions.csv", "The table to write (CSV).")
+flags.DEFINE_bool(
+  "maps", False, "Also write each picture with Grad-CAM of its predicted class, beside the table."
+)
+flags.DEFINE_string("layer", "", "Where --maps looks; empty is the last layer with a map.")
+flags.DEFINE_string("network", "", "Python file that registers the run's network, if it is yours.")
+
+SHOWN = 20  # unreadable files that are named on the terminal; the table has them all
+
+
+def main(argv: list[str]) -> None:
+  values = flags.FLAGS
+  require(len(argv) == 1, f"'{' '.join(argv[1:])}' is not a flag", "give --images=FOLDER")
+  require(bool(values.workdir), "--workdir is missing", "give the folder of a run")
+  require(bool(values.images), "--images is missing", "give a folder of pictures or a picture")
+  images = pathlib.Path(values.images).expanduser()
+  output = pathlib.Path(values.output).expanduser()
+  require(not output.is_dir(), f"--output={output} is a folder", "name a file such as table.csv")
+  from fedjax_med.experiment import predictions, trained  # after the flags: jax takes a while
+  from fedjax_med.experiment.cache import use_compilation_cache
+
+  predictions.pictures_in(images)  # a typo need not wait for the model
+  model = trained.load(pathlib.Path(values.workdir).expanduser(), values.network)
+  use_compilation_cache(model.config.execution.compilation_cache)
+  layer = predictions.choose_layer(model, values.layer) if values.maps else None
+  counts = predictions.predict_files(model, images, output, layer, _tell)
+  for name, error in counts.errors[:SHOWN]:
+    _tell(f"{name}: {error}")
+  if len(counts.errors) > SHOWN:
+    _tell(f"... and {len(counts.errors) - SHOWN} more, see the column 'error'")
+  print(
+    f"{output}: {counts.read} predicted, {len(counts.errors)} not"
+    f" (run {model.run_id} after round {model.rounds})"
+  )
+  if layer is not None and counts.read:
+    print(f"{output.with_name(output.stem + '_maps')}: Grad-CAM at layer {layer.name}")
+  require(
+    counts.read > 0,
+    f"none of the {len(counts.errors)} files of --images={images} can be read",
+    f"see the column 'error' of {output}",
+  )
+
+
+def _tell(text: str) -> None:
+  print(text, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+  run_main(main)

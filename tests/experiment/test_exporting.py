@@ -1,0 +1,74 @@
+"""Exported models: a program that runs without this package, weights that say what they are."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from safetensors import safe_open
+
+from fedjax_med.experiment import trained
+from fedjax_med.experiment.exporting import export_model
+from fedjax_med.experiment.predictions import make_probabilities
+
+# -I and no PYTHONPATH: nothing of this repository can be imported.
+PROGRAM = """
+import sys
+import jax
+import numpy as np
+program = jax.export.deserialize(bytearray(open(sys.argv[1], "rb").read()))
+assert program.platforms == ("cpu", "cuda", "tpu"), program.platforms
+images = np.load(sys.argv[2])
+results = [np.asarray(program.call(images[:n])) for n in (1, len(images))]
+assert not any(name.startswith(("fedjax_med", "flax")) for name in sys.modules)
+np.save(sys.argv[3], np.concatenate(results))
+"""
+
+
+@pytest.fixture(scope="module")
+def images():
+  return np.random.default_rng(0).integers(0, 256, (5, 24, 24, 1)).astype(np.uint8)
+
+
+@pytest.mark.slow
+def test_the_program_runs_elsewhere_without_this_package(learned, images, tmp_path):
+  pytest.importorskip("flatbuffers")
+  said = export_model(trained.load(learned, lowering="native"), "jax", tmp_path / "model.jax")
+  assert "[b, 24, 24, 1]" in said
+  np.save(tmp_path / "images.npy", images)
+  result = subprocess.run(
+    [sys.executable, "-c", PROGRAM, "model.jax", "images.npy", "found.npy"],
+    cwd=tmp_path,
+    env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""},
+    capture_output=True,
+    text=True,
+    timeout=300,
+    check=False,
+  )
+  assert result.returncode == 0, result.stderr
+  expected = make_probabilities(trained.load(learned))(images)
+  found = np.load(tmp_path / "found.npy")
+  np.testing.assert_allclose(found, np.concatenate([expected[:1], expected]), atol=1e-6)
+  about = json.loads((tmp_path / "model.jax.json").read_text())
+  assert about["classes"] == ["healthy", "tumour"]
+  assert about["privacy"] == "none"
+
+
+def test_weights_carry_what_their_user_must_know(finished, tmp_path):
+  export_model(trained.load(finished), "safetensors", tmp_path / "new" / "model.safetensors")
+  with safe_open(tmp_path / "new" / "model.safetensors", "numpy") as file:
+    about = file.metadata()
+    matrix = file.get_tensor("head.weight")
+  assert matrix.shape == (2, 256)
+  assert json.loads(about["classes"]) == ["healthy", "tumour"]
+  assert about["image_size"] == "16"
+  assert about["normalisation"].startswith("image: each image minus its mean")
+  assert about["naming"] == "flax"
+  assert about["run_id"] == json.loads((finished / "config.json").read_text())["run_id"]
+  assert about["norm_epsilon"] == "1e-05"
+  (guarantee,) = json.loads(about["privacy"])
+  expected = json.loads((finished / "privacy.json").read_text())["epsilon_max"]
+  assert guarantee["epsilon"] == expected
+  assert guarantee["unit"] == "record"

@@ -1,0 +1,238 @@
+"""A trained model on pictures: equal to the run's numbers, robust to whatever a folder holds."""
+
+import csv
+import json
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fedjax_med.core.errors import UserError
+from fedjax_med.core.metrics import classification_metrics, confusion_matrix
+from fedjax_med.experiment import predictions, trained
+from fedjax_med.experiment.checkpoints import digest
+from tests.experiment.learning import learning_config, write_test_images
+from tests.experiment.running import smoke_config
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+
+
+def silent(text):
+  del text
+
+
+@pytest.fixture(scope="module")
+def model(finished):
+  return trained.load(finished)
+
+
+def table(path):
+  with path.open(newline="", encoding="utf-8") as file:
+    return list(csv.DictReader(file))
+
+
+def predict(model, images, output, layer=None):
+  counts = predictions.predict_files(model, images, output, layer, silent)
+  return counts, table(output)
+
+
+def require_what_the_run_measured(folder, config, tmp_path):
+  model = trained.load(folder)
+  labels = write_test_images(tmp_path / "images", config)
+  counts, rows = predict(model, tmp_path / "images", tmp_path / "table.csv")
+  assert counts == (len(labels), [])
+  names = [f"probability of {name}" for name in model.class_names]
+  probabilities = np.array([[float(row[name]) for name in names] for row in rows])
+  summary = json.loads((folder / "summary.json").read_text())
+  assert confusion_matrix(probabilities, labels).tolist() == summary["confusion"]
+  found = classification_metrics(probabilities, labels)
+  expected = {key: summary["test"][key] for key in ("loss", "auroc", "accuracy", "ece")}
+  assert {key: found[key] for key in expected} == pytest.approx(expected, rel=1e-5)
+  best = [model.class_names[k] for k in probabilities.argmax(1)]
+  assert [row["predicted"] for row in rows] == best
+  assert model.rounds == summary["rounds"]
+
+
+def test_predictions_on_test_images_are_what_the_run_measured(finished, tmp_path):
+  require_what_the_run_measured(finished, smoke_config(), tmp_path)
+
+
+@pytest.mark.slow
+def test_predictions_of_an_averaged_network_are_those_of_the_average(learned, tmp_path):
+  require_what_the_run_measured(learned, learning_config(), tmp_path)
+  summary = json.loads((learned / "summary.json").read_text())
+  assert digest(trained.load(learned).params) == summary["weights_sha256"]
+
+
+@pytest.mark.slow
+def test_overlays_lie_beside_the_table_under_the_names_of_the_pictures(learned, tmp_path):
+  model, folder = trained.load(learned), tmp_path / "images"
+  (folder / "a").mkdir(parents=True)
+  Image.fromarray(np.zeros((300, 40), np.uint8)).save(folder / "tall.tif")
+  Image.fromarray(np.full((24, 24), 9, np.uint8)).save(folder / "a" / "small.png")
+  (folder / "broken.png").write_text("no picture")
+  layer = predictions.choose_layer(model)
+  for _ in range(2):  # the overlays of a first start are no pictures of a second one
+    counts, _ = predict(model, folder, folder / "table.csv", layer)
+    assert (counts.read, len(counts.errors)) == (2, 1)
+  overlays = folder / "table_maps"
+  written = {path.relative_to(overlays).as_posix() for path in overlays.rglob("*.png")}
+  assert written == {"tall.tif.png", "a/small.png.png"}
+  with Image.open(overlays / "tall.tif.png") as picture:
+    assert picture.size == (256, 1920)
+
+
+def test_pictures_of_every_mode_and_size_are_read_as_in_training(model, tmp_path):
+  folder = tmp_path / "images"
+  (folder / "a" / "b").mkdir(parents=True)
+  grey = np.random.default_rng(0).integers(0, 256, (24, 24)).astype(np.uint8)
+  picture = Image.fromarray(grey)
+  picture.save(folder / "grey.png")
+  picture.convert("RGB").save(folder / "a" / "colour.bmp")
+  picture.convert("RGBA").save(folder / "a" / "b" / "transparent.png")
+  picture.convert("P").save(folder / "palette.gif")
+  Image.fromarray(grey.astype(np.uint16) * 257).save(folder / "deep.png")
+  Image.fromarray(np.zeros((300, 40), np.uint8)).save(folder / "large.tif")
+  whole = (folder / "grey.png").read_bytes()
+  (folder / "cut.png").write_bytes(whole[: len(whole) // 2])
+  (folder / "empty.jpg").write_bytes(b"")
+  (folder / "notes.txt").write_text("no picture")
+  (folder / ".hidden.png").write_bytes(whole)
+  counts, rows = predict(model, folder, tmp_path / "out" / "table.csv")
+  by_name = {row["file"]: row for row in rows}
+  assert counts.read == 6
+  assert sorted(name for name, _ in counts.errors) == ["cut.png", "empty.jpg"]
+  assert list(rows[0]) == [
+    "file",
+    "predicted",
+    "probability of healthy",
+    "probability of tumour",
+    "error",
+  ]
+  equal = [
+    "grey.png",
+    "a/colour.bmp",
+    "a/b/transparent.png",
+    "palette.gif",
+    "deep.png",
+  ]
+  values = {by_name[name]["probability of tumour"] for name in equal}
+  assert len(values) == 1
+  assert values != {by_name["large.tif"]["probability of tumour"]}
+  for name in ("cut.png", "empty.jpg"):
+    assert "cannot be read" in by_name[name]["error"]
+    assert by_name[name]["predicted"] == ""
+
+
+def test_batches_and_one_picture_agree(model, tmp_path):
+  rng = np.random.default_rng(1)
+  folder = tmp_path / "many"
+  folder.mkdir()
+  for number in range(70):  # a batch holds 64
+    pixels = rng.integers(0, 256, (30, 30)).astype(np.uint8)
+    Image.fromarray(pixels).save(folder / f"{number}.png")
+  _, rows = predict(model, folder, tmp_path / "many.csv")
+  _, (one,) = predict(model, folder / "69.png", tmp_path / "one.csv")
+  (same,) = [row for row in rows if row["file"] == "69.png"]
+  key = "probability of tumour"
+  assert float(one[key]) == pytest.approx(float(same[key]), rel=1e-5)
+
+
+def without(*names):
+  def change(folder):
+    for name in names:
+      path = folder / name
+      shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+  return change
+
+
+def other_network(folder):
+  record = json.loads((folder / "config.json").read_text())
+  record["config"]["model"]["name"] = "mlp"
+  (folder / "config.json").write_text(json.dumps(record))
+
+
+def own_network(folder):
+  record = json.loads((folder / "config.json").read_text())
+  record["config"]["model"]["name"] = "of_mine"
+  (folder / "config.json").write_text(json.dumps(record))
+
+
+def another_run(folder):
+  record = json.loads((folder / "config.json").read_text())
+  (folder / "config.json").write_text(json.dumps({**record, "run_id": "0" * 12}))
+
+
+@pytest.mark.parametrize(
+  ("change", "sentence"),
+  [
+    (without("config.json"), r"has no config.json; give the folder of a run"),
+    (without("checkpoints"), r"holds no checkpoint, because .*; train it by itself"),
+    (other_network, r"holds arrays of another model; "),
+    (own_network, r"'of_mine' is not part of this package; give --network=FILE.py"),
+    (another_run, r"belongs to run .*, config.json is run 000000000000; "),
+    (lambda folder: (folder / "sweep.json").write_text("{}"), r"is a sweep, whose .*; train"),
+    (lambda folder: (folder / "hospitals.json").write_text("{"), r"is not what a run writes"),
+  ],
+)
+def test_a_folder_without_a_model_is_refused_in_one_sentence(change, sentence, finished, tmp_path):
+  folder = shutil.copytree(finished, tmp_path / "run")
+  change(folder)
+  with pytest.raises(UserError, match=sentence):
+    trained.load(folder)
+
+
+def test_loading_a_model_writes_nothing(finished):
+  before = sorted(finished.rglob("*"))
+  trained.load(finished)
+  assert sorted(finished.rglob("*")) == before
+
+
+def start(*arguments, cwd):
+  return subprocess.run(
+    [sys.executable, "-m", "fedjax_med.predict", *arguments],
+    cwd=cwd,
+    env={**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""},
+    capture_output=True,
+    text=True,
+    timeout=300,
+    check=False,
+  )
+
+
+@pytest.mark.slow
+def test_a_folder_of_broken_pictures_ends_with_code_2_and_names_them(finished, tmp_path):
+  (tmp_path / "images").mkdir()
+  (tmp_path / "images" / "broken.png").write_text("no picture")
+  result = start(f"--workdir={finished}", "--images=images", cwd=tmp_path)
+  assert result.returncode == 2
+  assert "broken.png: cannot be read" in result.stderr
+  assert result.stderr.splitlines()[-1].startswith("error: none of the 1 files")
+  assert table(tmp_path / "predictions.csv")[0]["file"] == "broken.png"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  ("arguments", "sentence"),
+  [
+    (["--images=images"], "--workdir is missing"),
+    (["--workdir=images"], "--images is missing"),
+    (["--workdir=images", "--images=nowhere"], "--images=nowhere does not exist"),
+    (["--workdir=images", "--images=images"], "--images=images holds no pictures"),
+    (["--workdir=nowhere", "--images=one.png"], "--workdir=nowhere is not a folder"),
+  ],
+)
+def test_bad_input_is_one_sentence_with_a_remedy(arguments, sentence, tmp_path):
+  (tmp_path / "images").mkdir()
+  Image.new("L", (40, 40)).save(tmp_path / "one.png")
+  result = start(*arguments, cwd=tmp_path)
+  assert result.returncode == 2
+  assert result.stderr.startswith(f"error: {sentence}")
+  assert ";" in result.stderr
+  assert "Traceback" not in result.stderr
