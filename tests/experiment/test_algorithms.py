@@ -1,5 +1,8 @@
 """Whole runs with every algorithm: what is measured is the model that each hospital would use."""
 
+import json
+import shutil
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +15,7 @@ from fedjax_med.core.validation import validate
 from fedjax_med.data.dataset import client_rows
 from fedjax_med.data.hospitals import load_hospitals
 from fedjax_med.data.normalisation import normalise
+from fedjax_med.experiment import trained
 from fedjax_med.experiment.build import build
 from fedjax_med.experiment.loop import train_rounds
 from fedjax_med.experiment.records import summary_record
@@ -138,3 +142,13 @@ def test_shadow_runs_are_refused_where_hospitals_predict_with_their_own_models()
   config = config_for("fedper")
   with pytest.raises(UserError, match="attacks the global model"):
     prepare(config, load_hospitals(config), 2, 0)
+
+
+@pytest.mark.parametrize("name", ["fedbn", "fedper"])
+def test_a_global_model_that_lacks_layers_is_not_handed_out(name, finished, tmp_path):
+  record = json.loads((finished / "config.json").read_text())
+  record["config"]["server"]["algorithm"] = name
+  (tmp_path / "config.json").write_text(json.dumps(record))
+  shutil.copy(finished / "hospitals.json", tmp_path)
+  with pytest.raises(UserError, match="lacks the layers that stay at the hospitals; use a run of"):
+    trained.load(tmp_path)
