@@ -141,7 +141,7 @@ def test_shadow_runs_are_refused_where_hospitals_predict_with_their_own_models()
 
   config = config_for("fedper")
   with pytest.raises(UserError, match="attacks the global model"):
-    prepare(config, load_hospitals(config), 2, 0)
+    prepare(config, load_hospitals(config), 4, 0)
 
 
 @pytest.mark.parametrize("name", ["fedbn", "fedper"])

@@ -98,7 +98,8 @@ def fake_workdir(
     "privacy": {"mechanism": "none", "epsilon_max": None},
     "summary": {
       "run_id": "3f9c01ab77de", "config_name": "quickstart", "rounds": number,
-      "stopped": "completed", "test": overall, "clients": clients,
+      "stopped": "completed",
+      "predicts": "global model", "test": overall, "clients": clients,
       "epsilon_max": max(epsilons) if private else None,
       "confusion": confusion_matrix(*together).tolist(),
       "num_parameters": 25_512_354,
