@@ -71,6 +71,7 @@ def test_every_number_has_a_range_and_every_two_way_name_its_choices():
     ({"model.dtype": "bfloat16", "privacy.clipping": "two_pass"}, "or model.dtype=float32"),
     ({"model.pretrained": "w", "model.norm": "frozen_batch"}, "no weights for model.name='se_res"),
     ({"model.pretrained": "w", "model.name": "se_resnext50_32x4d"}, "with model.norm='group'; use"),
+    ({"model.width": 0.0}, "model.width=0.0 must be above 0 and at most 16; use 1 for"),
     ({"privacy.unit": "patient", "data.split": "paper"}, "use data.split=grouped"),
     ({"privacy.rows_per_unit": 2}, "set --config.privacy.unit=patient"),
     ({"privacy.augmentation_multiplicity": 4}, "set --config.client.augmentation=flip_shift"),
@@ -98,6 +99,9 @@ def test_pretrained_weights_are_accepted_where_there_is_a_place_for_all_of_them(
   config = with_value("model.pretrained", "weights.safetensors")
   config.model.name, config.model.norm = "se_resnext50_32x4d", "frozen_batch"
   validate(config)
+  config.model.width = 0.5
+  with pytest.raises(UserError, match=r"model.width=0.5 with .*; use model.width=1"):
+    validate(config)
 
 
 @pytest.mark.parametrize(("path", "value"), REFUSED)
