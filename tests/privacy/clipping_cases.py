@@ -187,4 +187,13 @@ PAIRS = [
   for method in METHODS
   if (name, method) != ("scanned_se_blocks", "book_keeping")
 ]
-every_pair = pytest.mark.parametrize(("name", "method"), PAIRS)
+
+
+def over(pairs: list[tuple[str, str]]) -> pytest.MarkDecorator:
+  """Parametrises over pairs; those whose programs take longest to compile are slow."""
+  long = {"scanned_se_blocks", "depthwise"}
+  marked = [pytest.param(*p, marks=[pytest.mark.slow] * (p[0] in long)) for p in pairs]
+  return pytest.mark.parametrize(("name", "method"), marked)
+
+
+every_pair = over(PAIRS)

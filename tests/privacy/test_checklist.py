@@ -39,7 +39,13 @@ from fedjax_med.privacy.statement import write_out
 from tests.federated.toy import KEY, make_clients, make_federation, make_hyper, make_pool
 
 POOL = make_pool()
-PRIVATE = [name for name, each in registry.ALGORITHMS.items() if each.records]
+# The rest send what FedAvg sends, or less.
+QUICK = ("fedavg", "scaffold")
+PRIVATE = [
+  pytest.param(name, marks=() if name in QUICK else pytest.mark.slow)
+  for name, each in registry.ALGORITHMS.items()
+  if each.records
+]
 
 
 def run(rounds=1, clients=None, pool=POOL, hyper=None, state=None, **settings):

@@ -23,6 +23,7 @@ from tests.privacy.clipping_cases import (
   loop,
   loss,
   norms_of,
+  over,
   program,
   same_bits,
   setting,
@@ -47,7 +48,7 @@ def test_equals_a_loop_over_examples_in_float32(name, method):
   np.testing.assert_allclose(metrics.norm, norms, rtol=1e-5)
 
 
-@pytest.mark.parametrize(("name", "method"), [p for p in PAIRS if p[1] != "reference"])
+@over([pair for pair in PAIRS if pair[1] != "reference"])
 def test_equals_a_loop_over_examples_in_float64(name, method):
   # Stock normalisation promotes float64 with float32, which strict promotion forbids.
   with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):

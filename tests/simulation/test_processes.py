@@ -76,6 +76,7 @@ def one_process(tmp_path_factory) -> pathlib.Path:
   return folder
 
 
+@pytest.mark.slow
 def test_two_processes_end_where_one_does_and_the_first_writes(one_process, tmp_path):
   first, second = finish(start_two(tmp_path))
   assert (first[0], second[0]) == (0, 0), first[2] + second[2]

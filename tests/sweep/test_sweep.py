@@ -169,6 +169,7 @@ def test_traced_fields_are_fields_and_all_others_make_another_program():
     assert static_key(other) != key, name
 
 
+@pytest.mark.slow
 def test_groups_of_other_programs_patients_and_no_privacy_run_beside_each_other(tmp_path):
   points = [
     {"privacy.unit": "record", "client.batch_size": 16},
@@ -220,6 +221,7 @@ def test_seeds_move_what_was_asked_and_nothing_else(axes):
   assert {axis for axis, has in moved.items() if has} == set(axes)
 
 
+@pytest.mark.slow
 def test_a_sweep_of_seeds_of_phantoms_has_images_of_its_own_for_each(tmp_path):
   points = [{"seed": 0}, {"seed": 1}]
   axes = ("partition", "init", "sampling")
@@ -308,6 +310,7 @@ def test_baselines_may_be_asked_for_by_a_point(tmp_path):
   assert second["alone.auroc"].isna().all()
 
 
+@pytest.mark.slow
 def test_baselines_of_a_point_are_those_of_the_run_by_itself(tmp_path):
   config = base(eval__local_baselines=True)
   points = [{SIGMA: 1.0}, {SIGMA: 2.0}]
