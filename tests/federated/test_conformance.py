@@ -12,19 +12,22 @@ from fedjax_med.simulation.rounds import jit_block, make_block
 from tests.federated.toy import KEY, make_clients, make_federation, make_hyper, make_pool
 
 
-def cases(fast: set[str]) -> pytest.MarkDecorator:
-  """Every algorithm without and, where it may, with DP-SGD; all but some of them slow."""
+def cases(fast: set[str], private: set[str]) -> pytest.MarkDecorator:
+  """Every algorithm, those of ``private`` also with DP-SGD; all but some of them slow."""
 
-  def case(name, private):
-    quick = name == "fedavg" or (name in fast and not private)
-    return pytest.param(name, private, marks=() if quick else pytest.mark.slow)
+  def case(name, noisy):
+    quick = name == "fedavg" or (name in fast and not noisy)
+    return pytest.param(name, noisy, marks=() if quick else pytest.mark.slow)
 
-  kinds = [(name, p) for name, each in ALGORITHMS.items() for p in {False, each.records}]
+  kinds = [(name, p) for name in ALGORITHMS for p in {False, name in private}]
   return pytest.mark.parametrize(("name", "private"), [case(*kind) for kind in kinds])
 
 
-every = cases({"scaffold", "fednova", "ditto", "fedper"})
-thorough = cases(set())
+every = cases(
+  {"scaffold", "fednova", "ditto", "fedper"},
+  {name for name, each in ALGORITHMS.items() if each.records},
+)
+thorough = cases(set(), {"fedavg"})  # noise is the same step for all
 POOL = make_pool()
 
 
