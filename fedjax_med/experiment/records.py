@@ -88,6 +88,7 @@ def summary_record(experiment: Experiment, outcome: Outcome, name: str) -> dict[
   """Results only, no times: an interrupted and an unbroken run write the same bytes."""
   labels = experiment.hospitals.dataset.labels[evaluation_rows(experiment)]
   plan = experiment.program.plan
+  weights = evaluated(experiment.program.parts, outcome.state)
   return {
     "run_id": experiment.run_id,
     "config_name": name,
@@ -103,5 +104,5 @@ def summary_record(experiment: Experiment, outcome: Outcome, name: str) -> dict[
     **_cost(experiment, outcome),
     "split": experiment.hospitals.split.scheme,
     "plan": {**plan._asdict(), "reasons": list(plan.reasons)},
-    "weights_sha256": digest(evaluated(experiment.program.parts, outcome.state)),
+    "weights_sha256": digest(weights if experiment.program.parts.personal else weights.params),
   }
