@@ -116,36 +116,6 @@ REFUSED = {
 }
 
 
-def _validate_algorithm(config: Config) -> None:
-  server, optimizer = config.server, config.client.optimizer
-  if server.algorithm in ("scaffold", "fednova"):
-    require(
-      server.proximal_weight == 0,
-      f"server.algorithm='{server.algorithm}' with server.proximal_weight="
-      f"{server.proximal_weight:g}: it takes the weights a client moves for a sum of gradients",
-      "use server.proximal_weight=0, or server.algorithm=fedavg (FedProx)",
-    )
-  require(
-    server.algorithm != "scaffold" or optimizer == "sgd",
-    f"server.algorithm='scaffold' with client.optimizer='{optimizer}': its control variates are"
-    " mean gradients only after plain SGD steps",
-    "use client.optimizer=sgd",
-  )
-  require(
-    server.algorithm != "fednova" or optimizer in ("sgd", "momentum"),
-    f"server.algorithm='fednova' with client.optimizer='{optimizer}': the effective number of its"
-    " steps is known for SGD and momentum only",
-    "use client.optimizer=sgd or momentum",
-  )
-  try:
-    re.compile(server.personal_layers)
-  except re.error as error:
-    raise UserError(
-      f"server.personal_layers='{server.personal_layers}' is no regular expression: {error};"
-      " name a layer, such as head"
-    ) from None
-
-
 def validate(config: Config) -> None:
   """Checks every rule that needs no data; raises UserError with value, rule and remedy."""
   _refuse(config)
@@ -216,6 +186,36 @@ def validate(config: Config) -> None:
 def _refuse(config: Config) -> None:
   for (path, value), (why, remedy) in REFUSED.items():
     require(get_field(config, path) != value, f"{path}='{value}' is refused: {why}", remedy)
+
+
+def _validate_algorithm(config: Config) -> None:
+  server, optimizer = config.server, config.client.optimizer
+  if server.algorithm in ("scaffold", "fednova"):
+    require(
+      server.proximal_weight == 0,
+      f"server.algorithm='{server.algorithm}' with server.proximal_weight="
+      f"{server.proximal_weight:g}: it takes the weights a client moves for a sum of gradients",
+      "use server.proximal_weight=0, or server.algorithm=fedavg (FedProx)",
+    )
+  require(
+    server.algorithm != "scaffold" or optimizer == "sgd",
+    f"server.algorithm='scaffold' with client.optimizer='{optimizer}': its control variates are"
+    " mean gradients only after plain SGD steps",
+    "use client.optimizer=sgd",
+  )
+  require(
+    server.algorithm != "fednova" or optimizer in ("sgd", "momentum"),
+    f"server.algorithm='fednova' with client.optimizer='{optimizer}': the effective number of its"
+    " steps is known for SGD and momentum only",
+    "use client.optimizer=sgd or momentum",
+  )
+  try:
+    re.compile(server.personal_layers)
+  except re.error as error:
+    raise UserError(
+      f"server.personal_layers='{server.personal_layers}' is no regular expression: {error};"
+      " name a layer, such as head"
+    ) from None
 
 
 def _validate_privacy(config: Config) -> None:

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax import export
 
-from fedjax_med.core.errors import UserError
 from fedjax_med.experiment.trained import Trained
 from fedjax_med.experiment.workdir import write_whole
 from fedjax_med.models.layers import EPSILON
@@ -25,16 +24,7 @@ def export_program(trained: Trained) -> bytes:
   Weights and normalisation are inside, b is any number, and it runs on each of ``PLATFORMS``:
   ``jax.export.deserialize(data).call(images)`` needs jax and nothing of this package. ``trained``
   should be lowered natively, which every platform knows best.
-
-  Raises:
-    UserError: the package flatbuffers is missing.
   """
-  try:
-    import flatbuffers  # noqa: F401  # pyright: ignore[reportMissingImports]
-  except ImportError as error:
-    raise UserError(
-      "--format=jax needs the package flatbuffers; install it with pip install flatbuffers"
-    ) from error
   classify = make_classify(trained.model, trained.config.data.normalisation)
   params, state = jax.tree.map(jnp.asarray, (trained.params, trained.state))
   (batch,) = export.symbolic_shape("b")
@@ -77,9 +67,6 @@ def export_model(trained: Trained, how: str, output: pathlib.Path) -> str:
   """Writes ``output``, a program (jax) or weights (safetensors); returns what it holds, in words.
 
   A .safetensors file has the description in its metadata, a program beside it as OUTPUT.json.
-
-  Raises:
-    UserError: see ``export_program``.
   """
   privacy = json.loads((trained.folder / "privacy.json").read_text(encoding="utf-8"))
   about = describe(trained, privacy)

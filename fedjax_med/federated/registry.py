@@ -29,7 +29,8 @@ class Entry(NamedTuple):
     make: (LocalTraining, server optimiser, average=, init_memory=) -> FederatedAlgorithm.
     records: whether DP-SGD covers it: its clients read examples in ``LocalTraining.train`` alone,
       once a step, and what they send is made of that.
-    clients: whether DP-FedAvg covers it: a client sends weights only, all of which are clipped.
+    clients: whether DP-FedAvg covers it: a client sends weights only, all of which are clipped, and
+      every model that is used is made of what was sent.
     whole: whether the server's model is one by itself, and not without layers that stay at home.
     names_layers: whether ``make`` also takes ``chosen``, the layers of server.personal_layers.
   """
@@ -46,16 +47,17 @@ ALGORITHMS: dict[str, Entry] = {
   # What these send besides the weights is no client-level release.
   "scaffold": Entry(scaffold, records=True, clients=False),
   "fednova": Entry(fednova, records=True, clients=False),
+  # What stays at home is part of the model that a hospital uses, and DP-FedAvg noises what is sent.
   "fedbn": Entry(
     functools.partial(layers_at_home, chosen=norm_layers, statistics=True),
     records=True,
-    clients=True,
+    clients=False,
     whole=False,
   ),
   "fedper": Entry(
     functools.partial(layers_at_home, statistics=False),
     records=True,
-    clients=True,
+    clients=False,
     whole=False,
     names_layers=True,
   ),

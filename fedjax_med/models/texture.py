@@ -7,8 +7,8 @@ steps of the pixels' values and have no gradient. Each image is described by its
 import jax
 import jax.numpy as jnp
 
-# Neighbours at distance 1: right, up right, up, up left (Haralick et al. 1973, figure 2), as
-# (row, column) steps; a matrix is symmetric, so the opposite ones are counted with them.
+# Neighbours at distance 1: right, down right, down, down left, as (row, column) steps; a matrix is
+# symmetric, so the opposite ones are counted with them (Haralick et al. 1973, figure 2).
 DIRECTIONS = ((0, 1), (1, 1), (1, 0), (1, -1))
 PROPERTIES = ("contrast", "dissimilarity", "homogeneity", "energy", "correlation", "entropy")
 NEIGHBOURS = 8

@@ -34,7 +34,6 @@ def images():
 
 @pytest.mark.slow
 def test_the_program_runs_elsewhere_without_this_package(learned, images, tmp_path):
-  pytest.importorskip("flatbuffers")
   said = export_model(trained.load(learned, lowering="native"), "jax", tmp_path / "model.jax")
   assert "[b, 24, 24, 1]" in said
   np.save(tmp_path / "images.npy", images)
