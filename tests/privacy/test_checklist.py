@@ -288,7 +288,7 @@ def test_item_07_an_algorithm_that_reads_the_data_itself_is_found_and_refused(mo
   declared = registry.Entry(option_i, records=False, clients=False)
   monkeypatch.setitem(registry.ALGORITHMS, "option_i", declared)
   for kind in ({"private": True}, {"client_level": True}):
-    with pytest.raises(UserError, match=r"server.algorithm='option_i' .*; use .*=fedavg or "):
+    with pytest.raises(UserError, match=r"server.algorithm='option_i' .*; use .*=fedavg(,| or) "):
       make_federation.__wrapped__("option_i", **kind)
   make_federation.__wrapped__("option_i")  # without privacy it runs
   monkeypatch.setitem(registry.ALGORITHMS, "option_i", declared._replace(records=True))
