@@ -24,6 +24,18 @@ jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(_cache).expandus
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 
+# Linux grants a process 65,530 memory maps, a compiled program takes hundreds, and one too many
+# ends the process. Dropped programs come back from the cache.
+MAPS, MOST_MAPS = pathlib.Path("/proc/self/maps"), 30_000
+
+
+@pytest.fixture(autouse=True, scope="module")
+def few_memory_maps():
+  """Drops compiled programs between modules where they come near the limit of a process."""
+  if MAPS.exists() and MAPS.read_bytes().count(b"\n") > MOST_MAPS:
+    jax.clear_caches()
+
+
 @pytest.fixture(scope="session")
 def real_data() -> pathlib.Path:
   """The folder that holds Br35H/ and SARS-CoV-2-CT/; the test is skipped where it is absent."""
