@@ -124,7 +124,8 @@ def conv(
   """Cross-correlation, summed in at least float32.
 
   'native' is XLA's convolution, which under vmap over kernels becomes one with clients x groups
-  groups, hundreds of times slower than need be on a CPU. 'matmul' is a dot for 1x1 kernels and one
+  groups, hundreds of times slower than need be on a CPU. 'matmul' is a dot for 1x1 kernels, a sum
+  over the window's shifts for depthwise ones (a group for each channel, in and out), and one
   batched product of patches and kernel, groups leading, for all others. 'auto' chooses for output,
   input gradient and kernel gradient apart: native where no vmap gives each image or client a kernel
   of its own (nor adds any other axis) and the shapes are those at which it won on a CPU core. All
@@ -203,6 +204,13 @@ def _convolve(inputs: jax.Array, kernel: jax.Array, geometry: Geometry) -> jax.A
   if geometry.pointwise:
     ((_, _, view),) = shifted_views(inputs, (1, 1), geometry.strides, geometry.padding)
     return _einsum("byxc,cp->byxp", view, kernel[0, 0])
+  if _depthwise(geometry, inputs.shape[3], kernel.shape[3]):
+    dtype = accumulator(inputs.dtype)
+    shifts = (
+      view.astype(dtype) * kernel[i, j, 0].astype(dtype)[None, None, None]
+      for i, j, view in shifted_views(inputs, *geometry[:4])
+    )
+    return functools.reduce(jnp.add, shifts).astype(inputs.dtype)
   merged = _merged_groups(geometry.groups, kernel.shape[2])
   blocks = _kernel_blocks(kernel, geometry.groups, merged)  # [G, kh * kw * c, p]
   out = _einsum("gtd,gdp->gtp", columns(inputs, geometry, merged), blocks)
@@ -277,6 +285,14 @@ def _conv_gradients(
     rows = view.reshape(units, -1, width_in)
     out = _product("utd,utp->udp", rows, cotangent.reshape(units, -1, width_out))
     return out[:, None, None]
+  if _depthwise(geometry, inputs.shape[3], cotangent.shape[3]):
+    dtype = accumulator(inputs.dtype)
+    errors = cotangent.astype(dtype).reshape(units, -1, groups)
+    rows = [
+      (view.astype(dtype).reshape(units, -1, groups) * errors).sum(1)
+      for _, _, view in shifted_views(inputs, *geometry[:4])
+    ]
+    return jnp.stack(rows, axis=1).reshape(units, kh, kw, 1, groups)
   merged = _merged_groups(groups, width_in)
   count = groups // merged
   # Groups and units are one batch axis: vmaps over clients and sweeps stay within the limit.
@@ -414,6 +430,11 @@ def _first_maximum(inputs: jax.Array, window: Pair, strides: Pair, padding: Padd
   for _, _, view in others:
     best = jnp.where((view > best) | jnp.isnan(view), view, best)
   return best
+
+
+def _depthwise(geometry: Geometry, channels_in: int, channels_out: int) -> bool:
+  """Whether every channel has a kernel of its own: too thin for products."""
+  return geometry.groups == channels_in == channels_out
 
 
 def _merged_groups(groups: int, width: int) -> int:

@@ -27,7 +27,8 @@ CONVS = {
   "merged_groups": ((4, 4), 32, 32, (3, 3), (1, 1), ONE, (1, 1), 8),
   "merged_strided": ((5, 5), 24, 12, (3, 3), (2, 2), ONE, (1, 1), 6),
   "wide_groups": ((3, 3), 40, 6, (3, 3), (1, 1), ONE, (1, 1), 2),
-  "depthwise": ((4, 4), 6, 12, (3, 3), (2, 1), ONE, (1, 1), 6),
+  "depthwise": ((5, 6), 6, 6, (3, 2), (2, 1), ((1, 0), (2, 1)), (1, 2), 6),
+  "depthwise_wider": ((4, 4), 6, 12, (3, 3), (2, 1), ONE, (1, 1), 6),
   "dilated_uneven": ((8, 9), 6, 9, (3, 2), (1, 2), ((2, 0), (0, 3)), (2, 3), 3),
 }
 
@@ -52,7 +53,7 @@ def value_and_gradients(options, lowering):
 
 
 NATIVE_TOO = ("1x1_strided", "stem_7x7", "wide", "wide_1x3_padded", "wide_strided", "merged_groups")
-FLOAT32_TOO = ("1x1_strided", "stem_7x7", "merged_strided", "depthwise")
+FLOAT32_TOO = ("1x1_strided", "stem_7x7", "merged_strided", "depthwise", "depthwise_wider")
 
 
 @pytest.mark.parametrize(
