@@ -122,8 +122,8 @@ def main(_: list[str]) -> None:
   from fedjax_med.experiment.cache import use_compilation_cache  # jax takes seconds to import
   from fedjax_med.simulation.mesh import split_cpu
   from fedjax_med.sweep import progress, table
+  from fedjax_med.sweep.missing import run_missing
   from fedjax_med.sweep.points import configure, groups, plan_points
-  from fedjax_med.sweep.runner import run_points
 
   configs = [configure(base, point, values.seed_axes) for point in points]
   own = range(index, len(points), number)
@@ -155,21 +155,16 @@ def main(_: list[str]) -> None:
     f"--workdir={workdir} has {len(finished)} finished points of this sweep",
     "add --resume to finish what is missing, or use another --workdir",
   )
-  if len(finished) < len(own):
-    planned = plan_points(points, configs, own)
-    done = {each.key for each in planned if table.has_run(workdir, *each.key)}
-    left = [each.case.config.server.num_rounds for each in planned if each.key not in done]
-    name = pathlib.Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
-    with progress.show(console, sum(left), len(left)) as listen:
-      run_points(
-        planned,
-        done,
-        lambda key: table.folder_of(workdir, *key),
-        name,
-        lambda each: _command(base, configs[each.key.number]),
-        values.points_at_once,
-        listen,
-      )
+  run_missing(
+    console,
+    workdir,
+    points,
+    configs,
+    own,
+    name=pathlib.Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem,
+    command_of=lambda each: _command(base, configs[each.key.number]),
+    at_once=values.points_at_once,
+  )
   seconds = f"{time.monotonic() - started:.1f} s"
   if number > 1:  # of several that end at the same time the last one could write less than is there
     merge = f"python -m fedjax_med.sweep merge --workdir={shlex.quote(str(workdir))}"
