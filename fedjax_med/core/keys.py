@@ -23,6 +23,7 @@ class Stream(enum.IntEnum):
   SHUFFLE = 5  # order of a non-private epoch
   CLIENT_NOISE = 6  # Gaussian noise of a round, at the server
   AUGMENT = 7  # which rows of a patient, and how an image is changed
+  SYNTHETIC = 8  # the GAN of a hospital, and what it makes
 
 
 def base_key(seed: int | jax.Array) -> jax.Array:

@@ -54,4 +54,5 @@ def test_stream_numbers_never_change():
     ("SHUFFLE", 5),
     ("CLIENT_NOISE", 6),
     ("AUGMENT", 7),
+    ("SYNTHETIC", 8),
   ]
