@@ -108,6 +108,10 @@ class ClientConfig:
     label_smoothing: 0 to 1.
     augmentation: none, flip (left to right), shift (by up to an eighth of the side) or flip_shift,
       drawn anew for every image and step.
+    synthetic: none, or gan: each hospital trains a GAN on its training images before the first
+      round, and adds what it makes to them. Refused with privacy (docs/algorithms.md).
+    synthetic_share: synthetic training images for each real one under synthetic=gan.
+    gan_steps: training steps of each hospital's GAN.
   """
 
   optimizer: str = "sgd"
@@ -121,6 +125,9 @@ class ClientConfig:
   num_local_epochs: float = 1.0
   label_smoothing: float = 0.0
   augmentation: str = "none"
+  synthetic: str = "none"
+  synthetic_share: float = 0.5
+  gan_steps: int = 500
 
 
 @dataclasses.dataclass
@@ -135,7 +142,7 @@ class ServerConfig:
     optimizer: sgd (FedAvg), momentum (FedAvgM), adam (FedAdam) or yogi (FedYogi), from optax.
     learning_rate: server learning rate; 1 with sgd is plain FedAvg.
     momentum: of optimizer=momentum.
-    weighting: examples (patients under privacy.unit=patient) or uniform.
+    weighting: examples (real training images; patients under privacy.unit=patient) or uniform.
     participation: full or poisson.
     participation_rate: probability that a client takes part in a round (poisson).
     proximal_weight: FedProx μ; 0 turns the term off.
@@ -296,7 +303,8 @@ class Config:
   """A whole run.
 
   Attributes:
-    seed: drives initial weights (unless model.init_seed does), sampling, noise and participation.
+    seed: drives initial weights (unless model.init_seed does), sampling, noise, participation and
+      the GANs of client.synthetic.
   """
 
   seed: int = 0

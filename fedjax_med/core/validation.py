@@ -27,6 +27,7 @@ CHOICES = {
   "client_privacy.mechanism": ("none", "dp_fedavg"),
   "client_privacy.clipping": ("fixed", "adaptive"),
   "client.augmentation": ("none", "flip", "shift", "flip_shift"),
+  "client.synthetic": ("none", "gan"),
   "eval.tracker": ("none", "tensorboard", "wandb", "mlflow"),
   "execution.layout": ("auto", "vmap", "chunk", "scan"),
   "execution.lowering": ("auto", "matmul", "native"),
@@ -58,6 +59,8 @@ RANGES: dict[str, tuple[float, float, bool, str]] = {
   "client.num_local_steps": (0, 1_000_000, True, "use 0 to let num_local_epochs decide"),
   "client.num_local_epochs": (0, 10_000, False, "use 1"),
   "client.label_smoothing": (0, 0.9, True, "use 0"),
+  "client.synthetic_share": (0, 100, False, "use 0.5, or client.synthetic=none for none"),
+  "client.gan_steps": (1, 10_000_000, True, "use 500"),
   "server.num_rounds": (1, 10_000_000, True, "use 10"),
   "server.learning_rate": (0, float("inf"), False, "use 1 with sgd"),
   "server.momentum": (0, 0.9999, True, "use 0.9"),
@@ -179,6 +182,7 @@ def validate(config: Config) -> None:
     " the published width",
     "use model.width=1, or leave model.pretrained empty",
   )
+  _validate_synthetic(config)
   _validate_privacy(config)
   _validate_client_privacy(config)
 
@@ -216,6 +220,17 @@ def _validate_algorithm(config: Config) -> None:
       f"server.personal_layers='{server.personal_layers}' is no regular expression: {error};"
       " name a layer, such as head"
     ) from None
+
+
+def _validate_synthetic(config: Config) -> None:
+  for path in ("privacy.mechanism", "client_privacy.mechanism"):
+    mechanism = get_field(config, path)
+    require(
+      config.client.synthetic == "none" or mechanism == "none",
+      f"client.synthetic='{config.client.synthetic}' with {path}='{mechanism}': GANs read the"
+      " images without noise, and what they make is seen, which ε would not count",
+      f"use client.synthetic=none, or {path}=none",
+    )
 
 
 def _validate_privacy(config: Config) -> None:

@@ -20,6 +20,8 @@ class Dataset:
     skipped: (name, reason) of every file left out.
     notes: sentences that must stand beside every result on these data (leakage, licence).
     tumour_masks: [N, H, W] bool ground truth of the phantoms, else None.
+    num_synthetic: examples at the end that were made from training images of a hospital, and are in
+      its training row only; ``sites``, ``patients``, ``tumour_masks`` and a split end before them.
   """
 
   inputs: np.ndarray
@@ -32,6 +34,12 @@ class Dataset:
   skipped: tuple[tuple[str, str], ...] = ()
   notes: tuple[str, ...] = ()
   tumour_masks: np.ndarray | None = None
+  num_synthetic: int = 0
+
+  @property
+  def num_real(self) -> int:
+    """Examples that are not synthetic."""
+    return len(self.labels) - self.num_synthetic
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +79,12 @@ class ClientTable:
   counts: np.ndarray
 
 
+def real_counts(table: ClientTable, num_real: int) -> np.ndarray:
+  """[K] int32 examples of each row that are among the first ``num_real`` of the dataset."""
+  held = np.arange(table.indices.shape[1]) < table.counts[:, None]
+  return (held & (table.indices < num_real)).sum(axis=1, dtype=np.int32)
+
+
 @dataclasses.dataclass(frozen=True)
 class Hospitals:
   """A dataset split and partitioned: everything the simulation needs of the data.
@@ -79,7 +93,7 @@ class Hospitals:
     dataset: the examples.
     split: train and test sides.
     names: K hospital names.
-    train: training table of the K hospitals.
+    train: training table of the K hospitals; in a row synthetic examples come last.
     test: test table of the K hospitals; its rows together are the global test set.
     num_moved: examples moved from large to small clients to reach the minimum client size.
   """
@@ -90,6 +104,11 @@ class Hospitals:
   train: ClientTable
   test: ClientTable
   num_moved: int = 0
+
+  @property
+  def real_counts(self) -> np.ndarray:
+    """[K] int32 real training examples, with which each training row begins."""
+    return real_counts(self.train, self.dataset.num_real)
 
 
 def client_table(rows: list[np.ndarray]) -> ClientTable:

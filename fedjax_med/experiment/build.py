@@ -1,24 +1,28 @@
 """From a validated config to what a run needs: data, model, mechanisms, compiled functions."""
 
 import dataclasses
-import hashlib
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from fedjax_med import __version__
-from fedjax_med.core.config import ClientPrivacyConfig, Config, fingerprint, init_seed, to_dict
+from fedjax_med.core.config import ClientPrivacyConfig, Config
 from fedjax_med.core.keys import base_key
-from fedjax_med.data.dataset import ClientTable, Hospitals, UnitTable, client_rows, client_table
+from fedjax_med.data.dataset import (
+  ClientTable,
+  Hospitals,
+  UnitTable,
+  client_rows,
+  client_table,
+  real_counts,
+)
+from fedjax_med.experiment.identity import run_id_of
 from fedjax_med.experiment.program import Program, Shapes, make_program
 from fedjax_med.experiment.protection import Protection, cohort_cap, protect, require_a_round
 from fedjax_med.federated.algorithm import Client, Hyper, Pool, Units
-from fedjax_med.models.pretrained import load_safetensors
-from fedjax_med.models.registry import code_of
 from fedjax_med.privacy.client_level import ClientLevel
 from fedjax_med.privacy.guarantees import Guarantee
 from fedjax_med.simulation.mesh import Devices, choose_devices, replicate
@@ -114,39 +118,6 @@ class Experiment(NamedTuple):
     return self.case.guarantees
 
 
-def _run_id(
-  config: Config, hospitals: Hospitals, names: tuple[str, ...], table: list[np.ndarray]
-) -> str:
-  """Fingerprint of the trajectory: equal ids mean equal weights after equal rounds.
-
-  To rounding; bit for bit with the same layout, package versions and machine. ``table`` says who
-  holds what.
-  """
-  values: dict[str, Any] = to_dict(config)
-  # Neither what is measured, nor the layout, nor where files lie changes the trajectory.
-  for section, name in (("data", "path"), ("data", "cache_dir"), ("data", "strict")):
-    del values[section][name]
-  del values["execution"], values["eval"]
-  values["model"]["init_seed"] = init_seed(config)
-  # Other code is another training, and must have other noise.
-  values["code"] = [__version__, code_of(config.model.name)]
-  path = values["model"].pop("pretrained")  # its content counts, not its name
-  if path:
-    values["model"]["pretrained_sha256"] = load_safetensors(path).sha256
-  levels = config.privacy, config.client_privacy
-  calibrated = [p.target_epsilon > 0 and p.noise_multiplier == 0 for p in levels]
-  independent = config.privacy.bands == 1  # else the noise's correlation is made for the rounds
-  if config.client.schedule == "constant" and independent and not any(calibrated):
-    del values["server"]["num_rounds"]  # so that 5 rounds and 5 more equal 10
-  for section, is_calibrated in zip(("privacy", "client_privacy"), calibrated, strict=True):
-    if not is_calibrated:
-      del values[section]["target_epsilon"]  # a budget: it ends a run, it does not change it
-  sha = hashlib.sha256()
-  for array in (hospitals.dataset.inputs, hospitals.dataset.labels, *table):
-    sha.update(np.ascontiguousarray(array).tobytes())
-  return fingerprint({"config": values, "data": sha.hexdigest(), "names": names})
-
-
 def _hyper(config: Config, protection: Protection) -> Hyper:
   def scalars(*values: float) -> list[jax.Array]:
     return [jnp.asarray(value, jnp.float32) for value in values]
@@ -184,8 +155,10 @@ def _stack_clients(case: Case, shapes: Shapes) -> Client:
     pad = ((0, 0), (0, width - table.shape[1]))
     return jnp.asarray(np.pad(table, pad, constant_values=fill), jnp.int32)
 
-  # How many images a patient has is no public number, as how many patients there are is.
-  sizes = rows.counts if table is None else table.counts
+  # How many images a patient has is no public number, as how many patients there are is. Synthetic
+  # images say no more of patients than those they are made from, and give a hospital no weight.
+  real = real_counts(rows, case.hospitals.dataset.num_real)
+  sizes = real if table is None else table.counts
   weights = sizes if config.server.weighting == "examples" else np.ones(num_clients)
   private = protection.local.mechanisms if protection.local else ()
   absent = [0.0] * (0 if private else num_clients)
@@ -274,7 +247,7 @@ def _case(
   protection = protect(config, names, rows, hospitals.split.units, steps, place)
   rows = rows if protection.units is None else protection.units.rows
   table = _tables(rows, protection)
-  run_id = _run_id(protection.config, hospitals, names, table)
+  run_id = run_id_of(protection.config, hospitals, names, table)
   return Case(protection.config, hospitals, names, rows, numbers, protection, run_id, table)
 
 
@@ -320,7 +293,7 @@ def _run_key(config: Config, run_id: str) -> jax.Array:
 def run_key(experiment: Experiment, seed: int) -> jax.Array:
   """Key of the same run with another seed, as ``build`` would give it."""
   config = dataclasses.replace(experiment.config, seed=seed)
-  run_id = _run_id(config, experiment.hospitals, experiment.names, experiment.case.table)
+  run_id = run_id_of(config, experiment.hospitals, experiment.names, experiment.case.table)
   return _run_key(config, run_id)
 
 
@@ -373,7 +346,7 @@ def _alone(federation: Case, config: Config, k: int) -> Case:
     central=None,
   )
   table, name = _tables(rows, protection), federation.names[one]
-  run_id = _run_id(config, federation.hospitals, name, table)
+  run_id = run_id_of(config, federation.hospitals, name, table)
   numbers = federation.numbers[one]
   return Case(config, federation.hospitals, name, rows, numbers, protection, run_id, table)
 

@@ -20,6 +20,7 @@ from rich.table import Table
 from fedjax_med.experiment.build import Experiment
 from fedjax_med.experiment.loop import Listener, LogPoint, Outcome
 from fedjax_med.experiment.processes import is_first
+from fedjax_med.experiment.synthetic import left_out
 from fedjax_med.privacy.guarantees import UNITS
 
 MOST_ROWS = 20  # hospitals in a table on the terminal; files and report hold all of them
@@ -54,11 +55,18 @@ def describe(
   dataset, split = hospitals.dataset, hospitals.split
   height, width = dataset.inputs.shape[1:3]
   console.print(
-    f"[bold]{len(hospitals.names)} hospitals[/] share {len(dataset.labels)} images"
+    f"[bold]{len(hospitals.names)} hospitals[/] share {dataset.num_real} images"
     f" ({config.data.source}, {height}x{width}, classes {escape(', '.join(dataset.class_names))});"
     f" {len(split.train)} train, {len(split.test)} test, split '{split.scheme}',"
     f" partition '{config.partition.scheme}'"
   )
+  if dataset.num_synthetic:
+    told = ", ".join(f"{name}: {label}" for name, label in left_out(hospitals))
+    console.print(
+      f"GANs of the hospitals add {dataset.num_synthetic} synthetic train images"
+      f" (client.synthetic_share={config.client.synthetic_share:g})"
+      + (f"; too few images to learn from, so that none are made: {escape(told)}" if told else "")
+    )
   if split.num_test_with_duplicate_in_train:
     console.print(
       f"[yellow]{split.num_test_with_duplicate_in_train} of {len(split.test)} test images have a"
@@ -101,7 +109,8 @@ def _hospital_table(experiment: Experiment, planned: tuple[float, ...]) -> Table
   hospitals = experiment.hospitals
   table = Table(title="Who trains", title_justify="left")
   table.add_column("hospital")
-  columns = ["train", "test", "steps/round"]
+  made = hospitals.train.counts - hospitals.real_counts
+  columns = ["train", *(["synthetic"] if made.any() else []), "test", "steps/round"]
   local = experiment.local
   if local and local.unit == "patient":
     columns.append("patients")
@@ -109,8 +118,8 @@ def _hospital_table(experiment: Experiment, planned: tuple[float, ...]) -> Table
   for column in columns:
     table.add_column(column, justify="right")
   for k, name in enumerate(hospitals.names[:MOST_ROWS]):
-    row = [name, str(hospitals.train.counts[k]), str(hospitals.test.counts[k])]
-    row.append(str(experiment.steps[k]))
+    row = [name, str(hospitals.real_counts[k]), *([str(made[k])] if made.any() else [])]
+    row += [str(hospitals.test.counts[k]), str(experiment.steps[k])]
     if local:
       mechanism = local.mechanisms[k]
       row += [str(mechanism.num_units)] if local.unit == "patient" else []

@@ -289,10 +289,11 @@ def draw_examples(
   images: Sequence[Sequence[np.ndarray | None]],  # [hospital][column] of [H, W] uint8
   hospital_names: Sequence[str],
   column_titles: Sequence[str],
+  title: str = "Train images",
 ) -> None:
   """A grid of example images, a row for each hospital; None where it holds no such image."""
   rows, columns = len(hospital_names), len(column_titles)
-  with new_figure(path, (1.9 + 1.15 * columns, 0.7 + 1.15 * rows), "Train images") as figure:
+  with new_figure(path, (1.9 + 1.15 * columns, 0.7 + 1.15 * rows), title) as figure:
     grid = figure.subplots(rows, columns, squeeze=False)
     for row, name in enumerate(hospital_names):
       for axis, image in zip(grid[row], images[row], strict=True):

@@ -22,7 +22,13 @@ from fedjax_med.federated.algorithm import RoundMetrics
 from fedjax_med.privacy import ledger
 from fedjax_med.privacy.calibration import affordable_steps
 from fedjax_med.privacy.clipping import TWO_PASS_GAP
-from fedjax_med.privacy.guarantees import NO_PRIVACY, Guarantee, baseline_gaps, privacy_record
+from fedjax_med.privacy.guarantees import (
+  NO_PRIVACY,
+  SYNTHETIC_GAP,
+  Guarantee,
+  baseline_gaps,
+  privacy_record,
+)
 from fedjax_med.privacy.guarantees import spent as epsilons_of
 from fedjax_med.simulation.evaluation import Weights
 from fedjax_med.simulation.mesh import replicate, replicated
@@ -153,7 +159,8 @@ def write_privacy(
   """
   if book is None:
     if not experiment.guarantees:
-      files.write_json(folder / "privacy.json", NO_PRIVACY)
+      gaps = {"not_covered": [SYNTHETIC_GAP]} if experiment.hospitals.dataset.num_synthetic else {}
+      files.write_json(folder / "privacy.json", {**NO_PRIVACY, **gaps})
     return None
   book = ledger.record(folder, book, rounds, releases(experiment, rounds, steps))
   gaps = [TWO_PASS_GAP] if experiment.program.plan.clipping == "two_pass" else []

@@ -10,10 +10,12 @@ import numpy as np
 from fedjax_med import __version__
 from fedjax_med.core.config import to_dict
 from fedjax_med.core.metrics import confusion_matrix
-from fedjax_med.data.dataset import ClientTable, Hospitals
+from fedjax_med.data.dataset import Hospitals, client_rows
 from fedjax_med.experiment.build import Experiment
 from fedjax_med.experiment.checkpoints import digest
 from fedjax_med.experiment.loop import Outcome, evaluated, evaluation_rows
+from fedjax_med.experiment.synthetic import digest as synthetic_digest
+from fedjax_med.experiment.synthetic import left_out
 from fedjax_med.models.registry import network_record
 
 PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "dp-accounting", "numpy")
@@ -49,15 +51,23 @@ def config_record(experiment: Experiment, command: str) -> dict[str, Any]:
 
 
 def hospital_record(hospitals: Hospitals) -> dict[str, Any]:
-  """hospitals.json: who holds how many examples of each class, and what is known of the split."""
+  """hospitals.json: who holds how many examples of each class, and what is known of the split.
+
+  ``train`` counts real images; ``synthetic``, where there are any, stands beside it.
+  """
   dataset, split = hospitals.dataset, hospitals.split
   classes = len(dataset.class_names)
 
-  def per_class(table: ClientTable, k: int) -> list[int]:
-    rows = table.indices[k, : table.counts[k]]
+  def per_class(rows: np.ndarray) -> list[int]:
     return np.bincount(dataset.labels[rows], minlength=classes).tolist()
 
-  return {
+  def holds(k: int, name: str) -> dict[str, Any]:
+    real, made = np.split(client_rows(hospitals.train)[k], [hospitals.real_counts[k]])
+    test = client_rows(hospitals.test)[k]
+    counts = {"name": name, "train": per_class(real), "test": per_class(test)}
+    return {**counts, "synthetic": per_class(made)} if dataset.num_synthetic else counts
+
+  record: dict[str, Any] = {
     "class_names": list(dataset.class_names),
     "split": {
       "scheme": split.scheme,
@@ -69,11 +79,12 @@ def hospital_record(hospitals: Hospitals) -> dict[str, Any]:
     },
     "num_moved": hospitals.num_moved,
     "skipped": [list(item) for item in dataset.skipped],
-    "hospitals": [
-      {"name": name, "train": per_class(hospitals.train, k), "test": per_class(hospitals.test, k)}
-      for k, name in enumerate(hospitals.names)
-    ],
+    "hospitals": [holds(k, name) for k, name in enumerate(hospitals.names)],
   }
+  if dataset.num_synthetic:
+    left = [list(each) for each in left_out(hospitals)]
+    record["synthetic"] = {"sha256": synthetic_digest(hospitals), "left_out": left}
+  return record
 
 
 def _cost(experiment: Experiment, outcome: Outcome) -> dict[str, Any]:
@@ -86,9 +97,14 @@ def _cost(experiment: Experiment, outcome: Outcome) -> dict[str, Any]:
 
 def summary_record(experiment: Experiment, outcome: Outcome, name: str) -> dict[str, Any]:
   """Results only, no times: an interrupted and an unbroken run write the same bytes."""
-  labels = experiment.hospitals.dataset.labels[evaluation_rows(experiment)]
+  hospitals = experiment.hospitals
+  labels = hospitals.dataset.labels[evaluation_rows(experiment)]
   plan = experiment.program.plan
   weights = evaluated(experiment.program.parts, outcome.state)
+  images = {}
+  if hospitals.dataset.num_synthetic:
+    real = hospitals.real_counts
+    images = {"real": real.tolist(), "synthetic": (hospitals.train.counts - real).tolist()}
   return {
     "run_id": experiment.run_id,
     "config_name": name,
@@ -102,7 +118,8 @@ def summary_record(experiment: Experiment, outcome: Outcome, name: str) -> dict[
     "confusion": confusion_matrix(outcome.last.probabilities, labels).tolist(),
     "num_parameters": num_parameters(experiment),
     **_cost(experiment, outcome),
-    "split": experiment.hospitals.split.scheme,
+    "split": hospitals.split.scheme,
+    **({"train_images": images} if images else {}),
     "plan": {**plan._asdict(), "reasons": list(plan.reasons)},
     "weights_sha256": digest(weights if experiment.program.parts.personal else weights.params),
   }

@@ -230,7 +230,9 @@ def _draw(workdir: pathlib.Path, run: dict[str, Any]) -> dict[str, dict[str, Any
   """Draws the figures; returns PNGs and widths by name, with the run's own examples.png if any."""
   folder = workdir / "figures"
   _draw_all(folder, run, ".png")
-  return embedded(folder, ("partition", "rounds", "hospitals", "confusion", "examples"))
+  return embedded(
+    folder, ("partition", "rounds", "hospitals", "confusion", "examples", "synthetic")
+  )
 
 
 def _draw_all(folder: pathlib.Path, run: dict[str, Any], suffix: str) -> None:
@@ -325,6 +327,7 @@ def _rows(run: dict[str, Any]) -> list[dict[str, Any]]:
     {
       "name": holds["name"],
       "train": holds["train"],
+      "synthetic": holds.get("synthetic"),
       "test": holds["test"],
       "metrics": metrics,
       "privacy": spent,

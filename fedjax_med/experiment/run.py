@@ -10,10 +10,10 @@ from fedjax_med.core.config import Config, to_dict
 from fedjax_med.data.dataset import Hospitals, client_rows
 from fedjax_med.data.hospitals import load_hospitals
 from fedjax_med.experiment import console as terminal
-from fedjax_med.experiment import figures
+from fedjax_med.experiment import figures, synthetic
 from fedjax_med.experiment import workdir as files
 from fedjax_med.experiment.baselines import run_baselines
-from fedjax_med.experiment.build import Experiment, build
+from fedjax_med.experiment.build import Experiment, build, federation
 from fedjax_med.experiment.loop import (
   LogPoint,
   planned_rounds,
@@ -43,6 +43,7 @@ def planned(experiment: Experiment) -> tuple[int, tuple[float, ...], float | Non
 def dry_run(config: Config, hospitals: Callable[[], Hospitals] | None = None) -> None:
   """Prints config, hospitals, plan, memory estimate and planned ε; trains nothing."""
   data = hospitals() if hospitals else load_hospitals(config)  # its readers may silence stdout
+  data = synthetic.with_places(config, data)
   console = terminal.make_console()
   experiment = build(config, data)
   console.print_json(data=to_dict(experiment.config))  # with what privacy.solve_for found
@@ -86,7 +87,14 @@ def run(
   started = time.monotonic()
   files.prepare(folder)
   require_installed(config.eval.tracker)
-  experiment = build(config, hospitals() if hospitals else load_hospitals(config))
+  seconds: dict[str, float] = {}
+  data = synthetic.with_places(config, hospitals() if hospitals else load_hospitals(config))
+  if data.dataset.num_synthetic:  # GANs take long: a folder of another run is refused before
+    files.claim(folder, federation(config, data).run_id)
+    begun = time.monotonic()
+    data = synthetic.completed(config, data, folder, console.print)
+    seconds["synthetic"] = time.monotonic() - begun
+  experiment = build(config, data)
   require_same_run(experiment.run_id)
   files.claim(folder, experiment.run_id)
   compiling = start_compiling(experiment)
@@ -108,7 +116,7 @@ def run(
       record(test_line(experiment, point))
 
     outcome = train_rounds(experiment, folder, log, compiling)
-  seconds = {**outcome.seconds, "total": time.monotonic() - started}
+  seconds |= {**outcome.seconds, "total": time.monotonic() - started}
   files.write_json(folder / "timing.json", {k: round(v, 3) for k, v in seconds.items()})
   files.write_json(folder / "summary.json", summary_record(experiment, outcome, name))
   if config.eval.local_baselines:
@@ -128,20 +136,36 @@ def run(
 
 
 def _draw_examples(experiment: Experiment, folder: pathlib.Path) -> None:
-  """Train images of each hospital and class, so that a reader sees what was learned from."""
+  """Train images of each hospital and class, real and synthetic: what was learned from."""
   hospitals = experiment.hospitals
   dataset = hospitals.dataset
   shown = min(len(hospitals.names), 8)
   classes = range(min(len(dataset.class_names), 4))
 
-  def first_two(k: int, label: int) -> list[np.ndarray | None]:
+  def first(k: int, label: int, synthetic: bool, number: int) -> list[np.ndarray | None]:
     rows = client_rows(hospitals.train)[k]
-    found = [dataset.inputs[row, :, :, 0] for row in rows[dataset.labels[rows] == label][:2]]
-    return [*found, *[None] * (2 - len(found))]
+    rows = rows[(dataset.labels[rows] == label) & ((rows >= dataset.num_real) == synthetic)]
+    found = [dataset.inputs[row, :, :, 0] for row in rows[:number]]
+    return [*found, *[None] * (number - len(found))]
 
   figures.draw_examples(
     folder / "figures" / "examples.png",
-    [[image for label in classes for image in first_two(k, label)] for k in range(shown)],
+    [[image for label in classes for image in first(k, label, False, 2)] for k in range(shown)],
     hospitals.names[:shown],
     [dataset.class_names[label] for label in classes for _ in range(2)],
+  )
+  if not dataset.num_synthetic:
+    return
+  each = 3 if len(classes) <= 2 else 1
+  columns = [(label, made) for label in classes for made in (False, True)]
+  figures.draw_examples(
+    folder / "figures" / "synthetic.png",
+    [[image for column in columns for image in first(k, *column, each)] for k in range(shown)],
+    hospitals.names[:shown],
+    [
+      f"{dataset.class_names[label]}\n{'synthetic' if made else 'real'}"
+      for label, made in columns
+      for _ in range(each)
+    ],
+    "Real and synthetic train images",
   )

@@ -95,6 +95,11 @@ NOT_COVERED = (
   "Simulation-grade randomness: float32 normals stop at 5.42 standard deviations and threefry is"
   " no certified cryptographic generator; the values hold for ideal randomness.",
 )
+# What a run with synthetic images has to say, which is one without a guarantee.
+SYNTHETIC_GAP = (
+  "The synthetic images were made by GANs that each hospital trained on its images, without noise:"
+  " they may resemble or repeat those images, and are no safer to show than they are."
+)
 _RECORDS_ONLY = "A patient with several records is protected as single records, not as a patient."
 
 

@@ -56,6 +56,7 @@ def write_out(record: dict[str, Any], run_id: str, audit: dict[str, Any] | None 
         " model updates that leave it may reveal them: without noise nothing bounds what can be"
         " learned about one image.",
         "",
+        *(f"- {item}" for item in record.get("not_covered", ())),
       ]
     )
   for guarantee in record["guarantees"]:

@@ -15,6 +15,7 @@ from fedjax_med.data.hospitals import build_hospitals
 from fedjax_med.data.sources import load_dataset
 from fedjax_med.experiment.build import Case, baselines, federation
 from fedjax_med.experiment.protection import cohort_cap
+from fedjax_med.experiment.synthetic import image_key, with_places
 from fedjax_med.sweep.grid import Point
 
 SEED_AXES = ("partition", "init", "sampling")
@@ -35,6 +36,9 @@ TRACED = frozenset(
     "model.init_seed",
     "client.learning_rate",
     "client.num_local_epochs",
+    "client.synthetic",  # more images, which are among the shapes
+    "client.synthetic_share",
+    "client.gan_steps",
     "server.learning_rate",
     "server.weighting",
     "server.proximal_weight",
@@ -146,7 +150,7 @@ def _short(value: Any) -> str:
 
 
 def hospital_loader() -> Callable[[Config], Hospitals]:
-  """``load_hospitals`` that keeps what it read and what it dealt."""
+  """``load_hospitals`` that keeps what it read and dealt, with places for synthetic images."""
   datasets: dict[str, Dataset] = {}
   dealt: dict[str, Hospitals] = {}
 
@@ -160,7 +164,12 @@ def hospital_loader() -> Callable[[Config], Hospitals]:
       if images not in datasets:
         datasets[images] = load_dataset(config.data)
       dealt[key] = build_hospitals(datasets[images], config.data, config.partition)
-    return dealt[key]
+    if config.client.synthetic == "none":
+      return dealt[key]
+    more = key + _text([config.client.synthetic, config.client.synthetic_share])
+    if more not in dealt:
+      dealt[more] = with_places(config, dealt[key])
+    return dealt[more]
 
   return load
 
@@ -221,9 +230,10 @@ def groups(planned: Sequence[Planned]) -> list[list[Planned]]:
 
 def chunks(group: Sequence[Planned], size: int) -> list[list[Planned]]:
   """A group in parts of at most ``size`` runs on the same images, long runs together."""
-  by_images: dict[int, list[Planned]] = {}
+  by_images: dict[tuple[Any, ...], list[Planned]] = {}
   for each in group:
-    by_images.setdefault(id(each.case.hospitals.dataset), []).append(each)
+    key = image_key(each.case.config, each.case.hospitals)
+    by_images.setdefault(key, []).append(each)
   parts = []
   for runs in by_images.values():
     runs = sorted(runs, key=lambda each: -each.case.config.server.num_rounds)

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from fedjax_med.core.config import init_seed, to_dict
+from fedjax_med.core.config import Config, init_seed, to_dict
+from fedjax_med.data.dataset import Hospitals
 from fedjax_med.experiment import workdir as files
 from fedjax_med.experiment.baselines import write_baselines
 from fedjax_med.experiment.build import Experiment, place, plan_together
@@ -31,6 +32,7 @@ from fedjax_med.experiment.planning import shared_devices
 from fedjax_med.experiment.program import Program, Shapes
 from fedjax_med.experiment.records import config_record, hospital_record, summary_record
 from fedjax_med.experiment.report import write_statement
+from fedjax_med.experiment.synthetic import image_keeper
 from fedjax_med.experiment.trackers import require_installed, track
 from fedjax_med.federated.algorithm import Pool
 from fedjax_med.privacy import ledger
@@ -124,13 +126,13 @@ def run_points(
   """
   for name_of_tracker in {each.case.config.eval.tracker for each in planned}:
     require_installed(name_of_tracker)
-  progress = Progress(0, 0, None, "")
+  progress, complete = Progress(0, 0, None, ""), image_keeper()
   parts = [part for part in groups(planned) if not {each.key for each in part} <= done]
   for number, group in enumerate(parts, 1):
     progress = progress._replace(note=f"program {number} of {len(parts)}")
     listen(progress._replace(note=f"{progress.note}: compiling"))
     prepared = prepare(group, at_once)
-    progress = run_group(prepared, done, folder_of, name, command_of, listen, progress)
+    progress = run_group(prepared, done, folder_of, name, command_of, listen, progress, complete)
   for each in planned:
     if each.case.config.eval.local_baselines and not each.key.baseline:
       write_baselines(each.case, folder_of(each.key))
@@ -164,17 +166,26 @@ def run_group(
   command_of: Callable[[Planned], str],
   listen: Listener,
   progress: Progress,
+  complete: Callable[[Config, Hospitals], Hospitals] | None = None,
 ) -> Progress:
-  """Runs a group chunk by chunk; see ``run_points``. Returns the progress after it."""
-  layout = prepared.layout
+  """Runs a group chunk by chunk; see ``run_points``. Returns the progress after it.
+
+  ``complete`` makes synthetic images, or has made them for another group.
+  """
+  layout, complete = prepared.layout, complete or image_keeper()
   for whole in chunks(prepared.group, layout.size):
     chunk = [each for each in whole if each.key not in done]
     if not chunk:
       continue
-    dataset = chunk[0].case.hospitals.dataset
+    cases = [each.case for each in chunk]
+    if cases[0].hospitals.dataset.num_synthetic:  # those of the chunk are the same hospitals
+      listen(progress._replace(note=f"{progress.note}: synthetic images"))
+      hospitals = complete(cases[0].config, cases[0].hospitals)
+      cases = [case._replace(hospitals=hospitals) for case in cases]
+    dataset = cases[0].hospitals.dataset
     images = Pool(jnp.asarray(dataset.inputs), jnp.asarray(dataset.labels))
     pool = _put(images, layout.mesh, dealt=False)
-    runs = [place(each.case, prepared.program, prepared.shapes, pool, None) for each in chunk]
+    runs = [place(case, prepared.program, prepared.shapes, pool, None) for case in cases]
 
     def told(rounds: int, so_far=progress, chunk=chunk) -> None:
       note = f"{so_far.note}: {len(chunk)} runs at once"

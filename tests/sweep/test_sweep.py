@@ -12,6 +12,7 @@ from fedjax_med.core.config import PrivacyConfig, flat, from_dict, init_seed, to
 from fedjax_med.core.errors import UserError
 from fedjax_med.data.hospitals import load_hospitals
 from fedjax_med.experiment import run as runs
+from fedjax_med.experiment import synthetic
 from fedjax_med.experiment.build import build
 from fedjax_med.experiment.loop import train_rounds
 from fedjax_med.experiment.records import summary_record
@@ -335,3 +336,33 @@ def test_baselines_of_a_point_are_those_of_the_run_by_itself(tmp_path):
   again = json.loads((folder / "privacy.json").read_text())["not_covered"]
   assert len(set(again)) == len(again)
   write_report(folder)
+
+
+@pytest.mark.slow
+def test_points_of_one_seed_share_the_images_of_their_gans(tmp_path, monkeypatch):
+  calls = []
+
+  def make_images(config, hospitals):
+    calls.append((config.seed, config.client.gan_steps))
+    shape = (hospitals.dataset.num_synthetic, *hospitals.dataset.inputs.shape[1:])
+    return np.random.default_rng(config.seed).integers(0, 256, shape).astype(np.uint8)
+
+  monkeypatch.setattr(synthetic, "make_images", make_images)
+  changes = {"client__synthetic": "gan", "privacy__mechanism": "none"}
+  config = base(**changes, privacy__noise_multiplier=0.0, eval__local_baselines=True)
+  rates = [{"seed": seed, "client.learning_rate": rate} for seed in (0, 1) for rate in (0.1, 0.2)]
+  planned = plan(rates, config)
+  assert calls == []  # nor would a dry run train any
+  assert len(groups(planned)) == 3
+  sweep(tmp_path / "sweep", rates, config)
+  assert calls == [(0, 500), (1, 500)]
+  alone = base(**changes, privacy__noise_multiplier=0.0, client__learning_rate=0.2)
+  alone.seed = 1
+  runs.run(alone, tmp_path / "alone", "smoke", "test")
+  one, other = (
+    json.loads((tmp_path / folder / "summary.json").read_text())
+    for folder in ("alone", "sweep/points/00003")
+  )
+  assert one["run_id"] == other["run_id"]
+  assert one["train_images"] == other["train_images"]
+  assert other["test"]["loss"] == pytest.approx(one["test"]["loss"], rel=1e-4)
