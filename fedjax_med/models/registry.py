@@ -17,6 +17,7 @@ from fedjax_med.core.errors import require, require_choice
 from fedjax_med.models import (
   cnn,
   densenet,
+  fedxnet,
   googlenet,
   mobile,
   ops,
@@ -42,6 +43,7 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
   "mobilenet_v2": mobile.mobilenet_v2,
   "efficientnet_b0": mobile.efficientnet_b0,
   "efficientnet_b0_texture": mobile.efficientnet_b0_texture,
+  "fedxnet": fedxnet.fedxnet,
   "cnn_small": cnn.cnn_small,
   "mlp": cnn.mlp,
   "linear": cnn.linear,
