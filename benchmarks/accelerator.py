@@ -39,7 +39,7 @@ def check() -> dict[str, Any]:
   import optax
 
   from fedjax_med.core.config import ModelConfig
-  from fedjax_med.federated.local import cross_entropy
+  from fedjax_med.federated.losses import cross_entropy
   from fedjax_med.models.ops import Lowering
   from fedjax_med.models.registry import create_model
   from fedjax_med.privacy.clipping import METHODS, clipped_sum

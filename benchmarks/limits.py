@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from benchmarks import common, specs
 from benchmarks.workloads import make_model
 from fedjax_med.core.keys import base_key
-from fedjax_med.federated.local import cross_entropy
+from fedjax_med.federated.losses import cross_entropy, with_penalties
 
 
 def product_speed(size: int, repeats: int) -> float:
@@ -31,7 +31,7 @@ def product_speed(size: int, repeats: int) -> float:
 def operations(workload: specs.Workload) -> float:
   """Floating-point operations of a plain gradient, for each image of the batch."""
   model, _ = make_model(workload, lowering="native")
-  loss = cross_entropy(0.0)
+  loss = with_penalties(cross_entropy(0.0), model.penalties)
   images = jnp.zeros((workload.batch, *workload.shape), jnp.float32)
   labels = jnp.zeros(workload.batch, jnp.int32)
   params, state = jax.eval_shape(model.init, base_key(0), images[:1])

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from benchmarks import common, specs
 from benchmarks.workloads import make_model, write_reference
 from fedjax_med.core.keys import base_key
-from fedjax_med.federated.local import cross_entropy
+from fedjax_med.federated.losses import cross_entropy, with_penalties
 from fedjax_med.federated.optimizers import descend
 from fedjax_med.privacy.clipping import METHODS, clipped_sum
 from fedjax_med.privacy.noise import private_mean
@@ -33,7 +33,7 @@ MIB = 2**20
 
 def step(method: str, model: Any, batch: int, *, noisy: bool = True) -> Callable[..., Any]:
   """``(params, state, inputs, labels, key) -> params`` of one SGD step."""
-  loss = cross_entropy(0.0)
+  loss = with_penalties(cross_entropy(0.0), model.penalties)
 
   def plain(params, state, inputs, labels, key):
     del key

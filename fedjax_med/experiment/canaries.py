@@ -17,7 +17,8 @@ import numpy as np
 from fedjax_med.core.keys import base_key
 from fedjax_med.experiment.attacks import ATTACKS, TRIALS_AT_ONCE, Scores, attack_scores, ratio
 from fedjax_med.federated.algorithm import Client, Hyper, Pool, Units
-from fedjax_med.federated.local import StepContext, cross_entropy, private_gradient
+from fedjax_med.federated.local import StepContext, private_gradient
+from fedjax_med.federated.losses import cross_entropy
 from fedjax_med.models.canary import canary_model
 from fedjax_med.privacy.banded import empty_memory
 from fedjax_med.privacy.guarantees import Guarantee

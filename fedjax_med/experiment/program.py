@@ -19,17 +19,17 @@ from fedjax_med.experiment.protection import cohort_cap
 from fedjax_med.federated.algorithm import FederatedAlgorithm, ServerState
 from fedjax_med.federated.local import (
   LocalTraining,
-  cross_entropy,
   local_training,
   plain_gradient,
   private_gradient,
 )
+from fedjax_med.federated.losses import cross_entropy
 from fedjax_med.federated.optimizers import client_optimizer, schedule, server_optimizer
 from fedjax_med.federated.registry import create_algorithm
 from fedjax_med.models.model import Model
 from fedjax_med.models.ops import Lowering
 from fedjax_med.models.pretrained import Overlay, overlay
-from fedjax_med.models.registry import create_model, has_remat
+from fedjax_med.models.registry import create_model, has_remat, require_columns
 from fedjax_med.privacy.banded import empty_memory
 from fedjax_med.privacy.clipping import resolve_method
 from fedjax_med.privacy.clipping import uncovered as clipping_problems
@@ -135,7 +135,8 @@ def make_program(
     may_share_less: whether fewer devices may be taken to save memory.
 
   Raises:
-    UserError: the rounds do not fit into the memory budget, whatever may be changed.
+    UserError: the network does not return the columns that are due, or the rounds do not fit into
+      the memory budget, whatever may be changed.
   """
   steps, max_examples, shared_steps, batch_cap, counts, max_units, rows_per_unit = shapes
   classes, private = len(dataset.class_names), config.privacy.mechanism != "none"
@@ -225,6 +226,7 @@ def make_program(
     mesh = devices.mesh if choice.devices == devices.number else client_mesh(choice.devices)
     return jit_block(rounds_as(choice, mesh), mesh)
 
+  require_columns(model_of(False, devices.number), image, classes)
   remat = config.execution.remat == "blocks"
   clipping, clipping_reason = "none", None
   if private:

@@ -20,14 +20,13 @@ from fedjax_med.federated.algorithm import (
   add_metrics,
   no_metrics,
 )
+from fedjax_med.federated.losses import Loss, class_logits, with_penalties
 from fedjax_med.federated.optimizers import descend
 from fedjax_med.models.model import Model
 from fedjax_med.privacy.banded import banded_batch, correlated_mean
 from fedjax_med.privacy.clipping import clipped_sum
 from fedjax_med.privacy.noise import private_mean
 from fedjax_med.privacy.sampling import epoch_batch, poisson_batch
-
-Loss = Callable[[jax.Array, jax.Array], jax.Array]
 
 
 class StepContext(NamedTuple):
@@ -43,18 +42,6 @@ class StepContext(NamedTuple):
 
 # (params, state, memory, context) -> (gradient, new state, new memory, RoundMetrics of this step)
 Gradient = Callable[[Tree, Tree, Tree, StepContext], tuple[Tree, Tree, Tree, RoundMetrics]]
-
-
-def cross_entropy(label_smoothing: float) -> Loss:
-  """Per-example softmax cross-entropy: (logits [B, classes], labels [B]) -> float32 [B]."""
-
-  def loss(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    targets = optax.smooth_labels(
-      jax.nn.one_hot(labels, logits.shape[-1], dtype=logits.dtype), label_smoothing
-    )
-    return optax.softmax_cross_entropy(logits, targets)
-
-  return loss
 
 
 class _Drawn(NamedTuple):
@@ -108,11 +95,14 @@ def plain_gradient(
 ) -> Gradient:
   """Gradient of the mean loss over the next batch of a client's shuffled epoch.
 
+  ``loss`` is of the class logits; what the network adds to it comes on top (``with_penalties``).
+
   Epochs run on across rounds (global step = round · steps a round + step), so a round shorter
   than an epoch still visits every example (of the rounds that the client takes part in). The last
   batch of an epoch may be partial. ``microbatch`` examples are in memory at once (0: the batch);
   batch norm sees, and averages over, one microbatch after the other.
   """
+  whole_loss = with_penalties(loss, model.penalties)
 
   def gradient(params, state, memory, context):
     client = context.client
@@ -141,10 +131,10 @@ def plain_gradient(
       labels = context.pool.labels[rows]
 
       def mean_loss(params):
-        logits, new_state = model.apply(params, state, inputs, key=key, train=True)
-        losses = loss(logits, labels)
+        outputs, new_state = model.apply(params, state, inputs, key=key, train=True)
+        losses = whole_loss(outputs, labels)
         total = _masked_sum(losses, mask)
-        return total / count, (total, logits, new_state)
+        return total / count, (total, class_logits(outputs, model.penalties), new_state)
 
       grad, (total, logits, new_state) = jax.grad(mean_loss, has_aux=True)(params)
       metrics = no_metrics()._replace(
@@ -176,9 +166,10 @@ def private_gradient(
   """DP-SGD gradient (Abadi et al. 2016) of a truncated Poisson batch of privacy units.
 
   Sum of clipped gradients, one of each unit, plus noise of standard deviation σC on the sum,
-  divided by the fixed expected batch size q·n. Batch and noise are functions of (client, round,
-  step) alone: a replayed step is the same release. ``microbatch`` units are clipped at once (0: the
-  cap), and no more microbatches run than hold a unit that was drawn.
+  divided by the fixed expected batch size q·n. ``loss`` as in ``plain_gradient``. Batch
+  and noise are functions of (client, round, step) alone: a replayed step is the same release.
+  ``microbatch`` units are clipped at once (0: the cap), and no more microbatches run than hold a
+  unit that was drawn.
 
   A unit is one example, or where ``client.units`` says so a patient: of those with more than
   ``rows_per_unit`` rows a step looks at that many. Each row is seen in ``copies`` random changes
@@ -189,6 +180,7 @@ def private_gradient(
   ``banded.Memory``.
   """
   images = rows_per_unit * copies
+  whole_loss = with_penalties(loss, model.penalties)
 
   def gradient(params, state, memory, context):
     client, hyper = context.client, context.hyper
@@ -229,7 +221,7 @@ def private_gradient(
         total, clip = clipped_sum(
           clipping,
           model,
-          loss,
+          whole_loss,
           params,
           state,
           inputs,
@@ -239,10 +231,10 @@ def private_gradient(
           key,
           rows_per_unit=images,
         )
-      present = drawn.mask
+      present, logits = drawn.mask, class_logits(clip.outputs, model.penalties)
       metrics = no_metrics()._replace(
         loss=_masked_sum(clip.loss, mask),
-        correct=_masked_sum(clip.logits.argmax(-1) == labels, mask),
+        correct=_masked_sum(logits.argmax(-1) == labels, mask),
         norm=_masked_sum(clip.norm, present),
         clipped=_masked_sum(clip.norm > hyper.clip_norm, present),
         examples=mask.sum(dtype=jnp.float32),

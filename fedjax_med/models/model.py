@@ -47,20 +47,23 @@ class Model(NamedTuple):
     init: (key, inputs [1, ...]) -> (params, state); state holds the collections that are not
       trained (stored statistics), {} where there are none.
     apply: (params, state, inputs [B, ...], *, key=None, train=False) -> (logits [B, classes], new
-      state). ``key`` draws dropout; without training the state comes back as it went in.
-    tapped_apply: (params, state, inputs [B, ...], taps [U], *, key=None) -> logits [B, classes] of
-      a training pass. The cotangent of ``taps`` is the squared l2 norm of each unit's gradient of
-      the parameters, provided that ``uncovered`` is empty. The state stays as it is.
+      state). ``key`` draws dropout; without training the state comes back as it went in. In
+      training ``penalties`` columns follow the logits, each example's own additions to its loss.
+    tapped_apply: (params, state, inputs [B, ...], taps [U], *, key=None) -> what ``apply`` returns
+      in training [B, classes + penalties]. The cotangent of ``taps`` is the squared l2 norm of each
+      unit's gradient of the parameters, provided that ``uncovered`` is empty. The state stays as it
+      is.
     blank_records: (params, state, inputs [B, ...], units, *, key=None) -> zeros in the shape of the
       ``Record`` of every layer, by the layer's path.
-    recorded_apply: (params, state, inputs [B, ...], blank records, units, *, key=None) -> the same
-      logits. The cotangent of the blank records is each layer's ``Record``.
+    recorded_apply: (params, state, inputs [B, ...], blank records, units, *, key=None) -> the
+      same. The cotangent of the blank records is each layer's ``Record``.
     uncovered: (params, state, inputs) -> for clipping methods 'book_keeping' and 'two_pass', why
       they cannot be trusted, one phrase a reason, empty if they can. ``inputs`` needs a shape
       [any, ...] and a dtype only.
     watched_apply: (params, state, inputs [B, ...], watch) -> logits outside training. Every module
       is shown to ``watch`` when it is done, as a ``Call``, and ``watch(call)`` goes on in the place
       of its outputs.
+    penalties: columns after the classes in training.
 
   Logits are float32, or float64 where the network computes so.
   """
@@ -72,13 +75,15 @@ class Model(NamedTuple):
   recorded_apply: Callable[..., jax.Array]
   uncovered: Callable[..., dict[str, tuple[str, ...]]]
   watched_apply: Callable[..., jax.Array]
+  penalties: int = 0
 
 
 def from_flax(module: nn.Module, lowering: ops.Lowering = "matmul") -> Model:
   """Wraps a Linen module whose ``__call__`` takes inputs [B, ...] and returns logits [B, classes].
 
   ``train=`` is passed if ``__call__`` has such an argument; the random stream is 'dropout'.
-  ``lowering`` says how convolutions run: 'matmul', 'native' or 'auto' (see ``ops.conv``).
+  ``lowering`` says how convolutions run: 'matmul', 'native' or 'auto' (see ``ops.conv``). A module
+  with an attribute ``penalties`` returns that many more columns in training (see ``Model``).
   """
   takes_train = "train" in inspect.signature(type(module).__call__).parameters
 
@@ -164,7 +169,8 @@ def from_flax(module: nn.Module, lowering: ops.Lowering = "matmul") -> Model:
 
     return intercepted(intercept, params, state, inputs, None, False)[0]
 
-  return Model(init, apply, tapped_apply, blank_records, recorded_apply, uncovered, watched_apply)
+  calls = init, apply, tapped_apply, blank_records, recorded_apply, uncovered, watched_apply
+  return Model(*calls, penalties=getattr(module, "penalties", 0))
 
 
 def _plain(layer: gradients.Layer, inputs: jax.Array, path: tuple[str, ...]) -> jax.Array:

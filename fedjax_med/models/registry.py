@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 
 from fedjax_med.core.config import ModelConfig
@@ -16,6 +17,7 @@ from fedjax_med.core.errors import require, require_choice
 from fedjax_med.models import (
   cnn,
   densenet,
+  fedxnet,
   googlenet,
   mobile,
   ops,
@@ -41,6 +43,7 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
   "mobilenet_v2": mobile.mobilenet_v2,
   "efficientnet_b0": mobile.efficientnet_b0,
   "efficientnet_b0_texture": mobile.efficientnet_b0_texture,
+  "fedxnet": fedxnet.fedxnet,
   "cnn_small": cnn.cnn_small,
   "mlp": cnn.mlp,
   "linear": cnn.linear,
@@ -51,8 +54,9 @@ def register(name: str, constructor: Callable[..., nn.Module]) -> None:
   """Adds a network that configs can name; UserError if the name is taken by another one.
 
   ``constructor(num_classes, norm=..., dropout=..., dtype=...)`` returns a Linen module that maps
-  inputs [B, ...] to logits [B, num_classes]; an argument ``width`` receives ``model.width``. A
-  function that was read from its file once more replaces itself: config files are read twice.
+  inputs [B, ...] to logits [B, num_classes], in training with penalties if an attribute of that
+  name says so (``require_columns``); an argument ``width`` receives ``model.width``. A function
+  that was read from its file once more replaces itself: config files are read twice.
   """
   known = MODELS.get(name, constructor)
   require(
@@ -181,6 +185,37 @@ def create_model(
     )
     module = module.clone(remat=True)
   return from_flax(module, lowering=lowering)
+
+
+def require_columns(model: Model, image: Any, num_classes: int) -> None:
+  """UserError unless the network returns the columns it is trained and read by; compiles nothing.
+
+  Those are one for each class, and in training one more for each of ``model.penalties``. ``image``
+  [1, ...] needs a shape and a dtype only.
+  """
+  penalties = model.penalties
+  require(
+    isinstance(penalties, int) and penalties >= 0,
+    f"the network's attribute 'penalties' is {penalties!r}",
+    "let it be the number of columns after the classes in training, or name it otherwise",
+  )
+  key = jax.eval_shape(lambda: jax.random.key(0))
+  images = jax.ShapeDtypeStruct((2, *image.shape[1:]), image.dtype)
+  params, state = jax.eval_shape(model.init, key, image)
+  for train, more in ((True, penalties), (False, 0)):
+
+    def outputs(key, params, state, images, train=train):
+      return model.apply(params, state, images, key=key, train=train)[0]
+
+    shape = jax.eval_shape(outputs, key, params, state, images).shape
+    due = f"{num_classes} classes" + f" and {more} penalties" * bool(more)
+    require(
+      shape == (2, num_classes + more),
+      f"the network returns outputs of shape {list(shape)} for 2 images"
+      f" {'in' if train else 'outside'} training, where {due} make [2, {num_classes + more}]",
+      "return a column for each class, and in training as many more as its attribute 'penalties'"
+      " says",
+    )
 
 
 def has_remat(config: ModelConfig, num_classes: int) -> bool:

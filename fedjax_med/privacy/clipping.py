@@ -29,12 +29,12 @@ class ClipMetrics(NamedTuple):
   Attributes:
     loss: [B] float32, loss of each row.
     norm: [U] float32, l2 norm of each unit's gradient before clipping.
-    logits: [B, classes] float32.
+    outputs: [B, columns] float32, of the network: the logits, then penalties if it has any.
   """
 
   loss: jax.Array
   norm: jax.Array
-  logits: jax.Array
+  outputs: jax.Array
 
 
 def resolve_method(requested: str, uncovered: dict[str, tuple[str, ...]]) -> tuple[str, str]:
@@ -116,7 +116,7 @@ def clipped_sum(
       (two; one gradient's memory) or 'reference' (U gradients' memory, any model). The first two
       need an empty ``model.uncovered``.
     model: the network; its state is read and not changed.
-    loss: (logits [B, classes], labels [B, ...]) -> [B], row by row.
+    loss: (outputs of the network [B, columns], labels [B, ...]) -> [B], row by row.
     params: trainable weights.
     state: other collections of the model.
     inputs: rows.
@@ -139,9 +139,9 @@ def clipped_sum(
   share = share / jnp.maximum(share.sum(1, keepdims=True), 1)
   batch = _Batch(inputs, labels, share.reshape(-1), present, key)
   run = {"book_keeping": _book_keeping, "two_pass": _two_pass, "reference": _reference}[method]
-  total, (losses, norms, logits) = run(model, loss, params, state, batch, clip_norm)
+  total, (losses, norms, outputs) = run(model, loss, params, state, batch, clip_norm)
   return total, ClipMetrics(
-    _zero_outside(mask, losses), _zero_outside(present, norms), _zero_outside(mask, logits)
+    _zero_outside(mask, losses), _zero_outside(present, norms), _zero_outside(mask, outputs)
   )
 
 
@@ -169,11 +169,11 @@ def _book_keeping(model, loss, params, state, batch, clip_norm):
   blank = model.blank_records(params, state, batch.inputs, units, key=batch.key)
 
   def losses(blank):
-    logits = model.recorded_apply(params, state, batch.inputs, blank, units, key=batch.key)
-    values = loss(logits, batch.labels)
-    return values, (values, logits)
+    outputs = model.recorded_apply(params, state, batch.inputs, blank, units, key=batch.key)
+    values = loss(outputs, batch.labels)
+    return values, (values, outputs)
 
-  values, pull, (_, logits) = jax.vjp(losses, blank, has_aux=True)
+  values, pull, (_, outputs) = jax.vjp(losses, blank, has_aux=True)
   (records,) = pull(batch.share.astype(values.dtype))
   vectors, others = _vectors_apart(records)
   # Scales and biases as one array: most of a deep network's parameters, few of its numbers.
@@ -190,7 +190,7 @@ def _book_keeping(model, loss, params, state, batch, clip_norm):
     parts = jnp.split(weighted_sum(record, scale)[""], list(ends)[:-1])
     for (path, name), part in zip(vectors, parts, strict=True):
       _set(total, path, {name: part})
-  return total, ClipMetrics(values, norms, logits)
+  return total, ClipMetrics(values, norms, outputs)
 
 
 def _vectors_apart(records: Records) -> tuple[dict[tuple[Any, str], jax.Array], Records]:
@@ -219,19 +219,19 @@ def _two_pass(model, loss, params, state, batch, clip_norm):
   """Pulls back ones for the norms, then the clip coefficients for the sum (design: norm taps)."""
 
   def losses(params, taps):
-    logits = model.tapped_apply(params, state, batch.inputs, taps, key=batch.key)
-    values = loss(logits, batch.labels)
-    return values, (values, logits)
+    outputs = model.tapped_apply(params, state, batch.inputs, taps, key=batch.key)
+    values = loss(outputs, batch.labels)
+    return values, (values, outputs)
 
   units = batch.present.shape[0]
   taps = jnp.zeros(units, jax.tree.leaves(params)[0].dtype)
-  values, pull, (_, logits) = jax.vjp(losses, params, taps, has_aux=True)
+  values, pull, (_, outputs) = jax.vjp(losses, params, taps, has_aux=True)
   share = batch.share.astype(values.dtype)
   _, squares = pull(share)
   norms = jnp.sqrt(squares)
   scale = _coefficients(norms, batch.present, clip_norm).astype(values.dtype)
   total, _ = pull(share * jnp.repeat(scale, share.shape[0] // units))
-  return total, ClipMetrics(values, norms, logits)
+  return total, ClipMetrics(values, norms, outputs)
 
 
 def _reference(model, loss, params, state, batch, clip_norm):
@@ -241,18 +241,18 @@ def _reference(model, loss, params, state, batch, clip_norm):
   def one(inputs, labels, share, unit):
     def value(params):
       unit_key = None if batch.key is None else jax.random.fold_in(batch.key, unit)
-      logits, _ = model.apply(params, state, inputs, key=unit_key, train=True)
-      values = loss(logits, labels)
+      outputs, _ = model.apply(params, state, inputs, key=unit_key, train=True)
+      values = loss(outputs, labels)
       # A row outside the mask counts 0 even if its loss is not finite.
       weighted = jnp.where(share > 0, values * share.astype(values.dtype), jnp.zeros_like(values))
-      return weighted.sum(), (values, logits)
+      return weighted.sum(), (values, outputs)
 
     return jax.grad(value, has_aux=True)(params)
 
   inputs, labels, share = (
     x.reshape(units, -1, *x.shape[1:]) for x in (batch.inputs, batch.labels, batch.share)
   )
-  gradients, (values, logits) = jax.vmap(one)(inputs, labels, share, jnp.arange(units))
+  gradients, (values, outputs) = jax.vmap(one)(inputs, labels, share, jnp.arange(units))
   leaves = jax.tree.leaves(gradients)
   norms = jnp.sqrt(sum(jnp.square(x).sum(tuple(range(1, x.ndim))) for x in leaves))
   scale = _coefficients(norms, batch.present, clip_norm)
@@ -262,7 +262,7 @@ def _reference(model, loss, params, state, batch, clip_norm):
     # A coefficient of 0 alone does not do: 0 * inf = NaN.
     return jnp.where(weight > 0, x * weight, jnp.zeros_like(x)).sum(0)
 
-  flat = (values.reshape(-1), norms, logits.reshape(-1, *logits.shape[2:]))
+  flat = (values.reshape(-1), norms, outputs.reshape(-1, *outputs.shape[2:]))
   return jax.tree.map(weighted, gradients), ClipMetrics(*flat)
 
 

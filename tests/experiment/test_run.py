@@ -19,7 +19,9 @@ import pytest
 from configs.smoke import get_config
 from fedjax_med.core.errors import UserError
 from fedjax_med.data.hospitals import load_hospitals
-from tests.experiment.running import metrics, run
+from fedjax_med.experiment import build, planning
+from fedjax_med.models.registry import MODELS
+from tests.experiment.running import metrics, run, smoke_config
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
@@ -203,6 +205,15 @@ def test_an_unwritable_workdir_is_a_sentence(tmp_path):
   (tmp_path / "file").write_text("")
   with pytest.raises(UserError, match=r"--workdir=.* cannot be written .*; choose"):
     run(tmp_path / "file" / "run")
+
+
+def test_a_network_with_more_columns_than_classes_is_refused_before_it_is_planned(monkeypatch):
+  monkeypatch.setitem(MODELS, "mine", lambda num_classes, **_: MODELS["linear"](num_classes + 1))
+  monkeypatch.setattr(planning, "block_arguments", None)
+  monkeypatch.setattr(planning, "footprint", None)
+  message = r"shape \[2, 3\] for 2 images in training, where 2 classes make \[2, 2\]"
+  with pytest.raises(UserError, match=message):
+    build.build(smoke_config(model__name="mine"), load_hospitals(smoke_config()))
 
 
 def test_more_clients_than_examples_is_a_sentence(tmp_path):

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from configs.smoke import get_config
+from fedjax_med.core.config import ModelConfig
 from fedjax_med.core.errors import UserError
 from fedjax_med.core.validation import validate
 from fedjax_med.data.dataset import client_rows
@@ -276,6 +277,14 @@ def test_correlated_noise_goes_on_from_every_step_that_was_taken(tmp_path):
   bare = experiment._replace(clients=experiment.clients._replace(coefficients=None))
   with pytest.raises(ValueError, match="do not go with a memory of 2 bands"):
     train_rounds(bare, tmp_path / "bare", lambda _: None)
+
+
+@pytest.mark.slow
+def test_a_network_with_penalties_trains_privately_by_its_name(tmp_path):
+  network = ModelConfig(name="fedxnet", width=0.25)
+  summary = run(tmp_path, model=network, server__num_rounds=1, eval__every=1)
+  assert np.isfinite(summary["test"]["loss"])
+  assert summary["plan"]["clipping"] == "book_keeping"
 
 
 @pytest.mark.slow

@@ -16,7 +16,8 @@ from fedjax_med.core.config import ModelConfig
 from fedjax_med.core.errors import UserError
 from fedjax_med.core.keys import base_key
 from fedjax_med.federated.fednova import effective_steps
-from fedjax_med.federated.local import cross_entropy, local_training, plain_gradient
+from fedjax_med.federated.local import local_training, plain_gradient
+from fedjax_med.federated.losses import cross_entropy
 from fedjax_med.federated.optimizers import client_optimizer, schedule
 from fedjax_med.federated.personal import layers_named, norm_layers
 from fedjax_med.federated.registry import ALGORITHMS, create_algorithm

@@ -9,12 +9,8 @@ import pytest
 
 from fedjax_med.core.config import ModelConfig
 from fedjax_med.core.keys import base_key
-from fedjax_med.federated.local import (
-  StepContext,
-  cross_entropy,
-  plain_gradient,
-  private_gradient,
-)
+from fedjax_med.federated.local import StepContext, plain_gradient, private_gradient
+from fedjax_med.federated.losses import cross_entropy
 from fedjax_med.models.registry import create_model
 from tests.federated.toy import KEY, make_clients, make_hyper, make_pool
 

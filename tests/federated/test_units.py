@@ -11,7 +11,8 @@ from fedjax_med.data.augmentation import Changes, change, draw_changes
 from fedjax_med.data.dataset import client_rows, client_table, unit_table
 from fedjax_med.data.normalisation import normalise
 from fedjax_med.federated.algorithm import Client, Pool, Units
-from fedjax_med.federated.local import StepContext, cross_entropy, private_gradient
+from fedjax_med.federated.local import StepContext, private_gradient
+from fedjax_med.federated.losses import cross_entropy
 from fedjax_med.models.registry import create_model
 from fedjax_med.privacy.sampling import poisson_batch
 from tests.federated.toy import make_hyper

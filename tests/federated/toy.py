@@ -9,12 +9,8 @@ from fedjax_med.core.config import ModelConfig
 from fedjax_med.core.keys import base_key
 from fedjax_med.data.dataset import client_table
 from fedjax_med.federated.algorithm import Client, Hyper, Pool
-from fedjax_med.federated.local import (
-  cross_entropy,
-  local_training,
-  plain_gradient,
-  private_gradient,
-)
+from fedjax_med.federated.local import local_training, plain_gradient, private_gradient
+from fedjax_med.federated.losses import cross_entropy
 from fedjax_med.federated.optimizers import client_optimizer, schedule, server_optimizer
 from fedjax_med.federated.registry import create_algorithm
 from fedjax_med.models.registry import create_model

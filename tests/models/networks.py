@@ -35,6 +35,8 @@ LARGE: dict[str, tuple[float, Any]] = {
   "mobilenet_v2": (0.5, lambda m: {"stages": (m.stages[0], m.stages[1])}),
   "efficientnet_b0": (0.5, lambda m: {"stages": (m.stages[0], m.stages[2])}),
   "efficientnet_b0_texture": (0.5, lambda m: {"stages": (m.stages[2],)}),
+  # four windows and one, so that one pair of blocks is shifted
+  "fedxnet": (0.25, lambda m: {"features": m.features[:2]}),
 }
 # The same blocks as micro has, only more of them.
 SLOW = {*LARGE, "se_resnext_tiny"}
@@ -104,7 +106,12 @@ def full_module(name: str, classes: int = CLASSES, **config: Any) -> nn.Module:
   return create_module(ModelConfig(name=name, **config), classes)
 
 
-loss = optax.softmax_cross_entropy_with_integer_labels
+def loss(outputs, labels):
+  """Cross-entropy of the classes, plus the penalties that some networks return after them."""
+  cost = optax.softmax_cross_entropy_with_integer_labels(outputs[:, :CLASSES], labels)
+  return cost + outputs[:, CLASSES:].sum(1)
+
+
 # Every client has other weights, other images in another order, another example outside its mask.
 CLIENTS = 2
 # GoogLeNet's weights 2 bring two channels of one example so near each other that stock Flax's
@@ -125,8 +132,8 @@ def gradients_of(name: str, client: int) -> list[Any]:
   module, _, params, state = of_client(name, client)
 
   def value(params, image, label):
-    logits: Any = module.apply({"params": params, **state}, image[None])
-    return loss(logits, label[None])[0]
+    outputs: Any = module.apply({"params": params, **state}, image[None], train=True)
+    return loss(outputs, label[None])[0]
 
   rows = MASK[client]
   stacked = quick_jit(jax.vmap(jax.grad(value), (None, 0, 0)))(

@@ -229,6 +229,7 @@ def test_a_file_that_registers_may_be_read_twice_but_takes_no_other_s_name(tmp_p
     ("googlenet", "book_keeping"),
     ("densenet121", "book_keeping"),
     ("mobilenet_v2", "book_keeping"),
+    ("fedxnet", "book_keeping"),
   ],
 )
 def test_blocks_computed_again_change_no_clipped_sum_and_stay_covered(name, method):

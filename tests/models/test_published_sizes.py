@@ -34,12 +34,29 @@ def published_stages():
   return [(math.floor(p * (4 / 64)) * 32, 4 * p, blocks) for p, blocks in table]
 
 
+def fedxnet_size(features, embedded):
+  """Parameters of FedXNet, summed layer by layer: our own number, for the paper gives us none."""
+  total = 9 * 3 * features[0] + 2 * features[0]
+  for number, width in enumerate(features):
+    if number:
+      total += (4 * features[number - 1]) * (2 + width)
+    total += (9 * width + 2 * width) + (width**2 + 2 * width)
+    heads = width // 16
+    attention = (width * 3 * width + 3 * width) + 7 * 7 * heads + (width**2 + width)
+    perceptron = (width * 4 * width + 4 * width) + (4 * width * width + width)
+    total += 2 * (2 * width + attention + 2 * width + perceptron)
+  first, last = features[0], features[-1]
+  total += 2 * last + (last + 1) * 1000
+  return total + (first + 1) + (last + 1) * first + (last + 1 + first + 1) * embedded
+
+
 # Parameters (scales and biases of norms among them, statistics not), convolutions, dense layers.
 # The large ones are what torchvision's model table prints for the same network (vgg16 as vgg16_bn;
 # SE-ResNeXt-50 as Cadene's). Layers: 16 residual blocks of 3 convolutions, 4 projections and a stem
 # (SE: 2 dense layers of gates a block); VGG's 13 + 3; 3 convolutions and 9 inceptions of 6; a stem,
 # 58 dense layers of 2 and 3 transitions; a stem, 17 (16) blocks of 3 but for the expansion that the
-# first has not, and a last one (gates as above).
+# first has not, and a last one (gates as above). FedXNet: a stem and 2 convolutions a
+# stage; 5 dense layers in each of 6 blocks, 2 between stages, the head and 4 heads of penalties.
 SIZES = {
   "se_resnext50_32x4d": (27_559_896, 53, 33),
   "resnet50": (25_557_032, 53, 1),
@@ -52,6 +69,7 @@ SIZES = {
   "efficientnet_b0_texture": (5_288_548 + (22 + 1) * 64 + 64 * 1000, 49, 34),
   "se_resnext_tiny": (se_resnext_size((3, 16), 8, 8, [(w, w, 1) for w in (32, 64, 128)]), 13, 7),
   "se_resnext_micro": (se_resnext_size((3, 8), 4, 4, [(8, 16, 1), (16, 32, 1)]), 9, 5),
+  "fedxnet": (fedxnet_size((32, 64, 128), 32), 7, 37),
   "cnn_small": ((9 * 3 * 16 + 2 * 16) + (9 * 16 * 32 + 2 * 32) + 33 * 1000, 2, 1),
   "mlp": ((32 * 32 * 3 + 1) * 32 + 33 * 1000, 0, 2),
   "linear": ((32 * 32 * 3 + 1) * 1000, 0, 1),

@@ -25,7 +25,7 @@ from fedjax_med.data.dataset import client_table
 from fedjax_med.experiment.canaries import Subject, setting_for
 from fedjax_med.experiment.draw_checks import check_execution
 from fedjax_med.experiment.protection import protect
-from fedjax_med.federated import local, registry
+from fedjax_med.federated import local, losses, registry
 from fedjax_med.federated.fedavg import fedavg
 from fedjax_med.federated.optimizers import client_optimizer, schedule
 from fedjax_med.models.canary import canary_model
@@ -72,7 +72,7 @@ def clipped(inputs):
   """Clipped sum of the first two of four inputs by the method that 'auto' takes."""
   labels, mask = jnp.zeros(4, jnp.int32), jnp.arange(4) < 2
   batch = (PARAMS, {}, inputs, labels, mask, jnp.float32(0.5), None)
-  return clipping.clipped_sum("book_keeping", LINEAR, local.cross_entropy(0.0), *batch)[0]
+  return clipping.clipped_sum("book_keeping", LINEAR, losses.cross_entropy(0.0), *batch)[0]
 
 
 def test_item_01_sampler_and_accounted_event_come_from_one_object():
@@ -188,7 +188,7 @@ def test_item_06_one_units_contribution_is_at_most_c_and_nothing_if_not_finite(s
   total, _ = local.clipped_sum(
     "book_keeping",
     model,
-    local.cross_entropy(0.0),
+    losses.cross_entropy(0.0),
     setting.params,
     {},
     inputs,
@@ -207,7 +207,7 @@ def handed_on(optimizer, proximal_weight):
   """(the noisy gradients of two local steps, the weights after them) at the first hospital."""
   gradient = local.private_gradient(
     LINEAR,
-    local.cross_entropy(0.0),
+    losses.cross_entropy(0.0),
     clipping="book_keeping",
     batch_cap=10,
     max_examples=12,

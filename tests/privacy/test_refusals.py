@@ -16,7 +16,8 @@ from fedjax_med.core.errors import UserError
 from fedjax_med.core.keys import Stream, base_key, key_for
 from fedjax_med.data.hospitals import load_hospitals
 from fedjax_med.experiment.build import build
-from fedjax_med.federated.local import StepContext, cross_entropy, local_training, private_gradient
+from fedjax_med.federated.local import StepContext, local_training, private_gradient
+from fedjax_med.federated.losses import cross_entropy
 from fedjax_med.federated.optimizers import client_optimizer, schedule
 from fedjax_med.models.model import from_flax
 from fedjax_med.models.registry import create_model
