@@ -53,7 +53,8 @@ class PartitionConfig:
   Attributes:
     scheme: iid, dirichlet (label skew), quantity (size skew), shards (k classes a client), site;
       auto is site where the data say where each image comes from, else dirichlet.
-    num_clients: hospitals K; with scheme=site the sites decide and this must be 0 or their number.
+    num_clients: hospitals K, 1 for training on pooled data; with scheme=site the sites decide and
+      this must be 0 or their number.
     alpha: Dirichlet concentration of dirichlet and quantity; small is skewed.
     classes_per_client: classes a client holds under shards.
     min_client_size: training examples every client has at least.

@@ -147,9 +147,9 @@ def validate(config: Config) -> None:
     "point --config.data.path at the folder that holds the class folders",
   )
   require(
-    partition.scheme == "site" or partition.num_clients >= 2,
-    f"partition.num_clients={partition.num_clients} is under 2",
-    "use at least two hospitals",
+    partition.scheme == "site" or partition.num_clients >= 1,
+    f"partition.num_clients={partition.num_clients} is under 1",
+    "use at least two hospitals, or 1 for training on pooled data",
   )
   _validate_algorithm(config)
   layout, chunk = config.execution.layout, config.execution.chunk_size

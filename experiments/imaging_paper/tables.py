@@ -1,0 +1,165 @@
+"""Tables 1 to 3 of the imaging paper, the paper's number beside ours, random and grouped split.
+
+Table 1 is of Br35H and table 2 of SARS-CoV-2-CT: the same rows, chosen by --set.
+
+python -m experiments.imaging_paper.tables --scale=smoke --json
+python -m experiments.imaging_paper.tables --scale=cpu --set=br35h --path=FOLDER
+"""
+
+import json
+import math
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from absl import flags
+
+from experiments.imaging_paper import training
+from experiments.imaging_paper.systems import SCALES, SPLITS, SYSTEMS
+from fedjax_med.experiment.workdir import write_whole
+from fedjax_med.flags import run_main
+from fedjax_med.study import mean_interval
+
+METRICS = ("accuracy", "precision", "recall", "specificity", "f1", "auroc", "ece")
+TITLES = {
+  "tables 1 and 2": "Ablation (tables 1 and 2)",
+  "table 3": "Comparison (table 3)",
+  "figures 3 and 4": "Architectures (figures 3 and 4)",
+  "unlike hospitals": "Ways to meet unlike hospitals",
+}
+
+
+def summarise(frame: pd.DataFrame, dataset: str) -> list[dict[str, Any]]:
+  """A record a system, in the order of ``SYSTEMS``, ready for JSON.
+
+  ``splits`` has n, mean, low and high (95% t interval over seeds, cut at 0 and 1) of every metric;
+  ``leak`` is what the random split adds to the accuracy; ``difference`` is ours of the random
+  split, as the paper's, minus ``published``, None where the paper's is unknown.
+  """
+  found = []
+  for name, system in SYSTEMS.items():
+    own = frame[frame["system"] == name]
+    if own.empty:
+      continue
+    splits = {
+      split: {metric: _stats(own[own["split"] == split][f"all.{metric}"]) for metric in METRICS}
+      for split in SPLITS
+    }
+    reached, honest = (splits[split]["accuracy"]["mean"] for split in SPLITS)
+    published = system.published.get(dataset)
+    found.append(
+      {
+        "system": name,
+        "label": system.label,
+        "what": system.what,
+        "places": list(system.places),
+        "parameters": int(own["parameters"].iloc[0]),
+        "seconds": round(float(own["seconds"].sum()), 1),
+        "published": published,
+        "difference": None if None in (reached, published) else reached - published,
+        "leak": None if None in (reached, honest) else reached - honest,
+        "splits": splits,
+      }
+    )
+  return found
+
+
+def _stats(values: pd.Series) -> dict[str, Any]:
+  found = mean_interval(values.to_numpy(float))
+  low, high = (float(np.clip(found[end], 0, 1)) for end in ("low", "high"))
+  numbers = {"mean": found["mean"], "low": low, "high": high}
+  return {"n": found["n"]} | {k: None if math.isnan(v) else v for k, v in numbers.items()}
+
+
+def markdown(records: list[dict[str, Any]], place: str) -> str:
+  """One of the tables, accuracy first."""
+  lines = [
+    "| system | parameters | paper | ours, random split | difference | ours, grouped split |"
+    " F1, grouped | AUROC, grouped |",
+    "|---|---|---|---|---|---|---|---|",
+  ]
+  for record in records:
+    if place not in record["places"]:
+      continue
+    random, grouped = (record["splits"][split] for split in SPLITS)
+    cells = [
+      f"{record['label']} ({record['what']})",
+      f"{record['parameters']:,}",
+      "unknown" if record["published"] is None else f"{record['published']:.3f}",
+      interval(random["accuracy"]),
+      "–" if record["difference"] is None else f"{record['difference']:+.3f}",
+      interval(grouped["accuracy"]),
+      interval(grouped["f1"]),
+      interval(grouped["auroc"]),
+    ]
+    lines.append("| " + " | ".join(cells) + " |")
+  return "\n".join(lines)
+
+
+def interval(stats: dict[str, Any]) -> str:
+  """Mean [low, high], or what there is of it."""
+  if stats["mean"] is None:
+    return "diverged"
+  if stats["low"] is None:
+    return f"{stats['mean']:.3f}"
+  return f"{stats['mean']:.3f} [{stats['low']:.3f}, {stats['high']:.3f}]"
+
+
+def caption() -> str:
+  """What was run, in a sentence."""
+  values = flags.FLAGS
+  size = SCALES[values.scale]
+  return (
+    f"Set {values.set}, scale {values.scale}: {size.image_size} pixels, width {size.width:g},"
+    f" {size.rounds} rounds of one local epoch, {size.seeds} seeds; accuracy unless another metric"
+    " is named, mean and 95% t interval over the seeds. The paper's numbers are of full size and"
+    " of its own random split; those that are unknown were not available to us."
+  )
+
+
+def main(_: list[str]) -> None:
+  frame = training.results(training.chosen())
+  records = summarise(frame, flags.FLAGS.set)
+  text = [caption()]
+  for place, title in TITLES.items():
+    if any(place in record["places"] for record in records):
+      text += [f"## {title}", markdown(records, place)]
+  if not flags.FLAGS.committed:
+    folder = training.workdir()
+    table = pd.json_normalize(records, sep=".").drop(columns=["what", "places"])
+    write_whole(folder / "results.csv", lambda path: frame.to_csv(path, index=False))
+    write_whole(folder / "tables.csv", lambda path: table.to_csv(path, index=False))
+    write_whole(folder / "tables.md", lambda path: path.write_text("\n\n".join(text) + "\n"))
+    write_whole(folder / "tables.tex", lambda path: path.write_text(latex(records)))
+  if flags.FLAGS.json:
+    print(json.dumps({"scale": flags.FLAGS.scale, "set": flags.FLAGS.set, "rows": records}))
+  else:
+    print("\n\n".join(text))
+
+
+def latex(records: list[dict[str, Any]]) -> str:
+  """All systems as one LaTeX table (package booktabs)."""
+
+  def cell(stats: dict[str, Any]) -> str:
+    if stats["mean"] is None:
+      return "--"
+    half = "" if stats["low"] is None else f" [{stats['low']:.3f}, {stats['high']:.3f}]"
+    return f"{stats['mean']:.3f}{half}"
+
+  rows = [
+    {
+      "System": record["label"],
+      "Paper": "--" if record["published"] is None else f"{record['published']:.3f}",
+      "Random split": cell(record["splits"]["paper"]["accuracy"]),
+      "Grouped split": cell(record["splits"]["grouped"]["accuracy"]),
+      "F1, grouped": cell(record["splits"]["grouped"]["f1"]),
+    }
+    for record in records
+  ]
+  return pd.DataFrame(rows).to_latex(index=False)
+
+
+if __name__ == "__main__":
+  training.define_flags()
+  flags.DEFINE_bool("json", False, "Print one JSON object instead of tables.")
+  run_main(main)

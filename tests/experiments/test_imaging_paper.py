@@ -1,0 +1,147 @@
+"""The imaging paper's comparison: every row is trainable, and its statistics are what they say."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import stats
+
+from experiments.imaging_paper import cost, significance, tables
+from experiments.imaging_paper.systems import (
+  PROPOSED,
+  SCALES,
+  SETS,
+  SPLITS,
+  SYSTEMS,
+  base_config,
+  rows,
+)
+from experiments.imaging_paper.training import SEED_AXES
+from fedjax_med.models.registry import MODELS
+from fedjax_med.sweep.points import configure
+from tests.command import ROOT
+
+
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("dataset", SETS)
+def test_every_row_of_every_scale_and_set_is_a_valid_configuration(scale, dataset):
+  base = base_config(scale, dataset, "folder")
+  found = rows(base, SCALES[scale].seeds)
+  assert len(found) == len(SYSTEMS) * len(SPLITS) * SCALES[scale].seeds
+  for row in found:
+    config = configure(base, row.point, SEED_AXES)
+    assert config.data.split == row.split
+    assert config.seed == config.data.seed == row.seed
+    assert config.model.name in MODELS
+    changed = SYSTEMS[row.system].changes
+    assert all(row.point[name] == value for name, value in changed.items())
+  points = [json.dumps(row.point, sort_keys=True) for row in found]
+  assert len(set(points)) == len(points)  # no two rows are one training
+
+
+def frame(values):
+  """A table of trainings: values[system][split] is accuracy (and F1) of seeds 0, 1, ..."""
+  lines = []
+  for system, splits in values.items():
+    for split, numbers in splits.items():
+      for seed, number in enumerate(numbers):
+        metrics = {f"all.{metric}": number for metric in tables.METRICS}
+        lines.append(
+          {
+            "system": system,
+            "split": split,
+            "seed": seed,
+            "parameters": 7,
+            "seconds": 1.5,
+            **metrics,
+          }
+        )
+  return pd.DataFrame(lines)
+
+
+def test_summary_holds_t_intervals_the_difference_to_the_paper_and_the_leak():
+  reached, honest = np.array([0.9, 0.95, 1.0]), np.array([0.6, 0.7, 0.8])
+  given = frame({PROPOSED: {"paper": reached, "grouped": honest}})
+  (record,) = tables.summarise(given, "br35h")
+  low, high = stats.t.interval(0.95, 2, loc=0.7, scale=stats.sem(honest))
+  grouped = record["splits"]["grouped"]["accuracy"]
+  np.testing.assert_allclose([grouped["low"], grouped["high"]], [low, high], rtol=1e-6)
+  assert record["splits"]["paper"]["accuracy"]["high"] == 1.0  # cut at what accuracy can be
+  assert record["difference"] == pytest.approx(0.95 - 0.988)
+  assert record["leak"] == pytest.approx(0.25)
+  assert record["seconds"] == 9.0
+  assert tables.summarise(given, "phantoms")[0]["difference"] is None
+  row = tables.markdown([record], "table 3").splitlines()[-1]
+  assert "| 0.988 | 0.950" in row
+  assert "| -0.038 | 0.700" in row
+
+
+def test_a_training_that_diverged_is_called_so_and_counts_in_no_mean():
+  (record,) = tables.summarise(
+    frame({"vgg16": {"paper": [np.nan, np.nan], "grouped": [0.5, np.nan]}}), "br35h"
+  )
+  assert record["splits"]["paper"]["accuracy"] == {"n": 0, "mean": None, "low": None, "high": None}
+  assert record["splits"]["grouped"]["accuracy"]["n"] == 1
+  assert record["leak"] is None
+  row = tables.markdown([record], "figures 3 and 4").splitlines()[-1]
+  assert "| unknown | diverged | – | 0.500 |" in row
+  json.dumps(record, allow_nan=False)
+
+
+def test_p_values_are_scipys_paired_test_and_holms_correction():
+  rng = np.random.default_rng(0)
+  names = [PROPOSED, "vgg16", "resnet50", "fedprox"]
+  values = {name: {s: rng.uniform(0.5, 0.9, 5) for s in SPLITS} for name in names}
+  values["fedprox"]["grouped"] = values[PROPOSED]["grouped"]  # nothing to test
+  found = significance.compare(frame(values))
+  for test in found:
+    own, other = (values[name][test["split"]] for name in (PROPOSED, test["other"]))
+    assert test["mean"] == pytest.approx((own - other).mean())
+    if test["other"] == "fedprox" and test["split"] == "grouped":
+      assert test["p"] is test["p_holm"] is None
+    else:
+      assert test["p"] == pytest.approx(stats.ttest_rel(own, other).pvalue)
+  smallest, larger, largest = sorted(
+    (t for t in found if t["split"] == "paper"), key=lambda t: t["p"]
+  )
+  assert smallest["p_holm"] == pytest.approx(min(1, 3 * smallest["p"]))
+  assert larger["p_holm"] == pytest.approx(min(1, max(3 * smallest["p"], 2 * larger["p"])))
+  assert largest["p_holm"] == pytest.approx(
+    min(1, max(3 * smallest["p"], 2 * larger["p"], largest["p"]))
+  )
+
+
+def test_the_cost_model_is_the_papers_formula():
+  case = cost.Case(rounds=3, clients=5, images=7, width=0.5, side=10)
+  assert case.modelled() == 3 * 5 * 7 * (32 * 9 * 100 + 32**2)
+
+
+def run_tables(folder):
+  flags = ["--scale=smoke", "--only=fl_alone,cnn_fedavg_iid", f"--workdir={folder}", "--json"]
+  return subprocess.run(
+    [sys.executable, "-m", "experiments.imaging_paper.tables", *flags],
+    cwd=ROOT,
+    env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""},
+    capture_output=True,
+    text=True,
+    check=True,
+  )
+
+
+@pytest.mark.slow
+def test_tables_of_two_systems_from_the_command_line_are_kept_and_resumed(tmp_path):
+  first = run_tables(tmp_path)
+  found = json.loads(first.stdout)
+  assert [row["system"] for row in found["rows"]] == ["fl_alone", "cnn_fedavg_iid"]
+  for row in found["rows"]:
+    for split in SPLITS:
+      stats_of = row["splits"][split]
+      assert all(np.isfinite(stats_of[metric]["mean"]) for metric in ("accuracy", "f1", "auroc"))
+      assert stats_of["accuracy"]["n"] == SCALES["smoke"].seeds
+  kept = pd.read_csv(tmp_path / "results.csv")
+  assert len(kept) == 2 * 2 * SCALES["smoke"].seeds
+  assert run_tables(tmp_path).stdout == first.stdout  # seconds too: nothing was trained again
