@@ -17,6 +17,7 @@ Usage: ./run.sh [COMMAND] [ARGUMENTS]
   export ...     python -m fedjax_med.export ...    a run's model for other programs
   privacy ...    python -m fedjax_med.privacy ...   recomputes every ε of a run from its ledger
   audit ...      python -m fedjax_med.audit ...     attacks the privacy mechanism of a config
+  python ...     this installation's Python: ./run.sh python -m experiments.imaging_paper.tables
   test ...       the tests; arguments go to pytest: ./run.sh test -m "not slow"
   check          ruff (lint and format) and pyright over the whole tree
   format         ruff rewrites what it can
@@ -98,6 +99,10 @@ case "$command" in
     install run .
     exec .venv/bin/python -m fedjax_med.train \
       --config=configs/quickstart.py --workdir=runs/quickstart "$@"
+    ;;
+  python)
+    install run .
+    exec .venv/bin/python "$@"
     ;;
   train | sweep | report | predict | explain | export | privacy | audit)
     install run .

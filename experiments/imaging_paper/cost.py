@@ -6,9 +6,12 @@ not part of it, so that ratios to the smallest case are compared. C is read as t
 python -m experiments.imaging_paper.cost --json
 """
 
+import contextlib
 import dataclasses
 import json
+import os
 import pathlib
+import sys
 import tempfile
 from typing import Any
 
@@ -19,6 +22,7 @@ from fedjax_med.core.config import Config
 from fedjax_med.flags import run_main
 
 KERNEL, STEM = 3, 64
+REPEATS = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,15 +69,20 @@ def config_of(case: Case) -> Config:
 
 
 def seconds_of(case: Case) -> float:
-  """Seconds of training, without compiling."""
+  """Median seconds of training over ``REPEATS`` runs: two evaluations too, no compiling."""
   from fedjax_med.experiment.run import run
 
-  with tempfile.TemporaryDirectory() as folder:
-    run(config_of(case), pathlib.Path(folder), "cost", "")
-    return json.loads((pathlib.Path(folder) / "timing.json").read_text())["train"]
+  found = []
+  for _ in range(REPEATS):
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
+      run(config_of(case), pathlib.Path(folder), "cost", "")
+      found.append(json.loads((pathlib.Path(folder) / "timing.json").read_text())["train"])
+  return float(np.median(found))
 
 
 def main(_: list[str]) -> None:
+  import jax
+
   from fedjax_med.experiment.cache import use_compilation_cache
   from fedjax_med.simulation.mesh import split_cpu
 
@@ -93,7 +102,17 @@ def main(_: list[str]) -> None:
     factor: _slope([line for line in found if line["factor"] == factor]) for factor in VARIED
   }
   if flags.FLAGS.json:
-    print(json.dumps({"seconds_of_smallest": seconds[base], "cases": found, "slopes": slopes}))
+    print(
+      json.dumps(
+        {
+          "cpu_cores": os.cpu_count(),
+          "devices": [str(device) for device in jax.devices()],
+          "seconds_of_smallest": seconds[base],
+          "cases": found,
+          "slopes": slopes,
+        }
+      )
+    )
     return
   print("| factor | value | model, ratio | measured, ratio |\n|---|---|---|---|")
   for line in found:

@@ -1,7 +1,7 @@
-"""Figures 2 to 4 of the imaging paper, and what the random split is worth.
+"""Figures 2 to 4 of the imaging paper, and the random beside the grouped split.
 
-Figure 2 is the split, figure 3 the architectures on Br35H and figure 4 those on SARS-CoV-2-CT (both
-are architectures.png of their set), leakage.png is every system on both splits.
+Figure 2 is who holds what (partition_*.png), figure 3 the architectures on Br35H and figure 4 those
+on SARS-CoV-2-CT (both are architectures.png of their set), splits.png all systems on both splits.
 
 python -m experiments.imaging_paper.figures --scale=cpu --set=br35h --path=FOLDER
 """
@@ -15,7 +15,7 @@ from absl import flags
 
 from experiments.imaging_paper import training
 from experiments.imaging_paper.systems import PROPOSED, SPLITS
-from experiments.imaging_paper.tables import summarise
+from experiments.imaging_paper.tables import mark, summarise
 from fedjax_med.experiment.figures import CLASS_COLOURS, add_legend, draw_partition, new_figure
 from fedjax_med.flags import run_main
 
@@ -39,17 +39,17 @@ def draw_architectures(path: pathlib.Path, records: list[dict[str, Any]], datase
     axis.set_xticks(
       range(len(shown)), [record["label"] for record in shown], rotation=20, ha="right"
     )
-    axis.set(ylabel="accuracy", ylim=(0.4, 1.02))
+    axis.set(ylabel="accuracy", ylim=(0, 1.02))
     add_legend(figure, axis)
 
 
-def draw_leakage(path: pathlib.Path, records: list[dict[str, Any]], dataset: str) -> None:
-  """What every system loses where near-duplicates of test images may not be trained on."""
+def draw_splits(path: pathlib.Path, records: list[dict[str, Any]], dataset: str) -> None:
+  """Every system on both splits: what near-duplicates of test images in train are worth."""
   shown = sorted(
-    (record for record in records if record["leak"] is not None),
+    (record for record in records if record["random_minus_grouped"]["mean"] is not None),
     key=lambda record: record["splits"]["paper"]["accuracy"]["mean"],
   )
-  title = f"What the random split is worth · {dataset} · scale {flags.FLAGS.scale}"
+  title = f"Random and grouped split · {dataset} · scale {flags.FLAGS.scale}"
   with new_figure(path, (9, 1.6 + 0.3 * len(shown)), title) as figure:
     axis = figure.subplots()
     for side, (split, colour) in enumerate(zip(SPLITS, CLASS_COLOURS, strict=False)):
@@ -59,7 +59,7 @@ def draw_leakage(path: pathlib.Path, records: list[dict[str, Any]], dataset: str
         [each["mean"] for each in stats], y, xerr=_reach(stats), fmt="os"[side], color=colour,
         capsize=2, label=NAMES[split],
       )  # fmt: skip
-    axis.set_yticks(range(len(shown)), [record["label"] for record in shown])
+    axis.set_yticks(range(len(shown)), [record["label"] + mark(record) for record in shown])
     axis.set(xlabel="accuracy, mean and 95% t interval over seeds")
     add_legend(figure, axis)
 
@@ -90,7 +90,7 @@ def draw_split(folder: pathlib.Path, target: pathlib.Path) -> None:
   for number, row in enumerate(training.every_row()):
     hospitals = folder_of(folder, number) / "hospitals.json"
     if row.system == PROPOSED and row.seed == 0 and hospitals.exists():
-      draw_partition(target / f"split_{row.split}.png", json.loads(hospitals.read_text()))
+      draw_partition(target / f"partition_{row.split}.png", json.loads(hospitals.read_text()))
 
 
 def main(_: list[str]) -> None:
@@ -98,7 +98,7 @@ def main(_: list[str]) -> None:
   records = summarise(training.results(training.chosen()), dataset)
   target = training.committed().parent if flags.FLAGS.committed else training.workdir() / "figures"
   draw_architectures(target / "architectures.png", records, dataset)
-  draw_leakage(target / "leakage.png", records, dataset)
+  draw_splits(target / "splits.png", records, dataset)
   if not flags.FLAGS.committed:
     draw_split(training.workdir(), target)
   print(f"Figures: {target}")

@@ -15,8 +15,7 @@ from fedjax_med.core.config import (
 )
 from fedjax_med.core.errors import require, require_choice
 
-# Set: where its images come from.
-SETS = {"phantoms": "phantoms", "br35h": "br35h", "sars_cov2_ct": "sars_cov2_ct"}
+SETS = ("phantoms", "br35h", "sars_cov2_ct")  # each a data.source
 SPLITS = ("paper", "grouped")
 
 
@@ -31,6 +30,8 @@ class Scale(NamedTuple):
     seeds: of split, partition, initial weights and sampling, from 0.
     num_phantoms: images where the set is phantoms.
     gan_steps: of each hospital's GAN.
+    unlike_network: name and width of the network that the ways to meet unlike hospitals train: a
+      small one where there is no accelerator, since they are compared to each other.
   """
 
   image_size: int
@@ -40,12 +41,13 @@ class Scale(NamedTuple):
   seeds: int
   num_phantoms: int
   gan_steps: int
+  unlike_network: tuple[str, float]
 
 
 SCALES = {
-  "smoke": Scale(16, 0.125, 1, 8, 2, 240, 20),
-  "cpu": Scale(32, 0.25, 8, 16, 3, 2000, 300),
-  "gpu": Scale(192, 1.0, 60, 32, 3, 4000, 2000),
+  "smoke": Scale(16, 0.125, 1, 8, 2, 240, 20, ("se_resnext_tiny", 1.0)),
+  "cpu": Scale(32, 0.25, 8, 16, 3, 2000, 300, ("se_resnext_tiny", 1.0)),
+  "gpu": Scale(192, 1.0, 60, 32, 3, 4000, 2000, ("se_resnext50_32x4d", 1.0)),
 }
 
 
@@ -78,7 +80,7 @@ SYSTEMS: dict[str, System] = {
   PROPOSED: System(
     "FL-SE-ResNeXt-50",
     "SE-ResNeXt-50 (32x4d), FedAvg",
-    (*_FIGURES, *_ABLATION, *_COMPARISON, *_UNLIKE),
+    (*_FIGURES, *_ABLATION, *_COMPARISON),
     {},
     {"br35h": 0.988, "sars_cov2_ct": 0.993},
   ),
@@ -133,6 +135,7 @@ SYSTEMS: dict[str, System] = {
     _COMPARISON,
     {"model.name": "densenet121", "client.synthetic": "gan", "client.synthetic_share": 0.5},
   ),
+  "fedavg": System("FedAvg", "what the others are held to", _UNLIKE, {}),
   "fedprox": System("FedProx", "μ = 0.01", _UNLIKE, {"server.proximal_weight": 0.01}),
   "scaffold": System(
     "SCAFFOLD",
@@ -147,10 +150,10 @@ SYSTEMS: dict[str, System] = {
     {"server.algorithm": "fednova", "client.optimizer": "momentum", "client.learning_rate": 0.02},
   ),
   "fedadam": System(
-    "FedAdam", "server Adam", _UNLIKE, {"server.optimizer": "adam", "server.learning_rate": 3e-3}
+    "FedAdam", "server Adam", _UNLIKE, {"server.optimizer": "adam", "server.learning_rate": 0.01}
   ),
   "fedyogi": System(
-    "FedYogi", "server Yogi", _UNLIKE, {"server.optimizer": "yogi", "server.learning_rate": 3e-3}
+    "FedYogi", "server Yogi", _UNLIKE, {"server.optimizer": "yogi", "server.learning_rate": 0.01}
   ),
   "fedbn": System("FedBN", "norms stay at home", _UNLIKE, {"server.algorithm": "fedbn"}),
   "ditto": System("Ditto", "λ = 0.1", _UNLIKE, {"server.algorithm": "ditto"}),
@@ -158,6 +161,9 @@ SYSTEMS: dict[str, System] = {
     "Fine-tuned heads", "each hospital its own", _UNLIKE, {"server.algorithm": "finetune"}
   ),
 }
+
+# Their hospitals predict with models of their own (``predicts`` in summary.json).
+OWN_MODELS = ("fedbn", "ditto", "finetune")
 
 
 def base_config(scale: str, dataset: str, path: str) -> Config:
@@ -172,7 +178,7 @@ def base_config(scale: str, dataset: str, path: str) -> Config:
   size = SCALES[scale]
   return Config(
     data=DataConfig(
-      source=SETS[dataset],
+      source=dataset,
       path=path,
       image_size=size.image_size,
       num_examples=size.num_phantoms,
@@ -199,13 +205,20 @@ class Row(NamedTuple):
   point: dict[str, Any]
 
 
-def rows(base: Config, seeds: int) -> list[Row]:
+def reference(system: str) -> str:
+  """What a system is compared to: FedAvg of the same network, or the proposed one."""
+  return "fedavg" if SYSTEMS[system].places == _UNLIKE else PROPOSED
+
+
+def rows(base: Config, scale: Scale) -> list[Row]:
   """Every training of every system; each point names the same fields."""
   fields = sorted({name for system in SYSTEMS.values() for name in system.changes})
   found = []
   for name, system in SYSTEMS.items():
     values = {field: get_field(base, field) for field in fields} | system.changes
+    if system.places == _UNLIKE:
+      values["model.name"], values["model.width"] = scale.unlike_network
     for split in SPLITS:
-      for seed in range(seeds):
+      for seed in range(scale.seeds):
         found.append(Row(name, split, seed, {**values, "data.split": split, "seed": seed}))
   return found

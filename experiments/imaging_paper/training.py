@@ -19,6 +19,7 @@ from fedjax_med.core.errors import require, require_choice
 SEED_AXES = ("partition", "init", "sampling")
 
 HERE = pathlib.Path(__file__).parent
+RESULTS = "imaging_paper.csv"
 
 
 def define_flags() -> None:
@@ -43,16 +44,17 @@ def chosen() -> list[str]:
 def workdir() -> pathlib.Path:
   """The folder of the runs."""
   values = flags.FLAGS
-  return pathlib.Path(values.workdir or f"runs/imaging_paper/{values.set}_{values.scale}")
+  folder = values.workdir or f"runs/imaging_paper/{values.set}_{values.scale}"
+  return pathlib.Path(folder).expanduser()
 
 
 def committed() -> pathlib.Path:
   """The committed results of the set and scale."""
-  return HERE / f"{flags.FLAGS.set}_{flags.FLAGS.scale}" / "results.csv"
+  return HERE / f"{flags.FLAGS.set}_{flags.FLAGS.scale}" / RESULTS
 
 
 def results(systems: Sequence[str]) -> pd.DataFrame:
-  """A row a training: system, split, seed, seconds and the metrics of all test images.
+  """A row a training: system, split, seed, size, and the metrics of all test images.
 
   Systems that have not been trained are, unless --committed; a training that was stopped goes on.
 
@@ -75,7 +77,7 @@ def results(systems: Sequence[str]) -> pd.DataFrame:
 
 def every_row() -> list[Row]:
   """Every training of the set and scale, in the order of the sweep's points."""
-  return rows(_base(), SCALES[flags.FLAGS.scale].seeds)
+  return rows(_base(), SCALES[flags.FLAGS.scale])
 
 
 def _base() -> Config:
@@ -95,7 +97,7 @@ def train(folder: pathlib.Path, base: Config, every: Sequence[Row], own: Sequenc
   configs = [configure(base, point, SEED_AXES) for point in points]
   split_cpu(0)
   use_compilation_cache(base.execution.compilation_cache)
-  command = shlex.join(["python", "-m", *_called(), *sys.argv[1:]])
+  command = shlex.join(["python", "-m", "experiments.imaging_paper.tables", *sys.argv[1:]])
   versions = {name: importlib.metadata.version(name) for name in ("jax", "flax")}
   table.begin(folder, base, points, SEED_AXES, command=command, versions=versions)
   run_missing(
@@ -114,22 +116,17 @@ def collect(folder: pathlib.Path, every: Sequence[Row], own: Sequence[int]) -> p
   from fedjax_med import study
   from fedjax_med.sweep import table
 
-  frame = study.with_seconds(table.collect(folder), table.timing(folder, list(own)))
-  sizes = {number: _parameters(table.folder_of(folder, number)) for number in own}
+  frame = table.collect(folder)
   frame = study.by_point(frame[frame["point"].isin(own)])
   labels = pd.DataFrame(
-    [(number, *every[number][:3], sizes[number]) for number in own],
-    columns=["point", "system", "split", "seed", "parameters"],
+    [(number, *every[number][:3], *_summary(table.folder_of(folder, number))) for number in own],
+    columns=["point", "system", "split", "seed", "parameters", "predicts"],
   )
   metrics = [name for name in frame.columns if name.startswith(("all.", "worst."))]
-  kept = frame[["point", "seconds", "megabytes", *metrics]]
+  kept = frame[["point", "megabytes", *metrics]]
   return labels.merge(kept, on="point").drop(columns="point")
 
 
-def _parameters(folder: pathlib.Path) -> int:
-  return json.loads((folder / "summary.json").read_text())["num_parameters"]
-
-
-def _called() -> list[str]:
-  package = getattr(sys.modules["__main__"], "__spec__", None)
-  return [package.name if package else sys.argv[0]]
+def _summary(folder: pathlib.Path) -> tuple[int, str]:
+  found = json.loads((folder / "summary.json").read_text())
+  return found["num_parameters"], found["predicts"]

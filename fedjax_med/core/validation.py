@@ -151,6 +151,7 @@ def validate(config: Config) -> None:
     f"partition.num_clients={partition.num_clients} is under 1",
     "use at least two hospitals, or 1 for training on pooled data",
   )
+  _validate_central(config)
   _validate_algorithm(config)
   layout, chunk = config.execution.layout, config.execution.chunk_size
   require(
@@ -190,6 +191,27 @@ def validate(config: Config) -> None:
 def _refuse(config: Config) -> None:
   for (path, value), (why, remedy) in REFUSED.items():
     require(get_field(config, path) != value, f"{path}='{value}' is refused: {why}", remedy)
+
+
+def _validate_central(config: Config) -> None:
+  """With one hospital nobody is left to protect images from, and there is no federation."""
+  if config.partition.num_clients != 1 or config.partition.scheme == "site":
+    return
+  private = [
+    name for name in ("privacy", "client_privacy") if getattr(config, name).mechanism != "none"
+  ]
+  require(
+    not private,
+    f"partition.num_clients=1 with {' and '.join(private)}.mechanism: training on pooled data shows"
+    " them to whoever pools them",
+    "use at least two hospitals, or no privacy",
+  )
+  require(
+    not config.eval.local_baselines,
+    "partition.num_clients=1 with eval.local_baselines: the hospital alone and the pooled data are"
+    " this run itself",
+    "use at least two hospitals, or leave out the baselines",
+  )
 
 
 def _validate_algorithm(config: Config) -> None:

@@ -88,7 +88,11 @@ def _by_shares(
 ) -> tuple[np.ndarray, np.ndarray, int]:
   """Clients of the train examples, of the test examples, and how many train examples moved."""
   num_classes, num_clients = len(dataset.class_names), partition.num_clients
-  require(num_clients >= 1, f"partition.num_clients={num_clients} is under 1", "use two or more")
+  require(
+    num_clients >= 1,
+    f"partition.num_clients={num_clients} is under 1",
+    "use at least two hospitals, or 1 for pooled data",
+  )
   num_train_units = len(np.unique(numbers[split.train]))
   partitions.require_clients_fit(
     num_clients, num_train_units, len(split.train), partition.min_client_size

@@ -25,6 +25,7 @@ from fedjax_med.experiment.predictions import (
 )
 from fedjax_med.experiment.records import hospital_record
 from fedjax_med.experiment.report import environment
+from fedjax_med.experiment.synthetic import with_places
 from fedjax_med.experiment.trained import Trained
 from fedjax_med.models import attention
 
@@ -159,7 +160,7 @@ def _load_data(trained: Trained, data_path: str) -> Hospitals:
   if data_path:
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, path=data_path))
   try:
-    hospitals = load_hospitals(config)
+    hospitals = with_places(config, load_hospitals(config))
   except UserError as error:
     raise UserError(
       f"the data of the run cannot be read ({str(error).partition(';')[0]}); say where they lie"

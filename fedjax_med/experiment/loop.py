@@ -159,8 +159,12 @@ def write_privacy(
   """
   if book is None:
     if not experiment.guarantees:
-      gaps = {"not_covered": [SYNTHETIC_GAP]} if experiment.hospitals.dataset.num_synthetic else {}
-      files.write_json(folder / "privacy.json", {**NO_PRIVACY, **gaps})
+      record = dict(NO_PRIVACY)
+      if experiment.hospitals.dataset.num_synthetic:
+        record["not_covered"] = [SYNTHETIC_GAP]
+      if experiment.config.partition.num_clients == 1:
+        record["pooled"] = True
+      files.write_json(folder / "privacy.json", record)
     return None
   book = ledger.record(folder, book, rounds, releases(experiment, rounds, steps))
   gaps = [TWO_PASS_GAP] if experiment.program.plan.clipping == "two_pass" else []

@@ -152,13 +152,14 @@ def make_images(config: Config, hospitals: Hospitals) -> np.ndarray:
   steps = config.client.gan_steps
   found = synthesise(dataset.inputs[real], dataset.labels[real], config.seed, steps, learners)
   images, finite = found
+  sizes = hospitals.train.counts - hospitals.real_counts
+  finite = finite | (sizes == 0)  # a hospital that gets no image has a GAN of nothing
   require(
     bool(finite.all()),
     f"the GAN at '{hospitals.names[int(finite.argmin())]}' did not stay finite in"
     f" client.gan_steps={steps}",
     "lower it, or use client.synthetic=none",
   )
-  sizes = hospitals.train.counts - hospitals.real_counts
   images = images.reshape(len(sizes), -1, *dataset.inputs.shape[1:])
   return np.concatenate([own[:size] for own, size in zip(images, sizes, strict=True)])
 

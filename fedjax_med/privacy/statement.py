@@ -49,12 +49,16 @@ def write_out(record: dict[str, Any], run_id: str, audit: dict[str, Any] | None 
   """
   lines = [f"# Privacy statement of run {run_id}", ""]
   if not record["guarantees"]:
+    who = (
+      "All images lie in one place, whose holder sees them, and the model may reveal them"
+      if record.get("pooled")
+      else "The images stay at their hospital, but the model updates that leave it may reveal them"
+    )
     return "\n".join(
       [
         *lines,
-        "This run has **no formal privacy guarantee**. The images stay at their hospital, but the"
-        " model updates that leave it may reveal them: without noise nothing bounds what can be"
-        " learned about one image.",
+        f"This run has **no formal privacy guarantee**. {who}: without noise nothing bounds what"
+        " can be learned about one image.",
         "",
         *(f"- {item}" for item in record.get("not_covered", ())),
       ]

@@ -97,7 +97,9 @@ def make_synthesis(
       keys = jax.random.split(jax.random.fold_in(jax.random.fold_in(key, _STEP), step), 2)
       drawn = jax.random.randint(keys[0], (BATCH,), 0, jnp.maximum(learner.size, 1))
       rows = learner.indices[drawn]
-      real, classes = normalise(images[rows], "fixed"), labels[rows]
+      # One that learns from nothing must not look at row 0, which is another's.
+      real = jnp.where(learner.size > 0, normalise(images[rows], "fixed"), 0)
+      classes = labels[rows]
       noise = jax.random.normal(keys[1], (BATCH, LATENT))
       fake, back = jax.vjp(lambda params: generate(params, noise, classes), maker)
 

@@ -11,6 +11,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from fedjax_med.core.config import Config, init_seed, to_dict
+from fedjax_med.core.errors import UserError
 from fedjax_med.data.dataset import Hospitals
 from fedjax_med.experiment import workdir as files
 from fedjax_med.experiment.baselines import write_baselines
@@ -40,7 +41,7 @@ from fedjax_med.simulation.evaluation import Batches, batches_of, shape_of
 from fedjax_med.simulation.mesh import CLIENTS, client_mesh, local_devices, replicated
 from fedjax_med.simulation.rounds import NEVER
 from fedjax_med.simulation.sweep import Point, blank_states, make_sweep
-from fedjax_med.sweep.points import Key, Planned, chunks, groups
+from fedjax_med.sweep.points import Key, Planned, chunks, groups, shown
 
 # A kill loses a chunk, so it stays small where memory would allow more.
 MAX_AT_ONCE = 64
@@ -54,12 +55,14 @@ class Progress(NamedTuple):
     runs: runs whose files are written.
     epsilon: largest ε of a written run so far; None if none has a guarantee.
     note: what goes on.
+    failed: why points could not be run.
   """
 
   rounds: int
   runs: int
   epsilon: float | None
   note: str
+  failed: tuple[str, ...] = ()
 
 
 Listener = Callable[[Progress], None]
@@ -123,6 +126,9 @@ def run_points(
     command_of: the command that runs its point by itself.
     at_once: most runs in memory at once; 0 lets memory decide.
     listen: told of the progress.
+
+  Raises:
+    UserError: the images of a point could not be made; all others have run when it is raised.
   """
   for name_of_tracker in {each.case.config.eval.tracker for each in planned}:
     require_installed(name_of_tracker)
@@ -133,6 +139,9 @@ def run_points(
     listen(progress._replace(note=f"{progress.note}: compiling"))
     prepared = prepare(group, at_once)
     progress = run_group(prepared, done, folder_of, name, command_of, listen, progress, complete)
+  if progress.failed:
+    first, *others = progress.failed
+    raise UserError(first + (f" (and {len(others)} more)" if others else ""))
   for each in planned:
     if each.case.config.eval.local_baselines and not each.key.baseline:
       write_baselines(each.case, folder_of(each.key))
@@ -180,7 +189,12 @@ def run_group(
     cases = [each.case for each in chunk]
     if cases[0].hospitals.dataset.num_synthetic:  # those of the chunk are the same hospitals
       listen(progress._replace(note=f"{progress.note}: synthetic images"))
-      hospitals = complete(cases[0].config, cases[0].hospitals)
+      try:
+        hospitals = complete(cases[0].config, cases[0].hospitals)
+      except UserError as error:
+        failure = f"point {shown(chunk[0].point)}: {error}"
+        progress = progress._replace(failed=(*progress.failed, failure))
+        continue
       cases = [case._replace(hospitals=hospitals) for case in cases]
     dataset = cases[0].hospitals.dataset
     images = Pool(jnp.asarray(dataset.inputs), jnp.asarray(dataset.labels))

@@ -62,6 +62,7 @@ def test_every_number_has_a_range_and_every_two_way_name_its_choices():
   [
     ({"data.source": "folder"}, "data.source='folder' needs data.path"),
     ({"partition.num_clients": 0}, "partition.num_clients=0 is under 1"),
+    ({"partition.num_clients": 1}, "num_clients=1 with privacy.mechanism: training on pooled data"),
     ({"execution.layout": "chunk"}, "contradict each other"),
     ({"execution.chunk_size": 2}, "contradict each other"),
     ({"execution.layout": "scan", "execution.probe": "on"}, "use layout=auto, which the probe"),

@@ -18,6 +18,7 @@ import pytest
 
 from configs.smoke import get_config
 from fedjax_med.core.errors import UserError
+from fedjax_med.core.validation import validate
 from fedjax_med.data.hospitals import load_hospitals
 from fedjax_med.experiment import build, planning
 from fedjax_med.models.registry import MODELS
@@ -89,6 +90,21 @@ def test_layouts_change_results_by_rounding_only(finished, tmp_path):
   for other in (vmapped, chunked):
     assert other["loss"] == pytest.approx(reference["loss"], rel=1e-4)
     assert other["auroc"] == pytest.approx(reference["auroc"], abs=0.02)
+
+
+@pytest.mark.slow
+def test_one_hospital_is_central_training_and_no_statement_says_otherwise(tmp_path):
+  alone = {"partition__num_clients": 1, "privacy__mechanism": "none"}
+  summary = run(tmp_path, **alone, privacy__noise_multiplier=0.0)
+  assert summary["stopped"] == "completed"
+  assert len(summary["clients"]) == 1
+  for name in ("privacy_statement.md", "report.html"):
+    text = (tmp_path / name).read_text()
+    assert "All images lie in one place" in text, name
+    assert "stay at their hospital" not in text, name
+  baselines = {**alone, "privacy__noise_multiplier": 0.0, "eval__local_baselines": True}
+  with pytest.raises(UserError, match=r"num_clients=1 with eval.local_baselines"):
+    validate(smoke_config(**baselines))
 
 
 @pytest.mark.slow

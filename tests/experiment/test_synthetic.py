@@ -9,7 +9,7 @@ from fedjax_med.core.errors import UserError
 from fedjax_med.core.validation import validate
 from fedjax_med.data.dataset import Dataset, Hospitals, Split, client_rows, client_table
 from fedjax_med.data.hospitals import load_hospitals
-from fedjax_med.experiment import build, records, synthetic
+from fedjax_med.experiment import build, explain, records, synthetic, trained
 from fedjax_med.experiment import run as runs
 from tests.experiment.running import run, smoke_config
 
@@ -228,6 +228,7 @@ def test_a_run_with_gans_resumes_without_training_them_again(tmp_path, monkeypat
   assert "Synthetic: tumour" in page
   for text in (page, (folder / "privacy_statement.md").read_text()):
     assert "no safer to show" in text
+  assert explain._load_data(trained.load(folder), "").dataset.num_synthetic  # its own data
   with pytest.raises(UserError, match="use another --workdir"):
     run(folder, **{**GAN, "client__gan_steps": 3})
 

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 from fedjax_med.core.config import PrivacyConfig, flat, from_dict, init_seed, to_dict
-from fedjax_med.core.errors import UserError
+from fedjax_med.core.errors import UserError, require
 from fedjax_med.data.hospitals import load_hospitals
 from fedjax_med.experiment import run as runs
 from fedjax_med.experiment import synthetic
@@ -354,8 +354,19 @@ def test_points_of_one_seed_share_the_images_of_their_gans(tmp_path, monkeypatch
   planned = plan(rates, config)
   assert calls == []  # nor would a dry run train any
   assert len(groups(planned)) == 3
+
+  def broken(config, hospitals):
+    require(config.seed == 1, "the GAN did not stay finite", "lower client.gan_steps")
+    return make_images(config, hospitals)
+
+  monkeypatch.setattr(synthetic, "make_images", broken)
+  with pytest.raises(UserError, match=r"point seed=0, .* finite"):
+    sweep(tmp_path / "sweep", rates, config)
+  monkeypatch.setattr(synthetic, "make_images", make_images)
+  assert [table.has_run(tmp_path / "sweep", number) for number in range(4)] == [0, 0, 1, 1]
+  calls.clear()
   sweep(tmp_path / "sweep", rates, config)
-  assert calls == [(0, 500), (1, 500)]
+  assert calls == [(0, 500)]
   alone = base(**changes, privacy__noise_multiplier=0.0, client__learning_rate=0.2)
   alone.seed = 1
   runs.run(alone, tmp_path / "alone", "smoke", "test")
