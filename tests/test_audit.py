@@ -25,6 +25,7 @@ def test_what_is_refused_is_refused_in_one_sentence_before_the_audit(arguments, 
   assert result.stdout == ""
 
 
+@pytest.mark.slow
 def test_json_is_all_of_stdout_and_progress_is_on_stderr():
   result = audit("--json")
   assert result.returncode == 0, result.stderr

@@ -286,7 +286,7 @@ def refused(expected: str, scheme: str, dataset: Dataset = DATASET, **fields) ->
     (r"^partition\.alpha=-1 must be above 0", "quantity", {"alpha": -1}),
     (r"^partition\.alpha=inf must be above 0", "dirichlet", {"alpha": float("inf")}),
     (r"^partition\.alpha=nan must be above 0", "dirichlet", {"alpha": float("nan")}),
-    (r"^partition\.num_clients=0 is under 1; use two", "iid", {"num_clients": 0}),
+    (r"^partition\.num_clients=0 is under 1; use at least two", "iid", {"num_clients": 0}),
     (
       r"^partition\.classes_per_client=4 must be 1 to the number of classes, 3; lower it to 3",
       "shards",

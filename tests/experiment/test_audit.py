@@ -70,6 +70,7 @@ def test_checks_hold_for_every_unit_method_and_rate(given):
   assert failed(given) == []
 
 
+@pytest.mark.slow
 def test_correlated_noise_is_found_out_by_as_much_and_stays_under_its_claim():
   given = subject(bands=4, q=0.5)
   found, _, power = audit_units(given, 3000)
@@ -233,6 +234,7 @@ def test_no_noise_is_caught_by_the_attack_alone(monkeypatch):
   assert lower > epsilon
 
 
+@pytest.mark.slow
 def test_trials_over_devices_are_the_same_trials():
   given = subject()
   one, two = (

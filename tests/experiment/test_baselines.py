@@ -38,6 +38,7 @@ def test_baselines_say_what_does_not_protect_them(tmp_path, unit):
   assert record["not_covered"][-1] in html.unescape((tmp_path / "report.html").read_text())
 
 
+@pytest.mark.slow
 def test_baselines_that_ended_are_told_also_by_a_later_start_without_them(tmp_path):
   run(tmp_path, eval__local_baselines=True, server__num_rounds=2)
   run(tmp_path, server__num_rounds=2)
@@ -45,6 +46,7 @@ def test_baselines_that_ended_are_told_also_by_a_later_start_without_them(tmp_pa
   assert any("further trainings on the same records" in gap for gap in record["not_covered"])
 
 
+@pytest.mark.slow
 def test_baselines_that_end_at_budgets_of_their_own_are_reported(tmp_path):
   summary = run(
     tmp_path,

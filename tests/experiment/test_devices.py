@@ -58,6 +58,7 @@ def test_a_run_over_eight_devices_resumes_bit_for_bit(tmp_path):
   assert run(tmp_path / "parts", execution__devices=8) == whole
 
 
+@pytest.mark.slow
 def test_a_drawn_cohort_over_devices_ends_where_one_device_does(tmp_path):
   changes = {"server__participation": "poisson", "server__participation_rate": 0.5}
   run(tmp_path / "one", **changes)

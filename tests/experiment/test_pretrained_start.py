@@ -83,6 +83,7 @@ def test_private_training_moves_scales_and_leaves_the_statistics_bit_for_bit(tmp
   assert all(moved)
 
 
+@pytest.mark.slow
 def test_a_run_says_what_it_started_from(tmp_path, capsys):
   path = save(tmp_path / "weights.safetensors", 1)
   runs.run(starting_from(path), tmp_path / "run", "smoke", "test")

@@ -83,6 +83,7 @@ def test_a_finished_run_started_again_changes_nothing(finished, tmp_path):
   assert (folder / "metrics.jsonl").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_layouts_change_results_by_rounding_only(finished, tmp_path):
   reference = json.loads((finished / "summary.json").read_text())["test"]
   vmapped = run(tmp_path / "vmap", execution__layout="vmap")["test"]

@@ -298,6 +298,7 @@ def test_correlated_noise_is_the_same_in_every_layout(tmp_path):
     assert other["loss"] == pytest.approx(one_by_one["loss"], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_a_budget_ends_correlated_noise_before_it_is_crossed(tmp_path):
   changes = {"privacy__bands": 3, "client__batch_size": 6, "eval__every": 50}
   summary = run(tmp_path, **changes, privacy__target_epsilon=5.0, server__num_rounds=400)

@@ -258,6 +258,7 @@ def test_weights_that_are_not_trainable_stay_whatever_the_optimiser_does(optimiz
   assert float(jnp.abs(after["head"]["kernel"] - params["head"]["kernel"]).max()) > 0
 
 
+@pytest.mark.slow
 def test_fedbn_sends_no_norm_and_averages_the_rest():
   initial, block, _ = make_federation("fedbn")
   state, _ = block(initial(), make_clients(), POOL, make_hyper(), KEY, jnp.asarray(2))

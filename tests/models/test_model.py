@@ -85,6 +85,7 @@ class Bfloat16(nn.Module):
     return nn.Dense(2, dtype=jnp.bfloat16)(x.mean((1, 2)))
 
 
+@pytest.mark.slow
 def test_bfloat16_layers_follow_their_dtype_and_logits_are_float32():
   inputs = jax.random.normal(jax.random.key(0), (2, 6, 6, 3))
   model = from_flax(Bfloat16())

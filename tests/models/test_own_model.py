@@ -19,8 +19,9 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 @pytest.fixture
 def config_file(tmp_path):
-  """The one Python block of the page, as a file."""
-  (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/models.md").read_text(), re.DOTALL)
+  """The Python block of the page that is a whole file, one with a docstring."""
+  page = (ROOT / "docs/models.md").read_text()
+  (block,) = re.findall(r'```python\n(""".*?)```', page, re.DOTALL)
   path = tmp_path / "mine.py"
   path.write_text(block)
   return path
