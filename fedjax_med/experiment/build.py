@@ -194,6 +194,7 @@ def _stack_clients(case: Case, shapes: Shapes) -> Client:
 def build(config: Config, hospitals: Hospitals) -> Experiment:
   """The federation itself: every hospital is a client."""
   case = federation(config, hospitals)
+  require_a_round(case.protection)  # a point of a sweep and a baseline may end at once
   program, shapes = plan_together([case])
   mesh, dataset = program.devices.mesh, hospitals.dataset
   pool = Pool(replicate(dataset.inputs, mesh), replicate(dataset.labels, mesh))
@@ -203,9 +204,7 @@ def build(config: Config, hospitals: Hospitals) -> Experiment:
 def federation(config: Config, hospitals: Hospitals) -> Case:
   """The case in which every hospital is a client."""
   numbers = np.arange(len(hospitals.names))
-  case = _case(config, hospitals, hospitals.names, hospitals.train, numbers, None)
-  require_a_round(case.protection)  # a baseline may end at once, beside a federation that has run
-  return case
+  return _case(config, hospitals, hospitals.names, hospitals.train, numbers, None)
 
 
 def plan_together(cases: Sequence[Case]) -> tuple[Program, Shapes]:

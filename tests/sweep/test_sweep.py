@@ -157,6 +157,16 @@ def test_budgets_end_points_where_they_end_runs(swept):
   assert ended["epsilon_max"] <= 6
 
 
+def test_a_point_whose_budget_allows_no_round_ends_at_once_and_says_so(tmp_path):
+  points = [{SIGMA: sigma, TARGET: 0.01 if sigma < 1 else 0.0} for sigma in (0.5, 2.0)]
+  frame = sweep(tmp_path, points)
+  rounds = frame.groupby("point")[["rounds", "stopped", "epsilon_max"]].first()
+  assert rounds["rounds"].tolist() == [0, 3]
+  assert rounds["stopped"].tolist() == ["budget", "completed"]
+  assert rounds["epsilon_max"][0] == 0
+  assert np.isfinite(frame["all.loss"]).all()  # of the initial weights
+
+
 def test_traced_fields_are_fields_and_all_others_make_another_program():
   config = base()
   case = plan([{"seed": 0}])[0].case
