@@ -97,7 +97,8 @@ def main(_: list[str]) -> None:
   dataset = flags.FLAGS.set
   records = summarise(training.results(training.chosen()), dataset)
   target = training.committed().parent if flags.FLAGS.committed else training.workdir() / "figures"
-  draw_architectures(target / "architectures.png", records, dataset)
+  if any("figures 3 and 4" in record["places"] for record in records):
+    draw_architectures(target / "architectures.png", records, dataset)
   draw_splits(target / "splits.png", records, dataset)
   if not flags.FLAGS.committed:
     draw_split(training.workdir(), target)

@@ -22,6 +22,7 @@ from jax import lax
 
 from fedjax_med.core.rounding import NORM_SLACK
 from fedjax_med.models import ops
+from fedjax_med.models.group_norm import group_norm, group_norm_scale_gradients
 
 Params = dict[str, jax.Array]
 
@@ -194,19 +195,19 @@ def norm_layer(
 
 
 def group_norm_layer(params: Params, *, num_groups: int, epsilon: float, dtype: Any) -> Layer:
-  """``ops.group_norm`` with the scale and bias of ``params``, either of which may be absent."""
+  """``group_norm`` with the scale and bias of ``params``, either of which may be absent."""
 
   def forward(params, constants, inputs):
     del constants
     inputs = inputs.astype(np.promote_types(inputs.dtype, dtype))
-    outputs = ops.group_norm(
+    outputs = group_norm(
       inputs, params.get("scale"), params.get("bias"), num_groups=num_groups, epsilon=epsilon
     )
     return outputs.astype(dtype)
 
   def scale_gradients(constants, inputs, cotangent):
     del constants
-    return ops.group_norm_scale_gradients(inputs, cotangent, num_groups=num_groups, epsilon=epsilon)
+    return group_norm_scale_gradients(inputs, cotangent, num_groups=num_groups, epsilon=epsilon)
 
   return _scale_and_bias_layer(params, (), forward, scale_gradients)
 

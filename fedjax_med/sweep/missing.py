@@ -36,7 +36,8 @@ def run_missing(
     at_once: most runs in memory at once; 0 lets memory decide.
 
   Raises:
-    UserError: a point cannot be run; nothing is compiled before.
+    UserError: a point cannot be run, which is found before anything compiles; or the synthetic
+      images of one could not be made, when all others have run.
   """
   if all(table.done(workdir, number) for number in own):
     return

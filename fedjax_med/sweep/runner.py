@@ -55,14 +55,14 @@ class Progress(NamedTuple):
     runs: runs whose files are written.
     epsilon: largest ε of a written run so far; None if none has a guarantee.
     note: what goes on.
-    failed: why points could not be run.
+    failed: runs whose images could not be made, and why.
   """
 
   rounds: int
   runs: int
   epsilon: float | None
   note: str
-  failed: tuple[str, ...] = ()
+  failed: tuple[tuple[Key, str], ...] = ()
 
 
 Listener = Callable[[Progress], None]
@@ -139,12 +139,17 @@ def run_points(
     listen(progress._replace(note=f"{progress.note}: compiling"))
     prepared = prepare(group, at_once)
     progress = run_group(prepared, done, folder_of, name, command_of, listen, progress, complete)
-  if progress.failed:
-    first, *others = progress.failed
-    raise UserError(first + (f" (and {len(others)} more)" if others else ""))
+  failed = {key.number for key, _ in progress.failed}
   for each in planned:
-    if each.case.config.eval.local_baselines and not each.key.baseline:
+    asked = each.case.config.eval.local_baselines and not each.key.baseline
+    if asked and each.key.number not in failed:
       write_baselines(each.case, folder_of(each.key))
+  if failed:
+    _, first = progress.failed[0]
+    more = f" (and {len(failed) - 1} more points)" if len(failed) > 1 else ""
+    raise UserError(
+      f"{first}{more}; all others have run: python -m fedjax_med.sweep merge makes their table"
+    )
 
 
 def prepare(group: Sequence[Planned], at_once: int) -> Prepared:
@@ -192,8 +197,8 @@ def run_group(
       try:
         hospitals = complete(cases[0].config, cases[0].hospitals)
       except UserError as error:
-        failure = f"point {shown(chunk[0].point)}: {error}"
-        progress = progress._replace(failed=(*progress.failed, failure))
+        failed = [(each.key, f"point {shown(each.point)}: {error}") for each in chunk]
+        progress = progress._replace(failed=(*progress.failed, *failed))
         continue
       cases = [case._replace(hospitals=hospitals) for case in cases]
     dataset = cases[0].hospitals.dataset

@@ -117,10 +117,10 @@ def test_the_cost_model_is_the_papers_formula():
   assert case.modelled() == 3 * 5 * 7 * (32 * 9 * 100 + 32**2)
 
 
-def run_tables(folder):
-  flags = ["--scale=smoke", "--only=fl_alone,cnn_fedavg_iid", f"--workdir={folder}", "--json"]
+def run_command(name, folder, *more):
+  flags = ["--scale=smoke", "--only=fl_alone,cnn_fedavg_iid", f"--workdir={folder}", *more]
   return subprocess.run(
-    [sys.executable, "-m", "experiments.imaging_paper.tables", *flags],
+    [sys.executable, "-m", f"experiments.imaging_paper.{name}", *flags],
     cwd=ROOT,
     env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""},
     capture_output=True,
@@ -131,7 +131,7 @@ def run_tables(folder):
 
 @pytest.mark.slow
 def test_tables_of_two_systems_from_the_command_line_are_kept_and_resumed(tmp_path):
-  first = run_tables(tmp_path)
+  first = run_command("tables", tmp_path, "--json")
   found = json.loads(first.stdout)
   assert [row["system"] for row in found["rows"]] == ["fl_alone", "cnn_fedavg_iid"]
   for row in found["rows"]:
@@ -142,5 +142,7 @@ def test_tables_of_two_systems_from_the_command_line_are_kept_and_resumed(tmp_pa
   assert not (tmp_path / RESULTS).exists()  # those of all systems are not overwritten with two
   written = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("summary.json")}
   assert len(written) == 2 * 2 * SCALES["smoke"].seeds
-  assert run_tables(tmp_path).stdout == first.stdout
+  assert run_command("tables", tmp_path, "--json").stdout == first.stdout
   assert written == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("summary.json")}
+  run_command("figures", tmp_path)
+  assert (tmp_path / "figures" / "splits.png").stat().st_size > 0
