@@ -67,7 +67,7 @@ def main() -> None:
   from fedjax_med.federated.algorithm import Pool
   from fedjax_med.flags import config_fields
   from fedjax_med.simulation.mesh import replicate
-  from fedjax_med.sweep import grid, runner, table
+  from fedjax_med.sweep import grid, programs, runner, table
   from fedjax_med.sweep.points import Key, configure, groups, plan_points
 
   axes = [f"privacy.noise_multiplier={options.sigmas}", f"seed=0:{options.seeds}"]
@@ -109,7 +109,7 @@ def main() -> None:
   program, shapes = plan_together([each.case for each in group])
   mesh, dataset = program.devices.mesh, group[0].case.hospitals.dataset
   pool = Pool(replicate(dataset.inputs, mesh), replicate(dataset.labels, mesh))
-  warm = runner.prepare(group, 0)
+  warm = programs.prepare(group, 0)
   turn, start = iter(range(1000)), runner.Progress(0, 0, None, "")
 
   def in_one_program() -> float:

@@ -215,7 +215,7 @@ def plan_together(cases: Sequence[Case]) -> tuple[Program, Shapes]:
   shapes = shapes_of(cases)
   # The devices of a CPU share its memory; fewer would save an accelerator nothing.
   may_share_less = cpu and config.execution.devices == 0
-  dataset = cases[0].hospitals.dataset
+  dataset = max((case.hospitals.dataset for case in cases), key=lambda each: len(each.labels))
   program = make_program(config, dataset, shapes, devices=devices, may_share_less=may_share_less)
   return program, shapes
 

@@ -36,7 +36,7 @@ TRACED = frozenset(
     "model.init_seed",
     "client.learning_rate",
     "client.num_local_epochs",
-    "client.synthetic",  # more images, which are among the shapes
+    "client.synthetic",  # more images, and pools are filled up to the largest
     "client.synthetic_share",
     "client.gan_steps",
     "server.learning_rate",
@@ -209,7 +209,7 @@ def static_key(case: Case) -> str:
   dataset = case.hospitals.dataset
   values["shapes"] = [
     len(case.names),
-    list(dataset.inputs.shape),
+    list(dataset.inputs.shape[1:]),  # pools are filled up to the largest
     len(dataset.class_names),
     protection.rows_per_unit,
     protection.units is not None,

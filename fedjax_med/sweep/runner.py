@@ -6,20 +6,17 @@ from collections.abc import Callable, Sequence, Set
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from fedjax_med.core.config import Config, init_seed, to_dict
+from fedjax_med.core.config import Config, to_dict
 from fedjax_med.core.errors import UserError
 from fedjax_med.data.dataset import Hospitals
 from fedjax_med.experiment import workdir as files
 from fedjax_med.experiment.baselines import write_baselines
-from fedjax_med.experiment.build import Experiment, place, plan_together
+from fedjax_med.experiment.build import Experiment, place
 from fedjax_med.experiment.loop import (
   LogPoint,
   Outcome,
-  evaluated,
   evaluation_groups,
   log_lines,
   measure,
@@ -28,23 +25,16 @@ from fedjax_med.experiment.loop import (
   train_line,
   write_privacy,
 )
-from fedjax_med.experiment.many import AT_ONCE
-from fedjax_med.experiment.planning import shared_devices
-from fedjax_med.experiment.program import Program, Shapes
 from fedjax_med.experiment.records import config_record, hospital_record, summary_record
 from fedjax_med.experiment.report import write_statement
 from fedjax_med.experiment.synthetic import image_keeper
 from fedjax_med.experiment.trackers import require_installed, track
-from fedjax_med.federated.algorithm import Pool
 from fedjax_med.privacy import ledger
-from fedjax_med.simulation.evaluation import Batches, batches_of, shape_of
-from fedjax_med.simulation.mesh import CLIENTS, client_mesh, local_devices, replicated
+from fedjax_med.simulation.evaluation import batches_of
 from fedjax_med.simulation.rounds import NEVER
-from fedjax_med.simulation.sweep import Point, blank_states, make_sweep
+from fedjax_med.simulation.sweep import blank_states
 from fedjax_med.sweep.points import Key, Planned, chunks, groups, shown
-
-# A kill loses a chunk, so it stays small where memory would allow more.
-MAX_AT_ONCE = 64
+from fedjax_med.sweep.programs import Layout, Prepared, compiled_ahead, pool_of, put, stack
 
 
 class Progress(NamedTuple):
@@ -66,42 +56,6 @@ class Progress(NamedTuple):
 
 
 Listener = Callable[[Progress], None]
-
-
-class Layout(NamedTuple):
-  """How the runs of a group lie on this machine.
-
-  Attributes:
-    size: runs in a program.
-    at_once: how many of them a device works on side by side.
-    mesh: devices that they are dealt over; None is the default device.
-  """
-
-  size: int
-  at_once: int
-  mesh: Mesh | None
-
-
-class Prepared(NamedTuple):
-  """A group of points that share a program.
-
-  Attributes:
-    group: its points.
-    program: of one run.
-    shapes: what the program is made for.
-    layout: how runs lie on this machine.
-    batches: [b, size] of test images, enough for each run's.
-    sweep: (states, fresh, rounds [S], points, pool) -> (states, metrics, probabilities).
-    compilations: how often ``sweep`` was compiled in this process.
-  """
-
-  group: Sequence[Planned]
-  program: Program
-  shapes: Shapes
-  layout: Layout
-  batches: tuple[int, int]
-  sweep: Callable[..., Any]
-  compilations: Callable[[], int]
 
 
 def run_points(
@@ -134,10 +88,11 @@ def run_points(
     require_installed(name_of_tracker)
   progress, complete = Progress(0, 0, None, ""), image_keeper()
   parts = [part for part in groups(planned) if not {each.key for each in part} <= done]
-  for number, group in enumerate(parts, 1):
+  compiled = compiled_ahead(parts, at_once)
+  for number in range(1, len(parts) + 1):
     progress = progress._replace(note=f"program {number} of {len(parts)}")
     listen(progress._replace(note=f"{progress.note}: compiling"))
-    prepared = prepare(group, at_once)
+    prepared = next(compiled)
     progress = run_group(prepared, done, folder_of, name, command_of, listen, progress, complete)
   failed = {key.number for key, _ in progress.failed}
   for each in planned:
@@ -150,26 +105,6 @@ def run_points(
     raise UserError(
       f"{first}{more}; all others have run: python -m fedjax_med.sweep merge makes their table"
     )
-
-
-def prepare(group: Sequence[Planned], at_once: int) -> Prepared:
-  """The program of a group; it is compiled when it first runs."""
-  program, shapes = plan_together([each.case for each in group])
-  layout = _layout(program, group, at_once)
-  parts, traces = program.parts, []
-
-  def evaluate(state, pool, batches):
-    traces.append(1)
-    return parts.evaluate(evaluated(parts, state), pool, batches)
-
-  sweep = make_sweep(parts.initial, parts.block, evaluate, at_once=layout.at_once, mesh=layout.mesh)
-
-  def run(states, fresh, rounds, points, pool):
-    return sweep(states, fresh, rounds, points, pool, parts.given)
-
-  tests = [evaluation_groups(parts, each.case.hospitals) for each in group]
-  batches = shape_of(tests, group[0].case.config.eval.batch_size)
-  return Prepared(group, program, shapes, layout, batches, run, lambda: len(traces))
 
 
 def run_group(
@@ -201,9 +136,7 @@ def run_group(
         progress = progress._replace(failed=(*progress.failed, *failed))
         continue
       cases = [case._replace(hospitals=hospitals) for case in cases]
-    dataset = cases[0].hospitals.dataset
-    images = Pool(jnp.asarray(dataset.inputs), jnp.asarray(dataset.labels))
-    pool = _put(images, layout.mesh, dealt=False)
+    pool = pool_of(cases[0].hospitals.dataset, prepared)
     runs = [place(case, prepared.program, prepared.shapes, pool, None) for case in cases]
 
     def told(rounds: int, so_far=progress, chunk=chunk) -> None:
@@ -223,31 +156,6 @@ def run_group(
   return progress
 
 
-def _layout(program: Program, group: Sequence[Planned], asked: int) -> Layout:
-  devices = local_devices()
-  cpu = jax.default_backend() == "cpu"
-  shapes = jax.eval_shape(program.initial)
-  state = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))
-  shared = shared_devices(devices)
-  side_by_side, most = 1 if cpu else AT_ONCE, MAX_AT_ONCE
-  if program.budget.size is not None:
-    room = program.budget.size
-    if not cpu:
-      side_by_side = max(1, min(AT_ONCE, int(room / 2 / program.needs)))
-    room -= shared * side_by_side * program.needs
-    # A state is there before and after a block, and once more on its way to the host.
-    most = max(devices, min(most, int(devices / shared * room / (3 * state))))
-  most = max(1, asked or most)
-  largest = max(len(part) for part in chunks(group, len(group)))
-  parts = -(-largest // most)
-  size = -(-largest // parts)
-  devices = min(devices, size)
-  # Every device has as many, in whole rows side by side: what is left over would be compiled again.
-  side_by_side = min(side_by_side, -(-size // devices))
-  size += -size % (devices * side_by_side)
-  return Layout(size, side_by_side, client_mesh(devices) if devices > 1 else None)
-
-
 def _run_chunk(
   runs: Sequence[Experiment], prepared: Prepared, told: Callable[[int], None]
 ) -> tuple[list[Outcome], list[list[dict[str, Any]]]]:
@@ -258,17 +166,18 @@ def _run_chunk(
   batches, places = zip(*(batches_of(each, prepared.batches) for each in tests), strict=True)
   missing = layout.size - len(runs)
   padded = [*runs, *[first] * missing]  # the empty places repeat the first
-  points = _stack(padded, [*batches, *[batches[0]] * missing])
-  points = _put(points, layout.mesh, dealt=True)
+  points = stack(padded, [*batches, *[batches[0]] * missing])
+  points = put(points, layout.mesh, dealt=True)
   parts = first.program.parts
-  states = _put(blank_states(parts.initial, parts.given, layout.size), layout.mesh, dealt=True)
+  states = put(blank_states(parts.initial, parts.given, layout.size), layout.mesh, dealt=True)
   fresh, lengths = True, np.zeros(layout.size, np.int32)
   stopped = ["" for _ in runs]
   lines: list[list[dict[str, Any]]] = [[] for _ in runs]
   last: list[LogPoint | None] = [None] * len(runs)
   while True:
     going = [fresh or length > 0 for length in lengths[: len(runs)]]
-    states, metrics, found = prepared.sweep(states, np.bool_(fresh), lengths, points, first.pool)
+    given = points, first.pool, parts.given
+    states, metrics, found = prepared.sweep(states, np.bool_(fresh), lengths, *given)
     rounds, steps = jax.device_get((states.server.round, states.steps))
     metrics, found = jax.device_get((metrics, found))
     for k, run in enumerate(runs):
@@ -347,25 +256,3 @@ def write_point(
     f" {layout.mesh.size if layout.mesh else 1} devices"
   )
   files.write_json(folder / "summary.json", summary)
-
-
-def _stack(runs: Sequence[Experiment], batches: Sequence[Batches]) -> Point:
-  """What the runs do not share; the batches are of their test sets."""
-
-  def stacked(*leaves: Any) -> jax.Array:
-    return jnp.stack(leaves)
-
-  return Point(
-    jnp.asarray([init_seed(run.config) for run in runs], jnp.int32),
-    jnp.stack([run.key for run in runs]),
-    jax.tree.map(stacked, *[run.clients for run in runs]),
-    jax.tree.map(stacked, *[run.hyper for run in runs]),
-    jax.tree.map(stacked, *batches),
-  )
-
-
-def _put(tree: Any, mesh: Mesh | None, dealt: bool) -> Any:
-  if mesh is None:
-    return jax.device_put(tree, jax.devices()[0])
-  place = NamedSharding(mesh, PartitionSpec(CLIENTS)) if dealt else replicated(mesh)
-  return jax.device_put(tree, place)

@@ -19,7 +19,7 @@ from fedjax_med.experiment.records import summary_record
 from fedjax_med.experiment.report import write_report
 from fedjax_med.privacy import __main__ as privacy_command
 from fedjax_med.privacy import ledger
-from fedjax_med.sweep import merge, runner, table
+from fedjax_med.sweep import merge, programs, runner, table
 from fedjax_med.sweep.points import TRACED, configure, groups, shown, static_key
 from tests.sweep.sweeping import AXES, base, plan, sweep
 
@@ -116,7 +116,7 @@ def swept(tmp_path_factory):
   folder = tmp_path_factory.mktemp("swept")
   table.begin(folder, base(), TOGETHER, AXES)
   (group,) = groups(plan(TOGETHER))
-  prepared = runner.prepare(group, 4)
+  prepared = programs.prepare(group, 4)
   start = runner.Progress(0, 0, None, "")
   runner.run_group(
     prepared, set(), lambda key: table.folder_of(folder, *key), "smoke", lambda _: "", print, start
@@ -360,10 +360,15 @@ def test_points_of_one_seed_share_the_images_of_their_gans(tmp_path, monkeypatch
   monkeypatch.setattr(synthetic, "make_images", make_images)
   changes = {"client__synthetic": "gan", "privacy__mechanism": "none"}
   config = base(**changes, privacy__noise_multiplier=0.0, eval__local_baselines=True)
-  rates = [{"seed": seed, "client.learning_rate": rate} for seed in (0, 1) for rate in (0.1, 0.2)]
+  rates = [
+    {"seed": seed, "client.learning_rate": rate, "client.synthetic": "gan"}
+    for seed in (0, 1)
+    for rate in (0.1, 0.2)
+  ]
+  rates.append({**rates[-1], "client.synthetic": "none"})
   planned = plan(rates, config)
   assert calls == []  # nor would a dry run train any
-  assert len(groups(planned)) == 3
+  assert len(groups(planned)) == 3  # the federation and two baselines, with images and without
 
   def broken(config, hospitals):
     require(config.seed == 1, "the GAN did not stay finite", "lower client.gan_steps")
@@ -373,17 +378,18 @@ def test_points_of_one_seed_share_the_images_of_their_gans(tmp_path, monkeypatch
   with pytest.raises(UserError, match=r"point seed=0, .* finite"):
     sweep(tmp_path / "sweep", rates, config)
   monkeypatch.setattr(synthetic, "make_images", make_images)
-  assert [table.has_run(tmp_path / "sweep", number) for number in range(4)] == [0, 0, 1, 1]
+  assert [table.has_run(tmp_path / "sweep", number) for number in range(5)] == [0, 0, 1, 1, 1]
   calls.clear()
   sweep(tmp_path / "sweep", rates, config)
   assert calls == [(0, 500)]
   alone = base(**changes, privacy__noise_multiplier=0.0, client__learning_rate=0.2)
   alone.seed = 1
-  runs.run(alone, tmp_path / "alone", "smoke", "test")
-  one, other = (
-    json.loads((tmp_path / folder / "summary.json").read_text())
-    for folder in ("alone", "sweep/points/00003")
-  )
-  assert one["run_id"] == other["run_id"]
-  assert one["train_images"] == other["train_images"]
-  assert other["test"]["loss"] == pytest.approx(one["test"]["loss"], rel=1e-4)
+  for number, alone.client.synthetic in ((3, "gan"), (4, "none")):
+    runs.run(alone, tmp_path / alone.client.synthetic, "smoke", "test")
+    one, other = (
+      json.loads((folder / "summary.json").read_text())
+      for folder in (tmp_path / alone.client.synthetic, tmp_path / f"sweep/points/{number:05d}")
+    )
+    assert one["run_id"] == other["run_id"]
+    assert one.get("train_images") == other.get("train_images")
+    assert other["test"]["loss"] == pytest.approx(one["test"]["loss"], rel=1e-4)

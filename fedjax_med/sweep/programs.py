@@ -1,0 +1,180 @@
+"""The compiled programs of a sweep: what a group of points shares, and how runs lie in it."""
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from fedjax_med.core.config import init_seed
+from fedjax_med.data.dataset import Dataset
+from fedjax_med.experiment.build import Experiment, place, plan_together
+from fedjax_med.experiment.loop import evaluated, evaluation_groups
+from fedjax_med.experiment.many import AT_ONCE
+from fedjax_med.experiment.planning import shared_devices
+from fedjax_med.experiment.program import Program, Shapes
+from fedjax_med.federated.algorithm import Pool
+from fedjax_med.simulation.evaluation import Batches, batches_of, shape_of
+from fedjax_med.simulation.mesh import CLIENTS, client_mesh, local_devices, replicated
+from fedjax_med.simulation.sweep import Point, blank_states, make_sweep
+from fedjax_med.sweep.points import Planned, chunks
+
+# A kill loses a chunk, so it stays small where memory would allow more.
+MAX_AT_ONCE = 64
+# Programs that compile while another one runs: of a CPU, XLA uses one core. The compiler of an
+# accelerator times kernels, for which it must be idle.
+AHEAD = 2
+
+
+class Layout(NamedTuple):
+  """How the runs of a group lie on this machine.
+
+  Attributes:
+    size: runs in a program.
+    at_once: how many of them a device works on side by side.
+    mesh: devices that they are dealt over; None is the default device.
+  """
+
+  size: int
+  at_once: int
+  mesh: Mesh | None
+
+
+class Prepared(NamedTuple):
+  """A group of points that share a program.
+
+  Attributes:
+    group: its points.
+    program: of one run.
+    shapes: what the program is made for.
+    layout: how runs lie on this machine.
+    batches: [b, size] of test images, enough for each run's.
+    images: in the pool, enough for each run's.
+    sweep: (states, fresh, rounds [S], points, pool, given) -> (states, metrics, probabilities).
+    compilations: how often ``sweep`` was compiled in this process.
+  """
+
+  group: Sequence[Planned]
+  program: Program
+  shapes: Shapes
+  layout: Layout
+  batches: tuple[int, int]
+  images: int
+  sweep: Callable[..., Any]
+  compilations: Callable[[], int]
+
+
+def compiled_ahead(parts: Sequence[Sequence[Planned]], at_once: int) -> Iterator[Prepared]:
+  """The program of each group in turn; on a CPU the next ones compile while it is used."""
+  ahead = AHEAD if jax.default_backend() == "cpu" else 0
+  left, waiting = iter(parts), deque()
+  with ThreadPoolExecutor(max(1, ahead)) as threads:
+    try:
+      for _ in parts:
+        for group in islice(left, 1 + ahead - len(waiting)):
+          # Planning may time steps: it is done here, where it disturbs no run.
+          waiting.append(threads.submit(_compile, *_plan(group, at_once)))
+        yield waiting.popleft().result()
+    finally:
+      for each in waiting:
+        each.cancel()
+
+
+def prepare(group: Sequence[Planned], at_once: int) -> Prepared:
+  """The program of a group, compiled."""
+  return _compile(*_plan(group, at_once))
+
+
+def _plan(group: Sequence[Planned], at_once: int) -> tuple[Prepared, jax.stages.Wrapped]:
+  """The program of a group, whose ``sweep`` is still to be compiled."""
+  program, shapes = plan_together([each.case for each in group])
+  layout = _layout(program, group, at_once)
+  parts, traces = program.parts, []
+
+  def evaluate(state, pool, batches):
+    traces.append(1)
+    return parts.evaluate(evaluated(parts, state), pool, batches)
+
+  sweep = make_sweep(parts.initial, parts.block, evaluate, at_once=layout.at_once, mesh=layout.mesh)
+  tests = [evaluation_groups(parts, each.case.hospitals) for each in group]
+  batches = shape_of(tests, group[0].case.config.eval.batch_size)
+  images = max(len(each.case.hospitals.dataset.labels) for each in group)
+  prepared = Prepared(group, program, shapes, layout, batches, images, sweep, lambda: len(traces))
+  return prepared, sweep
+
+
+def _compile(prepared: Prepared, sweep: jax.stages.Wrapped) -> Prepared:
+  """With a ``sweep`` that takes the group's shapes and no others."""
+  parts, size, case = prepared.program.parts, prepared.layout.size, prepared.group[0].case
+  dataset, shape = case.hospitals.dataset, jax.ShapeDtypeStruct
+  arrays = (dataset.inputs, dataset.labels)
+  images: Any = [shape((prepared.images, *each.shape[1:]), each.dtype) for each in arrays]
+  run = place(case, prepared.program, prepared.shapes, Pool(*images), None)
+  batches, _ = batches_of(evaluation_groups(parts, case.hospitals), prepared.batches)
+  states = jax.eval_shape(lambda: blank_states(parts.initial, parts.given, size))
+  points, lengths = stack([run] * size, [batches] * size), np.zeros(size, np.int32)
+  lowered = sweep.lower(states, np.bool_(True), lengths, points, run.pool, parts.given)
+  return prepared._replace(sweep=lowered.compile())
+
+
+def _layout(program: Program, group: Sequence[Planned], asked: int) -> Layout:
+  devices = local_devices()
+  cpu = jax.default_backend() == "cpu"
+  shapes = jax.eval_shape(program.initial)
+  state = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))
+  shared = shared_devices(devices)
+  side_by_side, most = 1 if cpu else AT_ONCE, MAX_AT_ONCE
+  if program.budget.size is not None:
+    room = program.budget.size
+    if not cpu:
+      side_by_side = max(1, min(AT_ONCE, int(room / 2 / program.needs)))
+    room -= shared * side_by_side * program.needs
+    # A state is there before and after a block, and once more on its way to the host.
+    most = max(devices, min(most, int(devices / shared * room / (3 * state))))
+  most = max(1, asked or most)
+  largest = max(len(part) for part in chunks(group, len(group)))
+  parts = -(-largest // most)
+  size = -(-largest // parts)
+  devices = min(devices, size)
+  # Every device has as many, in whole rows side by side: what is left over would be compiled again.
+  side_by_side = min(side_by_side, -(-size // devices))
+  size += -size % (devices * side_by_side)
+  return Layout(size, side_by_side, client_mesh(devices) if devices > 1 else None)
+
+
+def stack(runs: Sequence[Experiment], batches: Sequence[Batches]) -> Point:
+  """What the runs do not share; the batches are of their test sets."""
+
+  def stacked(*leaves: Any) -> jax.Array:
+    return jnp.stack(leaves)
+
+  return Point(
+    jnp.asarray([init_seed(run.config) for run in runs], jnp.int32),
+    jnp.stack([run.key for run in runs]),
+    jax.tree.map(stacked, *[run.clients for run in runs]),
+    jax.tree.map(stacked, *[run.hyper for run in runs]),
+    jax.tree.map(stacked, *batches),
+  )
+
+
+def pool_of(dataset: Dataset, prepared: Prepared) -> Pool:
+  """The images on the devices, and black ones that nobody holds up to ``prepared.images``."""
+  missing = prepared.images - len(dataset.labels)
+  black = np.zeros((missing, *dataset.inputs.shape[1:]), dataset.inputs.dtype)
+  images = Pool(
+    jnp.asarray(np.concatenate([dataset.inputs, black])),
+    jnp.asarray(np.pad(dataset.labels, (0, missing))),
+  )
+  return put(images, prepared.layout.mesh, dealt=False)
+
+
+def put(tree: Any, mesh: Mesh | None, dealt: bool) -> Any:
+  if mesh is None:
+    return jax.device_put(tree, jax.devices()[0])
+  place = NamedSharding(mesh, PartitionSpec(CLIENTS)) if dealt else replicated(mesh)
+  return jax.device_put(tree, place)
