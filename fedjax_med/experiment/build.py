@@ -221,12 +221,16 @@ def plan_together(cases: Sequence[Case]) -> tuple[Program, Shapes]:
 
 
 def place(
-  case: Case, program: Program, shapes: Shapes, pool: Pool, mesh: Mesh | None
+  case: Case, program: Program, shapes: Shapes, pool: Pool, mesh: Mesh | None, start: int = 0
 ) -> Experiment:
-  """The run of a case by a program of at least its shapes, on images that are on the device."""
+  """The run of a case by a program of at least its shapes, on images that are on the device.
+
+  Its images begin at row ``start`` of the pool.
+  """
+  clients = _stack_clients(case, shapes)
   return Experiment(
     case,
-    replicate(_stack_clients(case, shapes), mesh),
+    replicate(clients._replace(indices=clients.indices + start), mesh),
     replicate(_hyper(case.config, case.protection), mesh),
     pool,
     replicate(_run_key(case.config, case.run_id), mesh),

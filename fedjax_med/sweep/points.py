@@ -65,6 +65,10 @@ TRACED = frozenset(
 )
 
 
+# Images of several sets on a device at once.
+MAX_POOL_BYTES = 2**30
+
+
 class Key(NamedTuple):
   """Names a run of a sweep.
 
@@ -228,17 +232,31 @@ def groups(planned: Sequence[Planned]) -> list[list[Planned]]:
   return list(found.values())
 
 
-def chunks(group: Sequence[Planned], size: int) -> list[list[Planned]]:
-  """A group in parts of at most ``size`` runs on the same images, long runs together."""
+def chunks(group: Sequence[Planned], size: int, limit: int = MAX_POOL_BYTES) -> list[list[Planned]]:
+  """A group in parts of at most ``size`` runs; of the same images long runs are together.
+
+  Images of several sets (GANs, phantoms of several seeds) that a part holds take ``limit`` bytes.
+  """
   by_images: dict[tuple[Any, ...], list[Planned]] = {}
   for each in group:
-    key = image_key(each.case.config, each.case.hospitals)
-    by_images.setdefault(key, []).append(each)
-  parts = []
+    by_images.setdefault(images_of(each), []).append(each)
+  parts: list[list[Planned]] = [[]]
+  taken = 0
   for runs in by_images.values():
-    runs = sorted(runs, key=lambda each: -each.case.config.server.num_rounds)
-    parts += [runs[i : i + size] for i in range(0, len(runs), size)]
-  return parts
+    images = runs[0].case.hospitals.dataset.inputs.nbytes
+    if taken + images > limit:
+      parts, taken = [*parts, []], 0
+    taken += images
+    for each in sorted(runs, key=lambda each: -each.case.config.server.num_rounds):
+      if len(parts[-1]) == size:
+        parts, taken = [*parts, []], images
+      parts[-1].append(each)
+  return [part for part in parts if part]
+
+
+def images_of(each: Planned) -> tuple[Any, ...]:
+  """Runs of the same images have the same."""
+  return image_key(each.case.config, each.case.hospitals)
 
 
 def _text(values: Any) -> str:

@@ -22,7 +22,7 @@ from fedjax_med.federated.algorithm import Pool
 from fedjax_med.simulation.evaluation import Batches, batches_of, shape_of
 from fedjax_med.simulation.mesh import CLIENTS, client_mesh, local_devices, replicated
 from fedjax_med.simulation.sweep import Point, blank_states, make_sweep
-from fedjax_med.sweep.points import Planned, chunks
+from fedjax_med.sweep.points import Planned, chunks, images_of
 
 # A kill loses a chunk, so it stays small where memory would allow more.
 MAX_AT_ONCE = 64
@@ -103,7 +103,7 @@ def _plan(group: Sequence[Planned], at_once: int) -> tuple[Prepared, jax.stages.
   sweep = make_sweep(parts.initial, parts.block, evaluate, at_once=layout.at_once, mesh=layout.mesh)
   tests = [evaluation_groups(parts, each.case.hospitals) for each in group]
   batches = shape_of(tests, group[0].case.config.eval.batch_size)
-  images = max(len(each.case.hospitals.dataset.labels) for each in group)
+  images = max(sum(map(len, _labels(part).values())) for part in chunks(group, layout.size))
   prepared = Prepared(group, program, shapes, layout, batches, images, sweep, lambda: len(traces))
   return prepared, sweep
 
@@ -120,6 +120,11 @@ def _compile(prepared: Prepared, sweep: jax.stages.Wrapped) -> Prepared:
   points, lengths = stack([run] * size, [batches] * size), np.zeros(size, np.int32)
   lowered = sweep.lower(states, np.bool_(True), lengths, points, run.pool, parts.given)
   return prepared._replace(sweep=lowered.compile())
+
+
+def _labels(part: Sequence[Planned]) -> dict[tuple[Any, ...], np.ndarray]:
+  """Labels of each set of images."""
+  return {images_of(each): each.case.hospitals.dataset.labels for each in part}
 
 
 def _layout(program: Program, group: Sequence[Planned], asked: int) -> Layout:
@@ -162,13 +167,13 @@ def stack(runs: Sequence[Experiment], batches: Sequence[Batches]) -> Point:
   )
 
 
-def pool_of(dataset: Dataset, prepared: Prepared) -> Pool:
-  """The images on the devices, and black ones that nobody holds up to ``prepared.images``."""
-  missing = prepared.images - len(dataset.labels)
-  black = np.zeros((missing, *dataset.inputs.shape[1:]), dataset.inputs.dtype)
+def pool_of(datasets: Sequence[Dataset], prepared: Prepared) -> Pool:
+  """All images on the devices, and black ones that nobody holds up to ``prepared.images``."""
+  missing = prepared.images - sum(len(each.labels) for each in datasets)
+  black = np.zeros((missing, *datasets[0].inputs.shape[1:]), datasets[0].inputs.dtype)
   images = Pool(
-    jnp.asarray(np.concatenate([dataset.inputs, black])),
-    jnp.asarray(np.pad(dataset.labels, (0, missing))),
+    jnp.asarray(np.concatenate([*(each.inputs for each in datasets), black])),
+    jnp.asarray(np.pad(np.concatenate([each.labels for each in datasets]), (0, missing))),
   )
   return put(images, prepared.layout.mesh, dealt=False)
 

@@ -1,5 +1,6 @@
 """The host side of a sweep: groups and chunks run, and every point leaves what a run leaves."""
 
+import dataclasses
 import pathlib
 import time
 from collections.abc import Callable, Sequence, Set
@@ -10,7 +11,7 @@ import numpy as np
 
 from fedjax_med.core.config import Config, to_dict
 from fedjax_med.core.errors import UserError
-from fedjax_med.data.dataset import Hospitals
+from fedjax_med.data.dataset import Dataset, Hospitals
 from fedjax_med.experiment import workdir as files
 from fedjax_med.experiment.baselines import write_baselines
 from fedjax_med.experiment.build import Experiment, place
@@ -33,7 +34,7 @@ from fedjax_med.privacy import ledger
 from fedjax_med.simulation.evaluation import batches_of
 from fedjax_med.simulation.rounds import NEVER
 from fedjax_med.simulation.sweep import blank_states
-from fedjax_med.sweep.points import Key, Planned, chunks, groups, shown
+from fedjax_med.sweep.points import Key, Planned, chunks, groups, images_of, shown
 from fedjax_med.sweep.programs import Layout, Prepared, compiled_ahead, pool_of, put, stack
 
 
@@ -126,24 +127,30 @@ def run_group(
     chunk = [each for each in whole if each.key not in done]
     if not chunk:
       continue
-    cases = [each.case for each in chunk]
-    if cases[0].hospitals.dataset.num_synthetic:  # those of the chunk are the same hospitals
+    if any(each.case.hospitals.dataset.num_synthetic for each in chunk):
       listen(progress._replace(note=f"{progress.note}: synthetic images"))
-      try:
-        hospitals = complete(cases[0].config, cases[0].hospitals)
-      except UserError as error:
-        failed = [(each.key, f"point {shown(each.point)}: {error}") for each in chunk]
-        progress = progress._replace(failed=(*progress.failed, *failed))
-        continue
-      cases = [case._replace(hospitals=hospitals) for case in cases]
-    pool = pool_of(cases[0].hospitals.dataset, prepared)
-    runs = [place(case, prepared.program, prepared.shapes, pool, None) for case in cases]
+    sets, errors = _images(chunk, complete)
+    failed = [
+      (each.key, f"point {shown(each.point)}: {errors[images_of(each)]}")
+      for each in chunk
+      if images_of(each) in errors
+    ]
+    progress = progress._replace(failed=(*progress.failed, *failed))
+    chunk = [each for each in chunk if images_of(each) in sets]
+    if not chunk:
+      continue
+    pool, starts = pool_of(list(sets.values()), prepared), _starts(chunk, sets)
+    runs = []
+    for each, start in zip(chunk, starts, strict=True):
+      hospitals = dataclasses.replace(each.case.hospitals, dataset=sets[images_of(each)])
+      case = each.case._replace(hospitals=hospitals)
+      runs.append(place(case, prepared.program, prepared.shapes, pool, None, start))
 
     def told(rounds: int, so_far=progress, chunk=chunk) -> None:
       note = f"{so_far.note}: {len(chunk)} runs at once"
       listen(so_far._replace(rounds=so_far.rounds + rounds, note=note))
 
-    outcomes, lines = _run_chunk(runs, prepared, told)
+    outcomes, lines = _run_chunk(runs, starts, prepared, told)
     for each, experiment, outcome, metrics in zip(chunk, runs, outcomes, lines, strict=True):
       write_point(experiment, layout, folder_of(each.key), name, command_of(each), outcome, metrics)
       epsilons = [*outcome.last.epsilons, outcome.last.client_epsilon, progress.epsilon]
@@ -156,13 +163,42 @@ def run_group(
   return progress
 
 
+def _images(
+  chunk: Sequence[Planned], complete: Callable[[Config, Hospitals], Hospitals]
+) -> tuple[dict[tuple[Any, ...], Dataset], dict[tuple[Any, ...], UserError]]:
+  """The sets of images of a chunk, and why others could not be made, by ``images_of``."""
+  sets, errors = {}, {}
+  for each in chunk:
+    key = images_of(each)
+    if key in sets or key in errors:
+      continue
+    try:
+      sets[key] = complete(each.case.config, each.case.hospitals).dataset
+    except UserError as error:
+      errors[key] = error
+  return sets, errors
+
+
+def _starts(chunk: Sequence[Planned], sets: dict[tuple[Any, ...], Dataset]) -> list[int]:
+  """The row of the pool at which the images of each run begin."""
+  ends = np.cumsum([len(dataset.labels) for dataset in sets.values()])
+  starts = dict(zip(sets, [0, *ends[:-1].tolist()], strict=True))
+  return [starts[images_of(each)] for each in chunk]
+
+
 def _run_chunk(
-  runs: Sequence[Experiment], prepared: Prepared, told: Callable[[int], None]
+  runs: Sequence[Experiment],
+  starts: Sequence[int],
+  prepared: Prepared,
+  told: Callable[[int], None],
 ) -> tuple[list[Outcome], list[list[dict[str, Any]]]]:
-  """Trains the runs; where each ended, and the lines of its log."""
+  """Trains the runs, whose images begin at ``starts``; where each ended, and its log's lines."""
   started = time.monotonic()
   first, layout = runs[0], prepared.layout
-  tests = [evaluation_groups(prepared.program.parts, run.hospitals) for run in runs]
+  tests = [
+    [rows + start for rows in evaluation_groups(prepared.program.parts, run.hospitals)]
+    for run, start in zip(runs, starts, strict=True)
+  ]
   batches, places = zip(*(batches_of(each, prepared.batches) for each in tests), strict=True)
   missing = layout.size - len(runs)
   padded = [*runs, *[first] * missing]  # the empty places repeat the first

@@ -20,7 +20,7 @@ from fedjax_med.experiment.report import write_report
 from fedjax_med.privacy import __main__ as privacy_command
 from fedjax_med.privacy import ledger
 from fedjax_med.sweep import merge, programs, runner, table
-from fedjax_med.sweep.points import TRACED, configure, groups, shown, static_key
+from fedjax_med.sweep.points import TRACED, chunks, configure, groups, shown, static_key
 from tests.sweep.sweeping import AXES, base, plan, sweep
 
 SIGMA, TARGET, RATE = "privacy.noise_multiplier", "privacy.target_epsilon", "client.learning_rate"
@@ -125,6 +125,20 @@ def swept(tmp_path_factory):
   assert prepared.compilations() == 1
   table.write(folder)
   return folder
+
+
+def test_sets_of_images_share_a_chunk_up_to_the_limit():
+  points = [{"seed": seed, RATE: rate} for seed in (0, 1, 2) for rate in (0.1, 0.2)]
+  (group,) = groups(plan(points, seed_axes=("partition", "init", "sampling")))
+  images = group[0].case.hospitals.dataset.inputs.nbytes
+
+  def numbers(size, limit):
+    return [[each.key.number for each in part] for part in chunks(group, size, limit)]
+
+  assert numbers(6, 3 * images) == [[0, 1, 2, 3, 4, 5]]
+  assert numbers(6, 3 * images - 1) == [[0, 1, 2, 3], [4, 5]]
+  assert numbers(6, 1) == [[0, 1], [2, 3], [4, 5]]  # a set that is too large is there alone
+  assert numbers(3, 2 * images) == [[0, 1, 2], [3, 4, 5]]
 
 
 def test_points_that_differ_in_data_share_one_program():
