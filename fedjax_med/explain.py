@@ -37,6 +37,9 @@ flags.DEFINE_string("data_path", "", "Where the run's data lie now, if they have
 flags.DEFINE_bool(
   "show_patients", False, "Show test images of a private run; the page is then not for release."
 )
+flags.DEFINE_string(
+  "hospital", "", "Whose model, where hospitals have their own (fedbn, fedper, finetune, ditto)."
+)
 flags.DEFINE_string("network", "", "Python file that registers the run's network, if it is yours.")
 
 
@@ -49,7 +52,7 @@ def main(argv: list[str]) -> None:
   from fedjax_med.experiment import explain, report, trained  # after the flags: jax takes a while
   from fedjax_med.experiment.cache import use_compilation_cache
 
-  model = trained.load(folder, values.network)
+  model = trained.load(folder, values.network, values.hospital)
   use_compilation_cache(model.config.execution.compilation_cache)
   page = explain.explain(
     model,

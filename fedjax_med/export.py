@@ -16,6 +16,7 @@ Examples:
 """
 
 import pathlib
+import re
 
 from absl import flags
 
@@ -26,7 +27,12 @@ _ENDINGS = {"jax": ".jax", "safetensors": ".safetensors"}
 
 flags.DEFINE_string("workdir", "", "Folder of the run; it may be unfinished.")
 flags.DEFINE_string("format", "", "jax (a program) or safetensors (weights).")
-flags.DEFINE_string("output", "", "File to write; empty is WORKDIR/export/model.FORMAT.")
+flags.DEFINE_string(
+  "output", "", "File to write; empty is model.FORMAT or model-HOSPITAL.FORMAT in WORKDIR/export."
+)
+flags.DEFINE_string(
+  "hospital", "", "Whose model, where hospitals have their own (fedbn, fedper, finetune, ditto)."
+)
 flags.DEFINE_string("network", "", "Python file that registers the run's network, if it is yours.")
 
 
@@ -37,14 +43,15 @@ def main(argv: list[str]) -> None:
   require(bool(values.format), "--format is missing", "use --format=jax or --format=safetensors")
   require_choice("--format", values.format, _ENDINGS)
   folder = pathlib.Path(values.workdir).expanduser()
-  output = folder / "export" / f"model{_ENDINGS[values.format]}"
+  whose = re.sub(r"[^\w-]+", "_", f"-{values.hospital}") if values.hospital else ""
+  output = folder / "export" / f"model{whose}{_ENDINGS[values.format]}"
   if values.output:
     output = pathlib.Path(values.output).expanduser()
   require(not output.is_dir(), f"--output={output} is a folder", "name a file")
   from fedjax_med.experiment import exporting, trained  # after the flags: jax takes a while
 
   # Native convolutions: what runs it later is not known, and every platform has them.
-  model = trained.load(folder, values.network, lowering="native")
+  model = trained.load(folder, values.network, values.hospital, lowering="native")
   print(f"{output}: {exporting.export_model(model, values.format, output)}")
 
 

@@ -27,6 +27,9 @@ flags.DEFINE_bool(
   "maps", False, "Also write each picture with Grad-CAM of its predicted class, beside the table."
 )
 flags.DEFINE_string("layer", "", "Where --maps looks; empty is the last layer with a map.")
+flags.DEFINE_string(
+  "hospital", "", "Whose model, where hospitals have their own (fedbn, fedper, finetune, ditto)."
+)
 flags.DEFINE_string("network", "", "Python file that registers the run's network, if it is yours.")
 
 SHOWN = 20  # unreadable files that are named on the terminal; the table has them all
@@ -44,7 +47,8 @@ def main(argv: list[str]) -> None:
   from fedjax_med.experiment.cache import use_compilation_cache
 
   predictions.pictures_in(images)  # a typo need not wait for the model
-  model = trained.load(pathlib.Path(values.workdir).expanduser(), values.network)
+  folder = pathlib.Path(values.workdir).expanduser()
+  model = trained.load(folder, values.network, values.hospital)
   use_compilation_cache(model.config.execution.compilation_cache)
   layer = predictions.choose_layer(model, values.layer) if values.maps else None
   counts = predictions.predict_files(model, images, output, layer, _tell)
@@ -52,10 +56,7 @@ def main(argv: list[str]) -> None:
     _tell(f"{name}: {error}")
   if len(counts.errors) > SHOWN:
     _tell(f"... and {len(counts.errors) - SHOWN} more, see the column 'error'")
-  print(
-    f"{output}: {counts.read} predicted, {len(counts.errors)} not"
-    f" (run {model.run_id} after round {model.rounds})"
-  )
+  print(f"{output}: {counts.read} predicted, {len(counts.errors)} not ({model.described})")
   if layer is not None and counts.read:
     print(f"{output.with_name(output.stem + '_maps')}: Grad-CAM at layer {layer.name}")
   require(

@@ -29,9 +29,9 @@ REPEATS = 3
 class Case:
   """One measurement; the defaults are the smallest case."""
 
-  rounds: int = 2
+  rounds: int = 4
   clients: int = 2
-  images: int = 64
+  images: int = 128
   width: float = 0.25
   side: int = 32
 
@@ -43,9 +43,9 @@ class Case:
 
 
 VARIED: dict[str, tuple[Any, ...]] = {
-  "rounds": (2, 4, 8),
+  "rounds": (4, 8, 16),
   "clients": (2, 4, 8),
-  "images": (64, 128, 256),
+  "images": (128, 256, 512),
   "width": (0.25, 0.5, 1.0),
   "side": (32, 64, 96),
 }

@@ -78,9 +78,25 @@ def restore(
   return _filled(like, leaves, place, remedy), head
 
 
+class Restored(NamedTuple):
+  """The model of a checkpoint.
+
+  Attributes:
+    params: of the network: the average over rounds where the run keeps one, else the last round's.
+    state: of the network.
+    kept: what each client keeps, leading axis K; as ``like_kept``.
+    rounds: that they were trained for.
+  """
+
+  params: Any
+  state: Any
+  kept: Any
+  rounds: int
+
+
 def restore_model(
-  workdir: pathlib.Path, run_id: str, like: tuple[Any, Any]
-) -> tuple[tuple[Any, Any], int] | None:
+  workdir: pathlib.Path, run_id: str, like: tuple[Any, Any], like_kept: Any = None
+) -> Restored | None:
   """The evaluated weights of a workdir's newest checkpoint; None where it holds none.
 
   Nothing of the training is needed, and nothing is written.
@@ -89,10 +105,7 @@ def restore_model(
     workdir: folder of the run.
     run_id: of the run that the workdir says it holds.
     like: params and state of the network, arrays or shapes.
-
-  Returns:
-    (params, state): the average over rounds where the run keeps one, else the weights of the last
-    round; and the rounds that they were trained for.
+    like_kept: what clients keep, with their leading axis; None leaves it where it is.
 
   Raises:
     UserError: see ``restore``.
@@ -118,7 +131,11 @@ def restore_model(
     for part in (".average" if averaged else ".params", ".state")
   )
   weights = _filled(like[0], params, place, remedy), _filled(like[1], state, place, remedy)
-  return weights, int(server[".round"])
+  kept = None
+  if like_kept is not None:
+    own = {n.removeprefix(".kept"): leaf for n, leaf in leaves.items() if n.startswith(".kept")}
+    kept = _filled(like_kept, own, place, remedy)
+  return Restored(*weights, kept, int(server[".round"]))
 
 
 class _Found(NamedTuple):

@@ -93,7 +93,7 @@ def explain(
     groups = [_given(trained, images, num_images)]
   else:
     assert hospitals is not None
-    groups = _of_hospitals(hospitals, num_images)
+    groups = _of_hospitals(hospitals, num_images, trained.hospital)
   look = make_look(trained, layer)
   pixels = np.concatenate([group.pixels for group in groups])
   size = min(trained.config.eval.batch_size, len(pixels))
@@ -128,13 +128,16 @@ def explain(
   record = {
     "run_id": trained.run_id,
     "rounds": trained.rounds,
+    "hospital": trained.hospital,
     "target": target,
     "layer": layer.name,
     "map": list(layer.shape[:2]),
     "gate": block,
     "shown": "given pictures" if images else "phantoms" if phantoms else "test images",
     "patients_of_private_run": secret and images is None,
-    "hospitals_left_out": 0 if hospitals is None else max(0, len(hospitals.names) - len(groups)),
+    "hospitals_left_out": len(hospitals.names) - len(groups)
+    if hospitals and not trained.hospital
+    else 0,
     "pointing": None if hospitals is None else _point(trained, hospitals, look, size),
     "figures": figures,
   }
@@ -189,10 +192,15 @@ def _given(trained: Trained, images: pathlib.Path, num_images: int) -> Group:
   return Group(f"Pictures of {images.name}", np.stack(found), ("",) * len(found))
 
 
-def _of_hospitals(hospitals: Hospitals, num_images: int) -> list[Group]:
-  """Test images of every hospital that has any, its classes by turns, in the order of the test."""
+def _of_hospitals(hospitals: Hospitals, num_images: int, only: str) -> list[Group]:
+  """Test images of every hospital that has any, its classes by turns, in the order of the test.
+
+  With ``only`` those of that hospital.
+  """
   dataset, groups = hospitals.dataset, []
   for name, rows in zip(hospitals.names, client_rows(hospitals.test), strict=True):
+    if only not in ("", name):
+      continue
     labels = dataset.labels[rows]
     # The how-manieth of its class each one is: the firsts of all classes come first.
     turn = np.zeros(len(rows), np.int64)
@@ -202,6 +210,11 @@ def _of_hospitals(hospitals: Hospitals, num_images: int) -> list[Group]:
     if len(chosen):
       true = tuple(dataset.class_names[label] for label in dataset.labels[chosen])
       groups.append(Group(name, dataset.inputs[chosen], true))
+  require(
+    bool(groups),
+    f"{f'--hospital={only}' if only else 'the run'} has no test images",
+    "give --images=FOLDER",
+  )
   return groups[:MAX_HOSPITALS]
 
 
@@ -251,7 +264,8 @@ def _point(trained: Trained, hospitals: Hospitals, look: Any, size: int) -> dict
   dataset = hospitals.dataset
   if dataset.tumour_masks is None:
     return None
-  rows = np.concatenate(client_rows(hospitals.test))
+  tests = zip(hospitals.names, client_rows(hospitals.test), strict=True)
+  rows = np.concatenate([rows for name, rows in tests if trained.hospital in ("", name)])
   rows = rows[dataset.tumour_masks[rows].any((1, 2))][:MAX_POINTED]
   if not len(rows):
     return None

@@ -51,6 +51,7 @@ def describe(trained: Trained, privacy: dict[str, Any]) -> dict[str, Any]:
   return {
     "run_id": trained.run_id,
     "rounds": trained.rounds,
+    **({"hospital": trained.hospital} if trained.hospital else {}),
     "network": trained.config.model.name,
     "norm": trained.config.model.norm,
     "classes": list(trained.class_names),

@@ -285,7 +285,7 @@ def _explanation(workdir: pathlib.Path, run: dict[str, Any]) -> dict[str, Any] |
   shown = found["shown"] != "given pictures" and not found["patients_of_private_run"]
   names = [figure["file"].removesuffix(".png") for figure in found["figures"]] if shown else []
   captions = {figure["file"].removesuffix(".png"): figure["caption"] for figure in found["figures"]}
-  return {**found, "images": embedded(path.parent, names), "captions": captions}
+  return {"hospital": "", **found, "images": embedded(path.parent, names), "captions": captions}
 
 
 def _audit(workdir: pathlib.Path) -> dict[str, Any] | None:

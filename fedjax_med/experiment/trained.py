@@ -1,5 +1,6 @@
 """The model that a run has trained, from its workdir alone: neither data nor pretrained file."""
 
+import functools
 import json
 import pathlib
 import runpy
@@ -7,15 +8,19 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from fedjax_med.core.config import Config, from_dict
-from fedjax_med.core.errors import UserError, require
+from fedjax_med.core.errors import UserError, require, require_choice
 from fedjax_med.core.keys import base_key
 from fedjax_med.experiment.checkpoints import restore_model
-from fedjax_med.federated.registry import ALGORITHMS
+from fedjax_med.federated.algorithm import FederatedAlgorithm
+from fedjax_med.federated.local import LocalTraining
+from fedjax_med.federated.registry import ALGORITHMS, create_algorithm
 from fedjax_med.models.model import Model
 from fedjax_med.models.ops import Lowering
 from fedjax_med.models.registry import recreate_model
+from fedjax_med.privacy.banded import empty_memory
 from fedjax_med.simulation.mesh import cpu_cores
 from fedjax_med.simulation.plan import choose_lowering
 
@@ -23,7 +28,7 @@ CHANNELS = 1  # data/images.py makes one grey channel of every picture
 
 
 class Trained(NamedTuple):
-  """A run's global model, ready to be used.
+  """A run's global model, or that of one of its hospitals, ready to be used.
 
   Attributes:
     folder: the workdir.
@@ -35,6 +40,7 @@ class Trained(NamedTuple):
     params: weights that the run is measured by: the average over rounds where it keeps one.
     state: stored statistics, {} for most networks.
     stem_pool_padding: of the network's stem, empty where it has no such choice.
+    hospital: whose model it is; empty for the global one.
   """
 
   folder: pathlib.Path
@@ -46,6 +52,13 @@ class Trained(NamedTuple):
   params: Any
   state: Any
   stem_pool_padding: str
+  hospital: str
+
+  @property
+  def described(self) -> str:
+    """Where the model is from, for people."""
+    whose = f", the model of {self.hospital}" if self.hospital else ""
+    return f"run {self.run_id} after round {self.rounds}{whose}"
 
   @property
   def image_shape(self) -> tuple[int, int, int]:
@@ -59,16 +72,21 @@ class Trained(NamedTuple):
     return any(level.mechanism != "none" for level in levels)
 
 
-def load(folder: pathlib.Path, network: str = "", lowering: Lowering | None = None) -> Trained:
+def load(
+  folder: pathlib.Path, network: str = "", hospital: str = "", lowering: Lowering | None = None
+) -> Trained:
   """Loads the newest checkpoint of a finished or interrupted run.
 
   Args:
     folder: the workdir.
     network: Python file that registers a network of the user's own; empty without one.
+    hospital: name of the hospital whose model is meant, where the algorithm leaves each one of its
+      own; empty for the global model.
     lowering: how convolutions run; None as the run would choose it here.
 
   Raises:
-    UserError: the folder holds no run or no weights, or the network is not the one trained.
+    UserError: the folder holds no run or no weights, the network is not the one trained, or the
+      run has no global model, or no model of that hospital.
   """
   require(
     folder.is_dir(),
@@ -83,6 +101,7 @@ def load(folder: pathlib.Path, network: str = "", lowering: Lowering | None = No
   record, held = _read(folder / "config.json"), _read(folder / "hospitals.json")
   try:
     config, class_names = from_dict(record["config"]), tuple(held["class_names"])
+    names = [str(each["name"]) for each in held["hospitals"]]
     run_id = str(record["run_id"])
     saved = dict(record.get("network", {}))
   except (KeyError, TypeError, ValueError) as error:
@@ -90,13 +109,22 @@ def load(folder: pathlib.Path, network: str = "", lowering: Lowering | None = No
       f"{folder} holds a run of another version of fedjax_med ({error}); use the version that"
       " its config.json names"
     ) from error
-  algorithm = ALGORITHMS.get(config.server.algorithm)
-  require(
-    algorithm is None or algorithm.whole,
-    f"{folder} was trained with server.algorithm='{config.server.algorithm}', whose global model"
-    " lacks the layers that stay at the hospitals",
-    "use a run of another algorithm",
-  )
+  algorithm = _algorithm(config)
+  if hospital:
+    require(
+      algorithm.personal is not None,
+      f"--hospital={hospital}: under server.algorithm='{config.server.algorithm}' all hospitals"
+      " have the same model",
+      "leave out --hospital",
+    )
+    require_choice("--hospital", hospital, names)
+  else:
+    require(
+      ALGORITHMS[config.server.algorithm].whole,
+      f"{folder} was trained with server.algorithm='{config.server.algorithm}', whose global model"
+      " lacks the layers that stay at the hospitals",
+      f"say whose model is meant, such as --hospital='{names[0]}'",
+    )
   if network:
     _register(network)
   cores = cpu_cores()
@@ -105,16 +133,44 @@ def load(folder: pathlib.Path, network: str = "", lowering: Lowering | None = No
   size = config.data.image_size
   image = jnp.zeros((1, size, size, CHANNELS), jnp.float32)
   like = jax.eval_shape(model.init, base_key(0), image)
-  found = restore_model(folder, run_id, like)
+  kept = None
+  if hospital:
+    own = jax.eval_shape(algorithm.init_client, *like)
+    kept = jax.eval_shape(
+      lambda: jax.tree.map(lambda leaf: jnp.zeros((len(names), *leaf.shape), leaf.dtype), own)
+    )
+  found = restore_model(folder, run_id, like, kept)
   if found is None:
     raise UserError(
       f"{folder} holds no checkpoint, because the run ended before its first log point or is a"
       " point of a sweep, which keeps no weights; train it by itself with the command in its"
       " config.json"
     )
-  (params, state), rounds = found
+  params, state = found.params, found.state
+  if hospital and algorithm.personal is not None:
+    own = jax.tree.map(lambda leaf: leaf[names.index(hospital)], found.kept)
+    params, state = algorithm.personal(params, state, own)
   padding = saved.get("stem_pool_padding", "ceil")
-  return Trained(folder, run_id, config, class_names, rounds, model, params, state, padding)
+  return Trained(
+    folder, run_id, config, class_names, found.rounds, model, params, state, padding, hospital
+  )
+
+
+def _algorithm(config: Config) -> FederatedAlgorithm:
+  """The run's algorithm, to tell its models apart: it cannot train."""
+  bands = config.privacy.bands if config.privacy.mechanism != "none" else 1
+
+  def train(*_: Any, **__: Any) -> Any:
+    raise NotImplementedError
+
+  return create_algorithm(
+    config.server.algorithm,
+    LocalTraining(train, optax.identity(), lambda hyper, round: hyper.client_learning_rate),
+    optax.identity(),
+    average=config.server.ema_decay > 0,
+    init_memory=functools.partial(empty_memory, bands=bands) if bands > 1 else lambda params: (),
+    personal_layers=config.server.personal_layers,
+  )
 
 
 def _read(path: pathlib.Path) -> dict[str, Any]:

@@ -17,7 +17,9 @@ from fedjax_med.data.hospitals import load_hospitals
 from fedjax_med.data.normalisation import normalise
 from fedjax_med.experiment import trained
 from fedjax_med.experiment.build import build
+from fedjax_med.experiment.exporting import describe
 from fedjax_med.experiment.loop import train_rounds
+from fedjax_med.experiment.predictions import make_probabilities
 from fedjax_med.experiment.records import summary_record
 from fedjax_med.federated.registry import ALGORITHMS
 from fedjax_med.models.registry import create_model
@@ -25,6 +27,7 @@ from tests.experiment.running import run, smoke_config
 from tests.sweep.sweeping import sweep
 
 QUICK = {"fedper"}
+OWN = ("fedbn", "fedper", "finetune", "ditto")
 PLAIN = {"privacy": PrivacyConfig()}
 CASES = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in ALGORITHMS]
 
@@ -72,8 +75,7 @@ def test_every_hospital_is_measured_on_its_own_images_with_the_model_it_would_us
       assert outcome.last.clients[k][key] == pytest.approx(expected[key], rel=1e-4)
   np.testing.assert_allclose(outcome.last.probabilities, np.concatenate(found), atol=1e-5)
   summary = summary_record(experiment, outcome, "smoke")
-  own = name in ("fedbn", "fedper", "finetune", "ditto")
-  assert summary["predicts"] == ("own models" if own else "global model")
+  assert summary["predicts"] == ("own models" if name in OWN else "global model")
 
 
 def test_bytes_are_those_of_what_travels(tmp_path):
@@ -150,5 +152,33 @@ def test_a_global_model_that_lacks_layers_is_not_handed_out(name, finished, tmp_
   record["config"]["server"]["algorithm"] = name
   (tmp_path / "config.json").write_text(json.dumps(record))
   shutil.copy(finished / "hospitals.json", tmp_path)
-  with pytest.raises(UserError, match="lacks the layers that stay at the hospitals; use a run of"):
+  with pytest.raises(UserError, match=r"lacks the layers .*; say whose model is meant, such as"):
     trained.load(tmp_path)
+
+
+def test_the_one_model_of_all_hospitals_belongs_to_none(finished):
+  with pytest.raises(UserError, match="all hospitals have the same model; leave out --hospital"):
+    trained.load(finished, hospital="hospital 1")
+
+
+@pytest.mark.parametrize(
+  "name",
+  [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in OWN],
+)
+def test_the_model_of_a_hospital_is_handed_out_as_it_was_measured(name, tmp_path):
+  config = config_for(name)
+  summary = run(tmp_path, **vars_of(config))
+  hospitals = load_hospitals(config)
+  for k, (hospital, rows) in enumerate(
+    zip(hospitals.names, client_rows(hospitals.test), strict=True)
+  ):
+    model = trained.load(tmp_path, hospital=hospital)
+    probabilities = make_probabilities(model)(hospitals.dataset.inputs[rows])
+    found = classification_metrics(probabilities, hospitals.dataset.labels[rows])
+    for key in ("n", "loss", "accuracy"):
+      assert summary["clients"][k][key] == pytest.approx(found[key], rel=1e-4)
+    described = describe(model, json.loads((tmp_path / "privacy.json").read_text()))
+    assert described["hospital"] == hospital
+    assert model.described.endswith(hospital)
+  with pytest.raises(UserError, match=r"--hospital='hospital 9' is unknown; did you mean"):
+    trained.load(tmp_path, hospital="hospital 9")
