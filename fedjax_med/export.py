@@ -31,10 +31,7 @@ flags.DEFINE_string(
   "output", "", "File to write; empty is model.FORMAT or model-HOSPITAL.FORMAT in WORKDIR/export."
 )
 flags.DEFINE_string(
-  "hospital",
-  "",
-  "Hospital whose own model is meant (fedbn, fedper, finetune, ditto); empty is the"
-  " global model, which fedbn and fedper have not.",
+  "hospital", "", "Whose model, where hospitals have their own (fedbn, fedper, finetune, ditto)."
 )
 flags.DEFINE_string("network", "", "Python file that registers the run's network, if it is yours.")
 

@@ -28,10 +28,7 @@ flags.DEFINE_bool(
 )
 flags.DEFINE_string("layer", "", "Where --maps looks; empty is the last layer with a map.")
 flags.DEFINE_string(
-  "hospital",
-  "",
-  "Hospital whose own model is meant (fedbn, fedper, finetune, ditto); empty is the"
-  " global model, which fedbn and fedper have not.",
+  "hospital", "", "Whose model, where hospitals have their own (fedbn, fedper, finetune, ditto)."
 )
 flags.DEFINE_string("network", "", "Python file that registers the run's network, if it is yours.")
 
