@@ -1,8 +1,9 @@
 """Shows where the model of a run looks, hospital by hospital, on a page of pictures.
 
-For some test images of each hospital: the image, Grad-CAM over it (what speaks for the predicted
-class, or for the --target), and for networks with squeeze-and-excitation what its last block lets
-through. Writes WORKDIR/explain/index.html, which needs no other file, and redoes the report.
+For some test images of each hospital, or of --hospital: the image, Grad-CAM over it (what speaks
+for the predicted class, or for the --target), and for networks with squeeze-and-excitation what its
+last block lets through. Writes WORKDIR/explain/index.html, which needs no other file, and redoes
+the report.
 
 Test images of a private run show patients, and no ε covers a picture: for such a run give --images
 with pictures that you may show, or say --show_patients. Phantoms show nobody. A map is no proof
@@ -22,7 +23,9 @@ from fedjax_med.flags import run_main
 
 flags.DEFINE_string("workdir", "", "Folder of the run; the page goes to its folder 'explain'.")
 flags.DEFINE_string(
-  "images", "", "Folder of pictures to explain; empty takes test images of every hospital."
+  "images",
+  "",
+  "Folder of pictures to explain; empty takes test images of every hospital (or --hospital).",
 )
 flags.DEFINE_integer("num_images", 8, "Images of each hospital, or of --images.")
 flags.DEFINE_string(
@@ -38,7 +41,10 @@ flags.DEFINE_bool(
   "show_patients", False, "Show test images of a private run; the page is then not for release."
 )
 flags.DEFINE_string(
-  "hospital", "", "Whose model, where hospitals have their own (fedbn, fedper, finetune, ditto)."
+  "hospital",
+  "",
+  "Hospital whose own model is shown on its own test images (fedbn, fedper, finetune, ditto); empty"
+  " is the global model, which fedbn and fedper have not.",
 )
 flags.DEFINE_string("network", "", "Python file that registers the run's network, if it is yours.")
 

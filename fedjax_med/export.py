@@ -31,7 +31,10 @@ flags.DEFINE_string(
   "output", "", "File to write; empty is model.FORMAT or model-HOSPITAL.FORMAT in WORKDIR/export."
 )
 flags.DEFINE_string(
-  "hospital", "", "Whose model, where hospitals have their own (fedbn, fedper, finetune, ditto)."
+  "hospital",
+  "",
+  "Hospital whose own model is meant (fedbn, fedper, finetune, ditto); empty is the"
+  " global model, which fedbn and fedper have not.",
 )
 flags.DEFINE_string("network", "", "Python file that registers the run's network, if it is yours.")
 

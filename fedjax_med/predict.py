@@ -28,7 +28,10 @@ flags.DEFINE_bool(
 )
 flags.DEFINE_string("layer", "", "Where --maps looks; empty is the last layer with a map.")
 flags.DEFINE_string(
-  "hospital", "", "Whose model, where hospitals have their own (fedbn, fedper, finetune, ditto)."
+  "hospital",
+  "",
+  "Hospital whose own model is meant (fedbn, fedper, finetune, ditto); empty is the"
+  " global model, which fedbn and fedper have not.",
 )
 flags.DEFINE_string("network", "", "Python file that registers the run's network, if it is yours.")
 

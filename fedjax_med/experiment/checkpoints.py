@@ -84,7 +84,7 @@ class Restored(NamedTuple):
   Attributes:
     params: of the network: the average over rounds where the run keeps one, else the last round's.
     state: of the network.
-    kept: what each client keeps, leading axis K; as ``like_kept``.
+    kept: what one client keeps; None where it was not asked for.
     rounds: that they were trained for.
   """
 
@@ -95,7 +95,11 @@ class Restored(NamedTuple):
 
 
 def restore_model(
-  workdir: pathlib.Path, run_id: str, like: tuple[Any, Any], like_kept: Any = None
+  workdir: pathlib.Path,
+  run_id: str,
+  like: tuple[Any, Any],
+  like_kept: Any = None,
+  client: int = 0,
 ) -> Restored | None:
   """The evaluated weights of a workdir's newest checkpoint; None where it holds none.
 
@@ -105,7 +109,8 @@ def restore_model(
     workdir: folder of the run.
     run_id: of the run that the workdir says it holds.
     like: params and state of the network, arrays or shapes.
-    like_kept: what clients keep, with their leading axis; None leaves it where it is.
+    like_kept: what a client keeps, arrays or shapes; None leaves it where it is.
+    client: whose that is.
 
   Raises:
     UserError: see ``restore``.
@@ -133,7 +138,13 @@ def restore_model(
   weights = _filled(like[0], params, place, remedy), _filled(like[1], state, place, remedy)
   kept = None
   if like_kept is not None:
-    own = {n.removeprefix(".kept"): leaf for n, leaf in leaves.items() if n.startswith(".kept")}
+    stacked = {n.removeprefix(".kept"): leaf for n, leaf in leaves.items() if n[:5] == ".kept"}
+    require(
+      all(client < len(leaf) for leaf in stacked.values()),
+      f"checkpoint {place} holds fewer hospitals than hospitals.json",
+      "restore hospitals.json",
+    )
+    own = {name: leaf[client] for name, leaf in stacked.items()}
     kept = _filled(like_kept, own, place, remedy)
   return Restored(*weights, kept, int(server[".round"]))
 

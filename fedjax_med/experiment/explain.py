@@ -125,6 +125,7 @@ def explain(
       " above."
     )
     figures.append({"file": "gates.png", "caption": caption})
+  asked = hospitals.names if hospitals and not trained.hospital else groups
   record = {
     "run_id": trained.run_id,
     "rounds": trained.rounds,
@@ -135,9 +136,7 @@ def explain(
     "gate": block,
     "shown": "given pictures" if images else "phantoms" if phantoms else "test images",
     "patients_of_private_run": secret and images is None,
-    "hospitals_left_out": len(hospitals.names) - len(groups)
-    if hospitals and not trained.hospital
-    else 0,
+    "hospitals_left_out": len(asked) - len(groups),
     "pointing": None if hospitals is None else _point(trained, hospitals, look, size),
     "figures": figures,
   }
@@ -210,11 +209,8 @@ def _of_hospitals(hospitals: Hospitals, num_images: int, only: str) -> list[Grou
     if len(chosen):
       true = tuple(dataset.class_names[label] for label in dataset.labels[chosen])
       groups.append(Group(name, dataset.inputs[chosen], true))
-  require(
-    bool(groups),
-    f"{f'--hospital={only}' if only else 'the run'} has no test images",
-    "give --images=FOLDER",
-  )
+  whose = f"--hospital={only}" if only else "the run"
+  require(bool(groups), f"{whose} has no test images", "give --images=FOLDER")
   return groups[:MAX_HOSPITALS]
 
 

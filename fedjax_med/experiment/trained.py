@@ -109,8 +109,8 @@ def load(
       f"{folder} holds a run of another version of fedjax_med ({error}); use the version that"
       " its config.json names"
     ) from error
-  algorithm = _algorithm(config)
-  if hospital:
+  algorithm = _algorithm(config) if hospital else None
+  if algorithm:
     require(
       algorithm.personal is not None,
       f"--hospital={hospital}: under server.algorithm='{config.server.algorithm}' all hospitals"
@@ -119,8 +119,9 @@ def load(
     )
     require_choice("--hospital", hospital, names)
   else:
+    entry = ALGORITHMS.get(config.server.algorithm)
     require(
-      ALGORITHMS[config.server.algorithm].whole,
+      entry is None or entry.whole,
       f"{folder} was trained with server.algorithm='{config.server.algorithm}', whose global model"
       " lacks the layers that stay at the hospitals",
       f"say whose model is meant, such as --hospital='{names[0]}'",
@@ -133,13 +134,9 @@ def load(
   size = config.data.image_size
   image = jnp.zeros((1, size, size, CHANNELS), jnp.float32)
   like = jax.eval_shape(model.init, base_key(0), image)
-  kept = None
-  if hospital:
-    own = jax.eval_shape(algorithm.init_client, *like)
-    kept = jax.eval_shape(
-      lambda: jax.tree.map(lambda leaf: jnp.zeros((len(names), *leaf.shape), leaf.dtype), own)
-    )
-  found = restore_model(folder, run_id, like, kept)
+  kept = jax.eval_shape(algorithm.init_client, *like) if algorithm else None
+  client = names.index(hospital) if hospital else 0
+  found = restore_model(folder, run_id, like, kept, client)
   if found is None:
     raise UserError(
       f"{folder} holds no checkpoint, because the run ended before its first log point or is a"
@@ -147,9 +144,8 @@ def load(
       " config.json"
     )
   params, state = found.params, found.state
-  if hospital and algorithm.personal is not None:
-    own = jax.tree.map(lambda leaf: leaf[names.index(hospital)], found.kept)
-    params, state = algorithm.personal(params, state, own)
+  if algorithm and algorithm.personal:
+    params, state = algorithm.personal(params, state, found.kept)
   padding = saved.get("stem_pool_padding", "ceil")
   return Trained(
     folder, run_id, config, class_names, found.rounds, model, params, state, padding, hospital
@@ -157,7 +153,10 @@ def load(
 
 
 def _algorithm(config: Config) -> FederatedAlgorithm:
-  """The run's algorithm, to tell its models apart: it cannot train."""
+  """The run's algorithm, to tell its models apart: it cannot train.
+
+  UserError if this version has none of that name.
+  """
   bands = config.privacy.bands if config.privacy.mechanism != "none" else 1
 
   def train(*_: Any, **__: Any) -> Any:

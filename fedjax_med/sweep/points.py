@@ -65,10 +65,6 @@ TRACED = frozenset(
 )
 
 
-# Images of several sets on a device at once.
-MAX_POOL_BYTES = 2**30
-
-
 class Key(NamedTuple):
   """Names a run of a sweep.
 
@@ -232,10 +228,13 @@ def groups(planned: Sequence[Planned]) -> list[list[Planned]]:
   return list(found.values())
 
 
-def chunks(group: Sequence[Planned], size: int, limit: int = MAX_POOL_BYTES) -> list[list[Planned]]:
+def chunks(
+  group: Sequence[Planned], size: int, fill: int = 1, limit: float = math.inf
+) -> list[list[Planned]]:
   """A group in parts of at most ``size`` runs; of the same images long runs are together.
 
-  Images of several sets (GANs, phantoms of several seeds) that a part holds take ``limit`` bytes.
+  A part of fewer than ``fill`` runs takes those of another set of images (GANs, phantoms of several
+  seeds) too, as long as the sets take at most ``limit`` bytes.
   """
   by_images: dict[tuple[Any, ...], list[Planned]] = {}
   for each in group:
@@ -244,7 +243,7 @@ def chunks(group: Sequence[Planned], size: int, limit: int = MAX_POOL_BYTES) -> 
   taken = 0
   for runs in by_images.values():
     images = runs[0].case.hospitals.dataset.inputs.nbytes
-    if taken + images > limit:
+    if len(parts[-1]) >= fill or taken + images > limit:
       parts, taken = [*parts, []], 0
     taken += images
     for each in sorted(runs, key=lambda each: -each.case.config.server.num_rounds):

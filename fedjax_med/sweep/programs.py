@@ -1,5 +1,6 @@
 """The compiled programs of a sweep: what a group of points shares, and how runs lie in it."""
 
+import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +13,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from fedjax_med.core.config import init_seed
+from fedjax_med.core.errors import UserError
 from fedjax_med.data.dataset import Dataset
 from fedjax_med.experiment.build import Experiment, place, plan_together
 from fedjax_med.experiment.loop import evaluated, evaluation_groups
@@ -22,24 +24,27 @@ from fedjax_med.federated.algorithm import Pool
 from fedjax_med.simulation.evaluation import Batches, batches_of, shape_of
 from fedjax_med.simulation.mesh import CLIENTS, client_mesh, local_devices, replicated
 from fedjax_med.simulation.sweep import Point, blank_states, make_sweep
-from fedjax_med.sweep.points import Planned, chunks, images_of
+from fedjax_med.sweep.points import Planned, chunks, images_of, shown
 
 # A kill loses a chunk, so it stays small where memory would allow more.
 MAX_AT_ONCE = 64
 # Programs that compile while another one runs: of a CPU, XLA uses one core. The compiler of an
 # accelerator times kernels, for which it must be idle.
 AHEAD = 2
+POOL_SHARE = 0.1  # of the memory that is left, for images of further sets
 
 
 class Layout(NamedTuple):
   """How the runs of a group lie on this machine.
 
   Attributes:
+    chunks: the runs that are trained together.
     size: runs in a program.
     at_once: how many of them a device works on side by side.
     mesh: devices that they are dealt over; None is the default device.
   """
 
+  chunks: list[list[Planned]]
   size: int
   at_once: int
   mesh: Mesh | None
@@ -71,14 +76,14 @@ class Prepared(NamedTuple):
 
 def compiled_ahead(parts: Sequence[Sequence[Planned]], at_once: int) -> Iterator[Prepared]:
   """The program of each group in turn; on a CPU the next ones compile while it is used."""
+  # Planning refuses what does not fit, and may time steps, which nothing must disturb.
+  plans = [_plan(group, at_once) for group in parts]
   ahead = AHEAD if jax.default_backend() == "cpu" else 0
-  left, waiting = iter(parts), deque()
+  left, waiting = iter(plans), deque()
   with ThreadPoolExecutor(max(1, ahead)) as threads:
     try:
-      for _ in parts:
-        for group in islice(left, 1 + ahead - len(waiting)):
-          # Planning may time steps: it is done here, where it disturbs no run.
-          waiting.append(threads.submit(_compile, *_plan(group, at_once)))
+      for _ in plans:
+        waiting += [threads.submit(_compile, p) for p in islice(left, 1 + ahead - len(waiting))]
         yield waiting.popleft().result()
     finally:
       for each in waiting:
@@ -87,12 +92,15 @@ def compiled_ahead(parts: Sequence[Sequence[Planned]], at_once: int) -> Iterator
 
 def prepare(group: Sequence[Planned], at_once: int) -> Prepared:
   """The program of a group, compiled."""
-  return _compile(*_plan(group, at_once))
+  return _compile(_plan(group, at_once))
 
 
-def _plan(group: Sequence[Planned], at_once: int) -> tuple[Prepared, jax.stages.Wrapped]:
+def _plan(group: Sequence[Planned], at_once: int) -> Prepared:
   """The program of a group, whose ``sweep`` is still to be compiled."""
-  program, shapes = plan_together([each.case for each in group])
+  try:
+    program, shapes = plan_together([each.case for each in group])
+  except UserError as error:
+    raise UserError(f"point {shown(group[0].point)}: {error}") from error
   layout = _layout(program, group, at_once)
   parts, traces = program.parts, []
 
@@ -103,12 +111,11 @@ def _plan(group: Sequence[Planned], at_once: int) -> tuple[Prepared, jax.stages.
   sweep = make_sweep(parts.initial, parts.block, evaluate, at_once=layout.at_once, mesh=layout.mesh)
   tests = [evaluation_groups(parts, each.case.hospitals) for each in group]
   batches = shape_of(tests, group[0].case.config.eval.batch_size)
-  images = max(sum(map(len, _labels(part).values())) for part in chunks(group, layout.size))
-  prepared = Prepared(group, program, shapes, layout, batches, images, sweep, lambda: len(traces))
-  return prepared, sweep
+  images = max(sum(len(each.labels) for each in _sets(part)) for part in layout.chunks)
+  return Prepared(group, program, shapes, layout, batches, images, sweep, lambda: len(traces))
 
 
-def _compile(prepared: Prepared, sweep: jax.stages.Wrapped) -> Prepared:
+def _compile(prepared: Prepared) -> Prepared:
   """With a ``sweep`` that takes the group's shapes and no others."""
   parts, size, case = prepared.program.parts, prepared.layout.size, prepared.group[0].case
   dataset, shape = case.hospitals.dataset, jax.ShapeDtypeStruct
@@ -118,13 +125,14 @@ def _compile(prepared: Prepared, sweep: jax.stages.Wrapped) -> Prepared:
   batches, _ = batches_of(evaluation_groups(parts, case.hospitals), prepared.batches)
   states = jax.eval_shape(lambda: blank_states(parts.initial, parts.given, size))
   points, lengths = stack([run] * size, [batches] * size), np.zeros(size, np.int32)
+  sweep: Any = prepared.sweep
   lowered = sweep.lower(states, np.bool_(True), lengths, points, run.pool, parts.given)
   return prepared._replace(sweep=lowered.compile())
 
 
-def _labels(part: Sequence[Planned]) -> dict[tuple[Any, ...], np.ndarray]:
-  """Labels of each set of images."""
-  return {images_of(each): each.case.hospitals.dataset.labels for each in part}
+def _sets(part: Sequence[Planned]) -> list[Dataset]:
+  """Each set of images once; synthetic ones are still black."""
+  return list({images_of(each): each.case.hospitals.dataset for each in part}.values())
 
 
 def _layout(program: Program, group: Sequence[Planned], asked: int) -> Layout:
@@ -133,23 +141,28 @@ def _layout(program: Program, group: Sequence[Planned], asked: int) -> Layout:
   shapes = jax.eval_shape(program.initial)
   state = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))
   shared = shared_devices(devices)
-  side_by_side, most = 1 if cpu else AT_ONCE, MAX_AT_ONCE
+  side_by_side, most, limit = 1 if cpu else AT_ONCE, MAX_AT_ONCE, math.inf
+  images = [each.inputs.nbytes for each in _sets(group)]
   if program.budget.size is not None:
     room = program.budget.size
     if not cpu:
       side_by_side = max(1, min(AT_ONCE, int(room / 2 / program.needs)))
-    room -= shared * side_by_side * program.needs
+    room -= shared * side_by_side * program.needs  # with the largest set of images
+    limit = max(images) + POOL_SHARE * max(0, room) / shared
+    room -= shared * (min(limit, sum(images)) - max(images))
     # A state is there before and after a block, and once more on its way to the host.
     most = max(devices, min(most, int(devices / shared * room / (3 * state))))
   most = max(1, asked or most)
-  largest = max(len(part) for part in chunks(group, len(group)))
+  fill = devices * side_by_side
+  largest = max(len(part) for part in chunks(group, len(group), fill, limit))
   parts = -(-largest // most)
   size = -(-largest // parts)
   devices = min(devices, size)
   # Every device has as many, in whole rows side by side: what is left over would be compiled again.
   side_by_side = min(side_by_side, -(-size // devices))
   size += -size % (devices * side_by_side)
-  return Layout(size, side_by_side, client_mesh(devices) if devices > 1 else None)
+  mesh = client_mesh(devices) if devices > 1 else None
+  return Layout(chunks(group, size, fill, limit), size, side_by_side, mesh)
 
 
 def stack(runs: Sequence[Experiment], batches: Sequence[Batches]) -> Point:

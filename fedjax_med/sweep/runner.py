@@ -34,7 +34,7 @@ from fedjax_med.privacy import ledger
 from fedjax_med.simulation.evaluation import batches_of
 from fedjax_med.simulation.rounds import NEVER
 from fedjax_med.simulation.sweep import blank_states
-from fedjax_med.sweep.points import Key, Planned, chunks, groups, images_of, shown
+from fedjax_med.sweep.points import Key, Planned, groups, images_of, shown
 from fedjax_med.sweep.programs import Layout, Prepared, compiled_ahead, pool_of, put, stack
 
 
@@ -123,7 +123,7 @@ def run_group(
   ``complete`` makes synthetic images, or has made them for another group.
   """
   layout, complete = prepared.layout, complete or image_keeper()
-  for whole in chunks(prepared.group, layout.size):
+  for whole in layout.chunks:
     chunk = [each for each in whole if each.key not in done]
     if not chunk:
       continue

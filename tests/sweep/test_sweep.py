@@ -127,18 +127,20 @@ def swept(tmp_path_factory):
   return folder
 
 
-def test_sets_of_images_share_a_chunk_up_to_the_limit():
+def test_sets_of_images_share_a_chunk_that_would_leave_devices_idle_up_to_the_limit():
   points = [{"seed": seed, RATE: rate} for seed in (0, 1, 2) for rate in (0.1, 0.2)]
   (group,) = groups(plan(points, seed_axes=("partition", "init", "sampling")))
   images = group[0].case.hospitals.dataset.inputs.nbytes
 
-  def numbers(size, limit):
-    return [[each.key.number for each in part] for part in chunks(group, size, limit)]
+  def numbers(size, fill, limit):
+    return [[each.key.number for each in part] for part in chunks(group, size, fill, limit)]
 
-  assert numbers(6, 3 * images) == [[0, 1, 2, 3, 4, 5]]
-  assert numbers(6, 3 * images - 1) == [[0, 1, 2, 3], [4, 5]]
-  assert numbers(6, 1) == [[0, 1], [2, 3], [4, 5]]  # a set that is too large is there alone
-  assert numbers(3, 2 * images) == [[0, 1, 2], [3, 4, 5]]
+  assert numbers(6, 6, 3 * images) == [[0, 1, 2, 3, 4, 5]]
+  assert numbers(6, 6, 3 * images - 1) == [[0, 1, 2, 3], [4, 5]]
+  assert numbers(6, 6, 1) == [[0, 1], [2, 3], [4, 5]]  # a set that is too large is there alone
+  assert numbers(3, 6, 2 * images) == [[0, 1, 2], [3, 4, 5]]
+  assert numbers(6, 3, 3 * images) == [[0, 1, 2, 3], [4, 5]]
+  assert numbers(6, 2, 3 * images) == [[0, 1], [2, 3], [4, 5]]  # both devices have work
 
 
 def test_points_that_differ_in_data_share_one_program():
