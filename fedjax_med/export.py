@@ -16,7 +16,7 @@ Examples:
 """
 
 import pathlib
-import re
+import urllib.parse
 
 from absl import flags
 
@@ -46,7 +46,7 @@ def main(argv: list[str]) -> None:
   require(bool(values.format), "--format is missing", "use --format=jax or --format=safetensors")
   require_choice("--format", values.format, _ENDINGS)
   folder = pathlib.Path(values.workdir).expanduser()
-  whose = re.sub(r"[^\w-]+", "_", f"-{values.hospital}") if values.hospital else ""
+  whose = f"-{urllib.parse.quote(values.hospital, safe=' ')}" if values.hospital else ""
   output = folder / "export" / f"model{whose}{_ENDINGS[values.format]}"
   if values.output:
     output = pathlib.Path(values.output).expanduser()

@@ -15,7 +15,6 @@ from fedjax_med.core.errors import UserError, require, require_choice
 from fedjax_med.core.keys import base_key
 from fedjax_med.experiment.checkpoints import restore_model
 from fedjax_med.federated.algorithm import FederatedAlgorithm
-from fedjax_med.federated.local import LocalTraining
 from fedjax_med.federated.registry import ALGORITHMS, create_algorithm
 from fedjax_med.models.model import Model
 from fedjax_med.models.ops import Lowering
@@ -158,13 +157,10 @@ def _algorithm(config: Config) -> FederatedAlgorithm:
   UserError if this version has none of that name.
   """
   bands = config.privacy.bands if config.privacy.mechanism != "none" else 1
-
-  def train(*_: Any, **__: Any) -> Any:
-    raise NotImplementedError
-
+  no_training: Any = None
   return create_algorithm(
     config.server.algorithm,
-    LocalTraining(train, optax.identity(), lambda hyper, round: hyper.client_learning_rate),
+    no_training,
     optax.identity(),
     average=config.server.ema_decay > 0,
     init_memory=functools.partial(empty_memory, bands=bands) if bands > 1 else lambda params: (),

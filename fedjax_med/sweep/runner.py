@@ -212,8 +212,9 @@ def _run_chunk(
   last: list[LogPoint | None] = [None] * len(runs)
   while True:
     going = [fresh or length > 0 for length in lengths[: len(runs)]]
-    given = points, first.pool, parts.given
-    states, metrics, found = prepared.sweep(states, np.bool_(fresh), lengths, *given)
+    states, metrics, found = prepared.sweep(
+      states, np.bool_(fresh), lengths, points, first.pool, parts.given
+    )
     rounds, steps = jax.device_get((states.server.round, states.steps))
     metrics, found = jax.device_get((metrics, found))
     for k, run in enumerate(runs):

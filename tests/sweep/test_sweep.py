@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from fedjax_med.core.config import PrivacyConfig, flat, from_dict, init_seed, to_dict
+from fedjax_med.core.config import PrivacyConfig, flat, to_dict
 from fedjax_med.core.errors import UserError, require
 from fedjax_med.data.hospitals import load_hospitals
 from fedjax_med.experiment import run as runs
@@ -20,7 +20,7 @@ from fedjax_med.experiment.report import write_report
 from fedjax_med.privacy import __main__ as privacy_command
 from fedjax_med.privacy import ledger
 from fedjax_med.sweep import merge, programs, runner, table
-from fedjax_med.sweep.points import TRACED, chunks, configure, groups, shown, static_key
+from fedjax_med.sweep.points import configure, groups, shown
 from tests.sweep.sweeping import AXES, base, plan, sweep
 
 SIGMA, TARGET, RATE = "privacy.noise_multiplier", "privacy.target_epsilon", "client.learning_rate"
@@ -127,22 +127,6 @@ def swept(tmp_path_factory):
   return folder
 
 
-def test_sets_of_images_share_a_chunk_that_would_leave_devices_idle_up_to_the_limit():
-  points = [{"seed": seed, RATE: rate} for seed in (0, 1, 2) for rate in (0.1, 0.2)]
-  (group,) = groups(plan(points, seed_axes=("partition", "init", "sampling")))
-  images = group[0].case.hospitals.dataset.inputs.nbytes
-
-  def numbers(size, fill, limit):
-    return [[each.key.number for each in part] for part in chunks(group, size, fill, limit)]
-
-  assert numbers(6, 6, 3 * images) == [[0, 1, 2, 3, 4, 5]]
-  assert numbers(6, 6, 3 * images - 1) == [[0, 1, 2, 3], [4, 5]]
-  assert numbers(6, 6, 1) == [[0, 1], [2, 3], [4, 5]]  # a set that is too large is there alone
-  assert numbers(3, 6, 2 * images) == [[0, 1, 2], [3, 4, 5]]
-  assert numbers(6, 3, 3 * images) == [[0, 1, 2, 3], [4, 5]]
-  assert numbers(6, 2, 3 * images) == [[0, 1], [2, 3], [4, 5]]  # both devices have work
-
-
 def test_points_that_differ_in_data_share_one_program():
   assert len(groups(plan(TOGETHER))) == 1
 
@@ -183,19 +167,6 @@ def test_a_point_whose_budget_allows_no_round_ends_at_once_and_says_so(tmp_path)
   assert np.isfinite(frame["all.loss"]).all()  # of the initial weights
 
 
-def test_traced_fields_are_fields_and_all_others_make_another_program():
-  config = base()
-  case = plan([{"seed": 0}])[0].case
-  assert flat(to_dict(config)).keys() >= TRACED
-  key = static_key(case)
-  for name, value in (("client.batch_size", 8), ("model.dropout", 0.1), ("privacy.bands", 2)):
-    section, _, field = name.partition(".")
-    values = to_dict(config)
-    values[section][field] = value
-    other = case._replace(config=from_dict(values))
-    assert static_key(other) != key, name
-
-
 @pytest.mark.slow
 def test_groups_of_other_programs_patients_and_no_privacy_run_beside_each_other(tmp_path):
   points = [
@@ -232,20 +203,6 @@ def test_a_point_that_diverges_says_so_and_touches_no_other(tmp_path):
   for number in (0, 2):
     for metric in ("all.loss", "all.accuracy", "all.auroc", "loss"):
       assert wild[number][metric] == calm[number][metric]
-
-
-@pytest.mark.parametrize(
-  "axes",
-  [("partition",), ("init",), ("sampling",), AXES, ("partition", *AXES)],
-)
-def test_seeds_move_what_was_asked_and_nothing_else(axes):
-  zero, one = (plan([{"seed": k}], seed_axes=axes)[0].case for k in (0, 7))
-  moved = {
-    "partition": zero.rows.indices.tolist() != one.rows.indices.tolist(),
-    "init": init_seed(zero.config) != init_seed(one.config),
-    "sampling": zero.config.seed != one.config.seed,
-  }
-  assert {axis for axis, has in moved.items() if has} == set(axes)
 
 
 @pytest.mark.slow
@@ -313,20 +270,6 @@ def test_another_sweep_or_a_run_in_the_folder_is_refused(swept, tmp_path):
     table.begin(tmp_path, base(), TOGETHER, AXES)
   with pytest.raises(UserError, match=r"sweep.json is missing; give the --workdir of a sweep"):
     table.read(tmp_path)
-
-
-@pytest.mark.parametrize(
-  ("points", "sentence"),
-  [
-    ([{SIGMA: -1.0}], r"point privacy.noise_multiplier=-1: privacy.noise_multiplier=-1.0 must"),
-    ([{"partition.num_clients": 5000}], r"point partition.num_clients=5000: "),
-    ([{"privacy.delta": 0.5}], r"point privacy.delta=0.5: .*under 1/n"),
-    ([{"seed": 1, "model.init_seed": 2}], "model.init_seed has an axis, and seed moves it too"),
-  ],
-)
-def test_a_point_that_breaks_a_rule_is_named_before_anything_compiles(points, sentence):
-  with pytest.raises(UserError, match=sentence):
-    plan(points)
 
 
 @pytest.mark.slow
