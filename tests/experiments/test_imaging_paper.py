@@ -92,13 +92,13 @@ def test_leakage_is_told_of_the_systems_that_are_high_on_the_random_split():
   given = frame(
     {
       "vgg16": {"paper": [0.95, 0.97], "grouped": [0.7, 0.6]},
-      "resnet50": {"paper": [0.93, 0.95], "grouped": [0.9, 0.5]},
+      "resnet50": {"paper": [0.93, 0.95], "grouped": [0.9, 0.52]},
       "fedprox": {"paper": [0.95, 0.81], "grouped": [0.99, 0.99]},
     }
   )
   assert tables.leakage(given) == (
-    "2 of 3 systems are over 0.90 on the random split; the best of them is at 0.70 on the grouped"
-    " one. Their mean is 0.95 and 0.68; seed by seed 0.94 and 0.80, 0.96 and 0.55."
+    "2 of 3 systems are over 0.90 on the random split; the best of them is at 0.71 on the grouped"
+    " one. Their mean is 0.95 and 0.68; seed by seed 0.94 and 0.80, 0.96 and 0.56."
   )
   assert tables.leakage(given, 0.98) == "0 of 3 systems are over 0.98 on the random split."
 
