@@ -15,6 +15,7 @@ Examples:
 """
 
 import pathlib
+import sys
 
 from absl import flags
 
@@ -68,6 +69,7 @@ def main(argv: list[str]) -> None:
     layer_name=values.layer,
     data_path=values.data_path,
     show_patients=values.show_patients,
+    tell=lambda text: print(text, file=sys.stderr, flush=True),
   )
   print(page)
   if (folder / "summary.json").exists():  # an unfinished run has no report yet

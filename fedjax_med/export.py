@@ -7,8 +7,9 @@ FILE.json beside it names classes, size and privacy.
 
 --format=safetensors holds the weights as PyTorch lays them out: convolutions OIHW, matrices
 [out, in]. An SE-ResNeXt has the names of pretrainedmodels or timm, whichever its stem's pool
-belongs to, and can be read again by model.pretrained; any other network its path in Flax with dots
-(conv1.weight). Classes, size, normalisation, ε and run id are in the file's metadata.
+belongs to, ResNet-50 and ResNeXt-50 those of timm and torchvision, any other network its path in
+Flax with dots (conv1.weight). se_resnext50_32x4d of full width with norm=frozen_batch can be read
+again by model.pretrained. Classes, size, normalisation, ε and run id are in the file's metadata.
 
 Examples:
   python -m fedjax_med.export --workdir=runs/quickstart --format=jax

@@ -10,11 +10,21 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 def smoke(start: tuple[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
   """``python -m MODULE`` or ``-c CODE`` on configs/smoke.py with a linear model: it starts fast."""
-  command = [sys.executable, *start, "--config=configs/smoke.py"]
+  return _run([*start, "--config=configs/smoke.py", "--config.model.name=linear", *arguments], ROOT)
+
+
+def start(
+  module: str, *arguments: str, cwd: pathlib.Path = ROOT
+) -> subprocess.CompletedProcess[str]:
+  """``python -m fedjax_med.MODULE`` in a folder."""
+  return _run(["-m", f"fedjax_med.{module}", *arguments], cwd)
+
+
+def _run(arguments: list[str], cwd: pathlib.Path) -> subprocess.CompletedProcess[str]:
   return subprocess.run(
-    [*command, "--config.model.name=linear", *arguments],
-    cwd=ROOT,
-    env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""},
+    [sys.executable, *arguments],
+    cwd=cwd,
+    env={**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""},
     capture_output=True,
     text=True,
     timeout=300,

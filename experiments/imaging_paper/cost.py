@@ -2,27 +2,30 @@
 
 R rounds, m clients, N images each, C channels, kernels of side d, images of H x W. Constants are
 not part of it, so that ratios to the smallest case are compared. C is read as the stem's channels.
+The sizes are its own (``VARIED``), on phantoms.
 
-python -m experiments.imaging_paper.cost --json
+python -m experiments.imaging_paper.cost --json --out FILE
 """
 
 import contextlib
 import dataclasses
+import functools
 import json
-import os
 import pathlib
 import sys
 import tempfile
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from absl import flags
 
+from experiments.imaging_paper.tables import interval
 from fedjax_med.core.config import Config
 from fedjax_med.flags import run_main
+from fedjax_med.study import mean_interval
 
 KERNEL, STEM = 3, 64
-REPEATS = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,65 +72,82 @@ def config_of(case: Case) -> Config:
 
 
 def seconds_of(case: Case) -> float:
-  """Median seconds of training over ``REPEATS`` runs: two evaluations too, no compiling."""
+  """Seconds of training: two evaluations too, no compiling."""
   from fedjax_med.experiment.run import run
 
-  found = []
-  for _ in range(REPEATS):
-    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
-      run(config_of(case), pathlib.Path(folder), "cost", "")
-      found.append(json.loads((pathlib.Path(folder) / "timing.json").read_text())["train"])
-  return float(np.median(found))
+  with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
+    run(config_of(case), pathlib.Path(folder), "cost", "")
+    return float(json.loads((pathlib.Path(folder) / "timing.json").read_text())["train"])
+
+
+def compare(seconds: Mapping[Case, Sequence[float]]) -> list[dict[str, Any]]:
+  """Of each factor: the cases, and the power of the model that measured time grows with.
+
+  ``seconds`` holds a number for each turn. A turn's power is the slope of log time over log model;
+  the mean and its 95% t interval are over the turns. The paper's model says 1.
+  """
+  base, found = Case(), []
+  for factor, values in VARIED.items():
+    cases = [dataclasses.replace(base, **{factor: value}) for value in values]
+    modelled = np.array([case.modelled() / base.modelled() for case in cases])
+    times = np.array([seconds[case] for case in cases])  # [cases, turns]
+    slopes = np.polyfit(np.log(modelled), np.log(times), 1)[0]
+    ratios = np.median(times / np.array(seconds[base]), axis=1)
+    lines = zip(values, modelled.tolist(), ratios.tolist(), strict=True)
+    found.append(
+      {
+        "factor": factor,
+        "power": mean_interval(slopes),
+        "cases": [
+          dict(zip(("value", "modelled", "measured"), line, strict=True)) for line in lines
+        ],
+      }
+    )
+  return found
 
 
 def main(_: list[str]) -> None:
-  import jax
-
+  from benchmarks import common
   from fedjax_med.experiment.cache import use_compilation_cache
   from fedjax_med.simulation.mesh import split_cpu
 
   split_cpu(0)
   use_compilation_cache("~/.cache/fedjax_med/xla")
   base = Case()
-  seconds = {base: seconds_of(base)}
-  found = []
-  for factor, values in VARIED.items():
-    for value in values:
-      case = dataclasses.replace(base, **{factor: value})
-      if case not in seconds:
-        seconds[case] = seconds_of(case)
-      modelled, measured = case.modelled() / base.modelled(), seconds[case] / seconds[base]
-      found.append({"factor": factor, "value": value, "modelled": modelled, "measured": measured})
-  slopes = {
-    factor: _slope([line for line in found if line["factor"] == factor]) for factor in VARIED
+  cases = [dataclasses.replace(base, **{f: v}) for f, values in VARIED.items() for v in values]
+  runs = {str(case): functools.partial(seconds_of, case) for case in cases}
+  times = common.alternate(runs, flags.FLAGS.repeats, warm_up=0)
+  factors = compare({case: times[str(case)] for case in cases})
+  result = common.envelope("imaging_paper_cost") | {
+    "smallest": dataclasses.asdict(base),
+    "seconds_of_smallest": times[str(base)],
+    "factors": factors,
   }
-  if flags.FLAGS.json:
-    print(
-      json.dumps(
-        {
-          "cpu_cores": os.cpu_count(),
-          "devices": [str(device) for device in jax.devices()],
-          "seconds_of_smallest": seconds[base],
-          "cases": found,
-          "slopes": slopes,
-        }
-      )
-    )
-    return
-  print("| factor | value | model, ratio | measured, ratio |\n|---|---|---|---|")
-  for line in found:
-    print(
-      f"| {line['factor']} | {line['value']} | {line['modelled']:.2f} | {line['measured']:.2f} |"
-    )
-  print("\nMeasured time grows as the model to the power of (1 is agreement):")
-  print(", ".join(f"{factor} {slope:.2f}" for factor, slope in slopes.items()))
+  if flags.FLAGS.out:
+    pathlib.Path(flags.FLAGS.out).write_text(json.dumps(result, indent=2) + "\n")
+  print(json.dumps(result) if flags.FLAGS.json else markdown(factors))
 
 
-def _slope(lines: list[dict[str, Any]]) -> float:
-  modelled, measured = (np.log([line[key] for line in lines]) for key in ("modelled", "measured"))
-  return float(np.polyfit(modelled, measured, 1)[0])
+def markdown(factors: list[dict[str, Any]]) -> str:
+  """A row a factor: the paper's power, ours with interval, the difference, and the ratios."""
+  lines = [
+    "| factor | time grows as the model to the power of: paper | ours | difference | values |"
+    " model, ratios | measured, ratios |",
+    "|---|---|---|---|---|---|---|",
+  ]
+  for each in factors:
+    columns = [
+      ", ".join(format(case[key], form) for case in each["cases"])
+      for key, form in (("value", "g"), ("modelled", ".1f"), ("measured", ".1f"))
+    ]
+    difference = f"{each['power']['mean'] - 1:+.2f}"
+    cells = [each["factor"], "1", interval(each["power"], ".2f"), difference, *columns]
+    lines.append("| " + " | ".join(cells) + " |")
+  return "\n".join(lines)
 
 
 if __name__ == "__main__":
   flags.DEFINE_bool("json", False, "Print one JSON object instead of a table.")
+  flags.DEFINE_string("out", "", "File that gets the JSON object as well.")
+  flags.DEFINE_integer("repeats", 3, "Turns through all cases.")
   run_main(main)

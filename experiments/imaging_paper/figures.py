@@ -14,8 +14,9 @@ import numpy as np
 from absl import flags
 
 from experiments.imaging_paper import training
-from experiments.imaging_paper.systems import PROPOSED, SPLITS
-from experiments.imaging_paper.tables import mark, summarise
+from experiments.imaging_paper.systems import PROPOSED, SPLITS, SYSTEMS
+from experiments.imaging_paper.tables import caption, mark, markdown, summarise
+from fedjax_med.core.errors import require
 from fedjax_med.experiment.figures import CLASS_COLOURS, add_legend, draw_partition, new_figure
 from fedjax_med.flags import run_main
 
@@ -95,14 +96,22 @@ def draw_split(folder: pathlib.Path, target: pathlib.Path) -> None:
 
 def main(_: list[str]) -> None:
   dataset = flags.FLAGS.set
-  records = summarise(training.results(training.chosen()), dataset)
-  target = training.committed().parent if flags.FLAGS.committed else training.workdir() / "figures"
+  systems = training.chosen()
+  whole = len(systems) == len(SYSTEMS)
+  require(
+    whole or not flags.FLAGS.committed,
+    f"--only={','.join(systems)} would overwrite the committed figures with a part of them",
+    "leave out --only or --committed",
+  )
+  records = summarise(training.results(systems), dataset)
+  target = training.workdir() / ("figures" if whole else f"figures-{'-'.join(systems)}"[:100])
+  target = training.committed().parent if flags.FLAGS.committed else target
   if any("figures 3 and 4" in record["places"] for record in records):
     draw_architectures(target / "architectures.png", records, dataset)
   draw_splits(target / "splits.png", records, dataset)
   if not flags.FLAGS.committed:
     draw_split(training.workdir(), target)
-  print(f"Figures: {target}")
+  print(caption() + f"\n\nFigures: {target}\n\n" + markdown(records, "figures 3 and 4"))
 
 
 if __name__ == "__main__":

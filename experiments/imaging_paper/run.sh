@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Every table and figure of the imaging paper for one set and scale; goes on where it was stopped.
+# Tables, figures and tests of the imaging paper (all but its cost model, cost.py) for one set and
+# scale; goes on where it was stopped.
 # Usage: experiments/imaging_paper/run.sh SET SCALE [FOLDER]
 #        SET phantoms, br35h or sars_cov2_ct; SCALE smoke, cpu or gpu; FOLDER holds the class folders
 set -euo pipefail

@@ -14,8 +14,10 @@ from scipy import stats
 
 from experiments.imaging_paper import training
 from experiments.imaging_paper.systems import OWN_MODELS, PROPOSED, SPLITS, SYSTEMS, reference
+from experiments.imaging_paper.tables import interval
 from fedjax_med.core.errors import require
 from fedjax_med.flags import run_main
+from fedjax_med.study import mean_interval
 
 TESTED = len(SYSTEMS) - len(OWN_MODELS) - 2  # without the references
 
@@ -24,8 +26,8 @@ def compare(frame: pd.DataFrame, metric: str = "all.f1") -> list[dict[str, Any]]
   """The reference minus each other system on each split, with the p value as it is and by Holm.
 
   The reference is the proposed system, and FedAvg of the same network for the ways to meet unlike
-  hospitals.
-  Holm (1979) corrects for all systems of ``SYSTEMS`` whose global model is tested, looked at or
+  hospitals; low and high are the 95% t interval of the mean difference. Holm (1979) corrects, on
+  each split by itself, for all systems of ``SYSTEMS`` whose global model is tested, looked at or
   not. Systems whose hospitals predict with models of their own are left out. None where a metric is
   undefined or nothing varies.
   """
@@ -43,9 +45,10 @@ def compare(frame: pd.DataFrame, metric: str = "all.f1") -> list[dict[str, Any]]
       if defined and np.ptp(differences) > 0:
         result: Any = stats.ttest_1samp(differences, 0.0)
         p = float(result.pvalue)
-      mean = float(differences.mean()) if defined else math.nan
+      around = mean_interval(differences if defined else np.full(2, np.nan))
+      ends = {end: around[end] for end in ("mean", "low", "high")}
       pairs = int(np.isfinite(differences).sum())
-      tests.append({"split": split, "other": other, "pairs": pairs, "mean": mean, "p": p})
+      tests.append({"split": split, "other": other, "pairs": pairs, **ends, "p": p})
     largest = 0.0
     ranked = sorted(tests, key=lambda test: (math.isnan(test["p"]), test["p"]))
     for place, test in enumerate(ranked):
@@ -68,20 +71,22 @@ def main(_: list[str]) -> None:
     return
   print(
     "F1 of FL-SE-ResNeXt-50 (for the ways to meet unlike hospitals: of FedAvg on their network)"
-    " minus that of the other system, paired t-test over seeds, Holm's"
-    f" correction for {TESTED} systems. Seeds share images, so p is too small (Dietterich 1998);"
-    " with three seeds hardly any difference can be significant, and one that is not may exist.\n"
+    f" minus that of the other system at scale {flags.FLAGS.scale} on {flags.FLAGS.set}, mean and"
+    " 95% t interval, paired t-test over seeds, Holm's correction for the"
+    f" {TESTED} systems of each split. Seeds share images, so p is too small (Dietterich 1998);"
+    " with three seeds hardly any difference can be significant, and one that is not may exist. The"
+    " paper's differences and p values were not available to us.\n"
   )
   print("| split | other system | pairs | mean difference | p | p (Holm) |")
   print("|---|---|---|---|---|---|")
   for test in tests:
-    numbers = [_shown(test[key], form) for key, form in (("mean", "+.3f"), ("p", ".3f"))]
-    cells = [test["split"], SYSTEMS[test["other"]].label, str(test["pairs"]), *numbers]
-    print("| " + " | ".join([*cells, _shown(test["p_holm"], ".3f")]) + " |")
+    difference = "–" if test["mean"] is None else interval({**test, "missing": 0}, "+.3f")
+    cells = [test["split"], SYSTEMS[test["other"]].label, str(test["pairs"]), difference]
+    print("| " + " | ".join([*cells, *(_shown(test[key]) for key in ("p", "p_holm"))]) + " |")
 
 
-def _shown(value: float | None, form: str) -> str:
-  return "–" if value is None else format(value, form)
+def _shown(value: float | None) -> str:
+  return "–" if value is None else f"{value:.3f}"
 
 
 if __name__ == "__main__":

@@ -140,9 +140,10 @@ def main(_: list[str]) -> None:
   for place, title in TITLES.items():
     if any(place in record["places"] for record in records):
       text += [f"## {title}", markdown(records, place)]
-  if not flags.FLAGS.committed and not flags.FLAGS.only:  # what is whole is not overwritten
-    folder = training.workdir()
+  if not flags.FLAGS.only:  # what is whole is not overwritten
+    folder = training.committed().parent if flags.FLAGS.committed else training.workdir()
     table = pd.json_normalize(records, sep=".").drop(columns=["what", "places"])
+    table = table.assign(set=flags.FLAGS.set, scale=flags.FLAGS.scale)
     write_whole(folder / training.RESULTS, lambda path: frame.to_csv(path, index=False))
     write_whole(folder / "tables.csv", lambda path: table.to_csv(path, index=False))
     write_whole(folder / "tables.md", lambda path: path.write_text("\n\n".join(text) + "\n"))
@@ -154,11 +155,17 @@ def main(_: list[str]) -> None:
 
 
 def leakage(frame: pd.DataFrame, above: float = HIGH) -> str:
-  """What the systems whose mean accuracy is over ``above`` on the random split reach on both."""
+  """What the systems whose mean accuracy is over ``above`` on the random split reach on both.
+
+  Of global models: hospitals' own models also know how common each class is at home.
+  """
+  frame = frame[frame["predicts"] == "global model"]
+  if frame.empty:
+    return "No system has a global model."
   values = frame.pivot_table(index="system", columns=["split", "seed"], values="all.accuracy")
   random, grouped = (values[[split]].to_numpy() for split in SPLITS)  # [systems, seeds]
   high = random.mean(1) > above  # not with a seed that diverged
-  said = f"{high.sum()} of {len(values)} systems are over {above:.2f} on the random split"
+  said = f"{high.sum()} of {len(values)} global models are over {above:.2f} on the random split"
   if not high.any():
     return f"{said}."
   random, grouped = random[high], grouped[high]
@@ -172,8 +179,7 @@ def leakage(frame: pd.DataFrame, above: float = HIGH) -> str:
 
 
 def latex(records: list[dict[str, Any]]) -> str:
-  """All systems as one LaTeX table (package booktabs)."""
-
+  """All systems as one LaTeX table (package booktabs), its caption that of the others."""
   rows = [
     {
       "System": record["label"] + mark(record),
@@ -184,7 +190,8 @@ def latex(records: list[dict[str, Any]]) -> str:
     }
     for record in records
   ]
-  return pd.DataFrame(rows).to_latex(index=False)
+  said = caption().replace("%", r"\%")
+  return pd.DataFrame(rows).to_latex(index=False, caption=said)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ import base64
 import dataclasses
 import json
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -58,6 +58,7 @@ def explain(
   layer_name: str,
   data_path: str,
   show_patients: bool,
+  tell: Callable[[str], None],
 ) -> pathlib.Path:
   """Writes WORKDIR/explain: index.html, its pictures and explain.json; returns the page.
 
@@ -69,6 +70,7 @@ def explain(
     layer_name: where Grad-CAM is made; empty chooses (``attention.choose_layer``).
     data_path: where the data of the run lie now; empty if they have not moved.
     show_patients: show pictures of patients although the run is private.
+    tell: hears of pictures that cannot be read.
 
   Raises:
     UserError: the network has no map, the data are not those of the run, pictures of patients
@@ -90,7 +92,7 @@ def explain(
   )
   hospitals = None if images else _load_data(trained, data_path)
   if images:
-    groups = [_given(trained, images, num_images)]
+    groups = [_given(trained, images, num_images, tell)]
   else:
     assert hospitals is not None
     groups = _of_hospitals(hospitals, num_images, trained.hospital)
@@ -178,12 +180,16 @@ def _load_data(trained: Trained, data_path: str) -> Hospitals:
   return hospitals
 
 
-def _given(trained: Trained, images: pathlib.Path, num_images: int) -> Group:
+def _given(
+  trained: Trained, images: pathlib.Path, num_images: int, tell: Callable[[str], None]
+) -> Group:
   """The first readable pictures of a folder."""
   found = []
   root, paths = pictures_in(images)
   for picture in read_pictures(trained, root, paths):
-    if picture.pixels is not None:
+    if picture.pixels is None:
+      tell(f"{picture.name}: {picture.error}")
+    else:
       found.append(picture.pixels)
     if len(found) == num_images:
       break

@@ -148,8 +148,9 @@ def predict_files(
 ) -> Counts:
   """Writes a row for each picture of ``images`` to ``output``, a CSV file.
 
-  Columns: file, predicted, the probability of each class under 'probability of CLASS', error.
-  Files that cannot be read have a row with an error and no numbers.
+  Columns: file, predicted, the probability of each class under 'probability of CLASS', with
+  ``layer`` map (the overlay, from the table's folder), error. Files that cannot be read have a row
+  with an error and no numbers.
 
   Args:
     trained: the model.
@@ -184,19 +185,21 @@ def predict_files(
     for row, picture in enumerate(pictures):
       if picture.error:
         errors.append((picture.name, picture.error))
-        rows.append([picture.name, "", *[""] * len(names), picture.error])
+        rows.append([picture.name, "", *[""] * len(names), *[""] * bool(layer), picture.error])
         continue
-      own = probabilities[row]
-      rows.append([picture.name, names[int(own.argmax())], *[f"{p:.7g}" for p in own], ""])
+      own, shown = probabilities[row], []
       if looked:
-        _write_overlay(picture, looked.maps[row], beside)
+        place = _write_overlay(picture, looked.maps[row], beside)
+        shown = [place.relative_to(output.parent).as_posix()]
+      rows.append([picture.name, names[int(own.argmax())], *[f"{p:.7g}" for p in own], *shown, ""])
     if len(files) > size:
       tell(f"{min(start + size, len(files))} of {len(files)} files")
 
   def write(place: pathlib.Path) -> None:
     with place.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
       table = csv.writer(file, lineterminator="\n")
-      table.writerow(["file", "predicted", *[f"probability of {c}" for c in names], "error"])
+      title = ["file", "predicted", *[f"probability of {c}" for c in names]]
+      table.writerow([*title, *["map"] * bool(layer), "error"])
       table.writerows(rows)
 
   output.parent.mkdir(parents=True, exist_ok=True)
@@ -204,7 +207,7 @@ def predict_files(
   return Counts(len(rows) - len(errors), errors)
 
 
-def _write_overlay(picture: Picture, heat: np.ndarray, folder: pathlib.Path) -> None:
+def _write_overlay(picture: Picture, heat: np.ndarray, folder: pathlib.Path) -> pathlib.Path:
   """Writes FOLDER/NAME.png: the picture at its own size, Grad-CAM over it."""
   image = read_image(picture.path, 1)
   assert not isinstance(image, str)  # it was read a moment ago
@@ -212,3 +215,4 @@ def _write_overlay(picture: Picture, heat: np.ndarray, folder: pathlib.Path) -> 
   place = folder / f"{picture.name}.png"  # the whole name: a.png and a.jpg are two pictures
   place.parent.mkdir(parents=True, exist_ok=True)
   overlay(np.asarray(image), heat).save(place)
+  return place

@@ -16,9 +16,9 @@ from fedjax_med.core.keys import base_key
 from fedjax_med.experiment.checkpoints import restore_model
 from fedjax_med.federated.algorithm import FederatedAlgorithm
 from fedjax_med.federated.registry import ALGORITHMS, create_algorithm
-from fedjax_med.models.model import Model
+from fedjax_med.models.model import Model, from_flax
 from fedjax_med.models.ops import Lowering
-from fedjax_med.models.registry import recreate_model
+from fedjax_med.models.registry import recreate_module
 from fedjax_med.privacy.banded import empty_memory
 from fedjax_med.simulation.mesh import cpu_cores
 from fedjax_med.simulation.plan import choose_lowering
@@ -129,7 +129,8 @@ def load(
     _register(network)
   cores = cpu_cores()
   lowering = lowering or choose_lowering(config.execution.lowering, cores)[0]
-  model = recreate_model(config.model, len(class_names), saved, lowering)
+  module = recreate_module(config.model, len(class_names), saved)
+  model = from_flax(module, lowering=lowering)
   size = config.data.image_size
   image = jnp.zeros((1, size, size, CHANNELS), jnp.float32)
   like = jax.eval_shape(model.init, base_key(0), image)
@@ -145,7 +146,7 @@ def load(
   params, state = found.params, found.state
   if algorithm and algorithm.personal:
     params, state = algorithm.personal(params, state, found.kept)
-  padding = saved.get("stem_pool_padding", "ceil")
+  padding = getattr(module, "stem_pool_padding", "")
   return Trained(
     folder, run_id, config, class_names, found.rounds, model, params, state, padding, hospital
   )

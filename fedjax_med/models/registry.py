@@ -144,9 +144,7 @@ def network_record(config: ModelConfig, num_classes: int) -> dict[str, str]:
   return record
 
 
-def recreate_model(
-  config: ModelConfig, num_classes: int, record: dict[str, str], lowering: ops.Lowering
-) -> Model:
+def recreate_module(config: ModelConfig, num_classes: int, record: dict[str, str]) -> nn.Module:
   """The network of a run that has ended, by its ``network_record``; needs no pretrained weights.
 
   Raises:
@@ -166,7 +164,7 @@ def recreate_model(
   module: Any = create_module(dataclasses.replace(config, pretrained=""), num_classes)
   if "stem_pool_padding" in record:
     module = module.clone(stem_pool_padding=record["stem_pool_padding"])
-  return from_flax(module, lowering=lowering)
+  return module
 
 
 def create_model(

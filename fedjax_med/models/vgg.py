@@ -59,9 +59,9 @@ class VGG(nn.Module):
 
 
 def vgg16(num_classes: int, *, width: float = 1.0, **kwargs: Any) -> VGG:
-  """Configuration D, 138,365,992 parameters at 3 x 1000; nine tenths are in the dense layers.
+  """Configuration D with norms: 138,365,992 parameters at 3 x 1000, as torchvision's vgg16_bn.
 
-  ``kwargs`` are norm, dropout and dtype.
+  Nine tenths are in the dense layers. ``kwargs`` are norm, dropout and dtype.
   """
   stages = ((64,) * 2, (128,) * 2, (256,) * 3, (512,) * 3, (512,) * 3)
   return VGG(num_classes, scaled(stages, width), scaled((4096, 4096), width), **kwargs)

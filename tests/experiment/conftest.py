@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.experiment.learning import learn
+from tests.experiment.learning import learn, learning_config
 from tests.experiment.running import run
 
 
@@ -17,5 +17,16 @@ def finished(tmp_path_factory):
 def learned(tmp_path_factory):
   """A CNN that finds most tumours, and an average of whose weights is measured."""
   folder = tmp_path_factory.mktemp("learned")
-  learn(folder)
+  learn(folder, learning_config())
+  return folder
+
+
+@pytest.fixture(scope="session")
+def gated(tmp_path_factory):
+  """A network with squeeze-and-excitation whose norms stay at the hospitals."""
+  folder, config = tmp_path_factory.mktemp("gated"), learning_config()
+  config.model.name, config.server.algorithm = "se_resnext_micro", "fedbn"
+  config.server.num_rounds = config.eval.every = 1
+  config.client.num_local_steps, config.server.ema_decay = 2, 0.0
+  learn(folder, config)
   return folder

@@ -27,9 +27,9 @@ def learning_config() -> Config:
   return config
 
 
-def learn(folder: pathlib.Path) -> None:
-  """Trains it and writes what ``run`` writes, but for the figures, which take longer than it."""
-  experiment = build.build(learning_config(), load_hospitals(learning_config()))
+def learn(folder: pathlib.Path, config: Config) -> None:
+  """Trains and writes what ``run`` writes, but for the figures, which take longer."""
+  experiment = build.build(config, load_hospitals(config))
   files.prepare(folder)
   files.write_json(folder / "config.json", records.config_record(experiment, "test"))
   files.write_json(folder / "hospitals.json", records.hospital_record(experiment.hospitals))

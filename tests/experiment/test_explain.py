@@ -1,23 +1,30 @@
 """The page of where a network looks: a row for each hospital, maps that find the tumours."""
 
+import contextlib
 import json
+import pathlib
 import re
 import shutil
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 
 from fedjax_med.core.errors import UserError
-from fedjax_med.experiment import report, trained
-from fedjax_med.experiment.explain import explain
+from fedjax_med.experiment import overlays, report, trained
+from fedjax_med.experiment.explain import _gate_shown, explain
+from fedjax_med.experiment.overlays import Seen
+from fedjax_med.experiment.predictions import Looked
 from fedjax_med.experiment.report import write_report
+from fedjax_med.models.attention import Gated
+from tests.command import start
 
 
 def page_of(folder, **changes):
   options = {
     "images": None, "num_images": 3, "target": "predicted", "layer_name": "", "data_path": "",
-    "show_patients": False,
+    "show_patients": False, "tell": lambda text: None,
   }  # fmt: skip
   return explain(trained.load(folder), **{**options, **changes})
 
@@ -93,6 +100,55 @@ def test_the_report_shows_the_pictures_that_may_be_shown(finished, tmp_path):
 
 
 @pytest.mark.slow
+def test_the_command_shows_a_hospitals_own_model_with_its_gates(gated, tmp_path):
+  folder = shutil.copytree(gated, tmp_path / "run")
+  result = start("explain", f"--workdir={folder}", "--hospital=hospital 2", "--num_images=2")
+  assert result.returncode == 0, result.stderr
+  assert result.stdout.splitlines()[0] == str(folder / "explain" / "index.html")
+  html = (folder / "explain" / "index.html").read_text()
+  assert "the model of hospital 2" in html
+  assert "stage2_block1/se" in html
+  record = record_of(folder)
+  assert [figure["file"] for figure in record["figures"]] == ["group-1.png", "gates.png"]
+  assert record["figures"][0]["caption"].startswith("hospital 2: predicted ")
+  refused = start("explain", f"--workdir={folder}")
+  assert refused.returncode == 2
+  assert "say whose model is meant, such as --hospital='hospital 1'" in refused.stderr
+
+
+def test_the_gated_map_is_a_row_of_its_own(tmp_path):
+  ramp = np.arange(16.0).reshape(4, 4)
+  heights, pictures = [], []
+  for gated in (None, ramp, ramp.T):
+    seen = [Seen(np.zeros((8, 8), np.uint8), ramp, gated, "tumour", 0.9, "healthy")] * 2
+    overlays.draw_grid(tmp_path / "grid.png", "Ahorn", seen, "block" if gated is not None else "")
+    with Image.open(tmp_path / "grid.png") as picture:
+      heights.append(picture.height)
+      pictures.append(picture.convert("RGB").tobytes())
+  assert heights[0] < heights[1] == heights[2]
+  assert pictures[1] != pictures[2]
+
+
+def test_the_chart_of_gates_holds_the_median_of_all_and_the_mean_of_each_hospital(monkeypatch):
+  rng = np.random.default_rng(0)
+  groups = [(name, [rng.uniform(size=(3, 5)), rng.uniform(size=(3, 7))]) for name in "AB"]
+  figure = Figure()
+  monkeypatch.setattr(overlays, "new_figure", lambda *_: contextlib.nullcontext(figure))
+  overlays.draw_gates(pathlib.Path("unused"), ["first", "second"], groups)
+  lines = {str(line.get_label()): np.asarray(line.get_ydata()) for line in figure.axes[0].lines}
+  for name, gates in groups:
+    np.testing.assert_allclose(lines[f"mean, {name}"], [each.mean() for each in gates])
+  middle = [np.median(np.stack([gates[k] for _, gates in groups])) for k in range(2)]
+  assert any(np.allclose(values, middle) for values in lines.values())
+
+
+@pytest.mark.parametrize(("sides", "shown"), [([8, 4, 2], "1"), ([2, 2, 1], "1"), ([1], "")])
+def test_the_gates_drawn_are_the_last_with_places_to_tell_apart(sides, shown):
+  gated = {str(k): Gated(np.zeros((1, 3)), np.zeros((1, s, s))) for k, s in enumerate(sides)}
+  assert _gate_shown(list(gated), Looked(np.zeros((1, 2)), np.zeros((1, 2, 2)), gated)) == shown
+
+
+@pytest.mark.slow
 def test_the_report_of_a_run_shows_every_row_of_its_page(explained, tmp_path):
   folder = shutil.copytree(explained, tmp_path / "run")
   html = write_report(folder).read_text()
@@ -108,8 +164,12 @@ def test_pictures_of_ones_own_have_a_row_and_the_class_asked_for(learned, tmp_pa
     tmp_path / "images" / "1.png"
   )
   (tmp_path / "images" / "2.png").write_text("broken")
-  page = page_of(folder, images=tmp_path / "images", target="healthy").read_text()
+  told = []
+  images = tmp_path / "images"
+  page = page_of(folder, images=images, target="healthy", tell=told.append).read_text()
   assert page.count("<img ") == 1
+  assert len(told) == 1
+  assert told[0].startswith("2.png: cannot be read")
   assert "for the class “healthy”" in page
   assert record_of(folder)["pointing"] is None
   assert "Pictures of images" not in write_report(folder).read_text()  # linked, not shown

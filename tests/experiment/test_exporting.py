@@ -12,6 +12,7 @@ from safetensors import safe_open
 from fedjax_med.experiment import trained
 from fedjax_med.experiment.exporting import export_model
 from fedjax_med.experiment.predictions import make_probabilities
+from tests.command import start
 
 # -I and no PYTHONPATH: nothing of this repository can be imported.
 PROGRAM = """
@@ -53,6 +54,22 @@ def test_the_program_runs_elsewhere_without_this_package(learned, images, tmp_pa
   about = json.loads((tmp_path / "model.jax.json").read_text())
   assert about["classes"] == ["healthy", "tumour"]
   assert about["privacy"] == "none"
+
+
+@pytest.mark.slow
+def test_the_command_writes_a_hospitals_own_model_under_its_name(gated):
+  options = f"--workdir={gated}", "--format=safetensors", "--hospital=hospital 2"
+  result = start("export", *options)
+  assert result.returncode == 0, result.stderr
+  file = gated / "export" / "model-hospital 2.safetensors"
+  assert result.stdout.startswith(f"{file}: ")
+  assert "named as in pretrainedmodels" in result.stdout
+  own = trained.load(gated, hospital="hospital 2").params
+  with safe_open(file, "numpy") as arrays:
+    assert arrays.metadata()["hospital"] == "hospital 2"
+    stem = arrays.get_tensor("layer0.conv1.weight")
+    np.testing.assert_array_equal(stem, own["stem"]["kernel"].transpose(3, 2, 0, 1))
+    np.testing.assert_array_equal(arrays.get_tensor("layer0.bn1.bias"), own["stem_norm"]["bias"])
 
 
 def test_weights_carry_what_their_user_must_know(finished, tmp_path):

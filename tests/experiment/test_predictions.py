@@ -2,11 +2,7 @@
 
 import csv
 import json
-import os
-import pathlib
 import shutil
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -16,10 +12,9 @@ from fedjax_med.core.errors import UserError
 from fedjax_med.core.metrics import classification_metrics, confusion_matrix
 from fedjax_med.experiment import predictions, trained
 from fedjax_med.experiment.checkpoints import digest
+from tests.command import start
 from tests.experiment.learning import learning_config, write_test_images
 from tests.experiment.running import smoke_config
-
-ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 
 def silent(text):
@@ -78,8 +73,14 @@ def test_overlays_lie_beside_the_table_under_the_names_of_the_pictures(learned, 
   (folder / "broken.png").write_text("no picture")
   layer = predictions.choose_layer(model)
   for _ in range(2):  # the overlays of a first start are no pictures of a second one
-    counts, _ = predict(model, folder, folder / "table.csv", layer)
+    counts, rows = predict(model, folder, folder / "table.csv", layer)
     assert (counts.read, len(counts.errors)) == (2, 1)
+    maps = {row["file"]: row["map"] for row in rows}
+    assert maps == {
+      "tall.tif": "table_maps/tall.tif.png",
+      "a/small.png": "table_maps/a/small.png.png",
+      "broken.png": "",
+    }
   overlays = folder / "table_maps"
   written = {path.relative_to(overlays).as_posix() for path in overlays.rglob("*.png")}
   assert written == {"tall.tif.png", "a/small.png.png"}
@@ -194,23 +195,35 @@ def test_loading_a_model_writes_nothing(finished):
   assert sorted(finished.rglob("*")) == before
 
 
-def start(*arguments, cwd):
-  return subprocess.run(
-    [sys.executable, "-m", "fedjax_med.predict", *arguments],
-    cwd=cwd,
-    env={**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""},
-    capture_output=True,
-    text=True,
-    timeout=300,
-    check=False,
-  )
+@pytest.mark.slow
+def test_the_command_predicts_with_a_hospitals_own_model_and_maps(gated, tmp_path):
+  config = learning_config()
+  write_test_images(tmp_path / "images", config)
+  (tmp_path / "images" / "broken.png").write_text("no picture")
+  options = f"--workdir={gated}", "--images=images", "--hospital=hospital 2", "--maps"
+  result = start("predict", *options, "--output=own.csv", cwd=tmp_path)
+  assert result.returncode == 0, result.stderr
+  assert "broken.png: cannot be read" in result.stderr
+  assert result.stdout.splitlines()[0].endswith("1 not (run " + described(gated) + ")")
+  rows = table(tmp_path / "own.csv")
+  model = trained.load(gated, hospital="hospital 2")
+  counts, expected = predict(model, tmp_path / "images", tmp_path / "expected.csv")
+  assert counts.read == len(rows) - 1
+  for row, other in zip(rows, expected, strict=True):
+    assert row["predicted"] == other["predicted"]
+    assert (tmp_path / row["map"]).is_file() == (not row["error"])
+
+
+def described(folder):
+  run_id = json.loads((folder / "config.json").read_text())["run_id"]
+  return f"{run_id} after round 1, the model of hospital 2"
 
 
 @pytest.mark.slow
 def test_a_folder_of_broken_pictures_ends_with_code_2_and_names_them(finished, tmp_path):
   (tmp_path / "images").mkdir()
   (tmp_path / "images" / "broken.png").write_text("no picture")
-  result = start(f"--workdir={finished}", "--images=images", cwd=tmp_path)
+  result = start("predict", f"--workdir={finished}", "--images=images", cwd=tmp_path)
   assert result.returncode == 2
   assert "broken.png: cannot be read" in result.stderr
   assert result.stderr.splitlines()[-1].startswith("error: none of the 1 files")
@@ -231,7 +244,7 @@ def test_a_folder_of_broken_pictures_ends_with_code_2_and_names_them(finished, t
 def test_bad_input_is_one_sentence_with_a_remedy(arguments, sentence, tmp_path):
   (tmp_path / "images").mkdir()
   Image.new("L", (40, 40)).save(tmp_path / "one.png")
-  result = start(*arguments, cwd=tmp_path)
+  result = start("predict", *arguments, cwd=tmp_path)
   assert result.returncode == 2
   assert result.stderr.startswith(f"error: {sentence}")
   assert ";" in result.stderr

@@ -1,5 +1,6 @@
 """The imaging paper's comparison: every row is trainable, and its statistics are what they say."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -94,13 +95,14 @@ def test_leakage_is_told_of_the_systems_that_are_high_on_the_random_split():
       "vgg16": {"paper": [0.95, 0.97], "grouped": [0.7, 0.6]},
       "resnet50": {"paper": [0.93, 0.95], "grouped": [0.9, 0.52]},
       "fedprox": {"paper": [0.95, 0.81], "grouped": [0.99, 0.99]},
+      "ditto": {"paper": [0.99, 0.99], "grouped": [0.99, 0.99]},  # predicts with own models
     }
   )
   assert tables.leakage(given) == (
-    "2 of 3 systems are over 0.90 on the random split; the best of them is at 0.71 on the grouped"
-    " one. Their mean is 0.95 and 0.68; seed by seed 0.94 and 0.80, 0.96 and 0.56."
+    "2 of 3 global models are over 0.90 on the random split; the best of them is at 0.71 on the"
+    " grouped one. Their mean is 0.95 and 0.68; seed by seed 0.94 and 0.80, 0.96 and 0.56."
   )
-  assert tables.leakage(given, 0.98) == "0 of 3 systems are over 0.98 on the random split."
+  assert tables.leakage(given, 0.98) == "0 of 3 global models are over 0.98 on the random split."
 
 
 def test_p_values_are_scipys_paired_test_and_holms_correction():
@@ -113,7 +115,11 @@ def test_p_values_are_scipys_paired_test_and_holms_correction():
   for test in found:
     held_to = "fedavg" if test["other"] == "fedprox" else PROPOSED
     own, other = (values[name][test["split"]] for name in (held_to, test["other"]))
-    assert test["mean"] == pytest.approx((own - other).mean())
+    difference = own - other
+    assert test["mean"] == pytest.approx(difference.mean())
+    if np.ptp(difference):
+      ends = stats.t.interval(0.95, 4, loc=difference.mean(), scale=stats.sem(difference))
+      assert [test["low"], test["high"]] == pytest.approx(ends)
     if test["other"] == "fedprox" and test["split"] == "grouped":
       assert test["p"] is test["p_holm"] is None
     else:
@@ -130,6 +136,27 @@ def test_p_values_are_scipys_paired_test_and_holms_correction():
 def test_the_cost_model_is_the_papers_formula():
   case = cost.Case(rounds=3, clients=5, images=7, width=0.5, side=10)
   assert case.modelled() == 3 * 5 * 7 * (32 * 9 * 100 + 32**2)
+
+
+def test_the_power_that_time_grows_with_is_that_of_each_turn():
+  every = [
+    dataclasses.replace(cost.Case(), **{factor: value})
+    for factor, values in cost.VARIED.items()
+    for value in values
+  ]
+  # One turn of the paper's model, one that grows with its root, on a machine half as fast.
+  seconds = {case: [case.modelled(), 2 * case.modelled() ** 0.5] for case in every}
+  for found in cost.compare(seconds):
+    low, high = stats.t.interval(0.95, 1, loc=0.75, scale=stats.sem([1, 0.5]))
+    assert found["power"]["mean"] == pytest.approx(0.75)
+    assert [found["power"]["low"], found["power"]["high"]] == pytest.approx([low, high])
+    assert [case["value"] for case in found["cases"]] == list(cost.VARIED[found["factor"]])
+    modelled = np.array([case["modelled"] for case in found["cases"]])
+    expected = (modelled + modelled**0.5) / 2  # median of two
+    np.testing.assert_allclose([case["measured"] for case in found["cases"]], expected)
+  row = cost.markdown(cost.compare(seconds)).splitlines()[2]
+  assert row.startswith("| rounds | 1 | 0.75 [")
+  assert "| -0.25 | 4, 8, 16 | 1.0, 2.0, 4.0 | 1.0, 1.7, 3.0 |" in row
 
 
 def run_command(name, folder, *more):
@@ -160,4 +187,5 @@ def test_tables_of_two_systems_from_the_command_line_are_kept_and_resumed(tmp_pa
   assert run_command("tables", tmp_path, "--json").stdout == first.stdout
   assert written == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("summary.json")}
   run_command("figures", tmp_path)
-  assert (tmp_path / "figures" / "splits.png").stat().st_size > 0
+  assert (tmp_path / "figures-fl_alone-cnn_fedavg_iid" / "splits.png").stat().st_size > 0
+  assert not (tmp_path / "figures" / "splits.png").exists()

@@ -1,6 +1,7 @@
 """Every registered network keeps the same promises: examples apart, exact clipping, learning."""
 
 import functools
+import pathlib
 from typing import Any
 
 import jax
@@ -9,7 +10,10 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
+from fedjax_med.core.config import Config, DataConfig
 from fedjax_med.experiment.checkpoints import open_checkpoints
+from fedjax_med.experiment.exporting import PLATFORMS, export_program
+from fedjax_med.experiment.trained import Trained
 from fedjax_med.privacy.clipping import clipped_sum
 from tests.models.networks import (
   CLASSES,
@@ -17,6 +21,7 @@ from tests.models.networks import (
   IMAGES,
   INPUTS,
   MASK,
+  SIDE,
   TARGETS,
   every_model,
   gradients_of,
@@ -120,6 +125,23 @@ def test_bfloat16_changes_logits_a_little_and_keeps_them_float32(name):
   assert logits.dtype == jnp.float32
   assert (logits != full).any()
   np.testing.assert_allclose(logits, full, atol=0.05 * np.abs(full).max())
+
+
+@every_model
+def test_a_program_of_it_is_exported_for_any_number_of_images_and_every_platform(name):
+  found = network(name, lowering="native")
+  config = Config(data=DataConfig(image_size=SIDE, normalisation="fixed"))
+  names = ("a", "b", "c")
+  model = Trained(pathlib.Path(), "", config, names, 0, *found[1:], "", "")
+  program = jax.export.deserialize(bytearray(export_program(model)))
+  assert program.platforms == PLATFORMS
+  pixels = np.random.default_rng(0).integers(0, 256, (3, SIDE, SIDE, 1)).astype(np.uint8)
+  for images in (pixels[:1], pixels):
+    assert jax.eval_shape(program.call, images).shape == (len(images), CLASSES)
+  inputs = np.concatenate([np.float32(pixels / 127.5 - 1), IMAGES[:1]])  # 4: compiled already
+  logits = forward(name)(found.params, inputs)[:3]
+  probabilities = quick_jit(program.call)(pixels)
+  np.testing.assert_allclose(probabilities, jax.nn.softmax(logits), rtol=2e-3, atol=1e-5)
 
 
 @every_model
