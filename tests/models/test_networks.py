@@ -3,6 +3,7 @@
 import math
 import runpy
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,7 +18,7 @@ from fedjax_med.models.blocks import (
   ceil_max_pool,
   mean_pool,
 )
-from fedjax_med.models.layers import num_norm_groups
+from fedjax_med.models.layers import normalise, num_norm_groups
 from fedjax_med.models.model import from_flax
 from fedjax_med.models.registry import MODELS, create_model, create_module, has_remat
 from fedjax_med.models.se_resnext import Bottleneck
@@ -26,6 +27,7 @@ from tests.models.networks import (
   CLASSES,
   IMAGES,
   INPUTS,
+  LARGE,
   MASK,
   TARGETS,
   full_module,
@@ -161,8 +163,47 @@ def test_linear_is_the_affine_map_of_the_pixels():
 
 
 def test_norm_groups_divide_the_channels_and_never_hold_one_alone():
-  found = {channels: num_norm_groups(channels) for channels in (1, 2, 3, 8, 16, 64, 96, 100, 2048)}
+  channels = (1, 2, 3, 8, 16, 64, 96, 100, 2048)
+  found = {number: num_norm_groups(number, 64) for number in channels}
   assert found == {1: 1, 2: 1, 3: 1, 8: 4, 16: 8, 64: 32, 96: 32, 100: 25, 2048: 32}
+
+
+@pytest.mark.parametrize("channels", [1, 8, 20, 24, 64, 96, 512])
+@pytest.mark.parametrize("pixels", [1, 4, 9, 16])
+def test_norm_groups_of_small_maps_hold_numbers_enough_to_learn_from(channels, pixels):
+  groups = num_norm_groups(channels, pixels)
+  assert channels % groups == 0
+  assert groups == 1 or channels // groups * pixels >= 16
+  # And no fewer groups than that asks for.
+  larger = [g for g in range(groups + 1, 33) if channels % g == 0]
+  assert all(channels // g < 2 or channels // g * pixels < 16 for g in larger)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_no_norm_group_of_a_narrow_network_at_32_pixels_is_too_small_to_learn_from(name):
+  numbers = []
+
+  def watch(call, args, kwargs, context):
+    if isinstance(context.module, nn.GroupNorm) and context.method_name == "__call__":
+      numbers.append(math.prod(args[0].shape[1:]) // context.module.num_groups)
+    return call(*args, **kwargs)
+
+  with nn.intercept_methods(watch):
+    shapes(full_module(name, width=0.25 if name in LARGE else 1.0), side=32)
+  assert min(numbers, default=8) >= 8  # 8 where a layer has no more channels
+
+
+def test_a_norm_at_one_pixel_hands_the_gradient_on():
+  class Norm(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+      return normalise(x, "group", train=True, dtype=jnp.float32, name="norm")
+
+  rng = np.random.default_rng(0)
+  x, toward = (jnp.asarray(rng.normal(size=(1, 1, 1, 32)), jnp.float32) for _ in range(2))
+  value = lambda x: (Norm().init_with_output(jax.random.key(0), x)[0] * toward).sum()  # noqa: E731
+  gradient = jax.grad(value)(x)
+  assert float(jnp.linalg.norm(gradient)) > 0.5 * float(jnp.linalg.norm(toward))
 
 
 @pytest.mark.parametrize(
