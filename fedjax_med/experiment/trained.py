@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from fedjax_med import __version__
 from fedjax_med.core.config import Config, from_dict
 from fedjax_med.core.errors import UserError, require, require_choice
 from fedjax_med.core.keys import base_key
@@ -84,8 +85,8 @@ def load(
     lowering: how convolutions run; None as the run would choose it here.
 
   Raises:
-    UserError: the folder holds no run or no weights, the network is not the one trained, or the
-      run has no global model, or no model of that hospital.
+    UserError: the folder holds no run or no weights, another version of this package or another
+      network was trained, or the run has no global model, or no model of that hospital.
   """
   require(
     folder.is_dir(),
@@ -101,13 +102,19 @@ def load(
   try:
     config, class_names = from_dict(record["config"]), tuple(held["class_names"])
     names = [str(each["name"]) for each in held["hospitals"]]
-    run_id = str(record["run_id"])
+    run_id, version = str(record["run_id"]), str(record["versions"]["fedjax_med"])
     saved = dict(record.get("network", {}))
   except (KeyError, TypeError, ValueError) as error:
     raise UserError(
       f"{folder} holds a run of another version of fedjax_med ({error}); use the version that"
       " its config.json names"
     ) from error
+  require(
+    version == __version__,
+    f"{folder} was trained by fedjax_med {version} and this is {__version__}, whose networks may"
+    " make something else of the same weights",
+    "use the version that trained it, or train again",
+  )
   algorithm = _algorithm(config) if hospital else None
   if algorithm:
     require(

@@ -165,6 +165,12 @@ def own_network(folder):
   (folder / "config.json").write_text(json.dumps(record))
 
 
+def another_version(folder):
+  record = json.loads((folder / "config.json").read_text())
+  record["versions"]["fedjax_med"] = "0.0.9"
+  (folder / "config.json").write_text(json.dumps(record))
+
+
 def another_run(folder):
   record = json.loads((folder / "config.json").read_text())
   (folder / "config.json").write_text(json.dumps({**record, "run_id": "0" * 12}))
@@ -177,6 +183,7 @@ def another_run(folder):
     (without("checkpoints"), r"holds no checkpoint, because .*; train it by itself"),
     (other_network, r"holds arrays of another model; "),
     (own_network, r"'of_mine' is not part of this package; give --network=FILE.py"),
+    (another_version, r"was trained by fedjax_med 0.0.9 and this is .*; use the version that"),
     (another_run, r"belongs to run .*, config.json is run 000000000000; "),
     (lambda folder: (folder / "sweep.json").write_text("{}"), r"is a sweep, whose .*; train"),
     (lambda folder: (folder / "hospitals.json").write_text("{"), r"is not what a run writes"),
