@@ -130,8 +130,8 @@ def read_image(path: pathlib.Path, min_size: int) -> Image.Image | str:
         return f"{image.width}x{image.height} pixels, under data.min_size={min_size}"
       return to_grey(image)
   except Exception as error:  # a damaged file can make a decoder raise almost anything
-    reason = " ".join(str(error).split()) or type(error).__name__
-    return f"cannot be read ({reason.replace(str(path), 'the file')[:120]})"
+    text = str(error).replace(f"'{path}'", "").replace(str(path), "the file")
+    return f"cannot be read ({' '.join(text.split())[:120] or type(error).__name__})"
 
 
 def resize(image: Image.Image, size: int) -> np.ndarray:

@@ -74,10 +74,8 @@ class Prepared(NamedTuple):
   compilations: Callable[[], int]
 
 
-def compiled_ahead(parts: Sequence[Sequence[Planned]], at_once: int) -> Iterator[Prepared]:
-  """The program of each group in turn; on a CPU the next ones compile while it is used."""
-  # Planning refuses what does not fit, and may time steps, which nothing must disturb.
-  plans = [_plan(group, at_once) for group in parts]
+def compiled_ahead(plans: Sequence[Prepared]) -> Iterator[Prepared]:
+  """The program of each plan in turn; on a CPU the next ones compile while it is used."""
   ahead = AHEAD if jax.default_backend() == "cpu" else 0
   left, waiting = iter(plans), deque()
   with ThreadPoolExecutor(max(1, ahead)) as threads:
@@ -92,11 +90,14 @@ def compiled_ahead(parts: Sequence[Sequence[Planned]], at_once: int) -> Iterator
 
 def prepare(group: Sequence[Planned], at_once: int) -> Prepared:
   """The program of a group, compiled."""
-  return _compile(_plan(group, at_once))
+  return _compile(plan(group, at_once))
 
 
-def _plan(group: Sequence[Planned], at_once: int) -> Prepared:
-  """The program of a group, whose ``sweep`` is still to be compiled."""
+def plan(group: Sequence[Planned], at_once: int) -> Prepared:
+  """The program of a group, whose ``sweep`` is still to be compiled.
+
+  UserError naming the point if it does not fit. It may time steps, which nothing must disturb.
+  """
   try:
     program, shapes = plan_together([each.case for each in group])
   except UserError as error:

@@ -35,7 +35,7 @@ from fedjax_med.simulation.evaluation import batches_of
 from fedjax_med.simulation.rounds import NEVER
 from fedjax_med.simulation.sweep import blank_states
 from fedjax_med.sweep.points import Key, Planned, groups, images_of, shown
-from fedjax_med.sweep.programs import Layout, Prepared, compiled_ahead, pool_of, put, stack
+from fedjax_med.sweep.programs import Layout, Prepared, compiled_ahead, plan, pool_of, put, stack
 
 
 class Progress(NamedTuple):
@@ -89,7 +89,11 @@ def run_points(
     require_installed(name_of_tracker)
   progress, complete = Progress(0, 0, None, ""), image_keeper()
   parts = [part for part in groups(planned) if not {each.key for each in part} <= done]
-  compiled = compiled_ahead(parts, at_once)
+  plans = []
+  for number, part in enumerate(parts, 1):
+    listen(progress._replace(note=f"program {number} of {len(parts)}: planning"))
+    plans.append(plan(part, at_once))
+  compiled = compiled_ahead(plans)
   for number in range(1, len(parts) + 1):
     progress = progress._replace(note=f"program {number} of {len(parts)}")
     listen(progress._replace(note=f"{progress.note}: compiling"))
