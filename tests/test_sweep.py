@@ -91,6 +91,11 @@ def test_killed_and_resumed_it_ends_in_the_same_table_as_unbroken_and_in_shards(
   long = (*GRID, "--points_at_once=2", "--config.server.num_rounds=200", "--config.eval.every=50")
   whole = sweep(f"--workdir={tmp_path / 'whole'}", *long)
   assert whole.returncode == 0, whole.stderr
+  said = whole.stdout + whole.stderr
+  notes = [
+    said.index(f"program 1 of 1{note}") for note in (": planning", ": compiling", ": 2 runs")
+  ]
+  assert notes == sorted(notes)
   broken = tmp_path / "broken"
   command = [sys.executable, "-m", "fedjax_med.sweep", "--config=configs/smoke.py"]
   command += ["--config.model.name=linear", f"--workdir={broken}", *long]

@@ -13,7 +13,7 @@ EPSILON = 1e-5
 def num_norm_groups(channels: int) -> int:
   """The rule of fedjax_med.models.layers, which this interpreter may not have.
 
-  That of maps with pixels enough for any group, as those of the workloads.
+  That of maps with pixels, or layers with channels, enough for any group, as the workloads have.
   """
   most = max(1, min(32, channels // 2))
   return next(groups for groups in range(most, 0, -1) if channels % groups == 0)

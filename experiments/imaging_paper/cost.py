@@ -22,6 +22,7 @@ from absl import flags
 
 from experiments.imaging_paper.tables import interval
 from fedjax_med.core.config import Config
+from fedjax_med.core.errors import require
 from fedjax_med.flags import run_main
 from fedjax_med.study import mean_interval
 
@@ -111,12 +112,14 @@ def main(_: list[str]) -> None:
   from fedjax_med.experiment.cache import use_compilation_cache
   from fedjax_med.simulation.mesh import split_cpu
 
+  repeats = flags.FLAGS.repeats
+  require(repeats >= 2, f"--repeats={repeats} gives no interval", "take at least 2")
   split_cpu(0)
   use_compilation_cache("~/.cache/fedjax_med/xla")
   base = Case()
   cases = [dataclasses.replace(base, **{f: v}) for f, values in VARIED.items() for v in values]
   runs = {str(case): functools.partial(seconds_of, case) for case in cases}
-  times = common.alternate(runs, flags.FLAGS.repeats, warm_up=0)
+  times = common.alternate(runs, repeats, warm_up=0)
   factors = compare({case: times[str(case)] for case in cases})
   result = common.envelope("imaging_paper_cost") | {
     "smallest": dataclasses.asdict(base),

@@ -46,7 +46,7 @@ def compare(frame: pd.DataFrame, metric: str = "all.f1") -> list[dict[str, Any]]
         result: Any = stats.ttest_1samp(differences, 0.0)
         p = float(result.pvalue)
       around = mean_interval(differences if defined else np.full(2, np.nan))
-      ends = {end: around[end] for end in ("mean", "low", "high")}
+      ends = {end: float(np.clip(around[end], -1, 1)) for end in ("mean", "low", "high")}
       pairs = int(np.isfinite(differences).sum())
       tests.append({"split": split, "other": other, "pairs": pairs, **ends, "p": p})
     largest = 0.0

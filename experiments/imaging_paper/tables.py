@@ -134,13 +134,14 @@ def caption() -> str:
 
 
 def main(_: list[str]) -> None:
-  frame = training.results(training.chosen())
+  systems = training.chosen()
+  frame = training.results(systems)
   records = summarise(frame, flags.FLAGS.set)
   text = [caption(), leakage(frame)]
   for place, title in TITLES.items():
     if any(place in record["places"] for record in records):
       text += [f"## {title}", markdown(records, place)]
-  if not flags.FLAGS.only:  # what is whole is not overwritten
+  if len(systems) == len(SYSTEMS):  # else what is whole would be overwritten
     folder = training.committed().parent if flags.FLAGS.committed else training.workdir()
     table = pd.json_normalize(records, sep=".").drop(columns=["what", "places"])
     table = table.assign(set=flags.FLAGS.set, scale=flags.FLAGS.scale)
@@ -162,7 +163,7 @@ def leakage(frame: pd.DataFrame, above: float = HIGH) -> str:
   frame = frame[frame["predicts"] == "global model"]
   if frame.empty:
     return "No system has a global model."
-  values = frame.pivot_table(index="system", columns=["split", "seed"], values="all.accuracy")
+  values = frame.pivot(index="system", columns=["split", "seed"], values="all.accuracy")
   random, grouped = (values[[split]].to_numpy() for split in SPLITS)  # [systems, seeds]
   high = random.mean(1) > above  # not with a seed that diverged
   said = f"{high.sum()} of {len(values)} global models are over {above:.2f} on the random split"
@@ -190,7 +191,7 @@ def latex(records: list[dict[str, Any]]) -> str:
     }
     for record in records
   ]
-  said = caption().replace("%", r"\%")
+  said = caption().replace("%", r"\%").replace("_", r"\_")
   return pd.DataFrame(rows).to_latex(index=False, caption=said)
 
 

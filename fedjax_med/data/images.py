@@ -130,8 +130,9 @@ def read_image(path: pathlib.Path, min_size: int) -> Image.Image | str:
         return f"{image.width}x{image.height} pixels, under data.min_size={min_size}"
       return to_grey(image)
   except Exception as error:  # a damaged file can make a decoder raise almost anything
-    text = str(error).replace(f"'{path}'", "").replace(str(path), "the file")
-    return f"cannot be read ({' '.join(text.split())[:120] or type(error).__name__})"
+    text = str(error).replace(repr(str(path)), "").replace(str(path), "the file")
+    reason = " ".join(text.split()).rstrip(" :")[:120] or type(error).__name__
+    return f"cannot be read ({reason})"
 
 
 def resize(image: Image.Image, size: int) -> np.ndarray:

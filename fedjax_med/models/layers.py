@@ -18,7 +18,7 @@ def num_norm_groups(channels: int, pixels: int) -> int:
 
   Enough is two channels, and ``LEAST_NUMBERS`` in all their ``pixels``. Normalised by itself one
   number is 0 and a pair is +-1, whatever the input; of n numbers two directions carry no gradient.
-  With pairs on maps of one pixel GoogLeNet, EfficientNet and MobileNetV2 did not learn at all.
+  With pairs on maps of one pixel GoogLeNet, EfficientNet and MobileNetV2 hardly learnt.
   """
   least = max(2, -(-LEAST_NUMBERS // pixels))  # channels
   most = max(1, min(32, channels // least))

@@ -6,6 +6,7 @@ import pathlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from fedjax_med import __version__
 from fedjax_med.core.config import Config, fingerprint, flat, to_dict
 from fedjax_med.core.errors import UserError, require
 from fedjax_med.core.metrics import METRICS
@@ -44,13 +45,14 @@ def begin(
     "points": [_plain(point) for point in points],
     "seed_axes": list(seed_axes),
   }
-  values["sweep_id"] = fingerprint(_without_places(values))
+  # Points of two versions are not held against each other.
+  values["sweep_id"] = fingerprint({**_without_places(values), "code": __version__})
   if (workdir / DEFINITION).exists():
     found = read(workdir)["sweep_id"]
     require(
       found == values["sweep_id"],
       f"--workdir={workdir} holds sweep {found}, this one is {values['sweep_id']}",
-      "use another --workdir, or the flags of the first start to resume it",
+      "use another --workdir, or the flags, and the fedjax_med, of the first start to resume it",
     )
     return
   require(

@@ -179,7 +179,7 @@ def test_norm_groups_of_small_maps_hold_numbers_enough_to_learn_from(channels, p
   assert all(channels // g < 2 or channels // g * pixels < 16 for g in larger)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", sorted(set(MODELS) - {"linear", "mlp"}))  # these have no norm
 def test_no_norm_group_of_a_narrow_network_at_32_pixels_is_too_small_to_learn_from(name):
   numbers = []
 
@@ -190,7 +190,7 @@ def test_no_norm_group_of_a_narrow_network_at_32_pixels_is_too_small_to_learn_fr
 
   with nn.intercept_methods(watch):
     shapes(full_module(name, width=0.25 if name in LARGE else 1.0), side=32)
-  assert min(numbers, default=8) >= 8  # 8 where a layer has no more channels
+  assert min(numbers) >= 8  # 8 where a layer has no more channels
 
 
 def test_a_norm_at_one_pixel_hands_the_gradient_on():

@@ -262,6 +262,13 @@ def test_the_table_has_a_row_a_point_and_hospital_with_everything_in_it(swept):
   assert list(pd.read_csv(swept / "timing.csv")["point"]) == list(range(len(TOGETHER)))
 
 
+def test_a_sweep_is_not_resumed_by_another_version_of_this_package(swept, monkeypatch):
+  table.begin(swept, base(), TOGETHER, AXES)  # the same one is
+  monkeypatch.setattr(table, "__version__", "0.0.9")
+  with pytest.raises(UserError, match=r"holds sweep .* and the fedjax_med, of the first start"):
+    table.begin(swept, base(), TOGETHER, AXES)
+
+
 def test_another_sweep_or_a_run_in_the_folder_is_refused(swept, tmp_path):
   with pytest.raises(UserError, match=r"holds sweep \w+, this one is"):
     table.begin(swept, base(), TOGETHER[:2], AXES)
