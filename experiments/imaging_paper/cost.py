@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import functools
 import json
+import os
 import pathlib
 import sys
 import tempfile
@@ -112,7 +113,8 @@ def main(_: list[str]) -> None:
   from fedjax_med.experiment.cache import use_compilation_cache
   from fedjax_med.simulation.mesh import split_cpu
 
-  repeats = flags.FLAGS.repeats
+  repeats, out = flags.FLAGS.repeats, pathlib.Path(flags.FLAGS.out or os.devnull)
+  require(out.parent.is_dir(), f"--out={out} is in no folder that exists", "make the folder first")
   require(repeats >= 2, f"--repeats={repeats} gives no interval", "take at least 2")
   split_cpu(0)
   use_compilation_cache("~/.cache/fedjax_med/xla")
@@ -126,8 +128,7 @@ def main(_: list[str]) -> None:
     "seconds_of_smallest": times[str(base)],
     "factors": factors,
   }
-  if flags.FLAGS.out:
-    pathlib.Path(flags.FLAGS.out).write_text(json.dumps(result, indent=2) + "\n")
+  out.write_text(json.dumps(result, indent=2) + "\n")
   print(json.dumps(result) if flags.FLAGS.json else markdown(factors))
 
 

@@ -8,6 +8,7 @@ python -m experiments.imaging_paper.figures --scale=cpu --set=br35h --path=FOLDE
 
 import json
 import pathlib
+import shutil
 from typing import Any
 
 import numpy as np
@@ -104,14 +105,18 @@ def main(_: list[str]) -> None:
     "leave out --only or --committed",
   )
   records = summarise(training.results(systems), dataset)
-  target = training.workdir() / ("figures" if whole else f"figures-{'-'.join(systems)}"[:100])
+  target = training.workdir() / ("figures" if whole else "figures-only")
   target = training.committed().parent if flags.FLAGS.committed else target
+  if not whole:
+    shutil.rmtree(target, ignore_errors=True)  # those of another --only
+  text = [caption(), f"Figures: {target}"]
   if any("figures 3 and 4" in record["places"] for record in records):
     draw_architectures(target / "architectures.png", records, dataset)
+    text.append(markdown(records, "figures 3 and 4"))
   draw_splits(target / "splits.png", records, dataset)
   if not flags.FLAGS.committed:
     draw_split(training.workdir(), target)
-  print(caption() + f"\n\nFigures: {target}\n\n" + markdown(records, "figures 3 and 4"))
+  print("\n\n".join(text))
 
 
 if __name__ == "__main__":

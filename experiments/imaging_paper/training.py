@@ -31,7 +31,11 @@ def define_flags() -> None:
     "workdir", "", "Where runs are kept and resumed; empty is runs/imaging_paper/SET_SCALE."
   )
   flags.DEFINE_list("only", [], "Systems to look at; none looks at all.")
-  flags.DEFINE_bool("committed", False, "Read the committed results; train nothing.")
+  flags.DEFINE_bool(
+    "committed",
+    False,
+    "Take the committed results, and train nothing; tables and figures are written beside them.",
+  )
 
 
 def chosen() -> list[str]:

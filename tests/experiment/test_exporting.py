@@ -2,14 +2,17 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 from safetensors import safe_open
 
 from fedjax_med.experiment import trained
+from fedjax_med.experiment.checkpoints import Restored
 from fedjax_med.experiment.exporting import export_model
 from fedjax_med.experiment.predictions import make_probabilities
 from tests.command import start
@@ -56,8 +59,37 @@ def test_the_program_runs_elsewhere_without_this_package(learned, images, tmp_pa
   assert about["privacy"] == "none"
 
 
+@pytest.mark.parametrize(
+  ("name", "naming", "stem"),
+  [
+    ("se_resnext_tiny", "pretrainedmodels", "layer0.conv1.weight"),
+    ("resnet50", "timm", "conv1.weight"),
+    ("resnext50_32x4d", "timm", "conv1.weight"),
+    ("cnn_small", "flax", "conv1.weight"),
+  ],
+)
+def test_weights_are_named_after_the_family_of_the_runs_network(
+  name, naming, stem, finished, tmp_path, monkeypatch
+):
+  folder = shutil.copytree(finished, tmp_path / "run")
+  record = json.loads((folder / "config.json").read_text())
+  record["config"]["model"]["name"] = name
+  (folder / "config.json").write_text(json.dumps(record))
+
+  def zeros(folder, run_id, like, kept, client):
+    params, state = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), like)
+    return Restored(params, state, kept, 1)
+
+  monkeypatch.setattr(trained, "restore_model", zeros)
+  export_model(trained.load(folder), "safetensors", tmp_path / "it.safetensors")
+  with safe_open(tmp_path / "it.safetensors", "numpy") as file:
+    assert file.metadata()["naming"] == naming
+    assert stem in file.keys()  # noqa: SIM118
+
+
 @pytest.mark.slow
-def test_the_command_writes_a_hospitals_own_model_under_its_name(gated):
+def test_the_command_writes_a_hospitals_own_model_under_its_name(gated, tmp_path):
+  gated = shutil.copytree(gated, tmp_path / "run")
   options = f"--workdir={gated}", "--format=safetensors", "--hospital=hospital 2"
   result = start("export", *options)
   assert result.returncode == 0, result.stderr

@@ -20,7 +20,7 @@ from fedjax_med.models.pretrained import (
   overlay,
   to_state_dict,
 )
-from fedjax_med.models.registry import create_module, recreate_module
+from fedjax_med.models.registry import create_module
 from fedjax_med.models.se_resnext import SEResNeXt, se_resnext_micro
 from tests.models.state_dicts import MICRO, entries, numbered
 
@@ -213,25 +213,6 @@ def test_exported_weights_are_read_back_as_they_were(padding, naming, norm):
   assert used == naming
   assert naming_of(arrays, "it") == NAMINGS[naming]
   chex.assert_trees_all_equal(convert_state_dict(arrays, params, state, "it"), (params, state))
-
-
-@pytest.mark.parametrize(
-  ("name", "naming", "stem"),
-  [
-    ("se_resnext_tiny", "pretrainedmodels", "layer0.conv1.weight"),
-    ("se_resnext50_32x4d", "pretrainedmodels", "layer0.conv1.weight"),
-    ("resnet50", "timm", "conv1.weight"),
-    ("resnext50_32x4d", "timm", "conv1.weight"),
-    ("vgg16", "flax", "stage1_conv1.weight"),
-  ],
-)
-def test_a_run_that_has_ended_names_its_weights_after_its_own_networks_family(name, naming, stem):
-  module = recreate_module(ModelConfig(name=name, width=0.125), 2, {})
-  arrays, used = to_state_dict(
-    *numbered_variables(module), getattr(module, "stem_pool_padding", "")
-  )
-  assert used == naming
-  assert stem in arrays
 
 
 def test_other_networks_are_exported_under_their_path_in_pytorchs_layout():
