@@ -50,7 +50,7 @@ def main(argv: list[str]) -> None:
   from fedjax_med.experiment import predictions, trained  # after the flags: jax takes a while
   from fedjax_med.experiment.cache import use_compilation_cache
 
-  predictions.pictures_in(images)  # a typo need not wait for the model
+  predictions.files_in(images)  # a typo need not wait for the model
   folder = pathlib.Path(values.workdir).expanduser()
   model = trained.load(folder, values.network, values.hospital)
   use_compilation_cache(model.config.execution.compilation_cache)

@@ -21,13 +21,22 @@ class DataConfig:
     cache_dir: where prepared tensorflow-datasets are kept.
     image_size: side of the square images, pixels.
     min_size: images with a side under this many pixels are left out and counted.
-    strict: stop at the first unreadable file instead of counting it.
+    layout: of source=folder, where names of folders and files say what: a pattern of {class},
+      {site}, {patient} and {split} (its test part is then the test set), such as
+      '{site}/{class}/{patient}_*'; * is any text, ** any number of folders. auto takes the first
+      level of folders as the classes, and refuses folders that do not look like it.
+    positive: name of the positive class, of two; empty takes the one whose name does not sound
+      negative (normal, healthy, control, benign, no_...), if the names say it.
+    window: LOW,HIGH, the grey values that become black and white in all files; empty keeps pictures
+      of 8 bits as they are and takes the number of bits of deeper ones from the largest value.
+    strict: stop if any file is left out, instead of naming and counting it.
     split: grouped (near-duplicates and patients stay on one side, in one hospital) or
-      paper (random).
+      paper (random). With {split} in data.layout the sides are given.
     test_fraction: share of examples held out, 0 to 1.
-    patient_pattern: regular expression whose first group in the file name is the patient.
+    patient_pattern: regular expression that is searched in each file name (without folders); its
+      first group is the patient.
     normalisation: image (each image to mean 0 and standard deviation 1, a function of that image
-      alone) or fixed (0..255 to -1..1).
+      alone) or fixed (black is -1, white is 1).
     num_examples: phantoms made in all (divided over the five scanners).
     seed: seed of phantoms, split and partition.
   """
@@ -37,6 +46,9 @@ class DataConfig:
   cache_dir: str = "~/.cache/fedjax_med/tfds"
   image_size: int = 192
   min_size: int = 32
+  layout: str = "auto"
+  positive: str = ""
+  window: str = ""
   strict: bool = False
   split: str = "grouped"
   test_fraction: float = 0.2

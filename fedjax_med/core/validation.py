@@ -151,6 +151,11 @@ def validate(config: Config) -> None:
     f"partition.num_clients={partition.num_clients} is under 1",
     "use at least two hospitals, or 1 for training on pooled data",
   )
+  require(
+    data.split == "grouped" or "{split}" not in data.layout,
+    f"data.split='{data.split}' with data.layout='{data.layout}', whose {{split}} gives the sides",
+    "use * in place of {split} to split anew, or leave data.split=grouped",
+  )
   _validate_central(config)
   _validate_algorithm(config)
   layout, chunk = config.execution.layout, config.execution.chunk_size

@@ -13,9 +13,14 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
+from fedjax_med.core.config import DataConfig
 from fedjax_med.core.errors import UserError, require
+from fedjax_med.data.classes import order_classes
 from fedjax_med.data.dataset import Dataset
-from fedjax_med.data.images import gather, list_folder, read_image, resize
+from fedjax_med.data.files import walk
+from fedjax_med.data.grey import Values
+from fedjax_med.data.images import Read, gather, read_values, require_pictures, values_of
+from fedjax_med.data.layouts import AUTO, Arrangement, arrange
 
 
 class Source(NamedTuple):
@@ -90,20 +95,24 @@ def _builder_class(name: str) -> Any:
     )
 
   def split_generators(self, download_manager):
-    listing = list_folder(pathlib.Path(download_manager.manual_dir), source.class_names)
-    return {"train": self._generate_examples(listing)}
+    arrangement = arrangement_of(name, pathlib.Path(download_manager.manual_dir))
+    return {"train": self._generate_examples(arrangement)}
 
-  def generate_examples(self, listing) -> Iterator[tuple[str, dict[str, Any]]]:
-    skipped = []
-    for path, name, label in listing.files:
-      image = read_image(path, MIN_STORED)
-      if isinstance(image, str):
-        skipped.append([name, listing.class_names[label], image])
+  def generate_examples(self, arrangement) -> Iterator[tuple[str, dict[str, Any]]]:
+    skipped, frames = {}, {}
+    for picture in arrangement.placed:
+      values, file_name = read_values(picture.file.path, MIN_STORED, 0), picture.file.name
+      if isinstance(values, str) or values.deep:
+        reason = values if isinstance(values, str) else "more than 8 bits, which this set has not"
+        skipped[file_name] = reason
         continue
+      frames[file_name] = values.frames
       png = io.BytesIO()
-      image.save(png, "PNG")
-      yield name, {"image": png.getvalue(), "label": listing.class_names[label], "name": name}
+      Image.fromarray(values.pixels).save(png, "PNG")
+      label = {"label": picture.class_name, "name": file_name}
+      yield file_name, {"image": png.getvalue(), **label}
     self.info.metadata["skipped"] = json.dumps(skipped)
+    self.info.metadata["frames"] = json.dumps(frames)
 
   return type(
     "".join(part.capitalize() for part in name.split("_")),
@@ -111,7 +120,7 @@ def _builder_class(name: str) -> Any:
     {
       "__module__": __name__,
       "name": name,
-      "VERSION": tfds.core.Version("1.0.0"),
+      "VERSION": tfds.core.Version("1.1.0"),
       "MANUAL_DOWNLOAD_INSTRUCTIONS": (
         f"Download {source.homepage} and unpack it: the folder must hold"
         f" {' and '.join(source.class_names)}."
@@ -141,12 +150,19 @@ def _class_root(name: str, path: pathlib.Path) -> pathlib.Path:
   )
 
 
-def _content_key(name: str, root: pathlib.Path) -> str:
+def arrangement_of(name: str, root: pathlib.Path) -> Arrangement:
+  """The files of the two class folders; other folders of the download are not of the set."""
+  arrangement = arrange(root, walk(root, SOURCES[name].class_names), AUTO)
+  require_pictures(root, arrangement)
+  return arrangement
+
+
+def _content_key(arrangement: Arrangement) -> str:
   """Fingerprint of the files' names, sizes and times: a changed folder is prepared anew."""
   sha = hashlib.sha256()
-  for path, file_name, _ in list_folder(root, SOURCES[name].class_names).files:
-    stat = path.stat()
-    sha.update(f"{file_name}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
+  for picture in arrangement.placed:
+    stat = picture.file.path.stat()
+    sha.update(f"{picture.file.name}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
   return sha.hexdigest()[:16]
 
 
@@ -168,7 +184,8 @@ def prepare(name: str, root: pathlib.Path, cache: pathlib.Path) -> Any:
   import tensorflow_datasets as tfds
 
   tfds.disable_progress_bar()
-  builder = _builder_class(name)(data_dir=str(cache / _content_key(name, root)))
+  key = _content_key(arrangement_of(name, root))
+  builder = _builder_class(name)(data_dir=str(cache / key))
   with _quiet():
     builder.download_and_prepare(
       file_format="array_record",
@@ -177,25 +194,19 @@ def prepare(name: str, root: pathlib.Path, cache: pathlib.Path) -> Any:
   return builder
 
 
-def load_builder(
-  name: str,
-  path: pathlib.Path,
-  cache: pathlib.Path,
-  *,
-  image_size: int,
-  min_size: int,
-  strict: bool,
-  patient_pattern: str,
-) -> Dataset:
+def load_builder(path: pathlib.Path, data: DataConfig) -> Dataset:
   """Reads ``br35h`` or ``sars_cov2_ct`` from a hand-downloaded folder, by way of tfds.
 
   Raises:
-    UserError: the folder is missing or lacks the class folders; with ``strict`` any unusable file.
+    UserError: the folder is missing or lacks the class folders; see ``load_folder``.
   """
+  name, cache = data.source, pathlib.Path(data.cache_dir).expanduser()
   root = _class_root(name, path)
-  builder = prepare(name, root, cache)
+  arrangement, builder = arrangement_of(name, root), prepare(name, root, cache)
   source = SOURCES[name]
-  results: list[tuple[str, int, np.ndarray | str]] = []
+  class_names = order_classes(source.class_names, data.positive)
+  skipped, frames = (json.loads(builder.info.metadata[key]) for key in ("skipped", "frames"))
+  results: dict[str, Values | str] = dict(skipped)
   with _quiet():
     records = list(builder.as_data_source(split="train"))
   for record in records:
@@ -206,22 +217,13 @@ def load_builder(
         f"{record['name']} in {cache} is {pixels.dtype}{pixels.shape}, not one uint8 channel;"
         " delete that cache folder"
       )
-    height, width = pixels.shape[:2]
-    image: np.ndarray | str = f"{width}x{height} pixels, under data.min_size={min_size}"
-    if min(height, width) >= min_size:
-      image = resize(Image.fromarray(pixels[..., 0]), image_size)
     file_name = record["name"]
     file_name = file_name.decode() if isinstance(file_name, bytes) else str(file_name)
-    results.append((file_name, int(record["label"]), image))
-  for file_name, class_name, reason in json.loads(builder.info.metadata["skipped"]):
-    results.append((file_name, source.class_names.index(class_name), reason))
+    image = Image.fromarray(pixels[..., 0])
+    values = values_of(image, data.min_size, data.image_size, bool(data.window))
+    if not isinstance(values, str):
+      values = values._replace(frames=frames[file_name])
+    results[file_name] = values
   # tfds shuffles; files have an order, that of load_folder.
-  results.sort(key=lambda result: (result[1], result[0].split("/")))
-  return gather(
-    results,
-    source.class_names,
-    root=root,
-    strict=strict,
-    patient_pattern=patient_pattern,
-    notes=source.notes,
-  )
+  reads = [Read(picture, results[picture.file.name]) for picture in arrangement.placed]
+  return gather(reads, arrangement.left_out, class_names, root=root, data=data, notes=source.notes)

@@ -1,8 +1,13 @@
 """What a data source returns and what a split and a partition make of it (host arrays, NumPy)."""
 
 import dataclasses
+from typing import NamedTuple
 
 import numpy as np
+
+from fedjax_med.data.grey import EIGHT_BITS, Grey
+from fedjax_med.data.layouts import LeftOut
+from fedjax_med.data.patients import PatientCounts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -10,18 +15,21 @@ class Dataset:
   """All examples of one source, in a fixed order that does not depend on the machine.
 
   Attributes:
-    inputs: [N, H, W, 1] uint8 images.
+    inputs: [N, H, W, 1] images, uint8 or, of files with more than 8 bits, uint16.
     labels: [N] int32 class numbers, 0 .. len(class_names) - 1; with two classes 1 is the positive.
     names: N file names relative to the source, for reports and errors.
     class_names: name of each class.
     sites: [N] int32 hospital or scanner of origin, or None where the source does not say.
     site_names: name of each site (empty without sites).
     patients: [N] int32 patient number, or None where the source does not say.
-    skipped: (name, reason) of every file left out.
+    patient_counts: how many names say a patient; None with ``patients``.
+    skipped: every file left out, with the reason.
     notes: sentences that must stand beside every result on these data (leakage, licence).
     tumour_masks: [N, H, W] bool ground truth of the phantoms, else None.
+    grey: how grey values of the files became pixels.
+    in_test: [N] bool, the test part that the source gives; None where it gives none.
     num_synthetic: examples at the end that were made from training images of a hospital, and are in
-      its training row only; ``sites``, ``patients``, ``tumour_masks`` and a split end before them.
+      its training row only; sites, patients, masks and sides end before them.
   """
 
   inputs: np.ndarray
@@ -31,15 +39,35 @@ class Dataset:
   sites: np.ndarray | None = None
   site_names: tuple[str, ...] = ()
   patients: np.ndarray | None = None
-  skipped: tuple[tuple[str, str], ...] = ()
+  patient_counts: PatientCounts | None = None
+  skipped: tuple[LeftOut, ...] = ()
   notes: tuple[str, ...] = ()
   tumour_masks: np.ndarray | None = None
+  grey: Grey = EIGHT_BITS
+  in_test: np.ndarray | None = None
   num_synthetic: int = 0
 
   @property
   def num_real(self) -> int:
     """Examples that are not synthetic."""
     return len(self.labels) - self.num_synthetic
+
+
+class Contradictions(NamedTuple):
+  """Pictures that stand in several classes, so that at least one of their labels is wrong.
+
+  Attributes:
+    identical: examples with a twin in another class that is equal pixel for pixel.
+    similar: examples with a near-duplicate in another class, the identical ones among them.
+    pairs: names of some of these: (one, a twin in another class), identical ones first.
+  """
+
+  identical: int
+  similar: int
+  pairs: tuple[tuple[str, str], ...]
+
+
+NO_CONTRADICTIONS = Contradictions(0, 0, ())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,11 +78,14 @@ class Split:
     train: [n_train] int32 example numbers, ascending.
     test: [n_test] int32 example numbers, ascending.
     units: [N] int32; examples of one unit (near-duplicate group or patient) never stand on
-      two sides nor in two hospitals. Under the paper's random split every example is its own unit.
-    scheme: 'grouped' or 'paper'.
+      two sides, unless these are given, nor in two hospitals. Under the paper's random split every
+      example is its own unit.
+    scheme: 'grouped', 'paper', or 'given' where the source has a test part.
     num_duplicate_groups: near-duplicate groups of two or more examples found in the dataset.
     num_in_duplicate_groups: examples that belong to such a group.
     num_test_with_duplicate_in_train: test examples with a near-duplicate in train.
+    num_test_of_train_patients: test examples of a patient who has an example in train.
+    contradictions: pictures that stand in several classes.
   """
 
   train: np.ndarray
@@ -64,6 +95,8 @@ class Split:
   num_duplicate_groups: int
   num_in_duplicate_groups: int
   num_test_with_duplicate_in_train: int
+  num_test_of_train_patients: int = 0
+  contradictions: Contradictions = NO_CONTRADICTIONS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,6 +129,8 @@ class Hospitals:
     train: training table of the K hospitals; in a row synthetic examples come last.
     test: test table of the K hospitals; its rows together are the global test set.
     num_moved: examples moved from large to small clients to reach the minimum client size.
+    mixture_shifts: of each hospital that was filled so the total variation distance, 0 to 1,
+      between the class mixture that was drawn for it and the one that it holds.
   """
 
   dataset: Dataset
@@ -104,6 +139,7 @@ class Hospitals:
   train: ClientTable
   test: ClientTable
   num_moved: int = 0
+  mixture_shifts: dict[str, float] = dataclasses.field(default_factory=dict)
 
   @property
   def real_counts(self) -> np.ndarray:

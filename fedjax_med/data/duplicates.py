@@ -1,5 +1,6 @@
 """Finds near-duplicate images: mirrored, contrast-changed, re-cropped or re-compressed copies."""
 
+import hashlib
 from collections.abc import Iterator
 
 import numpy as np
@@ -8,11 +9,15 @@ from scipy import ndimage
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
+from fedjax_med.data.dataset import Contradictions, Dataset
+from fedjax_med.data.grey import stretched
+
 SIDE = 32  # pixels of a descriptor's side
 # Correlation from which two images count as copies. On Br35H, pairs of groups drawn at random and
 # judged by eye: 30 of 30 from 0.90 to 0.95 show one slice, about half of those from 0.85 to 0.90.
 # At 0.90 adjacent slices of SARS-CoV-2-CT chain into one group of 521 of 2481; at 0.92 of 64.
 THRESHOLD = 0.92
+SHOWN = 20  # pairs of pictures in several classes that are named
 BLOCK = 1024  # rows of the similarity matrix held at once
 
 
@@ -24,7 +29,7 @@ def near_duplicate_groups(images: np.ndarray, threshold: float = THRESHOLD) -> n
   may be long, which keeps all of them together.
 
   Args:
-    images: [N, H, W] or [N, H, W, 1] uint8.
+    images: [N, H, W] or [N, H, W, 1] uint8 or uint16.
     threshold: correlation from which two images are joined.
 
   Returns:
@@ -43,7 +48,7 @@ def descriptors(images: np.ndarray) -> np.ndarray:
   gives the same ranks), and only detail between one pixel and an eighth of the side is kept: all
   heads are alike in outline, slices differ in structure.
   """
-  images = images.reshape(images.shape[:3])
+  images = stretched(images.reshape(images.shape[:3]))
   ranks = np.zeros((len(images), SIDE, SIDE), np.float32)
   for number, (image, level) in enumerate(zip(images, _noise_levels(images), strict=True)):
     content = Image.fromarray(_content(image, level)).resize((SIDE, SIDE), Image.Resampling.BOX)
@@ -100,6 +105,39 @@ def _even_odd(images: np.ndarray, axis: int) -> tuple[np.ndarray, np.ndarray]:
   first, second = np.split(images, 2, axis)
   mirrored = np.flip(second, axis)
   return (first + mirrored) * np.float32(0.5**0.5), (first - mirrored) * np.float32(0.5**0.5)
+
+
+def find_contradictions(dataset: Dataset, groups: np.ndarray) -> Contradictions:
+  """Finds pictures that stand in several classes, themselves or as near-duplicates.
+
+  Args:
+    dataset: the examples.
+    groups: [N] near-duplicate group of each.
+  """
+  pixels = [hashlib.blake2b(image.tobytes(), digest_size=16).digest() for image in dataset.inputs]
+  same = np.unique(pixels, return_inverse=True)[1]
+  identical, pairs = _several_classes(same, dataset)
+  similar, more = _several_classes(groups, dataset)
+  twins = tuple(dict.fromkeys([*pairs, *more]))[:SHOWN]
+  return Contradictions(int(identical.sum()), int((identical | similar).sum()), twins)
+
+
+def _several_classes(
+  groups: np.ndarray, dataset: Dataset
+) -> tuple[np.ndarray, list[tuple[str, str]]]:
+  """Which examples are in a group of several classes, and a pair of names from each group."""
+  labels = dataset.labels
+  low = np.full(int(groups.max(initial=0)) + 1, len(dataset.class_names), np.int64)
+  high = np.full_like(low, -1)
+  np.minimum.at(low, groups, labels)
+  np.maximum.at(high, groups, labels)
+  mixed = (low < high)[groups]
+  pairs = []
+  for group in np.unique(groups[mixed])[:SHOWN]:
+    members = np.flatnonzero(groups == group)
+    other = members[labels[members] != labels[members[0]]][0]
+    pairs.append((dataset.names[members[0]], dataset.names[other]))
+  return mixed, pairs
 
 
 def join_groups(first: np.ndarray, second: np.ndarray) -> np.ndarray:

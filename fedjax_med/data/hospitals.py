@@ -8,7 +8,7 @@ from fedjax_med.core.config import Config, DataConfig, PartitionConfig
 from fedjax_med.core.errors import require
 from fedjax_med.data import partitions, splits
 from fedjax_med.data.dataset import Dataset, Hospitals, Split, client_table
-from fedjax_med.data.duplicates import join_groups, near_duplicate_groups
+from fedjax_med.data.duplicates import find_contradictions, join_groups, near_duplicate_groups
 from fedjax_med.data.sources import load_dataset
 
 
@@ -35,10 +35,11 @@ def build_hospitals(dataset: Dataset, data: DataConfig, partition: PartitionConf
   numbers = np.unique(split.units, return_inverse=True)[1]
   if partition.scheme == "site":
     names, owner_train, owner_test = _by_site(dataset, split, numbers, partition)
-    num_moved = 0
+    num_moved, shifts = 0, np.full(len(names), np.nan)
   else:
     names = tuple(f"hospital {client + 1}" for client in range(partition.num_clients))
-    owner_train, owner_test, num_moved = _by_shares(dataset, split, numbers, partition, data.seed)
+    train, test = _by_shares(dataset, split, numbers, partition, data.seed)
+    (owner_train, num_moved, shifts), (owner_test, *_) = train, test
   return Hospitals(
     dataset=dataset,
     split=split,
@@ -46,6 +47,9 @@ def build_hospitals(dataset: Dataset, data: DataConfig, partition: PartitionConf
     train=client_table([split.train[owner_train == k] for k in range(len(names))]),
     test=client_table([split.test[owner_test == k] for k in range(len(names))]),
     num_moved=num_moved,
+    mixture_shifts={
+      name: float(shift) for name, shift in zip(names, shifts, strict=True) if shift == shift
+    },
   )
 
 
@@ -62,31 +66,47 @@ def split_with_duplicates(dataset: Dataset, data: DataConfig, by_site: bool = Fa
     units = np.arange(len(groups), dtype=np.int32)
   else:
     units = groups if dataset.patients is None else join_groups(groups, dataset.patients)
-  train, test = splits.split_dataset(
-    dataset.labels,
-    units,
-    len(dataset.class_names),
-    data.test_fraction,
-    data.split,
-    data.seed,
-    dataset.sites if by_site else None,
-  )
+  if dataset.in_test is None:
+    scheme = data.split
+    train, test = splits.split_dataset(
+      dataset.labels,
+      units,
+      len(dataset.class_names),
+      data.test_fraction,
+      data.split,
+      data.seed,
+      dataset.sites if by_site else None,
+    )
+  else:
+    scheme, (train, test) = "given", splits.given_split(dataset.labels, dataset.in_test)
   sizes = np.bincount(groups)
   return Split(
     train=train,
     test=test,
     units=units,
-    scheme=data.split,
+    scheme=scheme,
     num_duplicate_groups=int((sizes > 1).sum()),
     num_in_duplicate_groups=int(sizes[sizes > 1].sum()),
     num_test_with_duplicate_in_train=int(np.isin(groups[test], groups[train]).sum()),
+    num_test_of_train_patients=_shared_patients(dataset, train, test),
+    contradictions=find_contradictions(dataset, groups),
   )
+
+
+def _shared_patients(dataset: Dataset, train: np.ndarray, test: np.ndarray) -> int:
+  """Test examples of patients who have an example in train, as far as patients are known."""
+  if dataset.patients is None:
+    return 0
+  return int(np.isin(dataset.patients[test], dataset.patients[train]).sum())
 
 
 def _by_shares(
   dataset: Dataset, split: Split, numbers: np.ndarray, partition: PartitionConfig, seed: int
-) -> tuple[np.ndarray, np.ndarray, int]:
-  """Clients of the train examples, of the test examples, and how many train examples moved."""
+) -> list[tuple[np.ndarray, int, np.ndarray]]:
+  """Of the train and the test examples: clients, how many moved, shifts of the clients filled.
+
+  The shift of a client that needed no examples is nan.
+  """
   num_classes, num_clients = len(dataset.class_names), partition.num_clients
   require(
     num_clients >= 1,
@@ -106,17 +126,19 @@ def _by_shares(
     partition.classes_per_client,
     rng,
   )
-  owners, moved = [], []
+  sides = []
   for side, min_size in ((split.train, partition.min_client_size), (split.test, 1)):
     units = np.unique(numbers[side], return_inverse=True)[1]
     classes = splits.unit_classes(dataset.labels[side], units, num_classes)
     sizes = np.bincount(units)
     owner = partitions.apportion(classes, sizes, shares, rng)
+    small = np.bincount(owner, weights=sizes, minlength=num_clients) < min_size
+    num_moved = 0
     if len(sizes) >= num_clients:  # fewer test units than hospitals: some test sets stay empty
       owner, num_moved = partitions.repair(owner, classes, sizes, shares, min_size)
-      moved.append(num_moved)
-    owners.append(owner[units])
-  return owners[0], owners[1], moved[0]
+    shifts = partitions.mixture_shifts(owner, classes, sizes, shares)
+    sides.append((owner[units], num_moved, np.where(small, shifts, np.nan)))
+  return sides
 
 
 def _by_site(
@@ -127,7 +149,8 @@ def _by_site(
     dataset.sites is not None,
     "partition.scheme='site' needs a dataset that says where each example comes from, which this"
     " one does not",
-    "use partition.scheme=dirichlet or a source with sites",
+    "say with data.layout which folders are the sites, such as '{site}/{class}/*', or use"
+    " partition.scheme=dirichlet",
   )
   assert dataset.sites is not None
   num_sites = len(dataset.site_names)

@@ -1,120 +1,107 @@
-"""A folder of class folders as a dataset: any picture becomes one channel at one resolution."""
+"""A folder of pictures as a dataset: any picture becomes one channel at one resolution."""
 
 import concurrent.futures
 import pathlib
-import re
-from typing import NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageOps
 
+from fedjax_med.core.config import DataConfig
 from fedjax_med.core.errors import UserError, require
+from fedjax_med.data.classes import order_classes
 from fedjax_med.data.dataset import Dataset
-
-EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".gif", ".webp"})
-POSITIVE_NAMES = frozenset(
-  {"yes", "positive", "pos", "1", "true", "tumor", "tumour", "covid", "covid-19", "abnormal"}
-  | {"disease", "diseased", "malignant", "cancer", "pneumonia", "sick", "case"}
+from fedjax_med.data.files import SYSTEM, counted, walk
+from fedjax_med.data.grey import Values, choose_grey, parse_window, to_pixels
+from fedjax_med.data.layouts import (
+  Arrangement,
+  LeftOut,
+  Placed,
+  arrange,
+  matcher,
+  pictures_remedy,
 )
+from fedjax_med.data.patients import Patients, number_patients, patients_by_pattern
+
+# Decoders that are asked: those of Pillow that read files of hospitals, and no others.
+FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "GIF", "WEBP", "JPEG2000", "PPM")
+Image.init()  # all at once: threads that open pictures must not race to do it
+WHITE_IS_ZERO = 0  # of PhotometricInterpretation, TIFF's tag 262
+MASK_BY_VALUES = "two grey values only: a mask, not a picture"
 
 
-class Listing(NamedTuple):
-  """Picture files of a folder, class by class.
+class Read(NamedTuple):
+  """A picture file after reading: its place, and its values or why it is left out."""
 
-  Attributes:
-    class_names: class folders, the negative class first where there are two.
-    files: (path, name relative to the folder, class number), in order of class and name.
-  """
-
-  class_names: tuple[str, ...]
-  files: tuple[tuple[pathlib.Path, str, int], ...]
+  placed: Placed
+  values: Values | str
 
 
-def _hidden(path: pathlib.Path) -> bool:
-  return path.name.startswith(".") or path.name == "__MACOSX"
+def read_values(path: pathlib.Path, min_size: int, size: int, exact: bool = False) -> Values | str:
+  """The grey values of a picture as a square of ``size`` pixels, or why it is left out.
 
-
-def order_classes(names: list[str]) -> tuple[str, ...]:
-  """Sorted names; of two, the one that sounds affirmative (yes, COVID, tumour ...) comes last.
-
-  Label 1 is the positive class everywhere: recall is sensitivity to it.
-  """
-  ordered = sorted(names)
-  if len(ordered) == 2 and ordered[0].lower() in POSITIVE_NAMES:
-    ordered.reverse()
-  return tuple(ordered)
-
-
-def list_folder(root: pathlib.Path, wanted: tuple[str, ...] = ()) -> Listing:
-  """Lists the pictures below each class folder of ``root``, hidden files left out.
+  Colours become ITU-R 601 grey, transparency is laid over black, EXIF orientation is applied. The
+  resolution changes with bicubic antialiasing.
 
   Args:
-    root: holds one folder for each class.
-    wanted: the class folders to read; all of them if empty.
-
-  Raises:
-    UserError: the folder is missing, has no class folders, one class only, or an empty class.
+    path: the file.
+    min_size: least side in pixels.
+    size: side of the square; 0 keeps the picture's own.
+    exact: keep fractions of 8-bit values, which a window then spreads.
   """
-  require(
-    root.is_dir(),
-    f"data.path={root} is not a folder",
-    "point --config.data.path at the folder that holds one folder for each class",
-  )
-  folders = {p.name: p for p in sorted(root.iterdir()) if p.is_dir() and not _hidden(p)}
-  folders = {name: folders[name] for name in wanted or folders}
-  require(
-    bool(folders),
-    f"data.path={root} holds no class folders",
-    "put the pictures of each class into a folder named after it",
-  )
-  class_names = order_classes(list(folders))
-  require(
-    len(class_names) > 1,
-    f"data.path={root} holds one class only ('{class_names[0]}')",
-    "add a folder for a second class, or point data.path one level higher or lower",
-  )
-  files = []
-  for label, name in enumerate(class_names):
-    found = list_pictures(folders[name])
-    require(
-      bool(found),
-      f"class folder {folders[name]} holds no pictures",
-      f"remove it or add files ending in {', '.join(sorted(EXTENSIONS))}",
-    )
-    files += [(path, path.relative_to(root).as_posix(), label) for path in found]
-  return Listing(class_names, tuple(files))
+  try:
+    with Image.open(path, formats=FORMATS) as image:
+      lost = _lost_bits(image)
+      return lost or values_of(image, min_size, size, exact)
+  except Exception as error:  # a damaged file can make a decoder raise almost anything
+    text = str(error).replace(repr(str(path)), "").replace(str(path), "the file")
+    reason = " ".join(text.split()).rstrip(" :")[:120] or type(error).__name__
+    return f"cannot be read ({reason})"
 
 
-def list_pictures(folder: pathlib.Path) -> list[pathlib.Path]:
-  """Picture files in ``folder`` and below it in order of name, hidden ones left out."""
-  return [
-    path
-    for path in sorted(folder.rglob("*"))
-    if path.suffix.lower() in EXTENSIONS
-    and path.is_file()
-    and not any(_hidden(part) for part in (path, *path.relative_to(folder).parents))
-  ]
+def values_of(image: Image.Image, min_size: int, size: int, exact: bool) -> Values | str:
+  """The grey values of an opened picture; see ``read_values``."""
+  if min(image.size) < min_size:
+    return f"{image.width}x{image.height} pixels, under data.min_size={min_size}"
+  frames = getattr(image, "n_frames", 1)
+  inverted = _is_deep(image) and _photometric(image) == WHITE_IS_ZERO
+  grey = to_grey(image)
+  whole = np.asarray(grey)
+  deep, levels = grey.mode == "F", _levels(whole)
+  if exact and not deep:
+    grey = grey.convert("F")
+  if size and grey.size != (size, size):
+    grey = grey.resize((size, size), Image.Resampling.BICUBIC)
+  return Values(
+    pixels=np.asarray(grey),
+    deep=deep,
+    inverted=inverted,
+    low=float(whole.min()),
+    high=float(whole.max()),
+    levels=levels,
+    whole=not deep or bool((whole == np.round(whole)).all()),
+    frames=frames,
+  )
 
 
 def to_grey(image: Image.Image) -> Image.Image:
-  """One 8-bit channel, always: the channel count of a file can give its label away.
+  """One channel, always: the channel count of a file can give its label away.
 
-  Transparency is laid over black, 16-bit and floating-point greys are scaled to their range,
-  EXIF orientation is applied.
+  Returns:
+    Mode L of a picture of 8 bits, else mode F with the values of the file.
 
   Raises:
-    ValueError: a floating-point picture holds NaN or infinity.
+    ValueError: a picture holds NaN or infinity.
   """
   image = ImageOps.exif_transpose(image)
-  if image.mode.startswith("I") or image.mode == "F":
-    values = np.asarray(image, np.float64)
+  if _is_deep(image):
+    values = np.asarray(image, np.float32)
     if not np.isfinite(values).all():
       raise ValueError("some pixels are not finite numbers")
-    low, high = float(values.min()), float(values.max())
-    if image.mode.startswith("I;16"):
-      low, high = 0.0, 65535.0
-    scaled = (values - low) / max(high - low, 1e-12) * 255
-    return Image.fromarray(scaled.round().astype(np.uint8))
+    return Image.fromarray(values)
+  if image.mode == "LAB":
+    return image.getchannel("L")
   if image.mode in ("P", "PA", "LA", "RGBA", "La", "RGBa"):
     coloured = image.convert("RGBA")
     black = Image.new("RGBA", coloured.size, (0, 0, 0, 255))
@@ -122,108 +109,175 @@ def to_grey(image: Image.Image) -> Image.Image:
   return image.convert("L")
 
 
-def read_image(path: pathlib.Path, min_size: int) -> Image.Image | str:
-  """The picture as one 8-bit channel, or why it is left out."""
-  try:
-    with Image.open(path) as image:
-      if min(image.size) < min_size:
-        return f"{image.width}x{image.height} pixels, under data.min_size={min_size}"
-      return to_grey(image)
-  except Exception as error:  # a damaged file can make a decoder raise almost anything
-    text = str(error).replace(repr(str(path)), "").replace(str(path), "the file")
-    reason = " ".join(text.split()).rstrip(" :")[:120] or type(error).__name__
-    return f"cannot be read ({reason})"
+def _is_deep(image: Image.Image) -> bool:
+  return image.mode.startswith("I") or image.mode == "F"
 
 
-def resize(image: Image.Image, size: int) -> np.ndarray:
-  """[size, size, 1] uint8, antialiased."""
-  if image.size != (size, size):
-    image = image.resize((size, size), Image.Resampling.BICUBIC)
-  return np.asarray(image, np.uint8)[..., None]
+def _photometric(image: Image.Image) -> int | None:
+  tags: Any = getattr(image, "tag_v2", {})
+  return tags.get(262)
 
 
-def parse_patients(names: list[str], pattern: str) -> np.ndarray | None:
-  """Patient number of each file name by the first group of ``pattern``; None without a pattern.
+def _lost_bits(image: Image.Image) -> str:
+  """Why a deep colour picture is left out: Pillow would drop the lower half of each number."""
+  raw = str([tile[3] for tile in getattr(image, "tile", [])])
+  if not _is_deep(image) and ";16" in raw:
+    return "16 bits a colour channel, which cannot be read without loss; save it as grey"
+  return ""
 
-  A name that does not match is a patient of its own.
+
+def _levels(values: np.ndarray) -> int:
+  """How many different values there are."""
+  if values.dtype == np.uint8:
+    return int(np.count_nonzero(np.bincount(values.ravel(), minlength=256)))
+  return len(np.unique(values))
+
+
+def load_folder(root: pathlib.Path, data: DataConfig) -> Dataset:
+  """Reads a folder of pictures; every file that is left out is named in ``skipped``.
+
+  Raises:
+    UserError: see ``arrange``, ``order_classes``, ``choose_grey`` and ``Patients``; a class has no
+      picture; with ``data.strict`` any file is left out.
   """
-  if not pattern:
-    return None
-  try:
-    compiled = re.compile(pattern)
-  except re.error as error:
-    raise UserError(
-      f"data.patient_pattern='{pattern}' is not a regular expression ({error}); put the patient"
-      r" into its first group, such as '^[^/]*/(P\d+)_'"
-    ) from error
+  parse_window(data.window)  # before anything is read
+  if data.layout != "auto":
+    matcher(data.layout)
   require(
-    compiled.groups >= 1,
-    f"data.patient_pattern='{pattern}' has no group",
-    "put brackets around the part of the file name that is the patient",
+    root.is_dir(),
+    f"data.path={root} is not a folder",
+    "point --config.data.path at the folder that holds one folder for each class",
   )
-  matches = [compiled.search(name) for name in names]
-  keys = [
-    f"patient {match[1]}" if match and match[1] is not None else f"file {name}"
-    for name, match in zip(names, matches, strict=True)
-  ]
-  return np.unique(keys, return_inverse=True)[1].astype(np.int32)
+  arrangement = arrange(root, walk(root), data.layout)
+  names = order_classes(require_pictures(root, arrangement), data.positive)
+  return gather(
+    read_all(arrangement.placed, data), arrangement.left_out, names, root=root, data=data
+  )
+
+
+def require_pictures(root: pathlib.Path, arrangement: Arrangement) -> tuple[str, ...]:
+  """Class names of an arrangement; UserError unless there are several, each with a picture."""
+  full = {picture.class_name for picture in arrangement.placed}
+  for name in arrangement.class_names:
+    reasons = [file.reason for file in arrangement.left_out if file.class_name == name]
+    require(
+      name in full,
+      f"class folder {root / name} holds no pictures"
+      + (f" but {len(reasons)} other files: {counted(reasons)}" if reasons else ""),
+      pictures_remedy(reasons),
+    )
+  require(
+    len(full) > 1,
+    f"data.path={root} holds one class only ('{''.join(full)}')",
+    "add pictures of a second class, or point data.path one level higher or lower",
+  )
+  return arrangement.class_names
+
+
+def read_all(placed: Sequence[Placed], data: DataConfig) -> list[Read]:
+  """Reads picture files in order, two at a time."""
+
+  def read(picture: Placed) -> Read:
+    exact = bool(data.window)
+    return Read(picture, read_values(picture.file.path, data.min_size, data.image_size, exact))
+
+  with concurrent.futures.ThreadPoolExecutor(2) as threads:
+    return list(threads.map(read, placed))
 
 
 def gather(
-  results: list[tuple[str, int, np.ndarray | str]],
+  results: Sequence[Read],
+  left_out: Iterable[LeftOut],
   class_names: tuple[str, ...],
   *,
   root: pathlib.Path,
-  strict: bool,
-  patient_pattern: str,
+  data: DataConfig,
   notes: tuple[str, ...] = (),
 ) -> Dataset:
-  """Puts (name, label, picture or why not) together; UserError where ``strict`` forbids a gap."""
-  skipped = tuple((name, result) for name, _, result in results if isinstance(result, str))
-  if strict and skipped:
-    raise UserError(
-      f"{root / skipped[0][0]} {skipped[0][1]}; mend or remove it, or set data.strict=False to"
-      " leave such files out and count them"
-    )
-  kept = [(name, label, image) for name, label, image in results if not isinstance(image, str)]
-  labels = np.array([label for _, label, _ in kept], np.int32)
-  for label, class_name in enumerate(class_names):
-    lost = [f"{name} {why}" for name, of, why in results if of == label and isinstance(why, str)]
-    require(
-      bool((labels == label).any()),
-      f"class '{class_name}' of {root} has no usable picture: {len(lost)} files left out"
-      f"{', for example ' + lost[0] if lost else ''}",
-      "lower data.min_size or mend the files",
-    )
-  names = [name for name, _, _ in kept]
+  """Puts what was read together by the rules of the data set; see ``load_folder``."""
+  pictures: list[tuple[Placed, Values]] = []
+  lost = list(left_out)
+  for placed, values in _without_masks(results):
+    name, class_name = placed.file.name, placed.class_name
+    if isinstance(values, str):
+      lost.append(LeftOut(name, values, class_name))
+      continue
+    pictures.append((placed, values))
+    if values.frames > 1:
+      more = f"{name}, frames 2 to {values.frames}"
+      lost.append(LeftOut(more, "only the first frame of a file is read", class_name))
+  _require_usable(pictures, lost, class_names, root, data.strict)
+  grey = choose_grey([values for _, values in pictures], data.window)
+  placed = [picture for picture, _ in pictures]
+  names = [picture.file.name for picture in placed]
+  sites = _sites(placed)
+  site_names = sorted(set(sites)) if sites else []
+  patients = _patients(placed, names, sites, data)
+  sides = [picture.in_test for picture in placed]
   return Dataset(
-    inputs=np.stack([image for _, _, image in kept]),
-    labels=labels,
+    inputs=np.stack([to_pixels(values, grey)[..., None] for _, values in pictures]),
+    labels=np.array([class_names.index(picture.class_name) for picture in placed], np.int32),
     names=tuple(names),
     class_names=class_names,
-    patients=parse_patients(names, patient_pattern),
-    skipped=skipped,
+    sites=np.array([site_names.index(site) for site in sites], np.int32) if sites else None,
+    site_names=tuple(site_names),
+    patients=patients and patients.numbers,
+    patient_counts=patients and patients.counts,
+    skipped=tuple(sorted(lost)),
     notes=notes,
+    grey=grey,
+    in_test=None if None in sides else np.array(sides, bool),
   )
 
 
-def load_folder(
-  root: pathlib.Path, *, image_size: int, min_size: int, strict: bool, patient_pattern: str
-) -> Dataset:
-  """Reads a folder of class folders; unreadable and too small files are named in ``skipped``.
+def _without_masks(results: Sequence[Read]) -> list[Read]:
+  """With a reason in place of pictures of two grey values, if most pictures have more."""
+  known = [read.values for read in results if isinstance(read.values, Values)]
+  if 2 * sum(values.levels == 2 for values in known) > len(known):
+    return list(results)
+  return [
+    read._replace(values=MASK_BY_VALUES)
+    if isinstance(read.values, Values) and read.values.levels == 2
+    else read
+    for read in results
+  ]
 
-  Raises:
-    UserError: see ``list_folder``, ``parse_patients`` and, with ``strict``, any unusable file.
-  """
-  listing = list_folder(root)
 
-  def read(entry: tuple[pathlib.Path, str, int]) -> tuple[str, int, np.ndarray | str]:
-    path, name, label = entry
-    image = read_image(path, min_size)
-    return name, label, image if isinstance(image, str) else resize(image, image_size)
+def _require_usable(
+  pictures: Sequence[tuple[Placed, Values]],
+  lost: Sequence[LeftOut],
+  class_names: tuple[str, ...],
+  root: pathlib.Path,
+  strict: bool,
+) -> None:
+  stopping = [file for file in lost if file.reason != SYSTEM]
+  if strict and stopping:
+    shown = "; ".join(f"'{file.name}': {file.reason}" for file in stopping[:3])
+    raise UserError(
+      f"data.strict: {len(stopping)} files of {root} are left out, such as {shown}; mend or remove"
+      " them, or set data.strict=False to leave such files out and count them"
+    )
+  usable = {placed.class_name for placed, _ in pictures}
+  for class_name in class_names:
+    files = [file for file in lost if file.class_name == class_name]
+    require(
+      class_name in usable,
+      f"class '{class_name}' of {root} has no usable picture: {len(files)} files left out"
+      f"{f', for example {files[0].name}: {files[0].reason}' if files else ''}",
+      "lower data.min_size or mend the files",
+    )
 
-  with concurrent.futures.ThreadPoolExecutor(2) as threads:
-    results = list(threads.map(read, listing.files))
-  return gather(
-    results, listing.class_names, root=root, strict=strict, patient_pattern=patient_pattern
-  )
+
+def _sites(placed: Sequence[Placed]) -> list[str] | None:
+  sites = [picture.site for picture in placed if picture.site is not None]
+  return sites if len(sites) == len(placed) else None
+
+
+def _patients(
+  placed: Sequence[Placed], names: Sequence[str], sites: Sequence[str] | None, data: DataConfig
+) -> Patients | None:
+  if "{patient}" in data.layout:
+    return number_patients([picture.patient for picture in placed], "data.layout", sites)
+  if data.patient_pattern:
+    return patients_by_pattern(names, data.patient_pattern, sites)
+  return None

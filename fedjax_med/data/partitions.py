@@ -124,16 +124,17 @@ def repair(
   shares: np.ndarray,
   min_size: int,
 ) -> tuple[np.ndarray, int]:
-  """Moves units from the largest clients until every client has ``min_size`` examples.
+  """Moves units from large clients until every client has ``min_size`` examples.
 
-  Deterministic, and at most one move an example missing: a donor never falls under ``min_size``,
-  so every move brings the end nearer. A unit of the class the receiver has most of moves first.
+  A client is filled with the class that it lacks most of the mixture drawn for it, from the
+  largest client that can spare a unit of that class; the next class follows where none can. It is
+  deterministic, and a donor never falls under ``min_size``.
 
   Args:
     owner: [U] client of each unit.
     classes: [U] class of each unit.
     sizes: [U] examples of each unit.
-    shares: [C, K], the preference of each receiver.
+    shares: [C, K] share of each class that was drawn for each client.
     min_size: examples every client must have.
 
   Returns:
@@ -143,44 +144,85 @@ def repair(
     UserError: the units are too few or too large to reach ``min_size``.
   """
   owner = owner.astype(np.int32, copy=True)
-  num_clients = shares.shape[1]
-  held = np.bincount(owner, weights=sizes, minlength=num_clients).astype(np.int64)
-  units = [np.flatnonzero(owner == client).tolist() for client in range(num_clients)]
-  donors = [(-int(held[k]), k) for k in range(num_clients) if held[k] > min_size]
-  heapq.heapify(donors)
-  moved = 0
-  for client in np.flatnonzero(held < min_size).tolist():
-    while held[client] < min_size:
-      unit, donor = _spare_unit(donors, units, held, classes, sizes, shares[:, client], min_size)
+  num_classes, num_clients = shares.shape
+  held = np.zeros((num_classes, num_clients), np.int64)
+  np.add.at(held, (classes, owner), sizes)
+  mixture = drawn_mixture(classes, sizes, shares)
+  # Units of each class at each client, the small ones first, which distort the mixture least.
+  order = np.lexsort((np.arange(len(owner)), sizes))
+  units: list[list[list[int]]] = [[[] for _ in range(num_clients)] for _ in range(num_classes)]
+  for unit in order.tolist():
+    units[classes[unit]][owner[unit]].append(unit)
+  num_moved = 0
+  for client in np.flatnonzero(held.sum(0) < min_size).tolist():
+    while held[:, client].sum() < min_size:
+      missing = mixture[:, client] * min_size - held[:, client]
+      donor, label = _donor(np.argsort(-missing, kind="stable"), units, held, sizes, min_size)
       require(
-        unit >= 0,
+        donor >= 0,
         f"partition.min_client_size={min_size} cannot be reached by {num_clients} clients: no"
         f" unit kept together is small enough to move to client {client + 1}, which has"
-        f" {held[client]} examples",
+        f" {held[:, client].sum()} examples",
         "lower partition.min_client_size or partition.num_clients, or use data.split=paper",
       )
-      units[donor].remove(unit)
-      units[client].append(unit)
+      unit = units[label][donor].pop(0)
+      units[label][client].append(unit)
       owner[unit] = client
-      held[donor] -= sizes[unit]
-      held[client] += sizes[unit]
-      moved += int(sizes[unit])
-      heapq.heappush(donors, (-int(held[donor]), donor))
-    if held[client] > min_size:
-      heapq.heappush(donors, (-int(held[client]), client))
-  return owner, moved
+      held[label, donor] -= sizes[unit]
+      held[label, client] += sizes[unit]
+      num_moved += int(sizes[unit])
+  return owner, num_moved
 
 
-def _spare_unit(donors, units, held, classes, sizes, preference, min_size) -> tuple[int, int]:
-  """Pops the largest client that can spare a unit: (unit, donor), or (-1, -1) if none can."""
-  while donors:
-    donor = heapq.heappop(donors)[1]
-    own = np.array(units[donor])
-    own = own[sizes[own] <= held[donor] - min_size]
-    if len(own):
-      # The receiver's own classes first, then small units, which distort the shares least.
-      best = np.lexsort((own, sizes[own], -preference[classes[own]]))[0]
-      return int(own[best]), donor
+def drawn_mixture(classes: np.ndarray, sizes: np.ndarray, shares: np.ndarray) -> np.ndarray:
+  """[C, K] share of each class among the examples that were drawn for each client."""
+  return _mixture(shares * np.bincount(classes, weights=sizes, minlength=len(shares))[:, None])
+
+
+def mixture_shifts(
+  owner: np.ndarray, classes: np.ndarray, sizes: np.ndarray, shares: np.ndarray
+) -> np.ndarray:
+  """[K] total variation distance, 0 to 1, between the drawn and the held mixture of classes."""
+  held = np.zeros(shares.shape)
+  np.add.at(held, (classes, owner), sizes)
+  return np.abs(_mixture(held) - drawn_mixture(classes, sizes, shares)).sum(0) / 2
+
+
+def _mixture(examples: np.ndarray) -> np.ndarray:
+  """[C, K] share of each class in each client.
+
+  A client without any example takes the shares of one that has some, in turn: the clients of a
+  scheme are alike in how they are drawn.
+  """
+  least = np.finfo(float).tiny  # shares under it are not exact
+  examples = examples.astype(float)
+  held = examples.sum(0) >= least
+  full, empty = np.flatnonzero(held), np.flatnonzero(~held)
+  if len(full):
+    examples[:, empty] = examples[:, full[np.arange(len(empty)) % len(full)]]
+  return examples / np.maximum(examples.sum(0, keepdims=True), least)
+
+
+def _donor(
+  labels: np.ndarray,
+  units: list[list[list[int]]],
+  held: np.ndarray,
+  sizes: np.ndarray,
+  min_size: int,
+) -> tuple[int, int]:
+  """The largest client that can spare a unit of the first class for which there is one.
+
+  Returns:
+    (client, class), or (-1, -1) if no client can spare any unit.
+  """
+  totals = held.sum(0)
+  for label in labels.tolist():
+    for client in np.argsort(-totals, kind="stable").tolist():
+      if totals[client] <= min_size:
+        break
+      here = units[label][client]
+      if here and sizes[here[0]] <= totals[client] - min_size:
+        return client, label
   return -1, -1
 
 

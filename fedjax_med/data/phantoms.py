@@ -13,6 +13,7 @@ import numpy as np
 from scipy import ndimage
 
 from fedjax_med.data.dataset import Dataset
+from fedjax_med.data.patients import PatientCounts
 
 
 class Scanner(NamedTuple):
@@ -111,6 +112,7 @@ def make_phantoms(num_examples: int, image_size: int, seed: int) -> Dataset:
     sites=site[patients].astype(np.int32),
     site_names=tuple(scanner.name for scanner in SCANNERS),
     patients=patients.astype(np.int32),
+    patient_counts=PatientCounts(num_examples, len(np.unique(patients)), "phantoms"),
     notes=("Phantoms are drawn by a program: results on them say nothing about patients.",),
     tumour_masks=masks,
   )

@@ -14,13 +14,6 @@ def load_dataset(data: DataConfig) -> Dataset:
   if data.source == "phantoms":
     return make_phantoms(data.num_examples, data.image_size, data.seed)
   path = pathlib.Path(data.path).expanduser()
-  options = {
-    "image_size": data.image_size,
-    "min_size": data.min_size,
-    "strict": data.strict,
-    "patient_pattern": data.patient_pattern,
-  }
   if data.source == "folder":
-    return load_folder(path, **options)
-  cache = pathlib.Path(data.cache_dir).expanduser()
-  return load_builder(data.source, path, cache, **options)
+    return load_folder(path, data)
+  return load_builder(path, data)

@@ -97,6 +97,27 @@ def split_dataset(
   return np.flatnonzero(~in_test).astype(np.int32), np.flatnonzero(in_test).astype(np.int32)
 
 
+def given_split(labels: np.ndarray, in_test: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  """Example numbers of a train and a test side that the source names; see ``split_dataset``.
+
+  Args:
+    labels: [N] class numbers.
+    in_test: [N] bool.
+
+  Raises:
+    UserError: a class stands on one side only.
+  """
+  for label in np.unique(labels):
+    for side, chosen in (("test", in_test), ("train", ~in_test)):
+      require(
+        bool((chosen & (labels == label)).any()),
+        f"the given {side} part has no example of class {label} ({int((labels == label).sum())}"
+        " examples in all)",
+        "add some, or use * in place of {split} in data.layout to split anew",
+      )
+  return np.flatnonzero(~in_test).astype(np.int32), np.flatnonzero(in_test).astype(np.int32)
+
+
 def _test_units(
   labels: np.ndarray,
   units: np.ndarray,

@@ -10,6 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from fedjax_med.core.config import ClientPrivacyConfig, Config
+from fedjax_med.core.errors import require
 from fedjax_med.core.keys import base_key
 from fedjax_med.data.dataset import (
   ClientTable,
@@ -202,7 +203,17 @@ def build(config: Config, hospitals: Hospitals) -> Experiment:
 
 
 def federation(config: Config, hospitals: Hospitals) -> Case:
-  """The case in which every hospital is a client."""
+  """The case in which every hospital is a client.
+
+  UserError if patients are to be protected and a name does not say which patient it is of.
+  """
+  counts, images = hospitals.dataset.patient_counts, hospitals.dataset.num_real
+  require(
+    config.privacy.unit != "patient" or counts is None or counts.named == images,
+    f"privacy.unit='patient': {counts and counts.named} of {images} names say which patient they"
+    f" are of ({counts and counts.source})",
+    "mend the pattern or the names so that all of them do, or use privacy.unit=record",
+  )
   numbers = np.arange(len(hospitals.names))
   return _case(config, hospitals, hospitals.names, hospitals.train, numbers, None)
 

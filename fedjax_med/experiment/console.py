@@ -18,8 +18,10 @@ from rich.progress import (
 from rich.table import Table
 
 from fedjax_med.experiment.build import Experiment
+from fedjax_med.experiment.data_notes import data_notes
 from fedjax_med.experiment.loop import Listener, LogPoint, Outcome
 from fedjax_med.experiment.processes import is_first
+from fedjax_med.experiment.records import hospital_record
 from fedjax_med.experiment.synthetic import left_out
 from fedjax_med.privacy.guarantees import UNITS
 
@@ -72,11 +74,9 @@ def describe(
       f"[yellow]{split.num_test_with_duplicate_in_train} of {len(split.test)} test images have a"
       " near-duplicate in train: the score will be optimistic[/]"
     )
-  if dataset.skipped:
-    console.print(
-      f"[yellow]{len(dataset.skipped)} files left out, for example"
-      f" {escape(': '.join(dataset.skipped[0]))}[/]"
-    )
+  held = hospital_record(hospitals)
+  for note in data_notes(held, config.privacy.unit, show_names=True):
+    console.print(f"[yellow]{escape(note.text)}[/]" if note.warning else escape(note.text))
   console.print(
     f"Model {config.model.name} (norm {config.model.norm}, {num_parameters:,} parameters);"
     f" {config.server.num_rounds} rounds of {config.server.algorithm}"

@@ -19,8 +19,8 @@ from fedjax_med.experiment.pointing import score
 from fedjax_med.experiment.predictions import (
   Looked,
   choose_layer,
+  files_in,
   make_look,
-  pictures_in,
   read_pictures,
 )
 from fedjax_med.experiment.records import hospital_record
@@ -40,7 +40,7 @@ class Group(NamedTuple):
 
   Attributes:
     name: of the hospital, or what else they are.
-    pixels: [n, H, W, C] uint8.
+    pixels: [n, H, W, C] uint8 or uint16.
     true: name of each one's class, empty where it is not known.
   """
 
@@ -173,7 +173,7 @@ def _load_data(trained: Trained, data_path: str) -> Hospitals:
   held = json.loads((trained.folder / "hospitals.json").read_text(encoding="utf-8"))
   now = hospital_record(hospitals)
   require(
-    all(now[key] == held.get(key) for key in ("class_names", "split", "hospitals")),
+    all(now[key] == held.get(key) for key in ("class_names", "split", "hospitals", "grey")),
     f"the data in '{config.data.path}' are not those of the run: hospitals.json counts others",
     "say where those lie with --data_path=DIR, or give --images=FOLDER",
   )
@@ -185,8 +185,7 @@ def _given(
 ) -> Group:
   """The first readable pictures of a folder."""
   found = []
-  root, paths = pictures_in(images)
-  for picture in read_pictures(trained, root, paths):
+  for picture in read_pictures(trained, files_in(images)):
     if picture.pixels is None:
       tell(f"{picture.name}: {picture.error}")
     else:
@@ -225,7 +224,7 @@ def _look_at(look: Any, pixels: np.ndarray, target: int | None, size: int) -> Lo
   parts = []
   for start in range(0, len(pixels), size):
     part = pixels[start : start + size]
-    padded = np.zeros((size, *pixels.shape[1:]), np.uint8)
+    padded = np.zeros((size, *pixels.shape[1:]), pixels.dtype)
     padded[: len(part)] = part
     parts.append(_part(look(padded, target), 0, len(part)))
   return jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)

@@ -19,7 +19,9 @@ PLATFORMS = ("cpu", "cuda", "tpu")
 
 
 def export_program(trained: Trained) -> bytes:
-  """A serialised program of uint8 images [b, H, W, C] -> float32 probabilities [b, classes].
+  """A serialised program of images [b, H, W, C] -> float32 probabilities [b, classes].
+
+  Images are uint8, or uint16 for a run on pictures of more than 8 bits.
 
   Weights and normalisation are inside, b is any number, and it runs on each of ``PLATFORMS``:
   ``jax.export.deserialize(data).call(images)`` needs jax and nothing of this package. ``trained``
@@ -28,7 +30,7 @@ def export_program(trained: Trained) -> bytes:
   classify = make_classify(trained.model, trained.config.data.normalisation)
   params, state = jax.tree.map(jnp.asarray, (trained.params, trained.state))
   (batch,) = export.symbolic_shape("b")
-  images = jax.ShapeDtypeStruct((batch, *trained.image_shape), jnp.uint8)
+  images = jax.ShapeDtypeStruct((batch, *trained.image_shape), trained.grey.dtype)
   program = jax.jit(lambda images: classify(params, state, images))
   return bytes(export.export(program, platforms=PLATFORMS)(images).serialize())
 
@@ -43,10 +45,11 @@ def describe(trained: Trained, privacy: dict[str, Any]) -> dict[str, Any]:
     }
     for each in privacy.get("guarantees", [])
   ]
-  data = trained.config.data
+  data, grey = trained.config.data, trained.grey
+  top = np.iinfo(grey.dtype).max
   how = {
     "image": "each image minus its mean, divided by its standard deviation or by 1 if that is less",
-    "fixed": "pixel / 127.5 - 1",
+    "fixed": f"pixel / {top / 2:g} - 1",
   }
   return {
     "run_id": trained.run_id,
@@ -57,7 +60,8 @@ def describe(trained: Trained, privacy: dict[str, Any]) -> dict[str, Any]:
     "classes": list(trained.class_names),
     "image_size": data.image_size,
     "channels": trained.image_shape[2],
-    "pixels": "uint8, one grey channel, resized to a square with bicubic antialiasing",
+    "pixels": f"{np.dtype(grey.dtype)}, one grey channel, resized to a square with bicubic"
+    f" antialiasing; 0 is the value {grey.low:g} of the files and {top} the value {grey.high:g}",
     "normalisation": f"{data.normalisation}: {how.get(data.normalisation, '')}",
     "norm_epsilon": EPSILON,
     "privacy": guarantees or "none",
@@ -80,8 +84,8 @@ def export_model(trained: Trained, how: str, output: pathlib.Path) -> str:
     write_whole(beside, lambda place: place.write_text(f"{text}\n", encoding="utf-8"))
     size = trained.image_shape[0]
     return (
-      f"a program of uint8 images [b, {size}, {size}, 1] to probabilities [b,"
-      f" {len(trained.class_names)}] for {', '.join(PLATFORMS)}; {beside.name} describes it"
+      f"a program of {np.dtype(trained.grey.dtype)} images [b, {size}, {size}, 1] to probabilities"
+      f" [b, {len(trained.class_names)}] for {', '.join(PLATFORMS)}; {beside.name} describes it"
     )
   from safetensors.numpy import save_file
 

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
+from fedjax_med.data.grey import to_eight_bits
 from fedjax_med.experiment.figures import (
   CLASS_COLOURS,
   GLOBAL,
@@ -25,7 +26,7 @@ class Seen(NamedTuple):
   """An image and what the network made of it.
 
   Attributes:
-    pixels: [H, W] uint8.
+    pixels: [H, W] uint8 or uint16.
     heat: [H', W'] Grad-CAM.
     gated: [H', W'] activation behind a squeeze-and-excitation block, None without one.
     predicted: name of the most probable class.
@@ -52,12 +53,12 @@ def overlay(grey: np.ndarray, values: np.ndarray) -> Image.Image:
   """Heat over a grey image, as opaque as it is hot; sides of at least ``LEAST_SIDE`` pixels.
 
   Args:
-    grey: [H, W] uint8.
+    grey: [H, W] uint8 or uint16.
     values: [H', W'], at least 0; it is scaled to its own largest value.
   """
   import matplotlib
 
-  picture = Image.fromarray(grey)
+  picture = Image.fromarray(to_eight_bits(grey))
   if min(picture.size) < LEAST_SIDE:
     factor = LEAST_SIDE / min(picture.size)
     size = round(picture.width * factor), round(picture.height * factor)
@@ -84,7 +85,7 @@ def draw_grid(path: pathlib.Path, title: str, seen: Sequence[Seen], block: str) 
     for row, label in enumerate(rows):
       grid[row][0].set_ylabel(label, rotation=0, ha="right", va="center", fontsize=8.5)
     for column, each in enumerate(seen):
-      pictures = [each.pixels, overlay(each.pixels, each.heat)]
+      pictures = [to_eight_bits(each.pixels), overlay(each.pixels, each.heat)]
       if each.gated is not None:
         pictures.append(overlay(each.pixels, each.gated))
       for axis, picture in zip(grid[:, column], pictures, strict=True):

@@ -9,9 +9,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from PIL import Image
 
 from fedjax_med.core.errors import UserError, require
-from fedjax_med.data.images import EXTENSIONS, list_pictures, read_image, resize
+from fedjax_med.core.text import readable
+from fedjax_med.data.files import EXTENSIONS, SYSTEM, File, counted, walk
+from fedjax_med.data.grey import Grey, to_eight_bits, to_pixels
+from fedjax_med.data.images import read_values
 from fedjax_med.data.normalisation import normalise
 from fedjax_med.experiment.overlays import overlay
 from fedjax_med.experiment.trained import Trained
@@ -28,7 +32,7 @@ class Picture(NamedTuple):
   Attributes:
     path: where it is.
     name: relative to the folder that was asked for.
-    pixels: [H, W, C] uint8 as the network sees it, None where it cannot be read.
+    pixels: [H, W, C] uint8 or uint16 as the network sees it, None where it cannot be read.
     error: why not; empty where it can.
   """
 
@@ -60,7 +64,7 @@ class Counts(NamedTuple):
 
 
 def make_probabilities(trained: Trained) -> Callable[[np.ndarray], np.ndarray]:
-  """Compiles images [B, H, W, C] uint8 -> class probabilities [B, classes], on the host."""
+  """Compiles images [B, H, W, C] -> class probabilities [B, classes], on the host."""
   classify = jax.jit(make_classify(trained.model, trained.config.data.normalisation))
   return lambda images: np.asarray(classify(trained.params, trained.state, images))
 
@@ -75,7 +79,7 @@ def choose_layer(trained: Trained, name: str = "") -> attention.Layer:
 def make_look(
   trained: Trained, layer: attention.Layer
 ) -> Callable[[np.ndarray, int | None], Looked]:
-  """Compiles (images [B, H, W, C] uint8, target) -> Looked; None explains the predicted class.
+  """Compiles (images [B, H, W, C], target) -> Looked; None explains the predicted class.
 
   It raises UserError where the layer is inside a loop.
   """
@@ -103,40 +107,52 @@ def make_look(
   return run
 
 
-def pictures_in(place: pathlib.Path) -> tuple[pathlib.Path, list[pathlib.Path]]:
-  """The folder that names are relative to, and the picture files of a folder or a single one.
+def files_in(place: pathlib.Path) -> list[File]:
+  """The files of a folder and below it, or a single one; those of the operating system left out.
 
   Raises:
     UserError: there is no such folder or file, or no picture in it.
   """
   require(place.exists(), f"--images={place} does not exist", "give a folder or a picture file")
   if not place.is_dir():
-    return place.parent, [place]
-  files = list_pictures(place)
+    return [File(place, (readable(place.name),), "")]
+  files = [file for file in walk(place).files if file.reason != SYSTEM]
+  reasons = [file.reason for file in files]
   require(
-    bool(files),
-    f"--images={place} holds no pictures, in it or below it",
+    not all(reasons),
+    f"--images={place} holds no pictures, in it or below it"
+    + (f", but {counted(reasons)}" if reasons else ""),
     f"give a folder with files ending in {', '.join(sorted(EXTENSIONS))}",
   )
-  return place, files
+  return files
 
 
-def read_pictures(
-  trained: Trained, root: pathlib.Path, files: Sequence[pathlib.Path]
-) -> Iterator[Picture]:
-  """Reads files as the training did: one grey channel, the same size, the same least size."""
-  data = trained.config.data
+def read_pictures(trained: Trained, files: Sequence[File]) -> Iterator[Picture]:
+  """Reads files as the training did: one grey channel, the same size, window and least size."""
+  data, grey = trained.config.data, trained.grey
   least = 1 if data.source == "phantoms" else data.min_size  # no phantom was left out
 
-  def read(path: pathlib.Path) -> Picture:
-    image = read_image(path, least)
-    name = path.relative_to(root).as_posix()
-    if isinstance(image, str):
-      return Picture(path, name, None, image)
-    return Picture(path, name, resize(image, data.image_size), "")
+  def read(file: File) -> Picture:
+    pixels = file.reason or _read(file.path, least, data.image_size, grey, bool(data.window))
+    if isinstance(pixels, str):
+      return Picture(file.path, file.name, None, pixels)
+    return Picture(file.path, file.name, pixels[..., None], "")
 
   with concurrent.futures.ThreadPoolExecutor(2) as threads:
     yield from threads.map(read, files)
+
+
+def _read(
+  path: pathlib.Path, min_size: int, size: int, grey: Grey, window: bool
+) -> np.ndarray | str:
+  """[H, W] pixels of a picture by the rule of a run, or why they cannot be had."""
+  values = read_values(path, min_size, size, exact=window)
+  if isinstance(values, str):
+    return values
+  if values.deep != grey.deep and not window:
+    kinds = ("more than 8", "8") if values.deep else ("8", "more than 8")
+    return f"{kinds[0]} bits, and the run was trained on pictures of {kinds[1]}"
+  return to_pixels(values, grey)
 
 
 def predict_files(
@@ -163,10 +179,18 @@ def predict_files(
   Raises:
     UserError: there is nothing to read.
   """
-  root, files = pictures_in(images)
   beside = output.with_name(f"{output.stem}_maps")
-  files = [path for path in files if beside.resolve() not in path.resolve().parents]
-  require(bool(files), f"--images={images} holds overlays only", "give a folder with pictures")
+  made = {output.resolve(), beside.resolve()}  # by an earlier call
+  files = [
+    file
+    for file in files_in(images)
+    if not made & {file.path.resolve(), *file.path.resolve().parents}
+  ]
+  require(
+    not all(file.reason for file in files),
+    f"--images={images} holds overlays only",
+    "give a folder with pictures",
+  )
   size = min(trained.config.eval.batch_size, len(files))
   predict = make_probabilities(trained) if layer is None else None
   look = None if layer is None else make_look(trained, layer)
@@ -174,9 +198,9 @@ def predict_files(
   rows: list[list[str]] = []
   errors: list[tuple[str, str]] = []
   for start in range(0, len(files), size):
-    pictures = list(read_pictures(trained, root, files[start : start + size]))
+    pictures = list(read_pictures(trained, files[start : start + size]))
     # One shape, so that one program is compiled.
-    batch = np.zeros((size, *trained.image_shape), np.uint8)
+    batch = np.zeros((size, *trained.image_shape), trained.grey.dtype)
     for row, picture in enumerate(pictures):
       if picture.pixels is not None:
         batch[row] = picture.pixels
@@ -189,7 +213,7 @@ def predict_files(
         continue
       own, shown = probabilities[row], []
       if looked:
-        place = _write_overlay(picture, looked.maps[row], beside)
+        place = _write_overlay(trained, picture, looked.maps[row], beside)
         shown = [place.relative_to(output.parent).as_posix()]
       rows.append([picture.name, names[int(own.argmax())], *[f"{p:.7g}" for p in own], *shown, ""])
     if len(files) > size:
@@ -207,10 +231,13 @@ def predict_files(
   return Counts(len(rows) - len(errors), errors)
 
 
-def _write_overlay(picture: Picture, heat: np.ndarray, folder: pathlib.Path) -> pathlib.Path:
+def _write_overlay(
+  trained: Trained, picture: Picture, heat: np.ndarray, folder: pathlib.Path
+) -> pathlib.Path:
   """Writes FOLDER/NAME.png: the picture at its own size, Grad-CAM over it."""
-  image = read_image(picture.path, 1)
-  assert not isinstance(image, str)  # it was read a moment ago
+  pixels = _read(picture.path, 1, 0, trained.grey, bool(trained.config.data.window))
+  assert not isinstance(pixels, str)  # it was read a moment ago
+  image = Image.fromarray(to_eight_bits(pixels))
   image.thumbnail((LARGEST_SIDE, LARGEST_SIDE))
   place = folder / f"{picture.name}.png"  # the whole name: a.png and a.jpg are two pictures
   place.parent.mkdir(parents=True, exist_ok=True)

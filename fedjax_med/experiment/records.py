@@ -76,8 +76,16 @@ def hospital_record(hospitals: Hospitals) -> dict[str, Any]:
       "num_duplicate_groups": split.num_duplicate_groups,
       "num_in_duplicate_groups": split.num_in_duplicate_groups,
       "num_test_with_duplicate_in_train": split.num_test_with_duplicate_in_train,
+      "num_test_of_train_patients": split.num_test_of_train_patients,
     },
     "num_moved": hospitals.num_moved,
+    "mixture_shifts": hospitals.mixture_shifts,
+    "contradictions": {
+      **split.contradictions._asdict(),
+      "pairs": [list(pair) for pair in split.contradictions.pairs],
+    },
+    "patients": dataset.patient_counts and dataset.patient_counts._asdict(),
+    "grey": dataset.grey._asdict(),
     "skipped": [list(item) for item in dataset.skipped],
     "hospitals": [holds(k, name) for k, name in enumerate(hospitals.names)],
   }

@@ -15,6 +15,7 @@ import numpy as np
 from fedjax_med.core.errors import UserError, require
 from fedjax_med.core.metrics import LOWER_IS_BETTER, METRICS
 from fedjax_med.experiment import figures
+from fedjax_med.experiment.data_notes import data_notes, patient_note
 from fedjax_med.privacy.accounting import round_up
 from fedjax_med.privacy.statement import ASSUMPTIONS, audit_sentence, tuning_costs, write_out
 
@@ -96,6 +97,11 @@ def write_report(workdir: pathlib.Path, papers: bool = False) -> pathlib.Path:
     **run,
     "images": _draw(workdir, run),
     "rows": _rows(run),
+    "data_notes": data_notes(
+      run["hospitals"],
+      run["config"]["config"]["privacy"]["unit"],
+      show_names=run["privacy"]["mechanism"] == "none",
+    ),
     "statement": _statement(workdir, run),
     "explanation": _explanation(workdir, run),
     "stopped": STOPPED.get(run["summary"]["stopped"], run["summary"]["stopped"]),
@@ -161,8 +167,8 @@ def load(workdir: pathlib.Path) -> dict[str, Any]:
     RESTORE,
   )
   require(
-    all(len(row) == 2 for row in held["skipped"]),
-    f"{path} has a skipped file that is not [name, reason]",
+    all(len(row) in (2, 3) for row in held["skipped"]),  # older runs name no class
+    f"{path} has a skipped file that is not [name, reason, class]",
     RESTORE,
   )
   names = [hospital["name"] for hospital in held["hospitals"]]
@@ -310,10 +316,13 @@ def write_statement(workdir: pathlib.Path) -> pathlib.Path:
     UserError: a file is missing or is not what a run writes.
   """
   record, config = _read(workdir / "privacy.json"), _read(workdir / "config.json")
+  held, unit = _read(workdir / "hospitals.json"), config["config"]["privacy"]["unit"]
+  patients = patient_note(held, unit).text
   if record["mechanism"] != "none":
     _check(record, PRIVATE, workdir / "privacy.json")
   path = workdir / "privacy_statement.md"
-  path.write_text(write_out(record, config["run_id"], _audit(workdir)), encoding="utf-8")
+  text = write_out(record, config["run_id"], _audit(workdir), patients)
+  path.write_text(text, encoding="utf-8")
   return path
 
 

@@ -8,6 +8,7 @@ import numpy as np
 
 from fedjax_med.core.config import Config, to_dict
 from fedjax_med.data.dataset import Hospitals, client_rows
+from fedjax_med.data.grey import to_eight_bits
 from fedjax_med.data.hospitals import load_hospitals
 from fedjax_med.experiment import console as terminal
 from fedjax_med.experiment import figures, synthetic
@@ -145,7 +146,7 @@ def _draw_examples(experiment: Experiment, folder: pathlib.Path) -> None:
   def first(k: int, label: int, synthetic: bool, number: int) -> list[np.ndarray | None]:
     rows = client_rows(hospitals.train)[k]
     rows = rows[(dataset.labels[rows] == label) & ((rows >= dataset.num_real) == synthetic)]
-    found = [dataset.inputs[row, :, :, 0] for row in rows[:number]]
+    found = [to_eight_bits(dataset.inputs[row, :, :, 0]) for row in rows[:number]]
     return [*found, *[None] * (number - len(found))]
 
   figures.draw_examples(

@@ -68,7 +68,9 @@ def with_places(config: Config, hospitals: Hospitals) -> Hospitals:
   )
   rows = [np.concatenate(both) for both in zip(client_rows(real), new, strict=True)]
   hospitals = dataclasses.replace(hospitals, dataset=dataset, train=client_table(rows))
-  return _with_images(hospitals, np.zeros((sum(sizes), *dataset.inputs.shape[1:]), np.uint8))
+  return _with_images(
+    hospitals, np.zeros((sum(sizes), *dataset.inputs.shape[1:]), dataset.inputs.dtype)
+  )
 
 
 def left_out(hospitals: Hospitals) -> list[tuple[str, str]]:
@@ -105,7 +107,8 @@ def completed(
   if not dataset.num_synthetic:
     return hospitals
   source, known = _source(config, hospitals), _known_digest(folder / "hospitals.json")
-  images = _read(folder / FILE, source, (dataset.num_synthetic, *dataset.inputs.shape[1:]))
+  like = dataset.inputs[dataset.num_real :]
+  images = _read(folder / FILE, source, like)
   if images is not None and known in (None, digest(found := _with_images(hospitals, images))):
     tell(f"Synthetic images: {dataset.num_synthetic}, as an earlier start has made them")
   else:
@@ -128,7 +131,7 @@ def completed(
 
 
 def make_images(config: Config, hospitals: Hospitals) -> np.ndarray:
-  """Trains the GANs; the synthetic images [S, H, W, 1] uint8 in the order of the dataset.
+  """Trains the GANs; the synthetic images [S, H, W, 1] in the order and dtype of the dataset.
 
   Those of a hospital are a function of its own training images, its number, ``seed`` and
   ``client.gan_steps``, to rounding: other hospitals, and how all are laid out, change nothing.
@@ -236,15 +239,15 @@ def _write(place: pathlib.Path, images: np.ndarray, source: str) -> None:
     np.savez_compressed(file, images=images, source=np.array(source))
 
 
-def _read(path: pathlib.Path, source: str, shape: tuple[int, ...]) -> np.ndarray | None:
-  """The images of a file of that source and shape; None where there is none, or it is damaged."""
+def _read(path: pathlib.Path, source: str, like: np.ndarray) -> np.ndarray | None:
+  """The images of a file of that source, shape and dtype; None without one, or if it is damaged."""
   try:
     # A file of our own: np.load leaves that of a damaged archive open.
     with path.open("rb") as file, np.load(file, allow_pickle=False) as found:
       images, own = found["images"], str(found["source"])
   except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
     return None
-  right = own == source and images.shape == shape and images.dtype == np.uint8
+  right = own == source and (images.shape, images.dtype) == (like.shape, like.dtype)
   return images if right else None
 
 

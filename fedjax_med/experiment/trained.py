@@ -14,6 +14,7 @@ from fedjax_med import __version__
 from fedjax_med.core.config import Config, from_dict
 from fedjax_med.core.errors import UserError, require, require_choice
 from fedjax_med.core.keys import base_key
+from fedjax_med.data.grey import EIGHT_BITS, Grey
 from fedjax_med.experiment.checkpoints import restore_model
 from fedjax_med.federated.algorithm import FederatedAlgorithm
 from fedjax_med.federated.registry import ALGORITHMS, create_algorithm
@@ -39,6 +40,7 @@ class Trained(NamedTuple):
     model: the network.
     params: weights that the run is measured by: the average over rounds where it keeps one.
     state: stored statistics, {} for most networks.
+    grey: how the run made pixels of grey values.
     stem_pool_padding: of the network's stem, empty where it has no such choice.
     hospital: whose model it is; empty for the global one.
   """
@@ -51,6 +53,7 @@ class Trained(NamedTuple):
   model: Model
   params: Any
   state: Any
+  grey: Grey
   stem_pool_padding: str
   hospital: str
 
@@ -104,6 +107,7 @@ def load(
     names = [str(each["name"]) for each in held["hospitals"]]
     run_id, version = str(record["run_id"]), str(record["versions"]["fedjax_med"])
     saved = dict(record.get("network", {}))
+    grey = Grey(**held["grey"]) if "grey" in held else EIGHT_BITS
   except (KeyError, TypeError, ValueError) as error:
     raise UserError(
       f"{folder} holds a run of another version of fedjax_med ({error}); use the version that"
@@ -155,7 +159,17 @@ def load(
     params, state = algorithm.personal(params, state, found.kept)
   padding = getattr(module, "stem_pool_padding", "")
   return Trained(
-    folder, run_id, config, class_names, found.rounds, model, params, state, padding, hospital
+    folder=folder,
+    run_id=run_id,
+    config=config,
+    class_names=class_names,
+    rounds=found.rounds,
+    model=model,
+    params=params,
+    state=state,
+    grey=grey,
+    stem_pool_padding=padding,
+    hospital=hospital,
   )
 
 

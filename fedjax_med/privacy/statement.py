@@ -39,13 +39,19 @@ def tuning_costs(guarantee: dict[str, Any]) -> list[dict[str, Any]]:
   return costs
 
 
-def write_out(record: dict[str, Any], run_id: str, audit: dict[str, Any] | None = None) -> str:
+def write_out(
+  record: dict[str, Any],
+  run_id: str,
+  audit: dict[str, Any] | None = None,
+  patients: str = "",
+) -> str:
   """The statement in Markdown.
 
   Args:
     record: privacy.json.
     run_id: of the run.
     audit: result of an audit, if one was made.
+    patients: how much is known of who the patients are, in a sentence.
   """
   lines = [f"# Privacy statement of run {run_id}", ""]
   if not record["guarantees"]:
@@ -65,6 +71,8 @@ def write_out(record: dict[str, Any], run_id: str, audit: dict[str, Any] | None 
     )
   for guarantee in record["guarantees"]:
     lines += _guarantee(guarantee)
+  if patients:
+    lines += ["## Who the patients are", "", patients, ""]
   lines += ["## What ε does not cover", ""]
   lines += [f"- {item}" for item in record["not_covered"]]
   lines += ["", "## What is assumed", ""]

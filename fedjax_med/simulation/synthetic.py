@@ -125,7 +125,8 @@ def make_synthesis(
       number, classes = numbered
       own = jax.random.fold_in(jax.random.fold_in(key, _IMAGES), number)
       made = generate(average, jax.random.normal(own, (BATCH, LATENT)), classes)
-      return jnp.round((made + 1) * 127.5).astype(jnp.uint8), jnp.isfinite(made).all()
+      pixels = jnp.round((made + 1) * (jnp.iinfo(images.dtype).max / 2)).astype(images.dtype)
+      return pixels, jnp.isfinite(made).all()
 
     made, finite = jax.lax.map(block, (jnp.arange(learner.labels.shape[0]), learner.labels))
     return made, finite.all()

@@ -46,7 +46,7 @@ def test_unknown_choices_are_answered_with_the_nearest(path):
 
 def test_every_number_has_a_range_and_every_two_way_name_its_choices():
   free = {"data.path", "data.cache_dir", "data.patient_pattern", "model.name", "server.algorithm"}
-  free |= {"server.personal_layers"}
+  free |= {"server.personal_layers", "data.layout", "data.positive", "data.window"}
   free |= {"execution.compilation_cache", "data.strict", "eval.local_baselines", "model.pretrained"}
   free |= {"privacy.same_noise"}
   known = set(RANGES) | set(CHOICES) | free

@@ -8,8 +8,10 @@ from PIL import Image
 from scipy import ndimage
 
 from fedjax_med.data import duplicates
+from fedjax_med.data.dataset import Dataset
 from fedjax_med.data.duplicates import (
   descriptors,
+  find_contradictions,
   join_groups,
   near_duplicate_groups,
   number_groups,
@@ -193,3 +195,23 @@ def test_joined_groups_agree_with_brute_force(seed: int):
 
 def test_groups_are_numbered_by_first_member():
   np.testing.assert_array_equal(number_groups(np.array([7, 2, 7, 9, 2])), [0, 1, 0, 2, 1])
+
+
+def test_pictures_in_two_classes_are_counted_and_named():
+  rng = np.random.default_rng(0)
+  images = rng.integers(0, 256, (8, 16, 16, 1)).astype(np.uint8)
+  images[5] = images[1]  # equal, in another class
+  images[3] = images[2]  # equal, in the same class
+  labels = np.array([0, 0, 0, 0, 1, 1, 1, 1], np.int32)
+  names = tuple(f"{name}/{number}" for name, number in zip("aaaabbbb", range(8), strict=True))
+  dataset = Dataset(images, labels, names, ("a", "b"))
+  groups = np.array([0, 1, 2, 2, 3, 1, 4, 0])  # 0 and 7 are near-duplicates of two classes
+  found = find_contradictions(dataset, groups)
+  assert (found.identical, found.similar) == (2, 4)
+  assert found.pairs == (("a/1", "b/5"), ("a/0", "b/7"))
+
+
+def test_no_contradiction_is_found_where_none_is():
+  images = np.random.default_rng(1).integers(0, 256, (6, 16, 16, 1)).astype(np.uint8)
+  dataset = Dataset(images, np.arange(6, dtype=np.int32) % 3, tuple("abcdef"), ("x", "y", "z"))
+  assert find_contradictions(dataset, np.arange(6)) == (0, 0, ())

@@ -10,7 +10,13 @@ from fedjax_med.core.errors import UserError
 from fedjax_med.data import hospitals, partitions
 from fedjax_med.data.dataset import ClientTable, Dataset, Hospitals, client_rows
 from fedjax_med.data.hospitals import build_hospitals
-from fedjax_med.data.partitions import apportion, proportions, repair
+from fedjax_med.data.partitions import (
+  apportion,
+  drawn_mixture,
+  mixture_shifts,
+  proportions,
+  repair,
+)
 
 COUNT, CLASSES = 4200, 3
 
@@ -328,7 +334,7 @@ def test_a_request_that_cannot_be_met_is_refused_with_its_value_and_remedy(
 
 def test_sites_are_needed_for_scheme_site():
   dataset = dataclasses.replace(DATASET, sites=None, site_names=())
-  refused(r"^partition\.scheme='site' needs a dataset that says .*; use", "site", dataset)
+  refused(r"^partition\.scheme='site' needs a dataset that says .*; say", "site", dataset)
 
 
 def test_units_too_large_to_move_are_refused():
@@ -354,3 +360,66 @@ def test_shares_of_a_class_sum_to_one_for_many_clients(scheme):
 def test_schemes_listed_are_the_schemes_drawn():
   for scheme in partitions.SCHEMES:
     proportions(scheme, 3, 5, 0.5, 1, np.random.default_rng(0))
+
+
+def mixture_of(owner: np.ndarray, labels: np.ndarray, num_clients: int) -> np.ndarray:
+  """[C, K] share of each class at each client, counted one by one."""
+  held = np.array(
+    [[np.sum((owner == k) & (labels == c)) for k in range(num_clients)] for c in set(labels)], float
+  )
+  return held / held.sum(0)
+
+
+@pytest.mark.parametrize(
+  ("counts", "num_clients", "alpha"),
+  [([1200, 1200], 50, 0.1), ([1200, 1200], 20, 0.3), ([700] * 7, 60, 0.1), ([2500, 100], 40, 0.3)],
+)
+def test_small_hospitals_are_filled_with_the_classes_drawn_for_them(counts, num_clients, alpha):
+  moved_right, expected, distances = [], [], []
+  for seed in range(5):
+    labels = np.repeat(np.arange(len(counts)), counts)
+    ones = np.ones(len(labels), int)
+    rng = np.random.default_rng(seed)
+    shares = proportions("dirichlet", len(counts), num_clients, alpha, 1, rng)
+    owner = apportion(labels, ones, shares, rng)
+    drawn = shares * np.array(counts)[:, None]
+    drawn = drawn / drawn.sum(0)
+    small = np.bincount(owner, minlength=num_clients) < 8
+    fixed, _ = repair(owner, labels, ones, shares, 8)
+    moved = np.flatnonzero(fixed != owner)
+    moved_right += drawn[labels[moved], fixed[moved]].tolist()
+    expected += np.square(drawn[:, fixed[moved]]).sum(0).tolist()  # of draws from the mixture
+    distance = np.abs(mixture_of(fixed, labels, num_clients) - drawn).sum(0) / 2
+    np.testing.assert_allclose(mixture_shifts(fixed, labels, ones, shares), distance, atol=1e-12)
+    np.testing.assert_allclose(drawn_mixture(labels, ones, shares), drawn, atol=1e-12)
+    distances += distance[small].tolist()
+  assert np.mean(distances) < 0.1  # eight examples follow a mixture to a sixteenth a class
+  assert np.mean(moved_right) > 0.95 * np.mean(expected)
+
+
+def test_a_hospital_is_filled_by_the_largest_that_holds_the_class():
+  classes = np.repeat([0, 1, 0, 1, 1], [30, 5, 4, 20, 1])
+  owner = np.repeat([0, 0, 1, 1, 2], [30, 5, 4, 20, 1])  # sizes 35, 24, 1
+  shares = np.array([[0.9, 0.1, 0.0], [0.2, 0.7, 0.1]])  # the third is of class 1 alone
+  fixed, moved = repair(owner, classes, np.ones(60, int), shares, 5)
+  assert moved == 4
+  assert (classes[fixed == 2] == 1).all()
+  # Client 0 is the largest and holds class 1: it gives as long as it has some.
+  assert np.bincount(fixed[(owner == 0) & (classes == 1)], minlength=3).tolist() == [1, 0, 4]
+
+
+def test_a_hospital_for_which_nothing_was_drawn_is_filled_as_others_were_drawn():
+  labels = np.repeat([0, 1], 500)
+  shares = proportions("dirichlet", 2, 60, 1e-4, 1, np.random.default_rng(0))
+  assert (shares.sum(0) == 0).sum() > 30  # far below what floating point can hold
+  owner = apportion(labels, np.ones(1000, int), shares, np.random.default_rng(1))
+  fixed, _ = repair(owner, labels, np.ones(1000, int), shares, 6)
+  assert mixture_of(fixed, labels, 60).max(0).mean() > 0.95  # one class each, as alpha asks
+
+
+def test_what_was_moved_is_told_for_each_hospital():
+  made = build("dirichlet", num_clients=25, alpha=0.1, min_client_size=6, seed=3)
+  assert made.num_moved > 0
+  assert set(made.mixture_shifts) <= set(made.names)
+  assert len(made.mixture_shifts) > 0
+  assert all(0 <= shift <= 1 for shift in made.mixture_shifts.values())

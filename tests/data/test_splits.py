@@ -194,13 +194,7 @@ def test_paper_split_makes_every_example_its_own_unit(copied: Dataset):
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # third-party imports of tfds
 def test_random_split_of_br35h_leaks_and_grouped_split_does_not(real_data, tmp_path):
   dataset = load_builder(
-    "br35h",
-    real_data / "Br35H",
-    tmp_path,
-    image_size=192,
-    min_size=32,
-    strict=False,
-    patient_pattern="",
+    real_data / "Br35H", DataConfig(source="br35h", cache_dir=str(tmp_path), image_size=192)
   )
   leaky = split_with_duplicates(dataset, DataConfig(split="paper"))
   assert len(leaky.test) == 600

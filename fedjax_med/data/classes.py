@@ -1,0 +1,117 @@
+"""Order of the classes: of two the positive one comes last, by what the names say or the user."""
+
+import re
+from collections.abc import Sequence
+
+from fedjax_med.core.errors import UserError, require
+
+NEGATIONS = frozenset({"no", "non", "not", "without", "never"})
+NEGATIVE = frozenset(
+  {"normal", "healthy", "control", "controls", "benign", "negative", "neg", "uninfected", "false"}
+  | {"unaffected", "undamaged", "absent", "absence", "none", "nothing", "clear", "wildtype", "wt"}
+  | {
+    "gesund",
+    "kontrolle",
+    "sain",
+    "sano",
+    "sana",
+    "正常",
+    "健康",
+    "陰性",
+    "阴性",
+    "良性",
+    "対照",
+    "对照",
+  }
+)
+POSITIVE = frozenset(
+  {"yes", "positive", "pos", "true", "abnormal", "disease", "diseased", "sick", "case", "cases"}
+  | {"malignant", "pathological", "pathology", "infected", "affected", "present", "unhealthy"}
+)
+
+
+def order_classes(names: Sequence[str], positive: str = "") -> tuple[str, ...]:
+  """Sorted names; of two the positive class comes last, and label 1 is positive everywhere.
+
+  Args:
+    names: of the classes.
+    positive: ``data.positive``; empty lets the names decide: the one that sounds negative (normal,
+      healthy, control, benign, no_..., non-...) comes first.
+
+  Raises:
+    UserError: ``positive`` is none of two classes; two names do not say which is positive; or two
+      classes differ in nothing but case, spaces and punctuation.
+  """
+  ordered = sorted(names)
+  _require_distinct(ordered)
+  if positive:
+    require(
+      len(ordered) == 2,
+      f"data.positive='{positive}' with {len(ordered)} classes ({', '.join(ordered)}): their"
+      " metrics are averages over all classes",
+      "leave data.positive empty",
+    )
+    require(
+      positive in ordered,
+      f"data.positive='{positive}' is none of the classes {ordered[0]} and {ordered[1]}",
+      f"use --config.data.positive='{ordered[0]}' or '{ordered[1]}'",
+    )
+    return tuple(sorted(ordered, key=lambda name: name == positive))
+  if len(ordered) != 2:
+    return tuple(ordered)
+  signs = _signs(ordered)
+  if signs[0] == signs[1]:
+    raise UserError(
+      f"the names of the classes '{ordered[0]}' and '{ordered[1]}' do not say which one is"
+      " positive, and sensitivity, precision and F1 are of that one; say it with"
+      f" --config.data.positive='{ordered[0]}' or --config.data.positive='{ordered[1]}'"
+    )
+  return tuple(ordered if signs[0] < signs[1] else ordered[::-1])
+
+
+def sign(name: str, other: str = "") -> int:
+  """-1 if a name sounds negative, 1 if positive, 0 if it does not say.
+
+  A negation turns what follows it: no_DR is negative, not-normal positive. With ``other`` a name
+  that is a negation and the other name, such as nonCOVID beside COVID, is its opposite.
+  """
+  words = _words(name)
+  whole, rest = "".join(words), "".join(_words(other))
+  for negation in ("non", "not", "no", "un"):
+    if rest and whole == negation + rest and len(words) == 1:
+      return 1 if sign(other) < 0 else -1
+  if any(word in NEGATIONS for word in words):
+    place = next(k for k, word in enumerate(words) if word in NEGATIONS)
+    turned = any(word in NEGATIVE for word in words[place + 1 :])
+    return 1 if turned else -1
+  if any(word in NEGATIVE for word in words):
+    return -1
+  return 1 if any(word in POSITIVE for word in words) else 0
+
+
+def _signs(names: Sequence[str]) -> tuple[int, int]:
+  """Signs of two names; the number 0 stands for the negative class where no word says more."""
+  first, second = names
+  signs = sign(first, second), sign(second, first)
+  if signs != (0, 0):
+    return signs
+  first_zero, second_zero = ("0" in _words(name) for name in names)
+  return -int(first_zero), -int(second_zero)
+
+
+def _words(name: str) -> list[str]:
+  """Words and numbers of a name in small letters; capitals inside it begin a word."""
+  spaced = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name)
+  return re.findall(r"[^\W\d_]+|\d+", spaced.lower())
+
+
+def _require_distinct(names: Sequence[str]) -> None:
+  known: dict[str, str] = {}
+  for name in names:
+    key = re.sub(r"[\W_]+", "", name).casefold() or name
+    require(
+      key not in known,
+      f"the classes '{known.get(key)}' and '{name}' differ in case, spaces or punctuation only",
+      "give them one name",
+    )
+    known[key] = name

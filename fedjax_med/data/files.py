@@ -1,0 +1,186 @@
+"""Every file below a folder: pictures, and all others with the reason why they are not read."""
+
+import os
+import pathlib
+from collections.abc import Collection, Iterator
+from typing import NamedTuple
+
+from fedjax_med.core.text import readable
+
+EXTENSIONS = frozenset(
+  {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".gif", ".webp"}
+  | {".jp2", ".j2k", ".jpf", ".jpx", ".pgm", ".ppm", ".pnm", ".pbm"}
+)
+DICOM, NIFTI = "DICOM", "NIfTI"
+# Endings that people meet in hospitals, and what such files are.
+KNOWN = {
+  ".dcm": DICOM,
+  ".dicom": DICOM,
+  ".ima": DICOM,
+  ".nii": NIFTI,
+  ".nii.gz": NIFTI,
+  ".img": "Analyze",
+  ".hdr": "Analyze",
+  ".mha": "MetaImage",
+  ".mhd": "MetaImage",
+  ".nrrd": "NRRD",
+  ".svs": "a whole-slide image",
+  ".ndpi": "a whole-slide image",
+  ".czi": "a microscope image",
+  ".heic": "HEIC",
+  ".avif": "AVIF",
+  ".npy": "a NumPy array",
+  ".npz": "NumPy arrays",
+  ".h5": "HDF5",
+  ".zip": "an archive, which is not unpacked",
+}
+SYSTEM_FILES = frozenset({".ds_store", "thumbs.db", "desktop.ini", "__macosx"})
+# The reason of files that hold nothing of the user's: counted, but they do not stop a strict run.
+SYSTEM = "written by the operating system"
+REMEDY = (
+  "convert them to 16-bit PNG or TIFF first (dcmtk's dcm2img for DICOM, or pydicom or nibabel with"
+  " Pillow)"
+)
+
+
+class File(NamedTuple):
+  """A file below a folder.
+
+  Attributes:
+    path: where it is.
+    parts: names of the folders on the way from the folder, and its own, as text that can be shown.
+    reason: why it is not read; empty for a picture.
+  """
+
+  path: pathlib.Path
+  parts: tuple[str, ...]
+  reason: str
+
+  @property
+  def name(self) -> str:
+    """Name relative to the folder, with forward slashes."""
+    return "/".join(self.parts)
+
+
+class Tree(NamedTuple):
+  """A folder with everything below it.
+
+  Attributes:
+    files: in the order of their parts.
+    folders: parts of every folder below it that is not hidden, in order.
+  """
+
+  files: tuple[File, ...]
+  folders: tuple[tuple[str, ...], ...]
+
+  @property
+  def pictures(self) -> tuple[File, ...]:
+    """The files that may be read."""
+    return tuple(file for file in self.files if not file.reason)
+
+
+def walk(root: pathlib.Path, only: Collection[str] = ()) -> Tree:
+  """Lists all files below ``root``. Links are followed, but not back to a folder above them.
+
+  The order depends on names alone, not on the file system.
+
+  Args:
+    root: the folder.
+    only: first-level folders to look into; empty is everything.
+  """
+  files: list[File] = []
+  folders: list[tuple[str, ...]] = []
+  for path, parts, reason in _entries(root, (), frozenset()):
+    if only and parts[0] not in only:
+      continue
+    if reason is None:
+      folders.append(parts)
+    else:
+      files.append(File(path, parts, reason))
+  return Tree(tuple(sorted(files, key=lambda file: file.parts)), tuple(sorted(folders)))
+
+
+def _entries(
+  folder: pathlib.Path, parts: tuple[str, ...], above: frozenset[tuple[int, int]], why: str = ""
+) -> Iterator[tuple[pathlib.Path, tuple[str, ...], str | None]]:
+  """(path, parts, reason) of everything below ``folder``; the reason of a folder is None.
+
+  Args:
+    folder: where to look.
+    parts: of the folder.
+    above: device and inode of the folders on the way.
+    why: reason of every file below, for what is hidden.
+  """
+  try:
+    stat = folder.stat()
+    with os.scandir(folder) as found:
+      names = sorted(entry.name for entry in found)
+  except OSError as error:
+    if not parts:
+      raise
+    yield folder, parts, f"the folder cannot be opened ({error.strerror})"
+    return
+  here = above | {(stat.st_dev, stat.st_ino)}
+  for name in names:
+    path, inside = folder / name, (*parts, readable(name))
+    reason = why or _hidden(name)
+    if not os.path.isdir(path):
+      yield path, inside, reason or _reason(path)
+      continue
+    place = path.stat()
+    if (place.st_dev, place.st_ino) in here:
+      yield path, inside, "a link back to a folder above it"
+      continue
+    if not reason:
+      yield path, inside, None
+    yield from _entries(path, inside, here, reason)
+
+
+def _hidden(name: str) -> str:
+  if name.lower() in SYSTEM_FILES or name.startswith("._"):
+    return SYSTEM
+  return "hidden: its name, or that of its folder, begins with a dot" if name[0] == "." else ""
+
+
+def _reason(path: pathlib.Path) -> str:
+  """Why a file is no picture that can be read; empty if its ending says that it is one."""
+  if not os.path.exists(path):
+    return "a link to nothing" if path.is_symlink() else "it cannot be opened"
+  if not os.path.isfile(path):
+    return "not a regular file"
+  ending = ending_of(path)
+  if ending in EXTENSIONS:
+    return ""
+  if ending in KNOWN:
+    return f"{KNOWN[ending]} ({ending}) is not read"
+  kind = _content(path)
+  if kind:
+    return f"{kind} is not read"
+  return f"the ending {readable(ending)} is not that of a picture" if ending else "no file ending"
+
+
+def ending_of(path: pathlib.Path) -> str:
+  """The ending in small letters, .nii.gz as one."""
+  ending = path.suffix.lower()
+  return ".nii.gz" if path.name.lower().endswith(".nii.gz") else ending
+
+
+def _content(path: pathlib.Path) -> str:
+  """The format of a file by its first bytes, where the ending does not say it."""
+  try:
+    with path.open("rb") as file:
+      start = file.read(132)
+  except OSError:
+    return ""
+  return DICOM if start[128:132] == b"DICM" else ""
+
+
+def counted(reasons: list[str]) -> str:
+  """Reasons with how often each is given, the frequent ones first: 'DICOM (.dcm) is not read (40)'.
+
+  Only the first four are spelled out.
+  """
+  kinds = {reason: reasons.count(reason) for reason in dict.fromkeys(reasons)}
+  order = sorted(kinds, key=lambda reason: (-kinds[reason], reason))
+  shown = ", ".join(f"{reason} ({kinds[reason]})" for reason in order[:4])
+  return shown + (f" and {len(order) - 4} more reasons" if len(order) > 4 else "")

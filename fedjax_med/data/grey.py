@@ -1,0 +1,151 @@
+"""One rule that turns the grey values of all pictures of a data set into stored pixels.
+
+Pictures of 8 bits are stored as they are. Deeper ones are stored with 16 bits, from a window that
+is chosen for the whole data set, so that equal values are equal pixels in every file.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from fedjax_med.core.errors import UserError, require
+
+DEPTHS = (8, 10, 12, 14, 16)  # bits
+FEW_LEVELS = 32
+
+
+class Values(NamedTuple):
+  """The grey values of a picture before the data set's rule is applied.
+
+  Attributes:
+    pixels: [H, W] uint8 of an 8-bit picture, else float32 in the units of the file.
+    deep: whether the file has more than 8 bits.
+    inverted: whether the file says that its lowest value is white.
+    low: lowest value in the file.
+    high: highest value in the file.
+    levels: different values in the file.
+    whole: whether the values are whole numbers.
+    frames: pictures in the file, of which this is the first.
+  """
+
+  pixels: np.ndarray
+  deep: bool
+  inverted: bool
+  low: float
+  high: float
+  levels: int
+  whole: bool
+  frames: int
+
+
+class Grey(NamedTuple):
+  """The rule of a data set: values from ``low`` (black) to ``high`` (white).
+
+  Attributes:
+    low: value that becomes black.
+    high: value that becomes white.
+    deep: whether pixels are stored with 16 bits and not 8.
+    rule: why, for people.
+    levels: median over the pictures of the number of different values.
+  """
+
+  low: float
+  high: float
+  deep: bool
+  rule: str
+  levels: int
+
+  @property
+  def dtype(self) -> Any:
+    """uint8 or uint16, whose whole range is from black to white."""
+    return np.uint16 if self.deep else np.uint8
+
+  @property
+  def described(self) -> str:
+    """The rule in a sentence."""
+    return f"Grey values {self.low:g} (black) to {self.high:g} (white): {self.rule}."
+
+
+EIGHT_BITS = Grey(0, 255, False, "pictures of 8 bits", 256)
+
+
+def parse_window(text: str) -> tuple[float, float] | None:
+  """The two numbers of ``data.window``, None if it is empty; UserError unless they rise."""
+  if not text:
+    return None
+  try:
+    low, high = (float(part) for part in text.split(","))
+  except ValueError:
+    low, high = 0.0, 0.0
+  require(
+    -1e9 < low < high < 1e9,
+    f"data.window='{text}' is not LOW,HIGH with LOW < HIGH",
+    "give the values that become black and white, such as -150,250",
+  )
+  return low, high
+
+
+def choose_grey(pictures: Sequence[Values], window: str) -> Grey:
+  """The rule of a data set.
+
+  Without a window pictures of 8 bits stay as they are; of deeper ones the number of bits (8, 10,
+  12, 14 or 16) follows from the largest value of all files, and with negative values the black end
+  is the power of two below the smallest.
+
+  Raises:
+    UserError: files of 8 bits and deeper ones are mixed, or values need more than 16 bits, and
+      there is no window.
+  """
+  levels = int(np.median([picture.levels for picture in pictures]))
+  given = parse_window(window)
+  if given is not None:
+    return Grey(*given, deep=True, rule=f"data.window={window}", levels=levels)
+  num_deep = sum(picture.deep for picture in pictures)
+  if num_deep == 0:
+    return EIGHT_BITS._replace(levels=levels)
+  low, high = min(p.low for p in pictures), max(p.high for p in pictures)
+  require(
+    num_deep == len(pictures),
+    f"{len(pictures) - num_deep} pictures of 8 bits and {num_deep} deeper ones (values {low:g} to"
+    f" {high:g}) are mixed, and no rule makes their greys alike",
+    "export them alike, or give data.window=LOW,HIGH, which is applied to the values of all files",
+  )
+  if not all(picture.whole for picture in pictures) and low >= -1 and high <= 1:
+    bottom = -1.0 if low < 0 else 0.0
+    return Grey(bottom, 1.0, True, f"numbers with a fraction, from {low:g} to {high:g}", levels)
+  bits = next((bits for bits in DEPTHS if high < 2**bits), 0)
+  if not bits or low < -(2**15):
+    raise UserError(
+      f"grey values go from {low:g} to {high:g}, beyond 16 bits; give data.window=LOW,HIGH, the"
+      " values that become black and white"
+    )
+  bottom = 0.0 if low >= 0 else -float(2 ** int(np.ceil(np.log2(max(1.0, -low)))))
+  rule = f"{bits} bits by the largest value, {high:g}; the smallest is {low:g}"
+  return Grey(bottom, float(2**bits - 1), True, rule, levels)
+
+
+def to_pixels(picture: Values, grey: Grey) -> np.ndarray:
+  """[H, W] uint8 or uint16 pixels of a picture by the rule of its data set."""
+  if not grey.deep:
+    return picture.pixels
+  share = (picture.pixels.astype(np.float32) - grey.low) / (grey.high - grey.low)
+  share = 1 - share if picture.inverted else share
+  return np.round(np.clip(share, 0, 1) * np.iinfo(np.uint16).max).astype(np.uint16)
+
+
+def to_eight_bits(pixels: np.ndarray) -> np.ndarray:
+  """uint8 pixels for the eye, of uint8 or uint16 ones."""
+  return pixels if pixels.dtype == np.uint8 else np.round(pixels / 257).astype(np.uint8)
+
+
+def stretched(images: np.ndarray) -> np.ndarray:
+  """[N, H, W] uint8 images, each of which a deep one fills from its darkest to its brightest pixel.
+
+  For what is blind to contrast; pictures of 8 bits are returned as they are.
+  """
+  if images.dtype == np.uint8:
+    return images
+  low = images.min((1, 2), keepdims=True).astype(np.float32)
+  span = np.maximum(images.max((1, 2), keepdims=True) - low, 1)
+  return np.round((images - low) / span * 255).astype(np.uint8)

@@ -1,0 +1,131 @@
+"""Which patient a picture shows, as the names of files or folders say it."""
+
+import re
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from fedjax_med.core.errors import UserError, require
+
+
+class PatientCounts(NamedTuple):
+  """How much the names of N examples say of patients.
+
+  Attributes:
+    named: examples whose patient is named.
+    patients: patients that are named.
+    source: the field or data source that names them.
+    shared: patient names that several sites use, who are counted as different patients.
+  """
+
+  named: int
+  patients: int
+  source: str
+  shared: int = 0
+
+
+class Patients(NamedTuple):
+  """Patients of N examples.
+
+  Attributes:
+    numbers: [N] int32 patient of each example; one without a name is a patient of its own.
+    counts: how much the names say.
+  """
+
+  numbers: np.ndarray
+  counts: PatientCounts
+
+
+def patients_by_pattern(
+  names: Sequence[str], pattern: str, sites: Sequence[str] | None = None
+) -> Patients:
+  """Patients by the first group of a regular expression that is searched in each file name.
+
+  Args:
+    names: of the examples, with their folders, which the expression does not see.
+    pattern: ``data.patient_pattern``.
+    sites: of the examples; one name at two sites is two patients.
+
+  Raises:
+    UserError: the pattern is no expression, has no group, or matches no name; or all names give
+      one patient.
+  """
+  try:
+    compiled = re.compile(pattern)
+  except re.error as error:
+    raise UserError(
+      f"data.patient_pattern='{pattern}' is not a regular expression ({error}); put the patient"
+      r" into its first group, such as '^(P\d+)_'"
+    ) from error
+  require(
+    compiled.groups >= 1,
+    f"data.patient_pattern='{pattern}' has no group",
+    "put brackets around the part of the file name that is the patient",
+  )
+  files = [name.rpartition("/")[2] for name in names]
+  matches = [compiled.search(name) for name in files]
+  keys = [match[1] if match and match[1] else None for match in matches]
+  require(
+    any(keys),
+    f"data.patient_pattern='{pattern}' matches none of the {len(files)} file names, such as"
+    f" '{files[0]}'",
+    "it is searched in the name of the file without its folders; where a folder is the patient use"
+    " data.layout, such as '{class}/{patient}/*'",
+  )
+  return number_patients(keys, "data.patient_pattern", sites)
+
+
+def number_patients(
+  keys: Sequence[str | None], source: str, sites: Sequence[str] | None = None
+) -> Patients:
+  """Numbers the patients of examples whose names are ``keys``, None where there is none.
+
+  Args:
+    keys: [N] name of each example's patient.
+    source: the field that says where the names stand, for errors and reports.
+    sites: [N] names; hospitals number their patients themselves, so one name at two sites is two.
+
+  Raises:
+    UserError: all examples would be of one patient.
+  """
+  places = [""] * len(keys) if sites is None else sites
+  people = [
+    ("patient", site, key) if key is not None else ("example", "", str(number))
+    for number, (key, site) in enumerate(zip(keys, places, strict=True))
+  ]
+  order = {person: number for number, person in enumerate(sorted(set(people)))}
+  require(
+    len(order) > 1,
+    f"{source} finds one patient only ('{keys[0]}') in all {len(keys)} names",
+    "put brackets around the part of the name in which patients differ",
+  )
+  named = {(site, key) for key, site in zip(keys, places, strict=True) if key is not None}
+  per_name = [key for _, key in named]
+  counts = PatientCounts(
+    named=sum(key is not None for key in keys),
+    patients=len(named),
+    source=source,
+    shared=sum(per_name.count(key) > 1 for key in set(per_name)) if sites is not None else 0,
+  )
+  return Patients(np.array([order[person] for person in people], np.int32), counts)
+
+
+def described(counts: PatientCounts | None, images: int, unit: str = "record") -> str:
+  """How many of ``images`` names say which patient they are of, in a sentence."""
+  if counts is None:
+    meaning = " A patient stands here for a group of near-duplicates." if unit == "patient" else ""
+    return f"No name says which patient it shows.{meaning}"
+  parts = [
+    f"{counts.named} of {images} names say which patient they are of ({counts.source}):"
+    f" {counts.patients} patients"
+  ]
+  if counts.named != images:
+    parts.append("each of the others counts as a patient of its own, which may be wrong")
+  elif counts.patients == images:
+    parts.append("none of them has two images")
+  if counts.shared:
+    parts.append(
+      f"{counts.shared} patient names stand at several hospitals and are taken for different people"
+    )
+  return "; ".join(parts) + "."

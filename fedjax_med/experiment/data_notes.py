@@ -1,0 +1,115 @@
+"""What must be known of a run's data, in sentences for console, report and privacy statement."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from fedjax_med.data.files import SYSTEM, counted
+from fedjax_med.data.grey import FEW_LEVELS, Grey
+from fedjax_med.data.patients import PatientCounts, described
+
+
+class Note(NamedTuple):
+  """A sentence about the data.
+
+  Attributes:
+    text: the sentence.
+    warning: whether results may mislead whoever does not know it.
+  """
+
+  text: str
+  warning: bool
+
+
+def data_notes(held: dict[str, Any], unit: str, show_names: bool) -> list[Note]:
+  """Sentences on what was read and how, from hospitals.json.
+
+  Args:
+    held: the record; fields that an older version did not write are passed over.
+    unit: ``privacy.unit``.
+    show_names: whether a file may be named: reports of private runs name none.
+  """
+  split = held["split"]
+  notes = [positive_note(held["class_names"]), patient_note(held, unit)]
+  if "grey" in held:
+    grey = Grey(**held["grey"])
+    notes.append(Note(grey.described, False))
+    if grey.levels < FEW_LEVELS:
+      text = f"Half of the pictures have at most {grey.levels} different grey values"
+      notes.append(Note(f"{text}: they may have been exported with too few.", True))
+  if split["scheme"] == "given":
+    text = "Train and test sides are those that the folders give"
+    shared = split.get("num_test_of_train_patients", 0)
+    if shared:
+      text += f"; {shared} test images are of patients who are in train as well"
+    notes.append(Note(f"{text}.", bool(shared)))
+  notes += _contradictions(held, show_names)
+  shifts = held.get("mixture_shifts", {})
+  if shifts:
+    worst = max(shifts, key=lambda name: shifts[name])
+    text = (
+      f"{number(held['num_moved'], 'train image')} moved to {number(len(shifts), 'hospital')} under"
+      " partition.min_client_size; the class mixture there differs from what was drawn by"
+      f" {sum(shifts.values()) / len(shifts):.2f} on average (total variation, 0 to 1), at most"
+      f" {shifts[worst]:.2f} ('{worst}')."
+    )
+    notes.append(Note(text, shifts[worst] > 0.1))
+  return [*notes, *_left_out(held["skipped"], show_names)]
+
+
+def number(count: int, noun: str) -> str:
+  """A count with its noun."""
+  return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
+def positive_note(class_names: Sequence[str]) -> Note:
+  """Which class sensitivity is of."""
+  if len(class_names) == 2:
+    text = f"The positive class is '{class_names[1]}', the negative one '{class_names[0]}'."
+    return Note(text, False)
+  return Note("Sensitivity and the like are averages over the classes.", False)
+
+
+def patient_note(held: dict[str, Any], unit: str) -> Note:
+  """How many names say which patient they are of."""
+  images = sum(sum(row["train"]) + sum(row["test"]) for row in held["hospitals"])
+  found = held.get("patients")
+  counts = PatientCounts(**found) if found else None
+  partly = counts is not None and counts.named != images
+  return Note(described(counts, images, unit), partly or (unit == "patient" and counts is None))
+
+
+def _contradictions(held: dict[str, Any], show_names: bool) -> list[Note]:
+  found = held.get("contradictions")
+  if not found or not found["similar"]:
+    return []
+  more = found["similar"] - found["identical"]
+  parts = []
+  if found["identical"]:
+    same = number(found["identical"], "picture")
+    parts.append(f"{same} with an equal one, pixel for pixel, in another class")
+  if more:
+    parts.append(f"{number(more, 'picture')} with a near-duplicate in another class")
+  first, second = found["pairs"][0]
+  named = f", such as {first} and {second}" if show_names else ""
+  return [Note(f"{'; '.join(parts)}{named}: not all of these labels can be right.", True)]
+
+
+def _left_out(skipped: Sequence[Sequence[str]], show_names: bool) -> list[Note]:
+  """How many files are left out, by class and reason; files of the system by themselves."""
+  system = sum(row[1] == SYSTEM for row in skipped)
+  rows = [row for row in skipped if row[1] != SYSTEM]
+  notes = []
+  if rows:
+    by_class: dict[str, list[str]] = {}
+    for row in rows:
+      by_class.setdefault(row[2] if len(row) > 2 else "", []).append(row[1])
+    parts = [
+      f"{len(by_class[name])} {f'of class {name}' if name else 'of no class'},"
+      f" {counted(by_class[name])}"
+      for name in sorted(by_class)
+    ]
+    named = f", for example {rows[0][0]}" if show_names else ""
+    notes.append(Note(f"Left out: {number(len(rows), 'file')}, {'; '.join(parts)}{named}.", True))
+  if system:
+    notes.append(Note(f"Left out as {SYSTEM}: {number(system, 'file')}.", False))
+  return notes
