@@ -21,9 +21,10 @@ def run_id_of(
   holds what.
   """
   values: dict[str, Any] = to_dict(config)
-  # Neither what is measured, nor the layout, nor where files lie changes the trajectory.
-  for section, name in (("data", "path"), ("data", "cache_dir"), ("data", "strict")):
-    del values[section][name]
+  # Neither what is measured, nor the layout, nor where files lie changes the trajectory; how they
+  # are read does so only by the images, labels and table below.
+  for name in ("path", "cache_dir", "strict", "layout", "window", "positive"):
+    del values["data"][name]
   del values["execution"], values["eval"]
   values["model"]["init_seed"] = init_seed(config)
   if config.client.synthetic == "none":

@@ -151,7 +151,9 @@ def _read(
     return values
   if values.deep != grey.deep and not window:
     kinds = ("more than 8", "8") if values.deep else ("8", "more than 8")
-    return f"{kinds[0]} bits, and the run was trained on pictures of {kinds[1]}"
+    return (
+      f"{kinds[0]} bits, and the run was trained on pictures of {kinds[1]}; export it as those were"
+    )
   return to_pixels(values, grey)
 
 
