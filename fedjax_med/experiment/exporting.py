@@ -9,8 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import export
 
+from fedjax_med.core.metrics import positive_class
+from fedjax_med.core.text import encodable
 from fedjax_med.experiment.trained import Trained
-from fedjax_med.experiment.workdir import write_whole
+from fedjax_med.experiment.workdir import write_text, write_whole
 from fedjax_med.models.layers import EPSILON
 from fedjax_med.models.pretrained import to_state_dict
 from fedjax_med.simulation.evaluation import make_classify
@@ -43,7 +45,7 @@ def describe(trained: Trained, privacy: dict[str, Any]) -> dict[str, Any]:
     }
     for each in privacy.get("guarantees", [])
   ]
-  data = trained.config.data
+  data, positive = trained.config.data, positive_class(trained.class_names)
   how = {
     "image": "each image minus its mean, divided by its standard deviation or by 1 if that is less",
     "fixed": "pixel / 127.5 - 1",
@@ -51,10 +53,11 @@ def describe(trained: Trained, privacy: dict[str, Any]) -> dict[str, Any]:
   return {
     "run_id": trained.run_id,
     "rounds": trained.rounds,
-    **({"hospital": trained.hospital} if trained.hospital else {}),
+    **({"hospital": encodable(trained.hospital)} if trained.hospital else {}),
     "network": trained.config.model.name,
     "norm": trained.config.model.norm,
-    "classes": list(trained.class_names),
+    "classes": [encodable(name) for name in trained.class_names],
+    **({"positive_class": encodable(positive)} if positive else {}),
     "image_size": data.image_size,
     "channels": trained.image_shape[2],
     "pixels": "uint8, one grey channel, resized to a square with bicubic antialiasing",
@@ -77,7 +80,7 @@ def export_model(trained: Trained, how: str, output: pathlib.Path) -> str:
     write_whole(output, lambda place: place.write_bytes(program))
     beside = output.with_name(f"{output.name}.json")
     text = json.dumps({**about, "platforms": list(PLATFORMS)}, indent=2, ensure_ascii=False)
-    write_whole(beside, lambda place: place.write_text(f"{text}\n", encoding="utf-8"))
+    write_text(beside, f"{text}\n")
     size = trained.image_shape[0]
     return (
       f"a program of uint8 images [b, {size}, {size}, 1] to probabilities [b,"
