@@ -5,8 +5,11 @@ import functools
 import html
 import io
 import json
+import pathlib
 import re
 import sys
+import types
+from typing import Any
 
 import pytest
 
@@ -44,7 +47,7 @@ def told(tmp_path_factory):
     use_any_terminal()
     runs.run(config, folder, "smoke", "train \udc93", weird_hospitals)
     sys.stdout.flush()
-  return folder, stream.getvalue().decode("ascii")
+    return folder, stream.getvalue().decode("ascii")
 
 
 def words(text):
@@ -87,17 +90,15 @@ def test_the_report_is_whole_utf_8_and_holds_the_names_as_they_are(told):
   assert "| A:smile:\\B &#124; [link=x] |" in statement
 
 
-def test_three_classes_have_macro_averages_on_the_terminal(told):
-  class Point:
-    rounds, epsilons, stopped = 1, (), ""
-    test = dict.fromkeys(("accuracy", "auroc", "recall", "specificity", "f1"), 0.5) | {"n": 3}
-    clients = ()
+def test_three_classes_have_macro_averages_on_the_terminal():
+  values = dict.fromkeys(("accuracy", "auroc", "recall", "specificity", "f1"), 0.5)
+  point: Any = types.SimpleNamespace(rounds=1, epsilons=(), test={"n": 3, **values}, clients=())
+  outcome: Any = types.SimpleNamespace(last=point, stopped="")
 
   def shown(class_names):
     dataset = dataclasses.replace(weird_hospitals().dataset, class_names=class_names)
     hospitals = dataclasses.replace(weird_hospitals(), dataset=dataset)
-    experiment = type("Experiment", (), {"hospitals": hospitals})
-    outcome = type("Outcome", (), {"last": Point, "stopped": ""})
+    experiment: Any = types.SimpleNamespace(hospitals=hospitals)
     stream = io.StringIO()
     terminal.results(terminal.Terminal(file=stream, width=200), experiment, outcome)
     return words(stream.getvalue())
@@ -114,8 +115,8 @@ def test_a_live_bar_works_on_any_terminal(encoding, monkeypatch):
   use_any_terminal()
   console = terminal.Terminal(force_terminal=True, width=150)
   with terminal.progress(console, "医院 [/] alone", 4) as listen:
-    point = type("Point", (), {"test": {"accuracy": 0.5, "auroc": None}, "epsilons": (1.0,)})
-    point.rounds, point.client_epsilon = 2, None
+    test = {"accuracy": 0.5, "auroc": None}
+    point: Any = types.SimpleNamespace(test=test, epsilons=(1.0,), rounds=2, client_epsilon=None)
     listen(point)
   out.flush()
   shown = stream.getvalue().decode(encoding)
@@ -136,8 +137,10 @@ def test_a_folder_that_checkpoints_cannot_have_is_refused_before_anything_runs(t
 def test_what_goes_with_an_exported_model_can_be_written_whatever_its_run_holds():
   from fedjax_med.experiment.exporting import describe
 
-  config = smoke_config()
-  model = trained.Trained(None, "id", config, ("no", "\udc93"), 1, None, {}, {}, "", "\udcaa")  # pyright: ignore
+  nothing: Any = None
+  names = ("no", "\udc93")
+  values = "id", smoke_config(), names, 1, nothing, {}, {}, "", "\udcaa"
+  model = trained.Trained(pathlib.Path(), *values)
   about = describe(model, {})
   text = json.dumps(about, ensure_ascii=False)
   assert text.encode("utf-8")
