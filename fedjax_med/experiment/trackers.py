@@ -62,9 +62,15 @@ def values_of(line: dict[str, Any]) -> dict[str, float]:
   found["epsilon"] = line.get("epsilon_max")
   for client in line["clients"]:
     found |= {f"{client['name']}/{metric}": client[metric] for metric in METRICS}
+  named: dict[str, Any] = {}
+  for key, value in found.items():
+    name = re.sub(r"[^\w\-./ ]", "_", key)  # what MLflow allows in a name
+    while name in named:  # two hospitals may differ in what is not allowed only
+      name += "_"
+    named[name] = value
   return {
-    re.sub(r"[^\w\-./ ]", "_", key): float(value)  # what MLflow allows in a name
-    for key, value in found.items()
+    name: float(value)
+    for name, value in named.items()
     if value is not None and math.isfinite(float(value))
   }
 
