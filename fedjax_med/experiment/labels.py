@@ -1,8 +1,10 @@
 """Labels of figures: any name as one short line, in letters that an installed font has."""
 
+import contextlib
 import functools
 import unicodedata
 from collections.abc import Sequence
+from typing import Any
 
 from fedjax_med.core.text import escaped, visible
 
@@ -20,12 +22,20 @@ FALLBACKS = (
 MOST = {"class": 20, "hospital": 32}  # columns of a label, in which a wide letter takes two
 
 
+@functools.cache
 def families() -> list[str]:
-  """Fonts of a figure: matplotlib's own, and those of ``FALLBACKS`` that are installed."""
+  """Fonts of a figure: matplotlib's own, and those of ``FALLBACKS`` that can be used here."""
   from matplotlib import font_manager
 
   installed = {font.name for font in font_manager.fontManager.ttflist}
-  return ["DejaVu Sans", *(name for name in FALLBACKS if name in installed)]
+  found = ["DejaVu Sans"]
+  for name in FALLBACKS:
+    if name in installed:
+      with contextlib.suppress(OSError, RuntimeError, ValueError):  # one that FreeType cannot open
+        for weight in ("normal", "bold"):
+          _font(name, weight)
+        found.append(name)
+  return found
 
 
 def drawable(text: str, most: int = 150) -> str:
@@ -76,19 +86,22 @@ def inches(made: Sequence[str], size: float = 10.0) -> float:
 @functools.cache
 def _letters() -> frozenset[str]:
   """Letters that the fonts of a figure have both in regular and in bold."""
-  from matplotlib import font_manager
-
   found = []
   for weight in ("normal", "bold"):
-    fonts = (font_manager.FontProperties(family=name, weight=weight) for name in families())
-    paths = [font_manager.findfont(font, fallback_to_default=False) for font in fonts]
-    maps = [font_manager.get_font(path).get_charmap() for path in paths]
+    maps = [_font(name, weight).get_charmap() for name in families()]
     found.append({chr(code) for letters in maps for code in letters})
   # Before 3.11 matplotlib writes from left to right and joins no letters.
   both = found[0] & found[1]
   if not _shapes_text():
     both = {letter for letter in both if unicodedata.bidirectional(letter) not in ("R", "AL")}
   return frozenset(both)
+
+
+def _font(family: str, weight: str) -> Any:
+  from matplotlib import font_manager
+
+  wanted = font_manager.FontProperties(family=family, weight=weight)
+  return font_manager.get_font(font_manager.findfont(wanted, fallback_to_default=False))
 
 
 def _shapes_text() -> bool:

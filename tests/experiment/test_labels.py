@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 
 from fedjax_med.experiment import figures, overlays
+from fedjax_med.experiment import labels as texts
 from fedjax_med.experiment.labels import drawable, inches, labels, stand_ins
 from fedjax_med.sweep import figures as sweep_figures
 
@@ -53,6 +54,21 @@ def test_long_names_keep_both_ends_and_names_that_become_alike_get_numbers():
   assert second.endswith(" B")
   middle = ["x" * 30 + f"{k}" + "x" * 30 for k in "AB"]
   assert labels(middle, "hospital") == ["hospital 1", "hospital 2"]
+
+
+def test_a_font_that_is_installed_draws_what_matplotlibs_own_lacks(monkeypatch, tmp_path):
+  letter, fonts = "Ⓐ", ("No Such Font", "STIXGeneral")
+  monkeypatch.setattr(texts, "FALLBACKS", fonts)
+  for cached in (texts.families, texts._letters):
+    cached.cache_clear()
+  try:
+    assert texts.families() == ["DejaVu Sans", "STIXGeneral"]
+    assert labels([letter, "b"], "class") == [letter, "b"]
+    hospitals, summary = run_of(["A"], [letter, "b"])
+    figures.draw_confusion(tmp_path / "confusion.png", summary, hospitals)  # without a warning
+  finally:
+    for cached in (texts.families, texts._letters):
+      cached.cache_clear()
 
 
 def run_of(names, class_names):

@@ -19,7 +19,7 @@ def undrawn(monkeypatch):
 
 
 def page_of(folder, **changes):
-  fake_workdir(folder, num_log_points=1, baselines=False, **changes)
+  fake_workdir(folder, num_log_points=1, private=False, baselines=False, **changes)
   return html.unescape(write_report(folder).read_text(encoding="utf-8"))
 
 
@@ -44,17 +44,17 @@ def test_three_classes_have_macro_averages_in_every_table_of_sensitivity(tmp_pat
 
 
 def test_the_page_says_what_figures_show_for_a_name(tmp_path):
-  names = ("正常", "ordinary <b>")
+  names = ("\U000f0000", "ordinary <b>")
   page = page_of(tmp_path, class_names=names)
   (line,) = re.findall(r'<p class="quiet" id="labels">(.*?)</p>', page)
-  assert line == "In the figures “class 1” is “正常”."
+  assert line == "In the figures “class 1” is “\U000f0000”."
   assert "ordinary <b>" in page
   assert "<b>" not in outline((tmp_path / "report.html").read_text(encoding="utf-8")).rows
   assert 'id="labels"' not in page_of(tmp_path / "other")
 
 
 def test_a_run_whose_files_hold_bytes_that_are_no_text_has_a_report(tmp_path):
-  page = page_of(tmp_path, class_names=("no", "\udc93\udcaa"), private=False)
+  page = page_of(tmp_path, class_names=("no", "\udc93\udcaa"))
   assert "'\\x93\\xaa'" in page
 
 
