@@ -89,7 +89,7 @@ def check() -> dict[str, Any]:
 def run(name: str, limit: float, command: str, folder: pathlib.Path) -> dict[str, Any]:
   """Runs one benchmark; returns how it ended."""
   started = time.monotonic()
-  with (folder / f"{name}.json").open("w") as out, (folder / f"{name}.log").open("w") as log:
+  with (folder / f"{name}.json").open("wb") as out, (folder / f"{name}.log").open("wb") as log:
     process = subprocess.Popen(
       [sys.executable, "-m", *f"benchmarks.{command}".split()],
       stdout=out,
@@ -124,7 +124,8 @@ def main() -> int:
       continue
     summary[name] = run(name, min(limit, left), command, options.out)
     print(name, summary[name], file=sys.stderr, flush=True)
-    (options.out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    text = json.dumps(summary, indent=2) + "\n"
+    (options.out / "summary.json").write_text(text, encoding="utf-8")
     if name == "check" and summary[name]["exit_code"] != 0:
       print("the check failed: times of wrong results are worth nothing", file=sys.stderr)
       return 1

@@ -56,7 +56,7 @@ def commit() -> str:
   """The commit of the working tree, with -dirty where files but results differ; '' outside git."""
 
   def git(*arguments: str) -> str:
-    done = subprocess.run(["git", *arguments], capture_output=True, text=True, check=True)
+    done = subprocess.run(["git", *arguments], capture_output=True, encoding="utf-8", check=True)
     return done.stdout.strip()
 
   try:
@@ -73,7 +73,7 @@ def _module() -> str:
 
 def _cpu_name() -> str:
   try:
-    with open("/proc/cpuinfo") as lines:
+    with open("/proc/cpuinfo", encoding="utf-8") as lines:
       return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
   except (OSError, StopIteration):
     return platform.processor()
@@ -84,7 +84,7 @@ def finish(result: dict[str, Any], arguments: argparse.Namespace) -> None:
   text = json.dumps(result, indent=None if arguments.json else 2)
   print(text, flush=True)
   if arguments.out:
-    with open(arguments.out, "w") as file:
+    with open(arguments.out, "w", encoding="utf-8") as file:
       file.write(json.dumps(result, indent=2) + "\n")
 
 

@@ -77,7 +77,7 @@ def compile_once(config: pathlib.Path) -> dict[str, Any]:
     [sys.executable, "-c", COMPILE, str(config)],
     env={**environment(), "JAX_ENABLE_COMPILATION_CACHE": "false"},
     stdout=subprocess.PIPE,
-    text=True,
+    encoding="utf-8",
     check=True,
   )
   return json.loads(done.stdout.splitlines()[-1])
@@ -97,7 +97,9 @@ def first_round(config: pathlib.Path, cache: pathlib.Path) -> float:
       env=environment(),
       stdout=subprocess.DEVNULL,
     )
-    while process.poll() is None and not (log.exists() and '"round": 1' in log.read_text()):
+    while process.poll() is None and not (
+      log.exists() and '"round": 1' in log.read_text(encoding="utf-8")
+    ):
       time.sleep(0.01)
     seconds = time.perf_counter() - started
     if process.wait() != 0:
@@ -115,7 +117,7 @@ def measure(folder: pathlib.Path, repeats: int) -> dict[str, Any]:
 
   for name, prefix, settings in (("large", "", LARGE), ("w3", "w3_", SMALL)):
     config = folder / f"{name}.py"
-    config.write_text(CONFIG.format(**settings))
+    config.write_text(CONFIG.format(**settings), encoding="utf-8")
     if name == "large":
       found = [compile_once(config) for _ in range(repeats)]
       note("cold_s", [one["compile_s"] for one in found])

@@ -110,7 +110,9 @@ def peers(arguments: argparse.Namespace, workload: specs.Workload) -> dict[str, 
     command += ["--repeats", str(arguments.repeats), "--reference", reference]
     environment = {**os.environ, "PYTHONPATH": os.getcwd()}
     try:
-      done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
+      done = subprocess.run(
+        command, capture_output=True, encoding="utf-8", env=environment, check=True
+      )
       return json.loads(done.stdout.splitlines()[-1])
     except (OSError, IndexError, json.JSONDecodeError) as error:
       return {"error": str(error)}

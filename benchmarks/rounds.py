@@ -51,7 +51,7 @@ class Peer:
 
   def __init__(self, script: str, python: str, variant: str, arguments: list[str]):
     command = [python, "-m", f"benchmarks.peers.{script}", "--serve", "--variant", variant]
-    self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115, closed in close()
+    self._log = tempfile.TemporaryFile("w+", encoding="utf-8")  # noqa: SIM115, closed in close()
     self.started = time.perf_counter()
     environment = {**os.environ, "PYTHONPATH": os.getcwd()}
     self._process = subprocess.Popen(
@@ -59,7 +59,7 @@ class Peer:
       stdin=subprocess.PIPE,
       stdout=subprocess.PIPE,
       stderr=self._log,
-      text=True,
+      encoding="utf-8",
       env=environment,
     )
     try:

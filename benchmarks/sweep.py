@@ -37,7 +37,7 @@ def process(module: str, *arguments: str, cache: str) -> float:
 
 
 def metrics_of(folder: pathlib.Path) -> dict[str, Any]:
-  summary = json.loads((folder / "summary.json").read_text())
+  summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
   return {**summary["test"], "epsilon": summary["epsilon_max"]}
 
 

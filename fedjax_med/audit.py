@@ -75,9 +75,10 @@ def _tell(text: str) -> None:
 def _keep(folder: pathlib.Path | None, result: dict[str, Any]) -> None:
   """Writes audit.json, and tells the privacy statement and the report of it."""
   from fedjax_med.experiment import report
+  from fedjax_med.experiment.workdir import write_json
 
   if folder is not None:
-    (folder / "audit.json").write_text(json.dumps(result, indent=2, allow_nan=False) + "\n")
+    write_json(folder / "audit.json", result)
     report.write_statement(folder)
     if (folder / "summary.json").exists():
       report.write_report(folder)

@@ -20,6 +20,7 @@ import sys
 from absl import flags
 
 from fedjax_med.core.errors import require
+from fedjax_med.core.text import encodable, visible
 from fedjax_med.flags import run_main
 
 flags.DEFINE_string("workdir", "", "Folder of the run; the page goes to its folder 'explain'.")
@@ -59,21 +60,21 @@ def main(argv: list[str]) -> None:
   from fedjax_med.experiment import explain, report, trained  # after the flags: jax takes a while
   from fedjax_med.experiment.cache import use_compilation_cache
 
-  model = trained.load(folder, values.network, values.hospital)
+  model = trained.load(folder, values.network, encodable(values.hospital))
   use_compilation_cache(model.config.execution.compilation_cache)
   page = explain.explain(
     model,
     images=images,
     num_images=values.num_images,
-    target=values.target,
+    target=encodable(values.target),
     layer_name=values.layer,
     data_path=values.data_path,
     show_patients=values.show_patients,
     tell=lambda text: print(text, file=sys.stderr, flush=True),
   )
-  print(page)
+  print(visible(str(page)))
   if (folder / "summary.json").exists():  # an unfinished run has no report yet
-    print(report.write_report(folder))
+    print(visible(str(report.write_report(folder))))
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ import urllib.parse
 from absl import flags
 
 from fedjax_med.core.errors import require, require_choice
+from fedjax_med.core.text import encodable, visible
 from fedjax_med.flags import run_main
 
 _ENDINGS = {"jax": ".jax", "safetensors": ".safetensors"}
@@ -47,7 +48,8 @@ def main(argv: list[str]) -> None:
   require(bool(values.format), "--format is missing", "use --format=jax or --format=safetensors")
   require_choice("--format", values.format, _ENDINGS)
   folder = pathlib.Path(values.workdir).expanduser()
-  whose = f"-{urllib.parse.quote(values.hospital, safe=' ')}" if values.hospital else ""
+  hospital = encodable(values.hospital)
+  whose = f"-{urllib.parse.quote(hospital, safe=' ')}" if hospital else ""
   output = folder / "export" / f"model{whose}{_ENDINGS[values.format]}"
   if values.output:
     output = pathlib.Path(values.output).expanduser()
@@ -55,8 +57,8 @@ def main(argv: list[str]) -> None:
   from fedjax_med.experiment import exporting, trained  # after the flags: jax takes a while
 
   # Native convolutions: what runs it later is not known, and every platform has them.
-  model = trained.load(folder, values.network, values.hospital, lowering="native")
-  print(f"{output}: {exporting.export_model(model, values.format, output)}")
+  model = trained.load(folder, values.network, hospital, lowering="native")
+  print(f"{visible(str(output))}: {exporting.export_model(model, values.format, output)}")
 
 
 if __name__ == "__main__":

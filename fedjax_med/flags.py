@@ -24,6 +24,7 @@ from ml_collections import config_flags
 
 from fedjax_med.core.config import Config
 from fedjax_med.core.errors import UserError, nearest, require
+from fedjax_med.core.text import use_any_terminal, visible
 from fedjax_med.core.validation import validate
 
 _HELP = ("--help", "-help", "-h", "--helpfull", "--helpshort")
@@ -82,8 +83,9 @@ def run_main(main: Callable[[list[str]], None]) -> None:
 
   Exits with code 2 after a UserError, a file that the system refuses or a wrong command line (one
   line on stderr, with --debug the traceback as well), 130 after Ctrl-C, 0 after --help. Other
-  exceptions are bugs and pass.
+  exceptions are bugs and pass. What a terminal's encoding lacks is spelt out.
   """
+  use_any_terminal()
   if any(argument in _HELP for argument in sys.argv[1:]):
     try:
       print(help_text(main), flush=True)
@@ -337,5 +339,5 @@ def _check_values(config: Config) -> None:
 
 
 def _fail(message: str, code: int) -> NoReturn:
-  print(message, file=sys.stderr)
+  print(visible(message), file=sys.stderr)
   sys.exit(code)

@@ -19,6 +19,8 @@ import sys
 from absl import flags
 
 from fedjax_med.core.errors import require
+from fedjax_med.core.metrics import positive_class
+from fedjax_med.core.text import encodable, visible
 from fedjax_med.flags import run_main
 
 flags.DEFINE_string("workdir", "", "Folder of the run whose model predicts; it may be unfinished.")
@@ -52,7 +54,7 @@ def main(argv: list[str]) -> None:
 
   predictions.files_in(images)  # a typo need not wait for the model
   folder = pathlib.Path(values.workdir).expanduser()
-  model = trained.load(folder, values.network, values.hospital)
+  model = trained.load(folder, values.network, encodable(values.hospital))
   use_compilation_cache(model.config.execution.compilation_cache)
   layer = predictions.choose_layer(model, values.layer) if values.maps else None
   counts = predictions.predict_files(model, images, output, layer, _tell)
@@ -60,9 +62,13 @@ def main(argv: list[str]) -> None:
     _tell(f"{name}: {error}")
   if len(counts.errors) > SHOWN:
     _tell(f"... and {len(counts.errors) - SHOWN} more, see the column 'error'")
-  print(f"{output}: {counts.read} predicted, {len(counts.errors)} not ({model.described})")
+  shown = visible(str(output))
+  print(f"{shown}: {counts.read} predicted, {len(counts.errors)} not ({model.described})")
+  if positive_class(model.class_names):
+    print(f"positive class: '{positive_class(model.class_names)}'")
   if layer is not None and counts.read:
-    print(f"{output.with_name(output.stem + '_maps')}: Grad-CAM at layer {layer.name}")
+    maps = visible(str(output.with_name(output.stem + "_maps")))
+    print(f"{maps}: Grad-CAM at layer {layer.name}")
   require(
     counts.read > 0,
     f"none of the {len(counts.errors)} files of --images={images} can be read",

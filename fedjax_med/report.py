@@ -11,6 +11,7 @@ import pathlib
 from absl import flags
 
 from fedjax_med.core.errors import require
+from fedjax_med.core.text import visible
 from fedjax_med.flags import run_main
 
 flags.DEFINE_list("workdir", [], "Folder of a run or of a sweep, or several of runs with commas.")
@@ -25,15 +26,16 @@ def main(argv: list[str]) -> None:
   if len(folders) == 1 and not (folders[0] / "sweep.json").exists():
     from fedjax_med.experiment.report import write_report
 
-    print(write_report(folders[0], papers=True))
+    print(visible(str(write_report(folders[0], papers=True))))
     return
   from fedjax_med.sweep import report
 
   if len(folders) == 1:
-    print(report.write(report.of_sweep(folders[0]), folders[0]))
+    print(visible(str(report.write(report.of_sweep(folders[0]), folders[0]))))
     return
   require(bool(values.out), "--out is empty", "name a folder for the report on several runs")
-  print(report.write(report.of_runs(folders), pathlib.Path(values.out).expanduser()))
+  page = report.write(report.of_runs(folders), pathlib.Path(values.out).expanduser())
+  print(visible(str(page)))
 
 
 if __name__ == "__main__":

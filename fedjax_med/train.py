@@ -5,7 +5,6 @@ Example: python -m fedjax_med.train --config=configs/quickstart.py --workdir=run
 
 import concurrent.futures
 import pathlib
-import shlex
 import sys
 import threading
 from collections.abc import Callable
@@ -15,6 +14,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from fedjax_med.core.errors import require
+from fedjax_med.core.text import command_line
 from fedjax_med.data.hospitals import load_hospitals
 from fedjax_med.flags import define_config, load_config, run_main
 
@@ -68,7 +68,7 @@ def main(_: list[str]) -> None:
     split_cpu(config.execution.devices)
   use_compilation_cache(config.execution.compilation_cache)
   name = pathlib.Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
-  command = shlex.join(["python", "-m", "fedjax_med.train", *sys.argv[1:]])
+  command = command_line(["python", "-m", "fedjax_med.train", *sys.argv[1:]])
   if values.dry_run:
     run.dry_run(config, hospitals)
   else:

@@ -20,13 +20,13 @@ MODES = ("plain", "plain_channels_last", "hooks", "ghost", "ew")
 
 def status(field: str) -> int:
   """Bytes of VmRSS or VmHWM of this process."""
-  with open("/proc/self/status") as lines:
+  with open("/proc/self/status", encoding="utf-8") as lines:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 
 
 def reset_peak() -> None:
   """Makes VmHWM start again from what is held now."""
-  with open("/proc/self/clear_refs", "w") as file:
+  with open("/proc/self/clear_refs", "w", encoding="utf-8") as file:
     file.write("5")
 
 

@@ -33,7 +33,7 @@ def parse(description: str, *names: str, argv: list[str] | None = None) -> argpa
 
 def claim_stdout() -> Any:
   """A stream on the real stdout; what anyone else prints goes to stderr from now on."""
-  stream = os.fdopen(os.dup(1), "w")
+  stream = os.fdopen(os.dup(1), "w", encoding="utf-8")
   os.dup2(2, 1)
   return stream
 

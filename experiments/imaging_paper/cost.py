@@ -79,7 +79,8 @@ def seconds_of(case: Case) -> float:
 
   with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
     run(config_of(case), pathlib.Path(folder), "cost", "")
-    return float(json.loads((pathlib.Path(folder) / "timing.json").read_text())["train"])
+    timing = (pathlib.Path(folder) / "timing.json").read_text(encoding="utf-8")
+    return float(json.loads(timing)["train"])
 
 
 def compare(seconds: Mapping[Case, Sequence[float]]) -> list[dict[str, Any]]:
@@ -128,7 +129,7 @@ def main(_: list[str]) -> None:
     "seconds_of_smallest": times[str(base)],
     "factors": factors,
   }
-  out.write_text(json.dumps(result, indent=2) + "\n")
+  out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
   print(json.dumps(result) if flags.FLAGS.json else markdown(factors))
 
 

@@ -92,7 +92,9 @@ def draw_split(folder: pathlib.Path, target: pathlib.Path) -> None:
   for number, row in enumerate(training.every_row()):
     hospitals = folder_of(folder, number) / "hospitals.json"
     if row.system == PROPOSED and row.seed == 0 and hospitals.exists():
-      draw_partition(target / f"partition_{row.split}.png", json.loads(hospitals.read_text()))
+      draw_partition(
+        target / f"partition_{row.split}.png", json.loads(hospitals.read_text(encoding="utf-8"))
+      )
 
 
 def main(_: list[str]) -> None:

@@ -16,7 +16,7 @@ from absl import flags
 
 from experiments.imaging_paper import training
 from experiments.imaging_paper.systems import SCALES, SPLITS, SYSTEMS
-from fedjax_med.experiment.workdir import write_whole
+from fedjax_med.experiment.workdir import write_text, write_whole
 from fedjax_med.flags import run_main
 from fedjax_med.study import mean_interval
 
@@ -147,8 +147,8 @@ def main(_: list[str]) -> None:
     table = table.assign(set=flags.FLAGS.set, scale=flags.FLAGS.scale)
     write_whole(folder / training.RESULTS, lambda path: frame.to_csv(path, index=False))
     write_whole(folder / "tables.csv", lambda path: table.to_csv(path, index=False))
-    write_whole(folder / "tables.md", lambda path: path.write_text("\n\n".join(text) + "\n"))
-    write_whole(folder / "tables.tex", lambda path: path.write_text(latex(records)))
+    write_text(folder / "tables.md", "\n\n".join(text) + "\n")
+    write_text(folder / "tables.tex", latex(records))
   if flags.FLAGS.json:
     print(json.dumps({"scale": flags.FLAGS.scale, "set": flags.FLAGS.set, "rows": records}))
   else:

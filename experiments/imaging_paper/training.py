@@ -132,5 +132,5 @@ def collect(folder: pathlib.Path, every: Sequence[Row], own: Sequence[int]) -> p
 
 
 def _summary(folder: pathlib.Path) -> tuple[int, str]:
-  found = json.loads((folder / "summary.json").read_text())
+  found = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
   return found["num_parameters"], found["predicts"]

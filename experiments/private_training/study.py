@@ -128,17 +128,18 @@ def main(_: list[str]) -> None:
     ["git", "describe", "--always", "--dirty", "--exclude=*"],
     cwd=HERE,
     capture_output=True,
-    text=True,
+    encoding="utf-8",
     check=False,
   )
-  results: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"arms": {}}
+  known = RESULTS.read_text(encoding="utf-8") if RESULTS.exists() else '{"arms": {}}'
+  results: dict[str, Any] = json.loads(known)
   for name in _ONLY.value or [arm for arm in ARMS if arm not in results["arms"]]:
     found = run_arm(config_of(name, _PATH.value), _SEEDS.value)
     found["commit"] = git.stdout.strip()
     found["date"] = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     results["arms"][name] = found
     results["command"] = "python -m experiments.private_training.study --path=FOLDER"
-    RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+    RESULTS.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     print(f"{name}: {found['seconds']} s", flush=True)
   print(table(results))
 

@@ -3,13 +3,44 @@
 An undefined value is None, never a number that could be mistaken for a result.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 METRICS = ("loss", "accuracy", "precision", "recall", "specificity", "f1", "auroc", "ece")
 LOWER_IS_BETTER = ("loss", "ece")
+NO_CLASS = "macro average"  # in the place of a positive class, where there are three or more
 CALIBRATION_BINS = 15  # as Guo et al. 2017
+
+
+def positive_class(class_names: Sequence[str]) -> str:
+  """The class that sensitivity is of: the second of two; empty where there are more."""
+  return class_names[1] if len(class_names) == 2 else ""
+
+
+def about_points(positives: Sequence[str]) -> str:
+  """``about_classes`` for a table of several runs, of which each may have another such class."""
+  if len(set(positives)) <= 1:
+    return about_classes(positives[0] if positives else "")
+  return (
+    "The positive class, which sensitivity, specificity, precision and F1 are of, differs: see the"
+    f" column; {NO_CLASS} stands for averages over three or more classes."
+  )
+
+
+def about_classes(positive: str) -> str:
+  """A sentence for a table of metrics: which class they are of.
+
+  Args:
+    positive: from ``positive_class``.
+  """
+  if positive:
+    return f"Sensitivity, specificity, precision and F1 are of the positive class '{positive}'."
+  return (
+    "Sensitivity, specificity, precision, F1 and AUROC are macro averages: each class against the"
+    " rest, averaged over the classes that a test set holds."
+  )
 
 
 def classification_metrics(

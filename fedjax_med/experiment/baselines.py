@@ -62,4 +62,4 @@ def write_baselines(federation: Case, folder: pathlib.Path) -> None:
 
 
 def _add(path: pathlib.Path, key: str, value: Any) -> None:
-  files.write_json(path, {**json.loads(path.read_text()), key: value})
+  files.write_json(path, {**json.loads(path.read_text(encoding="utf-8")), key: value})

@@ -1,6 +1,7 @@
 """What a run says on the terminal: what will happen, live progress, the result per hospital."""
 
 import contextlib
+import pathlib
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -16,7 +17,10 @@ from rich.progress import (
   TimeRemainingColumn,
 )
 from rich.table import Table
+from rich.text import Text
 
+from fedjax_med.core.metrics import about_classes, positive_class
+from fedjax_med.core.text import encodable, visible
 from fedjax_med.experiment.build import Experiment
 from fedjax_med.experiment.data_notes import data_notes
 from fedjax_med.experiment.loop import Listener, LogPoint, Outcome
@@ -28,15 +32,27 @@ from fedjax_med.privacy.guarantees import UNITS
 MOST_ROWS = 20  # hospitals in a table on the terminal; files and report hold all of them
 
 
+class Terminal(Console):
+  """A console that spells out what its encoding lacks before columns are laid out, not after."""
+
+  def render_str(self, text: str, **options: Any) -> Text:
+    return super().render_str(encodable(text, self.encoding), **options)
+
+
 def make_console() -> Console:
   """Colours and a live bar on a terminal, plain lines of fixed width elsewhere.
 
-  Only the first of several processes prints.
+  Only the first of several processes prints. A name with colons is no emoji.
   """
   if not is_first():
     return Console(quiet=True, force_terminal=False)
-  console = Console(highlight=False)
-  return console if console.is_terminal else Console(highlight=False, width=110)
+  console = Terminal(highlight=False, emoji=False)
+  return console if console.is_terminal else Terminal(highlight=False, emoji=False, width=110)
+
+
+def shown_path(path: pathlib.Path) -> str:
+  """A path as markup: brackets, ends of line and bytes that are no text are part of it."""
+  return escape(visible(str(path)))
 
 
 def number(value: float | None, digits: int = 3) -> str:
@@ -56,9 +72,11 @@ def describe(
   config, hospitals = experiment.config, experiment.hospitals
   dataset, split = hospitals.dataset, hospitals.split
   height, width = dataset.inputs.shape[1:3]
+  positive = positive_class(dataset.class_names)
+  classes = ", ".join(dataset.class_names) + (f"; positive class: '{positive}'" if positive else "")
   console.print(
     f"[bold]{len(hospitals.names)} hospitals[/] share {dataset.num_real} images"
-    f" ({config.data.source}, {height}x{width}, classes {escape(', '.join(dataset.class_names))});"
+    f" ({config.data.source}, {height}x{width}, classes {escape(classes)});"
     f" {len(split.train)} train, {len(split.test)} test, split '{split.scheme}',"
     f" partition '{config.partition.scheme}'"
   )
@@ -84,7 +102,7 @@ def describe(
   if experiment.program.origin:
     console.print(f"  starts from {escape(experiment.program.origin)}")
   for reason in experiment.program.plan.reasons:
-    console.print(f"  plan: {reason}")
+    console.print(f"  plan: {escape(reason)}")
   console.print(_hospital_table(experiment, planned))
   total = config.server.num_rounds
   end = "" if rounds == total else f"; the budget stops the run before round {rounds + 1}"
@@ -118,7 +136,7 @@ def _hospital_table(experiment: Experiment, planned: tuple[float, ...]) -> Table
   for column in columns:
     table.add_column(column, justify="right")
   for k, name in enumerate(hospitals.names[:MOST_ROWS]):
-    row = [name, str(hospitals.real_counts[k]), *([str(made[k])] if made.any() else [])]
+    row = [escape(name), str(hospitals.real_counts[k]), *([str(made[k])] if made.any() else [])]
     row += [str(hospitals.test.counts[k]), str(experiment.steps[k])]
     if local:
       mechanism = local.mechanisms[k]
@@ -127,13 +145,14 @@ def _hospital_table(experiment: Experiment, planned: tuple[float, ...]) -> Table
       row += [f"{mechanism.noise_multiplier:.3f}", f"{local.deltas[k]:.1e}"]
       row.append(f"{planned[k]:.3f}")
     table.add_row(*row)
-  _add_rest(table, len(hospitals.names))
+  table.caption = _rest(len(hospitals.names))
   return table
 
 
-def _add_rest(table: Table, total: int) -> None:
-  if total > MOST_ROWS:
-    table.caption = f"and {total - MOST_ROWS} more hospitals (all in the report)"
+def _rest(total: int) -> str | None:
+  return (
+    f"and {total - MOST_ROWS} more hospitals (all in the report)" if total > MOST_ROWS else None
+  )
 
 
 @contextlib.contextmanager
@@ -162,16 +181,16 @@ def progress(console: Console, name: str, num_rounds: int) -> Iterator[Listener]
 
     def line(point: LogPoint) -> None:
       left = time_left(point.rounds)
-      console.print(f"{name}: round {point.rounds}/{num_rounds}  {status(point)}{left}")
+      console.print(f"{escape(name)}: round {point.rounds}/{num_rounds}  {status(point)}{left}")
 
     yield line
     return
 
   columns = (
-    TextColumn("{task.description}"),
+    TextColumn("{task.description}", markup=False),
     BarColumn(),
     MofNCompleteColumn(),
-    TextColumn("{task.fields[status]}"),
+    TextColumn("{task.fields[status]}", markup=False),
     TimeRemainingColumn(),
   )
   with Progress(*columns, console=console) as bar:
@@ -194,7 +213,7 @@ def results(console: Console, experiment: Experiment, outcome: Outcome) -> None:
 
   def add(name: str, line: dict[str, Any], spent: float | None) -> None:
     values = [line[key] for key in ("accuracy", "auroc", "recall", "specificity", "f1")]
-    row = [name, str(line["n"]), *map(number, values)]
+    row = [escape(name), str(line["n"]), *map(number, values)]
     table.add_row(*row, *([number(spent)] if point.epsilons else []))
 
   for k, line in enumerate(point.clients[:MOST_ROWS]):
@@ -205,7 +224,8 @@ def results(console: Console, experiment: Experiment, outcome: Outcome) -> None:
     point.test,
     float(np.max(point.epsilons)) if point.epsilons else None,
   )
-  _add_rest(table, len(point.clients))
+  about = escape(about_classes(positive_class(experiment.hospitals.dataset.class_names)))
+  table.caption = "\n".join(filter(None, [_rest(len(point.clients)), about]))
   console.print(table)
   if outcome.stopped == "budget":
     config = experiment.config

@@ -29,7 +29,7 @@ def data_notes(held: dict[str, Any], unit: str, show_names: bool) -> list[Note]:
     show_names: whether a file may be named: reports of private runs name none.
   """
   split = held["split"]
-  notes = [positive_note(held["class_names"]), patient_note(held, unit)]
+  notes = [patient_note(held, unit)]
   if "grey" in held:
     grey = Grey(**held["grey"])
     notes.append(Note(grey.described, False))
@@ -59,14 +59,6 @@ def data_notes(held: dict[str, Any], unit: str, show_names: bool) -> list[Note]:
 def number(count: int, noun: str) -> str:
   """A count with its noun."""
   return f"{count:,} {noun}{'' if count == 1 else 's'}"
-
-
-def positive_note(class_names: Sequence[str]) -> Note:
-  """Which class sensitivity is of."""
-  if len(class_names) == 2:
-    text = f"The positive class is '{class_names[1]}', the negative one '{class_names[0]}'."
-    return Note(text, False)
-  return Note("Sensitivity and the like are averages over the classes.", False)
 
 
 def patient_note(held: dict[str, Any], unit: str) -> Note:

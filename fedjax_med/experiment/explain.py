@@ -4,6 +4,7 @@ import base64
 import dataclasses
 import json
 import pathlib
+import tempfile
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -11,10 +12,13 @@ import jax
 import numpy as np
 
 from fedjax_med.core.errors import UserError, require, require_choice
+from fedjax_med.core.metrics import positive_class
+from fedjax_med.core.text import readable
 from fedjax_med.data.dataset import Hospitals, client_rows
 from fedjax_med.data.hospitals import load_hospitals
 from fedjax_med.experiment import overlays
 from fedjax_med.experiment import workdir as files
+from fedjax_med.experiment.labels import drawable, labels, stand_ins
 from fedjax_med.experiment.pointing import score
 from fedjax_med.experiment.predictions import (
   Looked,
@@ -62,6 +66,8 @@ def explain(
 ) -> pathlib.Path:
   """Writes WORKDIR/explain: index.html, its pictures and explain.json; returns the page.
 
+  What an earlier start has left there stays until all of it can be replaced.
+
   Args:
     trained: the model.
     images: a folder of pictures, or None for the test images of the run's own data.
@@ -104,29 +110,9 @@ def explain(
   looked = [_part(whole, end - len(g.pixels), end) for g, end in zip(groups, ends, strict=True)]
   block = _gate_shown(list(looked[0].gated), looked[0])
 
-  folder = trained.folder / "explain"
-  folder.mkdir(exist_ok=True)
-  for old in folder.glob("*.png"):
-    old.unlink()
-  figures = []
-  for index, (group, made) in enumerate(zip(groups, looked, strict=True), 1):
-    name = f"group-{index}.png"
-    seen = [_seen(trained, group, made, row, block) for row in range(len(group.pixels))]
-    overlays.draw_grid(folder / name, group.name, seen, block)
-    caption = f"{group.name}: {'; '.join(_caption(each) for each in seen)}."
-    figures.append({"file": name, "caption": caption})
-  gates = list(looked[0].gated)
-  if gates:
-    rows = [
-      (group.name, [made.gated[name].gates for name in gates])
-      for group, made in zip(groups, looked, strict=True)
-    ]
-    overlays.draw_gates(folder / "gates.png", gates, rows)
-    caption = (
-      "Factors by which each squeeze-and-excitation block scales its channels, over the images"
-      " above."
-    )
-    figures.append({"file": "gates.png", "caption": caption})
+  hospital_names = hospitals.names if hospitals else ()
+  titles = dict(zip(hospital_names, labels(hospital_names, "hospital"), strict=True))
+  titles = titles or {group.name: drawable(group.name, 60) for group in groups}
   asked = hospitals.names if hospitals and not trained.hospital else groups
   record = {
     "run_id": trained.run_id,
@@ -140,22 +126,87 @@ def explain(
     "patients_of_private_run": secret and images is None,
     "hospitals_left_out": len(asked) - len(groups),
     "pointing": None if hospitals is None else _point(trained, hospitals, look, size),
-    "figures": figures,
   }
-  files.write_json(folder / "explain.json", record)
-  page = folder / "index.html"
   view = {
     **record,
+    "positive": positive_class(trained.class_names),
+    "stand_ins": [
+      *stand_ins(trained.class_names, "class"),
+      *stand_ins(hospital_names, "hospital"),
+    ],
     "model": trained.config.model.name,
     "size": trained.config.data.image_size,
     "private": trained.private,
-    "images": [
-      {**figure, "data": base64.b64encode((folder / figure["file"]).read_bytes()).decode("ascii")}
-      for figure in figures
-    ],
   }
-  page.write_text(environment().get_template("explain.html").render(view), encoding="utf-8")
-  return page
+  folder = trained.folder / "explain"
+  with tempfile.TemporaryDirectory(prefix=".explain.", dir=trained.folder) as place:
+    drawn = pathlib.Path(place)
+    figures = _draw(drawn, trained, groups, looked, block, titles)
+    page = (
+      environment()
+      .get_template("explain.html")
+      .render(
+        **view, images=[{**figure, "data": _base64(drawn / figure["file"])} for figure in figures]
+      )
+    )
+    folder.mkdir(exist_ok=True)
+    (folder / "explain.json").unlink(missing_ok=True)  # pictures never stand under others' captions
+    for old in folder.glob("*.png"):
+      old.unlink()
+    for figure in figures:
+      (drawn / figure["file"]).replace(folder / figure["file"])
+  files.write_json(folder / "explain.json", {**record, "figures": figures})
+  files.write_text(folder / "index.html", page)
+  return folder / "index.html"
+
+
+def _base64(path: pathlib.Path) -> str:
+  return base64.b64encode(path.read_bytes()).decode("ascii")
+
+
+def _draw(
+  folder: pathlib.Path,
+  trained: Trained,
+  groups: Sequence[Group],
+  looked: Sequence[Looked],
+  block: str,
+  titles: dict[str, str],
+) -> list[dict[str, str]]:
+  """Draws a picture for each group and one of the gates; returns their files and captions.
+
+  Args:
+    folder: gets the pictures.
+    trained: the model.
+    groups: images.
+    looked: at those of each group.
+    block: whose gated map is shown, if any.
+    titles: what stands in a picture for the name of a group.
+  """
+  figures = []
+  shown = {
+    "": "",
+    **dict(zip(trained.class_names, labels(trained.class_names, "class"), strict=True)),
+  }
+  for index, (group, made) in enumerate(zip(groups, looked, strict=True), 1):
+    name = f"group-{index}.png"
+    seen = [_seen(trained, group, made, row, block) for row in range(len(group.pixels))]
+    caption = f"{group.name}: {'; '.join(_caption(each) for each in seen)}."
+    seen = [each._replace(predicted=shown[each.predicted], true=shown[each.true]) for each in seen]
+    overlays.draw_grid(folder / name, titles[group.name], seen, block)
+    figures.append({"file": name, "caption": caption})
+  gates = list(looked[0].gated)
+  if gates:
+    rows = [
+      (titles[group.name], [made.gated[name].gates for name in gates])
+      for group, made in zip(groups, looked, strict=True)
+    ]
+    overlays.draw_gates(folder / "gates.png", gates, rows)
+    caption = (
+      "Factors by which each squeeze-and-excitation block scales its channels, over the images"
+      " above."
+    )
+    figures.append({"file": "gates.png", "caption": caption})
+  return figures
 
 
 def _load_data(trained: Trained, data_path: str) -> Hospitals:
@@ -193,7 +244,7 @@ def _given(
     if len(found) == num_images:
       break
   require(bool(found), f"--images={images} holds no readable picture", "mend or replace the files")
-  return Group(f"Pictures of {images.name}", np.stack(found), ("",) * len(found))
+  return Group(f"Pictures of {readable(images.name)}", np.stack(found), ("",) * len(found))
 
 
 def _of_hospitals(hospitals: Hospitals, num_images: int, only: str) -> list[Group]:

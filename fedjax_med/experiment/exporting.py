@@ -9,8 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import export
 
+from fedjax_med.core.metrics import positive_class
+from fedjax_med.core.text import encodable
 from fedjax_med.experiment.trained import Trained
-from fedjax_med.experiment.workdir import write_whole
+from fedjax_med.experiment.workdir import write_text, write_whole
 from fedjax_med.models.layers import EPSILON
 from fedjax_med.models.pretrained import to_state_dict
 from fedjax_med.simulation.evaluation import make_classify
@@ -47,6 +49,7 @@ def describe(trained: Trained, privacy: dict[str, Any]) -> dict[str, Any]:
   ]
   data, grey = trained.config.data, trained.grey
   top = np.iinfo(grey.dtype).max
+  positive = positive_class(trained.class_names)
   how = {
     "image": "each image minus its mean, divided by its standard deviation or by 1 if that is less",
     "fixed": f"pixel / {top / 2:g} - 1",
@@ -54,10 +57,11 @@ def describe(trained: Trained, privacy: dict[str, Any]) -> dict[str, Any]:
   return {
     "run_id": trained.run_id,
     "rounds": trained.rounds,
-    **({"hospital": trained.hospital} if trained.hospital else {}),
+    **({"hospital": encodable(trained.hospital)} if trained.hospital else {}),
     "network": trained.config.model.name,
     "norm": trained.config.model.norm,
-    "classes": list(trained.class_names),
+    "classes": [encodable(name) for name in trained.class_names],
+    **({"positive_class": encodable(positive)} if positive else {}),
     "image_size": data.image_size,
     "channels": trained.image_shape[2],
     "pixels": f"{np.dtype(grey.dtype)}, one grey channel, resized to a square with bicubic"
@@ -81,7 +85,7 @@ def export_model(trained: Trained, how: str, output: pathlib.Path) -> str:
     write_whole(output, lambda place: place.write_bytes(program))
     beside = output.with_name(f"{output.name}.json")
     text = json.dumps({**about, "platforms": list(PLATFORMS)}, indent=2, ensure_ascii=False)
-    write_whole(beside, lambda place: place.write_text(f"{text}\n", encoding="utf-8"))
+    write_text(beside, f"{text}\n")
     size = trained.image_shape[0]
     return (
       f"a program of {np.dtype(trained.grey.dtype)} images [b, {size}, {size}, 1] to probabilities"

@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from fedjax_med.experiment.labels import families, inches, labels
+from fedjax_med.experiment.workdir import write_whole
 from fedjax_med.privacy.accounting import round_up
 
 GLOBAL, ALONE, POOLED, QUIET = "#0072B2", "#E69F00", "#009E73", "#8C8C8C"
@@ -46,7 +48,7 @@ def context_line(split_scheme: str, epsilon: float | None) -> str:
 
 def draw_partition(path: pathlib.Path, hospitals: dict[str, Any]) -> None:
   """Who holds what: class counts of each hospital, train and test, from hospitals.json."""
-  rows, class_names = hospitals["hospitals"], hospitals["class_names"]
+  rows, class_names = hospitals["hospitals"], labels(hospitals["class_names"], "class")
   sides = [
     np.array([row[side] for row in rows]).reshape(len(rows), -1) for side in ("train", "test")
   ]
@@ -71,7 +73,7 @@ def draw_partition(path: pathlib.Path, hospitals: dict[str, Any]) -> None:
       axis.set(title=f"{side}: {left.sum():.0f} images", xlabel="images")
       axis.margins(x=0.12)
       axis.grid(visible=False, axis="y")
-    axes[0].set_yticks(range(len(rows)), [row["name"] for row in rows])
+    axes[0].set_yticks(range(len(rows)), labels([row["name"] for row in rows], "hospital"))
     axes[0].invert_yaxis()
     add_legend(figure, axes[0])
 
@@ -231,7 +233,8 @@ def draw_hospitals(
                      label=f"{who}, all test images")  # fmt: skip
       axis.set(title=label, xlim=(0, 1.13), xticks=np.linspace(0, 1, 6))
       axis.grid(visible=False, axis="y")
-    axes[0].set_yticks(range(len(clients)), [client["name"] for client in clients])
+    names = labels([client["name"] for client in clients], "hospital")
+    axes[0].set_yticks(range(len(clients)), names)
     axes[0].invert_yaxis()
     add_legend(figure, axes[0])
 
@@ -267,9 +270,10 @@ def _draw_hospital_dots(
 
 def draw_confusion(path: pathlib.Path, summary: dict[str, Any], hospitals: dict[str, Any]) -> None:
   """Confusion matrix of the last round over all test images: counts and share of the true class."""
-  names, counts = hospitals["class_names"], np.array(summary["confusion"])
+  names, counts = labels(hospitals["class_names"], "class"), np.array(summary["confusion"])
   shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-  side = 2.2 + 0.85 * len(names)
+  side, turned = 2.2 + 0.85 * len(names), len(names) >= 4 or inches(names) > 0.9
+  side += max(0.0, inches(names) - 0.9)
   context = context_line(hospitals["split"]["scheme"], summary["epsilon_max"])
   with new_figure(path, (side + 0.9, side), f"Round {summary['rounds']}\n{context}") as figure:
     axis = figure.subplots()
@@ -279,7 +283,7 @@ def draw_confusion(path: pathlib.Path, summary: dict[str, Any], hospitals: dict[
       text = f"{counts[row, column]}\n{shares[row, column]:.1%}"
       axis.text(column, row, text, ha="center", va="center", color=colour)
     axis.set(title="images, and share of the true class", xlabel="predicted", ylabel="true class")
-    axis.set_xticks(range(len(names)), names, rotation=0 if len(names) < 4 else 45)
+    axis.set_xticks(range(len(names)), names, rotation=45 if turned else 0)
     axis.set_yticks(range(len(names)), names)
     axis.grid(visible=False)
 
@@ -291,9 +295,13 @@ def draw_examples(
   column_titles: Sequence[str],
   title: str = "Train images",
 ) -> None:
-  """A grid of example images, a row for each hospital; None where it holds no such image."""
+  """A grid of example images, a row for each hospital; None where it holds no such image.
+
+  Names and titles are drawn as they are: see ``labels``.
+  """
   rows, columns = len(hospital_names), len(column_titles)
-  with new_figure(path, (1.9 + 1.15 * columns, 0.7 + 1.15 * rows), title) as figure:
+  width = max(1.9, 0.9 + inches(hospital_names)) + max(1.15, inches(column_titles)) * columns
+  with new_figure(path, (width, 0.7 + 1.15 * rows), title) as figure:
     grid = figure.subplots(rows, columns, squeeze=False)
     for row, name in enumerate(hospital_names):
       for axis, image in zip(grid[row], images[row], strict=True):
@@ -314,27 +322,34 @@ def draw_examples(
 def new_figure(path: pathlib.Path, size: tuple[float, float], title: str) -> Iterator[Any]:
   """A figure in the house style, ``size`` in inches, written to ``path`` (.png, .pdf) at the end.
 
-  It never touches pyplot, so it needs no display and leaves no global state behind.
+  The file is whole or not there. It never touches pyplot, so it needs no display and leaves no
+  global state behind.
   """
   import matplotlib
   from matplotlib.figure import Figure
 
-  with matplotlib.rc_context(STYLE):
+  with matplotlib.rc_context({**STYLE, "font.family": families()}):
     figure = Figure(figsize=size, layout="constrained")
     figure.suptitle(title, x=0.01, ha="left")
     yield figure
     path.parent.mkdir(parents=True, exist_ok=True)
     # Neither software nor date: the bytes depend on the data only.
     unsaid = {"Software": None} if path.suffix == ".png" else {"CreationDate": None}
-    figure.savefig(path, dpi=DPI, metadata=unsaid)
+    kind = path.suffix.removeprefix(".")
+    write_whole(path, lambda place: figure.savefig(place, format=kind, dpi=DPI, metadata=unsaid))
 
 
 def add_legend(figure: Any, axis: Any) -> None:
   """One legend for the whole figure, under it, from the entries of ``axis``."""
-  handles, labels = axis.get_legend_handles_labels()
-  inches = sum(0.65 + 0.075 * len(label) for label in labels)  # one row of them, at 10 points
-  columns = max(1, min(len(labels), int(len(labels) * figure.get_figwidth() / inches)))
-  figure.legend(handles, labels, loc="outside lower center", ncols=columns)
+  handles, entries = axis.get_legend_handles_labels()
+  widths = [0.65 + 0.075 * len(entry) for entry in entries]  # inches, at 10 points
+
+  def needed(columns: int) -> float:
+    rows = -(-len(widths) // columns)  # a column is filled before the next
+    return sum(max(widths[start : start + rows]) for start in range(0, len(widths), rows))
+
+  fitting = (n for n in range(len(widths), 1, -1) if needed(n) <= figure.get_figwidth())
+  figure.legend(handles, entries, loc="outside lower center", ncols=next(fitting, 1))
 
 
 def _class_colours(num_classes: int) -> list[Any]:

@@ -16,6 +16,7 @@ from fedjax_med.experiment.figures import (
   add_legend,
   new_figure,
 )
+from fedjax_med.experiment.labels import inches
 
 COLOURS = "inferno"  # perceptually uniform, and readable without telling red from green
 OPACITY = 0.65  # of the hottest place: the image stays visible below
@@ -72,10 +73,17 @@ def overlay(grey: np.ndarray, values: np.ndarray) -> Image.Image:
 
 
 def draw_grid(path: pathlib.Path, title: str, seen: Sequence[Seen], block: str) -> None:
-  """A column for each image: it, Grad-CAM over it and, if any, the map behind ``block`` over it."""
+  """A column for each image: it, Grad-CAM over it and, if any, the map behind ``block`` over it.
+
+  Title and class names are drawn as they are: see ``labels``.
+  """
   rows = ["image", "Grad-CAM", *([f"gated map\n{block}"] if seen[0].gated is not None else [])]
-  size = (1.0 + 1.2 * len(seen), 0.75 + 1.2 * len(rows))
-  size = max(size[0], 3 + 0.075 * len(title)), size[1]
+  captions = [
+    f"{each.predicted} {each.probability:.2f}" + (f"\ntrue: {each.true}" if each.true else "")
+    for each in seen
+  ]
+  width = 1.0 + max(1.2, inches(captions, 8.5)) * len(seen)
+  size = max(width, 3 + 0.075 * len(title)), 0.75 + 1.2 * len(rows)
   with new_figure(path, size, title) as figure:
     grid = figure.subplots(len(rows), len(seen), squeeze=False)
     for axis in grid.ravel():
@@ -92,13 +100,12 @@ def draw_grid(path: pathlib.Path, title: str, seen: Sequence[Seen], block: str) 
         axis.imshow(np.asarray(picture), cmap="gray", vmin=0, vmax=255)
       if not each.heat.max() > 0:
         grid[1][column].set_xlabel("0 everywhere", fontsize=8, color=QUIET)
-      caption = f"{each.predicted} {each.probability:.2f}"
-      if each.true:
-        caption += f"\ntrue: {each.true}"
       wrong = each.true not in ("", each.predicted)
       colour = "#B03A00" if wrong else "#222222"
       weight = "bold" if wrong else "normal"  # not by colour alone
-      grid[0][column].set_title(caption, loc="center", fontsize=8.5, color=colour, weight=weight)
+      grid[0][column].set_title(
+        captions[column], loc="center", fontsize=8.5, color=colour, weight=weight
+      )
 
 
 def draw_gates(

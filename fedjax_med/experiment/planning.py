@@ -58,13 +58,15 @@ def free_memory() -> float | None:
   """Bytes that a process can still get, inside the limit of its container; None if unknown."""
   known = []
   try:
-    lines = pathlib.Path("/proc/meminfo").read_text().splitlines()
+    lines = pathlib.Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
     known += [1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable")]
   except (OSError, ValueError, IndexError):
     pass
   try:
     group = pathlib.Path("/sys/fs/cgroup")
-    limit, used = ((group / name).read_text() for name in ("memory.max", "memory.current"))
+    limit, used = (
+      (group / name).read_text(encoding="utf-8") for name in ("memory.max", "memory.current")
+    )
     known.append(int(limit) - int(used))
   except (OSError, ValueError):  # no limit reads "max"
     pass

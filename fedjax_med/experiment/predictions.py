@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import csv
+import hashlib
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -12,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from fedjax_med.core.errors import UserError, require
-from fedjax_med.core.text import readable
+from fedjax_med.core.text import REPLACING, readable
 from fedjax_med.data.files import EXTENSIONS, SYSTEM, File, counted, walk
 from fedjax_med.data.grey import Grey, to_eight_bits, to_pixels
 from fedjax_med.data.images import read_values
@@ -31,7 +32,7 @@ class Picture(NamedTuple):
 
   Attributes:
     path: where it is.
-    name: relative to the folder that was asked for.
+    name: relative to the folder that was asked for, as ``core.text.readable`` writes it.
     pixels: [H, W, C] uint8 or uint16 as the network sees it, None where it cannot be read.
     error: why not; empty where it can.
   """
@@ -222,7 +223,7 @@ def predict_files(
       tell(f"{min(start + size, len(files))} of {len(files)} files")
 
   def write(place: pathlib.Path) -> None:
-    with place.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
+    with place.open("w", newline="", encoding="utf-8", errors=REPLACING) as file:
       table = csv.writer(file, lineterminator="\n")
       title = ["file", "predicted", *[f"probability of {c}" for c in names]]
       table.writerow([*title, *["map"] * bool(layer), "error"])
@@ -241,7 +242,18 @@ def _write_overlay(
   assert not isinstance(pixels, str)  # it was read a moment ago
   image = Image.fromarray(to_eight_bits(pixels))
   image.thumbnail((LARGEST_SIDE, LARGEST_SIDE))
-  place = folder / f"{picture.name}.png"  # the whole name: a.png and a.jpg are two pictures
+  # The whole name: a.png and a.jpg are two pictures.
+  place = folder.joinpath(*map(_fitting, f"{picture.name}.png".split("/")))
   place.parent.mkdir(parents=True, exist_ok=True)
-  overlay(np.asarray(image), heat).save(place)
+  drawn = overlay(np.asarray(image), heat)
+  write_whole(place, lambda part: drawn.save(part, format="PNG"))
   return place
+
+
+def _fitting(name: str) -> str:
+  """A file's name of at most 240 bytes, those that are longer with a digest in their middle."""
+  if len(name.encode()) <= 240:
+    return name
+  digest = hashlib.sha256(name.encode()).hexdigest()[:16]
+  start, end = name.encode()[:180].decode(errors="ignore"), name[-8:]
+  return f"{start}.{digest}.{end}"

@@ -1,7 +1,6 @@
 """The probe of a plan: whether to time local steps, of which chunks, and what they say."""
 
 import json
-import os
 import pathlib
 import statistics
 import time
@@ -14,6 +13,7 @@ import numpy as np
 
 from fedjax_med.core.config import Config, fingerprint, to_dict
 from fedjax_med.core.keys import base_key
+from fedjax_med.experiment.workdir import write_text
 from fedjax_med.federated.algorithm import Client, Hyper, Pool, Units
 from fedjax_med.models.model import Model
 from fedjax_med.privacy.banded import empty_memory
@@ -84,7 +84,7 @@ def kept_seconds(
   path = pathlib.Path(folder).expanduser() / "plans" / f"{fingerprint(about)}.json"
   if folder:
     try:
-      found = json.loads(path.read_text())["seconds"]
+      found = json.loads(path.read_text(encoding="utf-8"))["seconds"]
       return {chunk: float(found[str(chunk)]) for chunk in chunks}
     except (OSError, ValueError, KeyError, TypeError):
       pass  # nothing there, or cut short
@@ -92,9 +92,7 @@ def kept_seconds(
   if folder:
     try:
       path.parent.mkdir(parents=True, exist_ok=True)
-      temporary = path.with_suffix(f".{os.getpid()}")
-      temporary.write_text(json.dumps({"about": about, "seconds": seconds}, indent=2) + "\n")
-      os.replace(temporary, path)
+      write_text(path, json.dumps({"about": about, "seconds": seconds}, indent=2) + "\n")
     except OSError:
       pass  # kept for next time only
   return seconds

@@ -13,9 +13,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fedjax_med.core.errors import UserError, require
-from fedjax_med.core.metrics import LOWER_IS_BETTER, METRICS
+from fedjax_med.core.metrics import LOWER_IS_BETTER, METRICS, about_classes, positive_class
 from fedjax_med.experiment import figures
 from fedjax_med.experiment.data_notes import data_notes, patient_note
+from fedjax_med.experiment.labels import stand_ins
+from fedjax_med.experiment.workdir import write_text
 from fedjax_med.privacy.accounting import round_up
 from fedjax_med.privacy.statement import ASSUMPTIONS, audit_sentence, tuning_costs, write_out
 
@@ -106,10 +108,19 @@ def write_report(workdir: pathlib.Path, papers: bool = False) -> pathlib.Path:
     "explanation": _explanation(workdir, run),
     "stopped": STOPPED.get(run["summary"]["stopped"], run["summary"]["stopped"]),
     "max_bars": figures.MAX_BARS,
+    "about_classes": about_classes(positive_class(run["hospitals"]["class_names"])),
+    "stand_ins": _stand_ins(run["hospitals"]),
   }
   path = workdir / "report.html"
-  path.write_text(environment().get_template("report.html").render(view), encoding="utf-8")
+  write_text(path, environment().get_template("report.html").render(view))
   return path
+
+
+def _stand_ins(held: dict[str, Any]) -> list[tuple[str, str]]:
+  """(label, name) of classes and hospitals that figures show under another label."""
+  names = [hospital["name"] for hospital in held["hospitals"]]
+  shown = stand_ins(names, "hospital") if len(names) <= figures.MAX_BARS else []
+  return [*stand_ins(held["class_names"], "class"), *shown]
 
 
 def environment() -> "jinja2.Environment":
@@ -322,7 +333,7 @@ def write_statement(workdir: pathlib.Path) -> pathlib.Path:
     _check(record, PRIVATE, workdir / "privacy.json")
   path = workdir / "privacy_statement.md"
   text = write_out(record, config["run_id"], _audit(workdir), patients)
-  path.write_text(text, encoding="utf-8")
+  write_text(path, text)
   return path
 
 

@@ -15,6 +15,7 @@ from fedjax_med.experiment import figures, synthetic
 from fedjax_med.experiment import workdir as files
 from fedjax_med.experiment.baselines import run_baselines
 from fedjax_med.experiment.build import Experiment, build, federation
+from fedjax_med.experiment.labels import labels
 from fedjax_med.experiment.loop import (
   LogPoint,
   planned_rounds,
@@ -131,7 +132,7 @@ def run(
   terminal.results(console, experiment, outcome)
   report = write_report(folder)
   console.print(
-    f"Report: {report}   (compile {seconds['compile']:.1f} s, train"
+    f"Report: {terminal.shown_path(report)}   (compile {seconds['compile']:.1f} s, train"
     f" {seconds['train']:.1f} s, all {time.monotonic() - started:.1f} s)"
   )
 
@@ -140,6 +141,8 @@ def _draw_examples(experiment: Experiment, folder: pathlib.Path) -> None:
   """Train images of each hospital and class, real and synthetic: what was learned from."""
   hospitals = experiment.hospitals
   dataset = hospitals.dataset
+  class_names = labels(dataset.class_names, "class")
+  names = labels(hospitals.names, "hospital")
   shown = min(len(hospitals.names), 8)
   classes = range(min(len(dataset.class_names), 4))
 
@@ -152,8 +155,8 @@ def _draw_examples(experiment: Experiment, folder: pathlib.Path) -> None:
   figures.draw_examples(
     folder / "figures" / "examples.png",
     [[image for label in classes for image in first(k, label, False, 2)] for k in range(shown)],
-    hospitals.names[:shown],
-    [dataset.class_names[label] for label in classes for _ in range(2)],
+    names[:shown],
+    [class_names[label] for label in classes for _ in range(2)],
   )
   if not dataset.num_synthetic:
     return
@@ -162,9 +165,9 @@ def _draw_examples(experiment: Experiment, folder: pathlib.Path) -> None:
   figures.draw_examples(
     folder / "figures" / "synthetic.png",
     [[image for column in columns for image in first(k, *column, each)] for k in range(shown)],
-    hospitals.names[:shown],
+    names[:shown],
     [
-      f"{dataset.class_names[label]}\n{'synthetic' if made else 'real'}"
+      f"{class_names[label]}\n{'synthetic' if made else 'real'}"
       for label, made in columns
       for _ in range(each)
     ],

@@ -254,6 +254,6 @@ def _read(path: pathlib.Path, source: str, like: np.ndarray) -> np.ndarray | Non
 def _known_digest(path: pathlib.Path) -> str | None:
   """What hospitals.json of an earlier start says of the images."""
   try:
-    return json.loads(path.read_text())["synthetic"]["sha256"]
+    return json.loads(path.read_text(encoding="utf-8"))["synthetic"]["sha256"]
   except (OSError, ValueError, KeyError, TypeError):
     return None

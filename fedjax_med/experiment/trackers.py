@@ -16,6 +16,7 @@ from typing import Any
 from fedjax_med.core.config import flat
 from fedjax_med.core.errors import UserError
 from fedjax_med.core.metrics import METRICS
+from fedjax_med.core.text import encodable
 
 Write = Callable[[int, dict[str, float]], None]
 
@@ -44,8 +45,15 @@ def track(
   if name == "none":
     yield lambda line: None
     return
-  with TRACKERS[name](folder, run_id, config) as write:
+  with TRACKERS[name](folder, run_id, _encodable(config)) as write:
     yield lambda line: write(line["round"], values_of(line))
+
+
+def _encodable(value: Any) -> Any:
+  """The same with text that databases and servers take: a path may hold bytes that are no text."""
+  if isinstance(value, dict):
+    return {key: _encodable(inner) for key, inner in value.items()}
+  return encodable(value) if isinstance(value, str) else value
 
 
 def values_of(line: dict[str, Any]) -> dict[str, float]:
@@ -54,9 +62,15 @@ def values_of(line: dict[str, Any]) -> dict[str, float]:
   found["epsilon"] = line.get("epsilon_max")
   for client in line["clients"]:
     found |= {f"{client['name']}/{metric}": client[metric] for metric in METRICS}
+  named: dict[str, Any] = {}
+  for key, value in found.items():
+    name = re.sub(r"[^\w\-./ ]", "_", key)  # what MLflow allows in a name
+    while name in named:  # two hospitals may differ in what is not allowed only
+      name += "_"
+    named[name] = value
   return {
-    re.sub(r"[^\w\-./ ]", "_", key): float(value)  # what MLflow allows in a name
-    for key, value in found.items()
+    name: float(value)
+    for name, value in named.items()
     if value is not None and math.isfinite(float(value))
   }
 

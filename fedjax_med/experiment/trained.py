@@ -16,6 +16,7 @@ from fedjax_med.core.errors import UserError, require, require_choice
 from fedjax_med.core.keys import base_key
 from fedjax_med.data.grey import EIGHT_BITS, Grey
 from fedjax_med.experiment.checkpoints import restore_model
+from fedjax_med.experiment.workdir import require_text
 from fedjax_med.federated.algorithm import FederatedAlgorithm
 from fedjax_med.federated.registry import ALGORITHMS, create_algorithm
 from fedjax_med.models.model import Model, from_flax
@@ -101,6 +102,7 @@ def load(
     f"--workdir={folder} is a sweep, whose points keep results but no weights",
     "train the point by itself, with the command in points/NUMBER/config.json",
   )
+  require_text(folder)
   record, held = _read(folder / "config.json"), _read(folder / "hospitals.json")
   try:
     config, class_names = from_dict(record["config"]), tuple(held["class_names"])

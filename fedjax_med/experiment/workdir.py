@@ -11,15 +11,17 @@ from collections.abc import Callable
 from typing import Any
 
 from fedjax_med.core.errors import UserError, require
+from fedjax_med.core.text import encodable
 from fedjax_med.experiment.processes import is_first
 
 
 def prepare(workdir: pathlib.Path) -> None:
   """Makes the folder and proves that it can be written; raises UserError if it cannot."""
+  require_text(workdir)
   try:
     (workdir / "figures").mkdir(parents=True, exist_ok=True)
     probe = workdir / ".write_test"
-    probe.write_text("")
+    probe.write_bytes(b"")
     probe.unlink(missing_ok=True)  # another process may have been faster
   except OSError as error:
     raise UserError(
@@ -27,19 +29,38 @@ def prepare(workdir: pathlib.Path) -> None:
     ) from error
 
 
+def require_text(workdir: pathlib.Path) -> None:
+  """Refuses a folder whose name holds bytes that are no text: checkpoints cannot lie there.
+
+  Raises:
+    UserError: see above.
+  """
+  require(
+    encodable(str(workdir.absolute())) == str(workdir.absolute()),
+    f"--workdir={workdir.absolute()} holds bytes that are no UTF-8, which checkpoints cannot have",
+    "rename the folder or choose another one",
+  )
+
+
 def write_json(path: pathlib.Path, value: Any) -> None:
   """Writes JSON whole or not at all: to a neighbour first, then renamed over ``path``."""
   if is_first():
-    text = json.dumps(value, indent=2, allow_nan=False) + "\n"
-    write_whole(path, lambda place: place.write_text(text))
+    write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def write_text(path: pathlib.Path, text: str) -> None:
+  """Writes UTF-8, whole or not at all; what it cannot hold, such as surrogates, as escapes."""
+  content = encodable(text).encode("utf-8")
+  write_whole(path, lambda place: place.write_bytes(content))
 
 
 def write_whole(path: pathlib.Path, write: Callable[[pathlib.Path], Any]) -> None:
   """Lets ``write`` fill a neighbour of ``path``, which then takes its place.
 
-  The neighbour has a name of its own: shards of a sweep may write the same file at once.
+  The neighbour has a name of its own: shards of a sweep may write the same file at once. It is
+  short, because ``path`` may have the longest name that a file system allows.
   """
-  temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+  temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")
   try:
     write(temporary)
     os.replace(temporary, path)
@@ -53,7 +74,7 @@ def read_metrics(workdir: pathlib.Path) -> list[dict[str, Any]]:
   if not path.exists():
     return []
   lines = []
-  for text in path.read_text().splitlines():
+  for text in path.read_text(encoding="utf-8").splitlines():
     try:
       lines.append(json.loads(text))
     except json.JSONDecodeError:
@@ -66,16 +87,15 @@ def keep_metrics_to(workdir: pathlib.Path, round_number: int) -> None:
   if not is_first():
     return
   kept = [line for line in read_metrics(workdir) if line["round"] <= round_number]
-  temporary = workdir / "metrics.jsonl.tmp"
-  temporary.write_text("".join(json.dumps(line, allow_nan=False) + "\n" for line in kept))
-  os.replace(temporary, workdir / "metrics.jsonl")
+  text = "".join(json.dumps(line, allow_nan=False) + "\n" for line in kept)
+  write_text(workdir / "metrics.jsonl", text)
 
 
 def append_metrics(workdir: pathlib.Path, lines: list[dict[str, Any]]) -> None:
   """Appends log lines and makes sure that they reached the disk."""
   if not is_first():
     return
-  with (workdir / "metrics.jsonl").open("a") as file:
+  with (workdir / "metrics.jsonl").open("a", encoding="utf-8") as file:
     file.writelines(json.dumps(line, allow_nan=False) + "\n" for line in lines)
     file.flush()
     os.fsync(file.fileno())
@@ -87,7 +107,7 @@ def claim(workdir: pathlib.Path, run_id: str) -> None:
   if not path.exists():
     return
   try:
-    found = json.loads(path.read_text()).get("run_id")
+    found = json.loads(path.read_text(encoding="utf-8")).get("run_id")
   except (OSError, ValueError, AttributeError):
     found = "unreadable"
   require(

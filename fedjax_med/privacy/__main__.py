@@ -77,7 +77,7 @@ def _require_agreement(folder: pathlib.Path, ledger: ledgers.Ledger) -> None:
   """privacy.json must claim what the ledger gives, party by party."""
   path = folder / "privacy.json"
   try:
-    claimed = json.loads(path.read_text())
+    claimed = json.loads(path.read_text(encoding="utf-8"))
     head = claimed["ledger"]
     claims = {
       (guarantee["unit"], party["name"]): (party["steps"], party["delta"], party["epsilon"])

@@ -176,7 +176,8 @@ def _guarantee(guarantee: dict[str, Any]) -> list[str]:
   ]
   for party in guarantee["parties"]:
     lines.append(
-      f"| {party['name']} | {party['n']} | {party['sampling_probability']:.4f}"
+      f"| {party['name'].replace('|', '&#124;')} | {party['n']}"
+      f" | {party['sampling_probability']:.4f}"
       f" | {party['batch_cap']} | {party['noise_multiplier']:.3f} | {party['clip_norm']:.3g}"
       f" | {party['steps']} | {ceil_digits(party['delta'])} | {round_up(party['epsilon'])} |"
     )

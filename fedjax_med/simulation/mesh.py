@@ -37,7 +37,7 @@ def cpu_cores() -> int:
   except AttributeError:  # not Linux
     cores = os.cpu_count() or 1
   try:
-    quota, period = pathlib.Path("/sys/fs/cgroup/cpu.max").read_text().split()
+    quota, period = pathlib.Path("/sys/fs/cgroup/cpu.max").read_text(encoding="utf-8").split()
     return max(1, min(cores, round(int(quota) / int(period))))
   except (OSError, ValueError):  # no share reads "max"
     return cores

@@ -13,16 +13,17 @@ Merge: python -m fedjax_med.sweep merge --workdir=runs/noise [other folders of t
 import importlib.metadata
 import pathlib
 import runpy
-import shlex
 import sys
 import time
 from typing import Any
 
 from absl import flags
 from ml_collections import config_flags
+from rich.markup import escape
 
 from fedjax_med.core.config import Config, get_field
 from fedjax_med.core.errors import UserError, require, require_choice
+from fedjax_med.core.text import command_line
 from fedjax_med.flags import config_fields, define_config, load_config, run_main
 from fedjax_med.sweep import grid
 
@@ -95,7 +96,7 @@ def _command(base: Config, config: Config) -> str:
   }
   fields = [f"--config.{name}={value}" for name, value in {**given, **changed}.items()]
   start = ["python", "-m", "fedjax_med.train", f"--config={config_flags.get_config_filename(flag)}"]
-  return shlex.join([*start, "--workdir=DIR", *fields])
+  return command_line([*start, "--workdir=DIR", *fields])
 
 
 def main(_: list[str]) -> None:
@@ -136,7 +137,7 @@ def main(_: list[str]) -> None:
     progress.describe(console, groups(plan_points(points, configs, own)))
     return
   workdir = pathlib.Path(values.workdir).expanduser()
-  command = shlex.join(["python", "-m", "fedjax_med.sweep", *sys.argv[1:]])
+  command = command_line(["python", "-m", "fedjax_med.sweep", *sys.argv[1:]])
   notes: dict[str, Any] = {"command": command}
   notes["versions"] = {p: importlib.metadata.version(p) for p in ("jax", "flax", "dp-accounting")}
   table.begin(workdir, base, points, values.seed_axes, **notes)
@@ -167,13 +168,15 @@ def main(_: list[str]) -> None:
   )
   seconds = f"{time.monotonic() - started:.1f} s"
   if number > 1:  # of several that end at the same time the last one could write less than is there
-    merge = f"python -m fedjax_med.sweep merge --workdir={shlex.quote(str(workdir))}"
-    console.print(f"{len(own)} points of shard {values.shard}, {seconds}; {merge}", soft_wrap=True)
+    merge = command_line(["python", "-m", "fedjax_med.sweep", "merge", f"--workdir={workdir}"])
+    ended = f"{len(own)} points of shard {values.shard}, {seconds}; {merge}"
+    console.print(escape(ended), soft_wrap=True)
     return
   frame = table.write(workdir)
   progress.results(console, frame, points)
   there = f"{frame['point'].nunique()} points, {seconds}"
-  console.print(f"Results: {workdir / table.RESULTS}   ({there})", soft_wrap=True)
+  results = progress.shown_path(workdir / table.RESULTS)
+  console.print(f"Results: {results}   ({there})", soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from fedjax_med.experiment import labels as texts
 from fedjax_med.experiment.figures import QUIET, WIDTH, add_legend, new_figure
 
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7A5195", "#444444")
@@ -53,7 +54,7 @@ def draw_frontier(
     every = [line for _, lines in panels for line in lines]
     for axis, (title, lines) in zip(grid.ravel(), panels, strict=False):
       _draw_lines(axis, lines, log)
-      axis.set_title(title)
+      axis.set_title(texts.drawable(title))
       if log:
         axis.set_xscale("log")
         ticks = sorted({float(f"{x:.2g}") for line in every for x in line.x if np.isfinite(x)})
@@ -71,6 +72,7 @@ def _draw_lines(axis: Any, lines: Sequence[Series], log: bool) -> None:
   known = np.concatenate([line.x[np.isfinite(line.x)] for line in lines])
   widest = np.ptp(known) if len(known) else 0.0
   for number, (line, colour) in enumerate(zip(lines, PALETTE, strict=False)):
+    label = texts.drawable(line.label)
     private = np.isfinite(line.x)
     x, mean = line.x[private], line.mean[private]
     if len(x):
@@ -80,19 +82,17 @@ def _draw_lines(axis: Any, lines: Sequence[Series], log: bool) -> None:
       aside = x * 1.012**shift if log else x + 0.004 * shift * widest
       axis.errorbar(
         aside, mean, yerr=spread, color=colour, marker="o", markersize=5, linewidth=1.8,
-        capsize=3, label=line.label,
+        capsize=3, label=label,
       )  # fmt: skip
     alone = private & ~np.isnan(line.alone)
     if alone.any():
       axis.plot(
         line.x[alone], line.alone[alone], color=colour, linestyle=":", marker=".",
-        label=f"{line.label}, alone",
+        label=f"{label}, alone",
       )  # fmt: skip
     bare = zip(line.mean[~private], line.low[~private], line.high[~private], strict=True)
     for value, low, high in bare:
-      axis.axhline(
-        value, color=colour, linestyle="--", linewidth=1.4, label=f"{line.label}, no privacy"
-      )
+      axis.axhline(value, color=colour, linestyle="--", linewidth=1.4, label=f"{label}, no privacy")
       if not np.isnan(low):
         axis.axhspan(low, high, color=colour, alpha=0.05, linewidth=0)
 
@@ -118,7 +118,8 @@ def draw_spread(
                    label="mean" if first else None)  # fmt: skip
       axis.scatter(known.min(), row, s=46, marker="v", color=PALETTE[1], zorder=3,
                    label="worst" if first else None)  # fmt: skip
-    axis.set_yticks(range(len(labels)), [textwrap.fill(label, 52) for label in labels])
+    rows = [textwrap.fill(texts.drawable(label), 52) for label in labels]
+    axis.set_yticks(range(len(labels)), rows)
     axis.invert_yaxis()
     axis.set(xlabel=y_name)
     axis.grid(visible=False, axis="y")
@@ -134,6 +135,7 @@ def draw_curves(
   with new_figure(path, (WIDTH, 4.6), f"{y_name} on all test images over rounds") as figure:
     axis = figure.subplots()
     for (label, rounds, values), colour in zip(curves, PALETTE, strict=False):
+      label = texts.drawable(label)
       axis.plot(rounds, values.mean(0), color=colour, marker="o", markersize=3, label=label)
       if len(values) > 1:
         axis.fill_between(
@@ -146,26 +148,27 @@ def draw_curves(
 
 def draw_confusions(
   path: pathlib.Path,
-  labels: Sequence[str],
-  counts: Sequence[np.ndarray],  # each [classes, classes], summed over points
-  class_names: Sequence[str],
+  # label, counts [classes, classes] summed over points, class names
+  arms: Sequence[tuple[str, np.ndarray, Sequence[str]]],
 ) -> None:
   """Confusion matrices of several arms, shares of the true class over all of their points."""
-  columns = min(4, len(counts))
-  rows = -(-len(counts) // columns)
+  long = any(texts.inches(texts.labels(names, "class"), 7.5) > 0.65 for _, _, names in arms)
+  columns = min(2 if long else 4, len(arms))
+  rows = -(-len(arms) // columns)
   with new_figure(path, (WIDTH, 0.9 + 2.5 * rows), "Shares of the true class") as figure:
     grid: Any = figure.subplots(rows, columns, squeeze=False)
-    for axis in grid.ravel()[len(counts) :]:
+    for axis in grid.ravel()[len(arms) :]:
       axis.set_visible(False)
-    for axis, label, count in zip(grid.ravel(), labels, counts, strict=False):
+    for axis, (label, count, names) in zip(grid.ravel(), arms, strict=False):
       shares = count / np.maximum(count.sum(axis=1, keepdims=True), 1)
       axis.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-      if len(class_names) <= 6:
+      if len(names) <= 6:
         for row, column in np.ndindex(count.shape):
           colour = "white" if shares[row, column] > 0.55 else "#222222"
           axis.text(column, row, f"{shares[row, column]:.0%}", ha="center", va="center",
                     color=colour, fontsize=9)  # fmt: skip
-      axis.set_title(label, fontsize=8.5, wrap=True)
-      axis.set_xticks(range(len(class_names)), class_names, fontsize=7.5)
-      axis.set_yticks(range(len(class_names)), class_names, fontsize=7.5)
+      axis.set_title(texts.drawable(label), fontsize=8.5, wrap=True)
+      ticks = texts.labels(names, "class")
+      axis.set_xticks(range(len(names)), ticks, fontsize=7.5, rotation=30 if long else 0)
+      axis.set_yticks(range(len(names)), ticks, fontsize=7.5)
       axis.grid(visible=False)

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from absl import flags
 
 from fedjax_med.core.errors import require
+from fedjax_med.core.text import visible
 from fedjax_med.sweep import table
 
 
@@ -36,7 +37,9 @@ def join(target: pathlib.Path, sources: Sequence[pathlib.Path]) -> None:
   points = table.read(target)["points"]
   table.write(target)
   missing = [number for number in range(len(points)) if not table.done(target, number)]
-  print(f"{target / table.RESULTS}: {len(points) - len(missing)} of {len(points)} points")
+  print(
+    f"{visible(str(target / table.RESULTS))}: {len(points) - len(missing)} of {len(points)} points"
+  )
   if missing:
     shown = ", ".join(map(str, missing[:10])) + (" ..." if len(missing) > 10 else "")
     print(f"missing: {shown}; start the sweep again with --resume")

@@ -17,7 +17,8 @@ from rich.progress import (
 from rich.progress import Progress as Bar
 from rich.table import Table
 
-from fedjax_med.experiment.console import make_console, number
+from fedjax_med.core.metrics import NO_CLASS, about_points
+from fedjax_med.experiment.console import make_console, number, shown_path
 from fedjax_med.experiment.protection import Protection
 from fedjax_med.privacy.accounting import round_up
 from fedjax_med.privacy.guarantees import spent
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 
 MOST_ROWS = 40  # points in a table on the terminal; the files hold all of them
 
-__all__ = ["describe", "make_console", "results", "show"]
+__all__ = ["describe", "make_console", "results", "show", "shown_path"]
 
 
 def planned_epsilon(protection: Protection) -> float | None:
@@ -77,31 +78,32 @@ def show(console: Console, rounds: int, runs: int) -> Iterator[Listener]:
       left = ""
       if progress.rounds:
         left = f"  {seconds / progress.rounds * (rounds - progress.rounds):.0f} s left"
-      console.print(f"round {progress.rounds}/{rounds}  {status(progress)}{left}")
+      console.print(f"round {progress.rounds}/{rounds}  {escape(status(progress))}{left}")
 
     yield line
     return
   columns = (
     BarColumn(),
     MofNCompleteColumn(),
-    TextColumn("rounds  {task.description}"),
+    TextColumn("rounds  {task.description}", markup=False),
     TimeElapsedColumn(),
     TimeRemainingColumn(),
   )
   with Bar(*columns, console=console) as bar:
     task = bar.add_task("", total=rounds)
-    yield lambda progress: bar.update(
-      task, completed=progress.rounds, description=escape(status(progress))
-    )
+    yield lambda progress: bar.update(task, completed=progress.rounds, description=status(progress))
 
 
 def results(console: Console, frame: "pd.DataFrame", points: Sequence[Point]) -> None:
   """Prints a line a point: its values, and the results on all test images together."""
   if not len(frame):
     return
+  positives = sorted(set(frame["positive_class"]))
   table = Table(title="Results on all test images", title_justify="left")
   for column in ("point", "values", "ended", "ε", "AUROC", "accuracy", "F1"):
     table.add_column(column)
+  if len(positives) > 1:
+    table.add_column("positive class")
   firsts = frame.groupby("point", sort=True).first().reset_index().to_dict("records")
   for row in firsts[:MOST_ROWS]:
     place = int(row["point"])
@@ -112,7 +114,8 @@ def results(console: Console, frame: "pd.DataFrame", points: Sequence[Point]) ->
       f"{row['stopped']}, {row['rounds']} rounds",
       round_up(row["epsilon_max"]),
       *(number(None if value != value else value) for value in metrics),
+      *([escape(row["positive_class"] or NO_CLASS)] if len(positives) > 1 else []),
     )
-  if len(firsts) > MOST_ROWS:
-    table.caption = f"and {len(firsts) - MOST_ROWS} more points"
+  more = f"and {len(firsts) - MOST_ROWS} more points\n" if len(firsts) > MOST_ROWS else ""
+  table.caption = more + escape(about_points(positives))
   console.print(table)

@@ -4,7 +4,6 @@ Nothing but the files of the runs enters it: the same files give the same bytes.
 """
 
 import json
-import math
 import pathlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -14,11 +13,12 @@ import pandas as pd
 
 from fedjax_med import study
 from fedjax_med.core.errors import require
-from fedjax_med.experiment.figures import draw_partition
+from fedjax_med.core.metrics import NO_CLASS, about_points
+from fedjax_med.experiment.figures import MAX_BARS, draw_partition
+from fedjax_med.experiment.labels import stand_ins
 from fedjax_med.experiment.report import embedded, environment
-from fedjax_med.experiment.workdir import read_metrics
-from fedjax_med.privacy.accounting import round_up
-from fedjax_med.sweep import figures, table
+from fedjax_med.experiment.workdir import read_metrics, write_text, write_whole
+from fedjax_med.sweep import figures, latex, table
 from fedjax_med.sweep.grid import Point
 
 METRICS = (
@@ -29,6 +29,7 @@ METRICS = (
   ("specificity", "Specificity"),
   ("ece", "Calibration error"),
 )
+LATEX = (*METRICS[:3], ("worst.auroc", "AUROC, worst hospital"))
 SEEDS = ("seed", "data.seed", "model.init_seed")
 # Axes that move ε: points that differ in them are one line of the frontier.
 PRIVACY = tuple(
@@ -111,9 +112,11 @@ def write(runs: Runs, target: pathlib.Path) -> pathlib.Path:
   _draw(runs, axes, arms, folder)
   names = ("frontier", "spread", "curves", "confusions", "partition")
   shown = _table(arms, axes)
-  shown.to_csv(target / "table.csv", index=False)
-  (target / "table.tex").write_text(_latex(shown, axes), encoding="utf-8")
+  write_whole(target / "table.csv", lambda place: shown.to_csv(place, index=False))
+  write_text(target / "table.tex", latex.table_of(shown, axes, LATEX))
   first = runs.folders[0]
+  held = _holdings(first)
+  names_of = [hospital["name"] for hospital in held["hospitals"]]
   private = next(
     (f for f in runs.folders if table.read_json(f / "privacy.json")["guarantees"]), None
   )
@@ -130,12 +133,18 @@ def write(runs: Runs, target: pathlib.Path) -> pathlib.Path:
       missing=runs.missing,
       hospitals=sorted(set(runs.frame.groupby("point").size())),
       metrics=METRICS,
+      positives=sorted(set(runs.frame["positive_class"])),
+      about_classes=about_points(sorted(set(runs.frame["positive_class"]))),
+      stand_ins=[
+        *stand_ins(held["class_names"], "class"),
+        *(stand_ins(names_of, "hospital") if len(names_of) <= MAX_BARS else []),
+      ],
       most={"lines": MOST_LINES, "arms": MOST_ARMS},
       arms=arms,
       images=embedded(folder, names),
       config=table.read_json(first / "config.json"),
-      split=table.read_json(first / "hospitals.json")["split"],
-      statement=(private / "privacy_statement.md").read_text("utf-8") if private else "",
+      split=held["split"],
+      statement=(private / "privacy_statement.md").read_text(encoding="utf-8") if private else "",
       folders=[
         {"name": str(_below(place, target)), "point": _label(point), "command": _command(place)}
         for place, point in zip(runs.folders, runs.points, strict=True)
@@ -145,7 +154,7 @@ def write(runs: Runs, target: pathlib.Path) -> pathlib.Path:
     )
   )
   path = target / "report.html"
-  path.write_text(page, encoding="utf-8")
+  write_text(path, page)
   return path
 
 
@@ -179,6 +188,7 @@ def _arms(frame: pd.DataFrame, axes: list[str]) -> list[dict[str, Any]]:
         "points": group["point"].astype(int).tolist(),
         "n": len(group),
         "diverged": int(diverged.sum()),
+        "positive": _positive(group["positive_class"].unique().tolist()),
         "epsilon": float(group["epsilon_max"].max()),
         "client_epsilon": float(group["client_epsilon"].max()),
         "unit": ", ".join(sorted(set(group["unit"]))),
@@ -194,6 +204,10 @@ def _arms(frame: pd.DataFrame, axes: list[str]) -> list[dict[str, Any]]:
     arm["label"] = _label(arm["values"]) or "all points"
     arm["short"] = _label({name: arm["values"][name] for name in telling}) or "all points"
   return arms
+
+
+def _positive(classes: Sequence[str]) -> str:
+  return "differs" if len(classes) > 1 else classes[0] or NO_CLASS
 
 
 def _telling(axes: list[str], arms: list[dict[str, Any]]) -> list[str]:
@@ -229,9 +243,10 @@ def _draw(runs: Runs, axes: list[str], arms: list[dict[str, Any]], folder: pathl
   for arm in arms[:MOST_LINES]:
     ended = [table.read_json(by_point[k] / "summary.json") for k in arm["points"]]
     known = [np.array(e["confusion"]) for e in ended if e["stopped"] != "diverged"]
-    confusions.append((arm["short"], sum(known) if known else None))
-  confusions = [(label, counts) for label, counts in confusions if counts is not None]
-  hospitals = table.read_json(runs.folders[0] / "hospitals.json")
+    classes = {tuple(_holdings(by_point[k])["class_names"]) for k in arm["points"]}
+    if known and len(classes) == 1:  # counts of other classes do not add up
+      confusions.append((arm["short"], sum(known), *classes))
+  hospitals = _holdings(runs.folders[0])
   for suffix in (".png", ".pdf"):
     if frontier is not None:
       panels, name, log = frontier
@@ -239,12 +254,7 @@ def _draw(runs: Runs, axes: list[str], arms: list[dict[str, Any]], folder: pathl
     figures.draw_spread(folder / f"spread{suffix}", labels, own, "AUROC")
     figures.draw_curves(folder / f"curves{suffix}", curves, "Accuracy")
     if confusions:
-      figures.draw_confusions(
-        folder / f"confusions{suffix}",
-        [label for label, _ in confusions],
-        [counts for _, counts in confusions],
-        hospitals["class_names"],
-      )
+      figures.draw_confusions(folder / f"confusions{suffix}", confusions)
     draw_partition(folder / f"partition{suffix}", hospitals)
 
 
@@ -316,7 +326,7 @@ def _table(arms: list[dict[str, Any]], axes: list[str]) -> pd.DataFrame:
   for arm in arms:
     row: dict[str, Any] = {name: arm["values"][name] for name in axes}
     row |= {"points": arm["n"], "unit": arm["unit"], "epsilon": arm["epsilon"]}
-    row["client_epsilon"] = arm["client_epsilon"]
+    row |= {"client_epsilon": arm["client_epsilon"], "positive_class": arm["positive"]}
     for name, _ in METRICS:
       for key in (name, f"worst.{name}"):
         stats = arm["stats"][key]
@@ -325,29 +335,14 @@ def _table(arms: list[dict[str, Any]], axes: list[str]) -> pd.DataFrame:
   return pd.DataFrame(rows)
 
 
-def _latex(shown: pd.DataFrame, axes: list[str]) -> str:
-  """Mean and half width of the interval of each metric, a row an arm (package booktabs)."""
-  short = shown[axes].map(lambda value: str(value).replace("_", "\\_"))
-  short["unit"] = shown["unit"]
-  short["$\\varepsilon$"] = [
-    "$\\infty$" if math.isinf(e) else round_up(e) for e in shown["epsilon"]
-  ]
-  for name, label in (*METRICS[:3], ("worst.auroc", "AUROC, worst hospital")):
-    short[label] = [_pm(*row) for row in shown[[name, f"{name}.high"]].to_numpy(float)]
-  short.columns = [name.replace("_", "\\_") for name in short.columns]
-  return short.to_latex(index=False, escape=False, na_rep="--")
-
-
-def _pm(mean: float, high: float) -> str:
-  if math.isnan(mean):
-    return "--"
-  return f"{mean:.3f}" if math.isnan(high) else f"${mean:.3f} \\pm {high - mean:.3f}$"
-
-
 def _label(point: Point) -> str:
   from fedjax_med.sweep.points import shown
 
   return shown({name.rpartition(".")[2]: value for name, value in point.items()})
+
+
+def _holdings(folder: pathlib.Path) -> dict[str, Any]:
+  return table.read_json(folder / "hospitals.json")
 
 
 def _command(folder: pathlib.Path) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from fedjax_med.core.errors import UserError, require
+from fedjax_med.core.text import command_line, visible
 
 # Flags of the sweep that its jobs do not get, or get otherwise.
 OWN = ("submit", "submit_options", "shards", "shard", "resume", "noresume")
@@ -55,7 +56,8 @@ def submit(
       command = [sys.executable, "-m", "fedjax_med.sweep", *kept, "--resume"]
       function = submitit.helpers.CommandFunction([*command, f"--shard={index}/{shards}"])
       jobs.append(executor.submit(function))
-  print("jobs " + ", ".join(job.job_id for job in jobs) + f"; logs in {workdir / 'submitit'}")
+  logs = visible(str(workdir / "submitit"))
+  print("jobs " + ", ".join(job.job_id for job in jobs) + f"; logs in {logs}")
   if cluster == "local":
     try:
       for job in jobs:
@@ -66,7 +68,8 @@ def submit(
         f"a job failed; {', '.join(logs)} say why, and what they ask for is to be put right"
       ) from error
   else:
-    print(f"when they have ended: python -m fedjax_med.sweep merge --workdir={workdir}")
+    merge = command_line(["python", "-m", "fedjax_med.sweep", "merge", f"--workdir={workdir}"])
+    print(f"when they have ended: {merge}")
 
 
 def _without_own(arguments: Sequence[str]) -> list[str]:

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 from fedjax_med import __version__
 from fedjax_med.core.config import Config, fingerprint, flat, to_dict
 from fedjax_med.core.errors import UserError, require
-from fedjax_med.core.metrics import METRICS
+from fedjax_med.core.metrics import METRICS, positive_class
+from fedjax_med.core.text import encodable
 from fedjax_med.experiment import workdir as files
 from fedjax_med.sweep.grid import Point
 
@@ -72,7 +73,7 @@ def read(workdir: pathlib.Path) -> dict[str, Any]:
   path = workdir / DEFINITION
   require(path.exists(), f"{path} is missing", "give the --workdir of a sweep")
   try:
-    found = json.loads(path.read_text())
+    found = json.loads(path.read_text(encoding="utf-8"))
     found["points"] = [_parsed(point) for point in found["points"]]
   except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
     raise UserError(f"{path} cannot be read ({error}); restore it") from error
@@ -142,6 +143,8 @@ def rows_of(folder: pathlib.Path, number: int, point: Point) -> list[dict[str, A
   local = [each for each in privacy["guarantees"] if each["unit"] != "client"]
   spent = {party["name"]: party for each in local for party in each["parties"]}
   shared = {"point": number, "run_id": summary["run_id"], **flat(config["config"]), **point}
+  # Neither Parquet nor CSV holds bytes of a path that are no text.
+  shared = {k: encodable(v) if isinstance(v, str) else v for k, v in shared.items()}
   nothing: dict[str, Any] = {"own": {}, "all": {}}
   solo = summary.get("baselines", {}).get("alone", [nothing] * len(summary["clients"]))
   pooled = summary.get("baselines", {}).get("pooled", {})
@@ -153,6 +156,7 @@ def rows_of(folder: pathlib.Path, number: int, point: Point) -> list[dict[str, A
       {
         **shared,
         "hospital": holds["name"],
+        "positive_class": positive_class(hospitals["class_names"]),
         "num_train": sum(holds["train"]),
         "num_test": sum(holds["test"]),
         "rounds": summary["rounds"],
@@ -182,7 +186,7 @@ def _number(value: float | None, missing: float = math.nan) -> float:
 def read_json(path: pathlib.Path) -> Any:
   """A file of a run; raises UserError if it cannot be read."""
   try:
-    return json.loads(path.read_text())
+    return json.loads(path.read_text(encoding="utf-8"))
   except (OSError, ValueError) as error:
     raise UserError(f"{path} cannot be read ({error}); delete its folder and --resume") from error
 

@@ -58,6 +58,35 @@ def test_the_page_holds_a_row_for_each_hospital_and_needs_no_other_file(explaine
 
 
 @pytest.mark.slow
+def test_what_fails_half_way_leaves_the_old_page(explained, tmp_path, monkeypatch):
+  folder = shutil.copytree(explained, tmp_path / "run")
+  before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+  draw = overlays.draw_grid
+
+  def fails(path, *rest):
+    if path.name == "group-2.png":
+      raise OSError("disk full")
+    draw(path, *rest)
+
+  monkeypatch.setattr(overlays, "draw_grid", fails)
+  with pytest.raises(OSError, match="disk full"):
+    page_of(folder, num_images=1)
+  assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.slow
+def test_the_page_names_the_positive_class_and_what_pictures_show_for_a_name(learned, tmp_path):
+  folder = shutil.copytree(learned, tmp_path / "run")
+  held = json.loads((folder / "hospitals.json").read_text())
+  held["class_names"] = ["healthy", "\U000f0000"]
+  (folder / "hospitals.json").write_text(json.dumps(held))
+  Image.new("L", (40, 40)).save(tmp_path / "1.png")
+  page = page_of(folder, images=tmp_path / "1.png", target="\U000f0000").read_text(encoding="utf-8")
+  assert "The positive class is “\U000f0000”." in page
+  assert "“class 2” is “\U000f0000”" in page
+
+
+@pytest.mark.slow
 def test_the_maps_point_at_the_tumours(explained):
   pointing = record_of(explained)["pointing"]
   assert pointing["images"] >= 30

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import shutil
 
 import numpy as np
@@ -131,6 +132,24 @@ def test_pictures_of_every_mode_and_size_are_read_as_in_training(model, tmp_path
   for name in ("cut.png", "empty.jpg"):
     assert "cannot be read" in by_name[name]["error"]
     assert by_name[name]["predicted"] == ""
+
+
+def test_files_whose_names_are_no_text_are_told_apart_in_table_and_overlays(model, tmp_path):
+  folder, beside = tmp_path / "images", tmp_path / "maps"
+  folder.mkdir()
+  names = ["頭".encode("shift_jis") + b".png", b"\\x93\\xaa.png", b"a\n.png", b"n" * 251 + b".png"]
+  for name in names:
+    Image.fromarray(np.zeros((24, 24), np.uint8)).save(folder / os.fsdecode(name))
+  (folder / os.fsdecode(b"\x95\x94.png")).write_text("no picture")
+  counts, rows = predict(model, folder, tmp_path / "table.csv")
+  assert (counts.read, counts.errors[0][0]) == (4, "\\x95\\x94.png")
+  shown = ["\\x93\\xaa.png", "\\x5cx93\\x5cxaa.png", "a\\x0a.png", os.fsdecode(names[3])]
+  assert {row["file"] for row in rows} == {*shown, "\\x95\\x94.png"}
+  for name, file in zip(shown, names, strict=True):
+    picture = predictions.Picture(folder / os.fsdecode(file), name, None, "")
+    place = predictions._write_overlay(picture, np.ones((2, 2)), beside)
+    assert place.name == f"{name}.png" or len(name) > 240
+  assert len([place for place in beside.iterdir() if place.suffix == ".png"]) == 4
 
 
 def test_batches_and_one_picture_agree(model, tmp_path):

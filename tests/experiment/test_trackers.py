@@ -1,5 +1,6 @@
 """Trackers get the numbers of metrics.jsonl; one without its package is refused in a sentence."""
 
+import contextlib
 import importlib
 import json
 import struct
@@ -49,6 +50,31 @@ def test_undefined_values_are_left_out_and_names_hold_no_odd_characters():
   assert "test/f1" not in found
   assert "epsilon" not in found
   assert all(not key.endswith("auroc") or key == "test/auroc" for key in found)
+
+
+def test_hospitals_that_differ_in_odd_characters_only_keep_their_own_values():
+  names = ("A?", "A!")
+  clients = [{**dict.fromkeys(trackers.METRICS, k), "name": name} for k, name in enumerate(names)]
+  clients[0]["f1"] = None  # a gap moves no other value to its name
+  line = {**dict.fromkeys(trackers.METRICS, 0.25), "clients": clients}
+  found = trackers.values_of(line)
+  assert (found["A_/loss"], found["A_/loss_"]) == (0, 1)
+  assert "A_/f1" not in found
+  assert found["A_/f1_"] == 1
+
+
+def test_a_tracker_gets_text_that_it_can_store(monkeypatch, tmp_path):
+  given = []
+
+  @contextlib.contextmanager
+  def keep(folder, run_id, config):
+    given.append(config)
+    yield lambda *_: None
+
+  monkeypatch.setitem(trackers.TRACKERS, "mlflow", keep)
+  with trackers.track("mlflow", tmp_path, "id", {"data": {"path": "/a/\udc93", "size": 1}}):
+    pass
+  assert given == [{"data": {"path": "/a/\\x93", "size": 1}}]
 
 
 @pytest.mark.parametrize("name", ["tensorboard", "wandb", "mlflow"])
