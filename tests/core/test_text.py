@@ -88,7 +88,9 @@ def said(path):
 
 
 def test_every_letter_that_we_print_ourselves_is_spelt_out_on_any_terminal():
-  paths = [path for path in (ROOT / "fedjax_med").rglob("*.py") if path.name != "text.py"]
+  # Class names that sound negative in other scripts are compared with, not printed.
+  aside = {"text.py", "classes.py"}
+  paths = [path for path in (ROOT / "fedjax_med").rglob("*.py") if path.name not in aside]
   letters = {letter for path in paths for text in said(path) for letter in text}
   letters = {letter for letter in letters if not letter.isascii()}
   assert {"ε", "σ", "≤", "–"} <= letters

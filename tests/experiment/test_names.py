@@ -15,6 +15,7 @@ import pytest
 
 from fedjax_med.core.errors import UserError
 from fedjax_med.core.text import encodable, readable, use_any_terminal
+from fedjax_med.data.grey import EIGHT_BITS
 from fedjax_med.data.hospitals import load_hospitals
 from fedjax_med.experiment import console as terminal
 from fedjax_med.experiment import report, trained
@@ -138,9 +139,19 @@ def test_what_goes_with_an_exported_model_can_be_written_whatever_its_run_holds(
   from fedjax_med.experiment.exporting import describe
 
   nothing: Any = None
-  names = ("no", "\udc93")
-  values = "id", smoke_config(), names, 1, nothing, {}, {}, "", "\udcaa"
-  model = trained.Trained(pathlib.Path(), *values)
+  model = trained.Trained(
+    folder=pathlib.Path(),
+    run_id="id",
+    config=smoke_config(),
+    class_names=("no", "\udc93"),
+    rounds=1,
+    model=nothing,
+    params={},
+    state={},
+    grey=EIGHT_BITS,
+    stem_pool_padding="",
+    hospital="\udcaa",
+  )
   about = describe(model, {})
   text = json.dumps(about, ensure_ascii=False)
   assert text.encode("utf-8")
