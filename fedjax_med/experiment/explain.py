@@ -85,6 +85,17 @@ def explain(
   phantoms = trained.config.data.source == "phantoms"
   secret = trained.private and not phantoms
   require(
+    secret or not show_patients,
+    "--show_patients is read where a private run's own test images show patients only, which those"
+    f" of this run {'do not: they are phantoms' if phantoms else 'may do: it is not private'}",
+    "leave it out",
+  )
+  require(
+    not (phantoms and data_path),
+    f"--data_path={data_path} is read for runs on files only, and this one made phantoms",
+    "leave it out",
+  )
+  require(
     not secret or images is not None or show_patients,
     "this run is private and its test images are pictures of patients, which no ε covers",
     "give --images=FOLDER with pictures that you may show, or --show_patients=true for a page that"
