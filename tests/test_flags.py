@@ -9,6 +9,7 @@ import pytest
 
 from fedjax_med import flags as command_line
 from fedjax_med.core.config import Config, get_field
+from tests.command import start
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
@@ -279,3 +280,22 @@ def test_main_gets_arguments_that_are_not_flags_when_there_is_no_config(folder):
     check=True,
   )
   assert done.stdout == "['runs/a', 'runs/b']\n"
+
+
+@pytest.mark.parametrize(
+  ("module", "arguments", "sentence"),
+  [
+    (
+      "predict",
+      ["--images=scans", "--layer=conv1"],
+      "--layer is read with --maps only; add that, or leave out --layer",
+    ),
+    ("report", ["--out=both"], "--out is read with several folders in --workdir only; add that,"),
+    ("explain", ["--images=scans", "--data_path=x"], "--data_path with --images=scans, which is"),
+    ("explain", ["--images=scans", "--show_patients"], "--show_patients with --images=scans, whi"),
+  ],
+)
+def test_flags_of_commands_without_effect_are_refused(module, arguments, sentence):
+  result = start(module, "--workdir=run", *arguments)
+  assert (result.returncode, result.stdout) == (2, "")
+  assert result.stderr.startswith(f"error: {sentence}")

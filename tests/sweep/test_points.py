@@ -164,7 +164,5 @@ def test_settings_of_a_preset_that_its_axes_leave_without_effect_are_excused():
 
 def test_an_axis_of_seeds_that_moves_nothing_is_refused():
   points = [{"seed": 0}, {"seed": 1}]
-  with pytest.raises(
-    UserError, match="axis seed is read at no point, because --seed"
-  ):
+  with pytest.raises(UserError, match="axis seed is read at no point, because --seed"):
     require_read(base(), points, [configure(base(), p, ()) for p in points], ())
