@@ -55,6 +55,12 @@ def main(argv: list[str]) -> None:
   values = flags.FLAGS
   require(len(argv) == 1, f"'{' '.join(argv[1:])}' is not a flag", "give --workdir=DIR")
   require(bool(values.workdir), "--workdir is missing", "give the folder of a run")
+  for name in ("data_path", "show_patients"):
+    require(
+      not values.images or not values[name].present,
+      f"--{name} with --images={values.images}, which is shown instead of the run's test images",
+      "leave out one of them",
+    )
   folder = pathlib.Path(values.workdir).expanduser()
   images = pathlib.Path(values.images).expanduser() if values.images else None
   from fedjax_med.experiment import explain, report, trained  # after the flags: jax takes a while

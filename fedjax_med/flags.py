@@ -22,7 +22,8 @@ from typing import Any, NoReturn
 from absl import flags
 from ml_collections import config_flags
 
-from fedjax_med.core.config import Config
+from fedjax_med.core.conditions import DEFAULTS, READ, drop_unread, shown, unmet
+from fedjax_med.core.config import Config, get_field
 from fedjax_med.core.errors import UserError, nearest, require
 from fedjax_med.core.text import use_any_terminal, visible
 from fedjax_med.core.validation import validate
@@ -63,19 +64,37 @@ def define_config() -> None:
 def load_config(whole: bool = True) -> Config:
   """The Config of the command line, checked; call it inside ``main``.
 
+  A flag that takes away what a setting of the preset is read with takes the setting away too: it
+  falls back to its default, and stderr says so.
+
   Args:
     whole: whether it has to be one that can be run, or only hold values of the right types.
 
   Raises:
-    UserError: --config is missing, or a value breaks a rule of ``core.config.validate``.
+    UserError: --config is missing, or a value breaks a rule of ``core.validation.validate``.
   """
   config = flags.FLAGS["config"].value
   if config is None:
     raise UserError(f"--config is missing; {_PASS_A_PRESET}")
   _check_values(config)
   if whole:
+    values = {path: get_field(config, path) for path in DEFAULTS}
+    for path in drop_unread(config, inherited()):
+      print(
+        f"note: {path}={shown(values[path])} of the preset is not read with these flags, and back"
+        f" at {shown(DEFAULTS[path])}",
+        file=sys.stderr,
+      )
     validate(config)
   return config
+
+
+def inherited() -> set[str]:
+  """Fields that the preset reads as it is written, and that no flag sets."""
+  flag = flags.FLAGS["config"]
+  preset = _preset(config_flags.get_config_filename(flag))
+  given = config_flags.get_override_values(flag)
+  return {path for path in READ if path not in given and unmet(preset, path) is None}
 
 
 def run_main(main: Callable[[list[str]], None]) -> None:
@@ -112,6 +131,21 @@ def run_main(main: Callable[[list[str]], None]) -> None:
     )
   except KeyboardInterrupt:
     _fail("interrupted", 130)
+
+
+def require_company(name: str, there: bool, company: str) -> None:
+  """Raises UserError where the flag ``name`` was given and its ``company`` is not ``there``.
+
+  Args:
+    name: of the flag, without dashes.
+    there: whether what the flag is read with was given.
+    company: for people, such as ``--maps``.
+  """
+  require(
+    there or not flags.FLAGS[name].present,
+    f"--{name} is read with {company} only",
+    f"add that, or leave out --{name}",
+  )
 
 
 def config_fields() -> dict[str, Field]:
@@ -158,7 +192,8 @@ def help_text(main: Callable[[list[str]], None]) -> str:
       doc = inspect.getdoc(type(getattr(Config(), section))) or ""
       lines += ["", f"{section}: {doc.splitlines()[0]}"]
     lines += [f"  --config.{path}={field.default}  ({field.kind.__name__})"]
-    lines += _indented(field.meaning)
+    rules = " and ".join(rule.text for rule in READ[path])
+    lines += _indented(field.meaning + (f" Read with {rules}." if rules else ""))
   return "\n".join(lines)
 
 
@@ -193,7 +228,7 @@ def _parse(argv: list[str]) -> list[str]:
   _check_config_names(argv)
   path = _config_path(argv)
   if path is not None:
-    _check_config_file(path)
+    _preset(path)
   try:
     program, *arguments = flags.FLAGS(argv)
   except flags.UnrecognizedFlagError as error:
@@ -273,8 +308,8 @@ def _config_path(argv: list[str]) -> str | None:
   return path
 
 
-def _check_config_file(argument: str) -> None:
-  """Runs the config file once by itself, so that whatever is wrong in it has its own sentence."""
+def _preset(argument: str) -> Config:
+  """What the config file returns by itself; whatever is wrong in it has its own sentence."""
   name, *get_config_arguments = argument.split(":", 1)
   path = pathlib.Path(name)
   if not path.is_file():
@@ -306,6 +341,7 @@ def _check_config_file(argument: str) -> None:
     f"get_config() of {name} returned {type(config).__name__}, not Config",
     "return a fedjax_med.core.config.Config",
   )
+  return config
 
 
 def _check_values(config: Config) -> None:

@@ -21,7 +21,7 @@ from absl import flags
 from fedjax_med.core.errors import require
 from fedjax_med.core.metrics import positive_class
 from fedjax_med.core.text import encodable, visible
-from fedjax_med.flags import run_main
+from fedjax_med.flags import require_company, run_main
 
 flags.DEFINE_string("workdir", "", "Folder of the run whose model predicts; it may be unfinished.")
 flags.DEFINE_string("images", "", "Folder of pictures, searched with all below it, or one picture.")
@@ -46,6 +46,7 @@ def main(argv: list[str]) -> None:
   require(len(argv) == 1, f"'{' '.join(argv[1:])}' is not a flag", "give --images=FOLDER")
   require(bool(values.workdir), "--workdir is missing", "give the folder of a run")
   require(bool(values.images), "--images is missing", "give a folder of pictures or a picture")
+  require_company("layer", values.maps, "--maps")
   images = pathlib.Path(values.images).expanduser()
   output = pathlib.Path(values.output).expanduser()
   require(not output.is_dir(), f"--output={output} is a folder", "name a file such as table.csv")

@@ -12,7 +12,7 @@ from absl import flags
 
 from fedjax_med.core.errors import require
 from fedjax_med.core.text import visible
-from fedjax_med.flags import run_main
+from fedjax_med.flags import require_company, run_main
 
 flags.DEFINE_list("workdir", [], "Folder of a run or of a sweep, or several of runs with commas.")
 flags.DEFINE_string("out", "", "Folder for the report on several runs.")
@@ -22,6 +22,7 @@ def main(argv: list[str]) -> None:
   values = flags.FLAGS
   require(len(argv) == 1, f"'{' '.join(argv[1:])}' is not a flag", "give --workdir=DIR")
   require(bool(values.workdir), "--workdir is empty", "give the folder of a run or of a sweep")
+  require_company("out", len(values.workdir) > 1, "several folders in --workdir")
   folders = [pathlib.Path(folder).expanduser() for folder in values.workdir]
   if len(folders) == 1 and not (folders[0] / "sweep.json").exists():
     from fedjax_med.experiment.report import write_report

@@ -9,6 +9,7 @@ import pytest
 
 from fedjax_med import flags as command_line
 from fedjax_med.core.config import Config, get_field
+from tests.command import start
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
@@ -78,6 +79,8 @@ def test_overrides_reach_the_config_and_the_last_one_counts(folder):
     "--config.server.num_rounds=5",
     "--config.client.learning_rate",
     "1",
+    "--config.data.source=folder",
+    "--config.data.path=scans",
     "--config.data.strict",
     "--config.data.patient_pattern=(p[0-9]+)=x",
   )
@@ -88,6 +91,8 @@ def test_overrides_reach_the_config_and_the_last_one_counts(folder):
     "server.num_rounds": 5,
     "client.batch_size": 16,
     "client.learning_rate": 1.0,
+    "data.source": "folder",
+    "data.path": "scans",
     "data.strict": True,
     "data.patient_pattern": "(p[0-9]+)=x",
   }
@@ -120,6 +125,10 @@ WRONG = {
   "fraction for a whole number": ([GOOD, "--config.seed=1.5"], "must be a whole number"),
   "text for a switch": ([GOOD, "--config.data.strict=x"], "must be true or false"),
   "not a number": ([GOOD, "--config.client.learning_rate=nan"], "learning_rate=nan must be above"),
+  "without effect": (
+    [GOOD, "--config.client.momentum=0.5"],
+    "client.momentum=0.5 is read with client.optimizer=momentum only, and it is 'sgd'; use that,",
+  ),
   "broken rule": ([GOOD, "--config.client.schedule=cosin"], "did you mean 'cosine'?"),
 }
 
@@ -202,6 +211,36 @@ def test_a_bug_keeps_its_traceback(folder):
   assert "entry.py" in err
 
 
+LIVELY = """
+  config.client.optimizer = 'momentum'
+  config.client.momentum = 0.8
+"""
+
+
+def test_a_flag_takes_away_what_the_preset_set_beside_it_and_says_so(folder):
+  (folder / "configs" / "good.py").write_text(PRESET.format(body=LIVELY))
+  code, out, err = run(folder, GOOD, "--config.client.optimizer=sgd")
+  assert code == 0
+  assert "client.momentum=0.9" in out.splitlines()
+  assert err == (
+    "note: client.momentum=0.8 of the preset is not read with these flags, and back at 0.9\n"
+  )
+  named = run(folder, GOOD, "--config.client.optimizer=sgd", "--config.client.momentum=0.8")
+  assert named[0] == 2
+  assert "leave client.momentum at 0.9" in named[2]
+
+
+def test_what_a_preset_sets_without_effect_is_refused_until_a_flag_gives_it_one(folder):
+  unread = PRESET.format(body="  config.client.momentum = 0.8")
+  (folder / "configs" / "good.py").write_text(unread)
+  code, _, err = run(folder, GOOD)
+  assert code == 2
+  assert "client.momentum=0.8 is read with client.optimizer=momentum only" in err
+  code, out, err = run(folder, GOOD, "--config.client.optimizer=momentum")
+  assert (code, err) == (0, "")
+  assert "client.momentum=0.8" in out.splitlines()
+
+
 def test_help_describes_the_command_and_every_field_with_type_and_default(folder):
   code, out, err = run(folder, "--config=configs/missing.py", "--help")
   assert (code, err) == (0, "")
@@ -212,6 +251,7 @@ def test_help_describes_the_command_and_every_field_with_type_and_default(folder
     assert f"\n  {flag}" in out
   for path, field in command_line.config_fields().items():
     assert f"--config.{path}={field.default} ({field.kind.__name__}) {field.meaning}" in words
+  assert "of optimizer=adamw. Read with client.optimizer=adamw." in words
 
 
 def test_every_config_field_has_a_meaning():
@@ -240,3 +280,22 @@ def test_main_gets_arguments_that_are_not_flags_when_there_is_no_config(folder):
     check=True,
   )
   assert done.stdout == "['runs/a', 'runs/b']\n"
+
+
+@pytest.mark.parametrize(
+  ("module", "arguments", "sentence"),
+  [
+    (
+      "predict",
+      ["--images=scans", "--layer=conv1"],
+      "--layer is read with --maps only; add that, or leave out --layer",
+    ),
+    ("report", ["--out=both"], "--out is read with several folders in --workdir only; add that,"),
+    ("explain", ["--images=scans", "--data_path=x"], "--data_path with --images=scans, which is"),
+    ("explain", ["--images=scans", "--show_patients"], "--show_patients with --images=scans, whi"),
+  ],
+)
+def test_flags_of_commands_without_effect_are_refused(module, arguments, sentence):
+  result = start(module, "--workdir=run", *arguments)
+  assert (result.returncode, result.stdout) == (2, "")
+  assert result.stderr.startswith(f"error: {sentence}")

@@ -29,6 +29,19 @@ GRID = ("--grid=privacy.noise_multiplier=0.5,2", "--grid=seed=0:2")
     (["--grid=seed=0:2", "--seed_axes=noise"], "--seed_axes='noise' is unknown; choose one of"),
     (["--grid=seed=-3,0"], "point seed=-3: seed=-3 must be at least 0"),
     (["--grid=seed=0:2", "--workdir="], "--workdir is missing; name the folder"),
+    (["--grid=data.seed=0:2", "--seed_axes=init"], "--seed_axes is read with an axis named seed"),
+    (["--grid=seed=0:2", "--random_seed=1"], "--random_seed is read with --random only; add that"),
+    (["--grid=seed=0:2", "--shards=2"], "--shards is read with --submit only; add that, or leave"),
+    (["--grid=seed=0:2", "--submit_options=a=1"], "--submit_options is read with --submit only"),
+    (["--grid=seed=0:2", "--submit=local", "--shard=0/2"], "--shard=0/2 with --submit, whose jobs"),
+    (
+      ["--grid=client.momentum=0.9"],
+      "axis client.momentum is read at no point of the sweep: it",
+    ),
+    (
+      ["--grid=seed=0:2", "--config.client.momentum=0.5"],
+      "client.momentum=0.5 is read at no point of the sweep: it is read with client.optimizer=mom",
+    ),
   ],
 )
 def test_what_cannot_be_swept_is_one_sentence(tmp_path, arguments, sentence):

@@ -22,7 +22,7 @@ import numpy as np
 from absl import flags
 
 from experiments.imaging_paper.tables import interval
-from fedjax_med.core.config import Config
+from fedjax_med.core.config import ClientConfig, Config
 from fedjax_med.core.errors import require
 from fedjax_med.flags import run_main
 from fedjax_med.study import mean_interval
@@ -68,6 +68,7 @@ def config_of(case: Case) -> Config:
   config.partition.num_clients = case.clients
   config.model.width = case.width
   config.client.batch_size = 16
+  config.client.gan_steps = ClientConfig().gan_steps  # no GAN is trained
   config.client.num_local_steps = case.images // 16
   config.server.num_rounds = config.eval.every = case.rounds
   return config

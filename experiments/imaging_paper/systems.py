@@ -167,7 +167,11 @@ OWN_MODELS = ("fedbn", "ditto", "finetune")
 
 
 def base_config(scale: str, dataset: str, path: str) -> Config:
-  """The proposed system at a scale; UserError for an unknown scale or set, or a missing path."""
+  """The proposed system at a scale.
+
+  Raises:
+    UserError: an unknown scale or set, or a path that is missing or that phantoms do not read.
+  """
   require_choice("--scale", scale, SCALES)
   require_choice("--set", dataset, SETS)
   require(
@@ -175,14 +179,17 @@ def base_config(scale: str, dataset: str, path: str) -> Config:
     f"--path is missing for --set={dataset}",
     "give the folder that holds its class folders",
   )
+  require(
+    not path or dataset != "phantoms",
+    f"--path={path} is read with another --set than phantoms only",
+    "leave it out, or name the set",
+  )
   size = SCALES[scale]
+  data = DataConfig(source=dataset, path=path, image_size=size.image_size)
+  if dataset == "phantoms":
+    data.num_examples = size.num_phantoms
   return Config(
-    data=DataConfig(
-      source=dataset,
-      path=path,
-      image_size=size.image_size,
-      num_examples=size.num_phantoms,
-    ),
+    data=data,
     partition=PartitionConfig(scheme="dirichlet", num_clients=5, alpha=0.5, min_client_size=16),
     model=ModelConfig(name="se_resnext50_32x4d", width=size.width),
     client=ClientConfig(

@@ -7,6 +7,8 @@ import itertools
 import math
 from typing import Any
 
+from fedjax_med.core.config import PartitionConfig
+
 EPSILONS = (0.5, 1.0, 3.0, 8.0, 20.0, math.inf)
 HOSPITALS = (5, 20)
 # α of the Dirichlet partition; infinite is the same mixture everywhere.
@@ -33,7 +35,7 @@ def get_sweep() -> list[dict[str, Any]]:
         "privacy.rows_per_unit": ROWS_PER_UNIT[unit],
         "partition.num_clients": hospitals,
         "partition.scheme": "iid" if iid else "dirichlet",
-        "partition.alpha": 1.0 if iid else alpha,
+        "partition.alpha": PartitionConfig().alpha if iid else alpha,  # where it is not read
         "privacy.target_epsilon": epsilon,
         "client.batch_size": BATCH_SIZES[hospitals],
         "client.learning_rate": LEARNING_RATES[math.isinf(epsilon)],

@@ -154,7 +154,7 @@ class ServerConfig:
     num_rounds: communication rounds.
     optimizer: sgd (FedAvg), momentum (FedAvgM), adam (FedAdam) or yogi (FedYogi), from optax.
     learning_rate: server learning rate; 1 with sgd is plain FedAvg.
-    momentum: of optimizer=momentum.
+    momentum: of optimizer=momentum; β1 of adam and yogi.
     weighting: examples (real training images; patients under privacy.unit=patient) or uniform.
     participation: full or poisson.
     participation_rate: probability that a client takes part in a round (poisson).
@@ -375,3 +375,9 @@ def get_field(config: Config, path: str) -> Any:
   for name in path.split("."):
     value = getattr(value, name)
   return value
+
+
+def set_field(config: Config, path: str, value: Any) -> None:
+  """Assigns to the field at a dotted path."""
+  section, _, name = path.rpartition(".")
+  setattr(getattr(config, section) if section else config, name, value)

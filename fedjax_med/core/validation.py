@@ -2,6 +2,7 @@
 
 import re
 
+from fedjax_med.core.conditions import require_read
 from fedjax_med.core.config import Config, get_field
 from fedjax_med.core.errors import UserError, require, require_choice
 from fedjax_med.core.rounding import MIN_CLIP_NORM
@@ -151,23 +152,13 @@ def validate(config: Config) -> None:
     f"partition.num_clients={partition.num_clients} is under 1",
     "use at least two hospitals, or 1 for training on pooled data",
   )
-  require(
-    data.split == "grouped" or "{split}" not in data.layout,
-    f"data.split='{data.split}' with data.layout='{data.layout}', whose {{split}} gives the sides",
-    "use * in place of {split} to split anew, or leave data.split=grouped",
-  )
   _validate_central(config)
   _validate_algorithm(config)
   layout, chunk = config.execution.layout, config.execution.chunk_size
   require(
-    (layout == "chunk") == (chunk > 0),
-    f"execution.layout='{layout}' with execution.chunk_size={chunk} contradict each other",
-    "set layout=chunk and chunk_size>=1 together",
-  )
-  require(
-    config.execution.probe != "on" or layout == "auto",
-    f"execution.probe='on' with execution.layout='{layout}' contradict each other",
-    "use layout=auto, which the probe chooses for, or probe=auto",
+    layout != "chunk" or chunk > 0,
+    f"execution.layout='chunk' with execution.chunk_size={chunk} says not how many at once",
+    "set --config.execution.chunk_size=4, or use layout=auto",
   )
   require(
     config.execution.microbatch == 0 or config.model.norm != "batch",
@@ -191,6 +182,7 @@ def validate(config: Config) -> None:
   _validate_synthetic(config)
   _validate_privacy(config)
   _validate_client_privacy(config)
+  require_read(config)
 
 
 def _refuse(config: Config) -> None:
@@ -264,19 +256,6 @@ def _validate_privacy(config: Config) -> None:
   privacy = config.privacy
   copies = privacy.augmentation_multiplicity
   if privacy.mechanism == "none":
-    unused = {
-      "noise_multiplier": privacy.noise_multiplier,
-      "target_epsilon": privacy.target_epsilon,
-      "noise_stddev": privacy.noise_stddev,
-    }
-    require(
-      not any(unused.values()) and privacy.unit == "record" and copies == 1 and privacy.bands == 1,
-      "privacy.mechanism='none' ignores "
-      + ", ".join(f"privacy.{name}={value:g}" for name, value in unused.items())
-      + f", privacy.unit='{privacy.unit}', privacy.augmentation_multiplicity={copies},"
-      f" privacy.bands={privacy.bands}",
-      "set --config.privacy.mechanism=dp_sgd, or leave them at 0, 'record', 1 and 1",
-    )
     return
   require(
     privacy.noise_multiplier > 0 or privacy.target_epsilon > 0,
@@ -309,11 +288,6 @@ def _validate_privacy(config: Config) -> None:
     "use data.split=grouped, which keeps patients and near-duplicates together",
   )
   require(
-    privacy.rows_per_unit == 0 or privacy.unit == "patient",
-    f"privacy.rows_per_unit={privacy.rows_per_unit} with privacy.unit='record' means nothing",
-    "set --config.privacy.unit=patient, or leave it at 0",
-  )
-  require(
     copies == 1 or config.client.augmentation != "none",
     f"privacy.augmentation_multiplicity={copies} with client.augmentation='none' would take the"
     " same image several times",
@@ -325,35 +299,23 @@ def _validate_solve_for(config: Config) -> None:
   privacy = config.privacy
   solve, sigma, stddev = privacy.solve_for, privacy.noise_multiplier, privacy.noise_stddev
   given = {
-    "noise": stddev == 0,
-    "rounds": sigma > 0 and stddev == 0 and privacy.target_epsilon > 0,
-    "batch_size": sigma > 0 and stddev == 0 and privacy.target_epsilon > 0,
+    "noise": True,
+    "rounds": sigma > 0 and privacy.target_epsilon > 0,
+    "batch_size": sigma > 0 and privacy.target_epsilon > 0,
     "clip_norm": sigma == 0 and stddev > 0 and privacy.target_epsilon > 0,
   }
   require(
     given[solve],
     f"privacy.solve_for='{solve}' does not go with privacy.noise_multiplier={sigma:g},"
     f" privacy.noise_stddev={stddev:g} and privacy.target_epsilon={privacy.target_epsilon:g}",
-    "noise takes no noise_stddev; rounds and batch_size take a noise_multiplier and a"
-    " target_epsilon; clip_norm takes a noise_stddev and a target_epsilon",
-  )
-  require(
-    not privacy.same_noise or sigma == 0,
-    f"privacy.same_noise with privacy.noise_multiplier={sigma:g} means nothing: a given σ is"
-    " everybody's",
-    "use it with noise_multiplier=0 and a target_epsilon",
+    "rounds and batch_size take a noise_multiplier and a target_epsilon; clip_norm takes a"
+    " noise_stddev and a target_epsilon",
   )
 
 
 def _validate_client_privacy(config: Config) -> None:
   client = config.client_privacy
   if client.mechanism == "none":
-    require(
-      client.noise_multiplier == 0 and client.target_epsilon == 0,
-      "client_privacy.mechanism='none' ignores client_privacy.noise_multiplier="
-      f"{client.noise_multiplier:g} and client_privacy.target_epsilon={client.target_epsilon:g}",
-      "set --config.client_privacy.mechanism=dp_fedavg, or both of them to 0",
-    )
     return
   require(
     client.noise_multiplier > 0 or client.target_epsilon > 0,

@@ -37,11 +37,11 @@ def data_notes(held: dict[str, Any], unit: str, show_names: bool) -> list[Note]:
       text = f"Half of the pictures have at most {grey.levels} different grey values"
       notes.append(Note(f"{text}: they may have been exported with too few.", True))
   if split["scheme"] == "given":
-    text = "Train and test sides are those that the folders give"
-    shared = split.get("num_test_of_train_patients", 0)
-    if shared:
-      text += f"; {shared} test images are of patients who are in train as well"
-    notes.append(Note(f"{text}.", bool(shared)))
+    notes.append(Note("Train and test sides are those that the folders give.", False))
+  shared = split.get("num_test_of_train_patients", 0)
+  if shared:
+    text = f"{number(shared, 'test image')} of patients who are in train as well"
+    notes.append(Note(f"{text}: the score will be optimistic.", True))
   notes += _contradictions(held, show_names)
   shifts = held.get("mixture_shifts", {})
   if shifts:

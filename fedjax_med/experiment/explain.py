@@ -80,16 +80,27 @@ def explain(
 
   Raises:
     UserError: the network has no map, the data are not those of the run, pictures of patients
-      would be shown that must not be, or a name is unknown.
+      would be shown that must not be, an argument is without effect, or a name is unknown.
   """
   require(num_images >= 1, f"--num_images={num_images} is under 1", "ask for at least one")
+  phantoms = trained.config.data.source == "phantoms"
+  secret = trained.private and not phantoms
+  require(
+    secret or not show_patients,
+    "--show_patients is read where a private run's own test images show patients only, which those"
+    f" of this run {'do not: they are phantoms' if phantoms else 'may do: it is not private'}",
+    "leave it out",
+  )
+  require(
+    not (phantoms and data_path),
+    f"--data_path={data_path} is read for runs on files only, and this one made phantoms",
+    "leave it out",
+  )
   number = None
   if target != "predicted":
     require_choice("--target", target, ("predicted", *trained.class_names))
     number = trained.class_names.index(target)
   layer = choose_layer(trained, layer_name)
-  phantoms = trained.config.data.source == "phantoms"
-  secret = trained.private and not phantoms
   require(
     not secret or images is not None or show_patients,
     "this run is private and its test images are pictures of patients, which no ε covers",

@@ -29,7 +29,7 @@ from fedjax_med.federated.registry import create_algorithm
 from fedjax_med.models.model import Model
 from fedjax_med.models.ops import Lowering
 from fedjax_med.models.pretrained import Overlay, overlay
-from fedjax_med.models.registry import create_model, has_remat, require_columns
+from fedjax_med.models.registry import create_model, has_remat, require_columns, require_read
 from fedjax_med.privacy.banded import empty_memory
 from fedjax_med.privacy.clipping import resolve_method
 from fedjax_med.privacy.clipping import uncovered as clipping_problems
@@ -135,9 +135,10 @@ def make_program(
     may_share_less: whether fewer devices may be taken to save memory.
 
   Raises:
-    UserError: the network does not return the columns that are due, or the rounds do not fit into
-      the memory budget, whatever may be changed.
+    UserError: the network lacks a setting that was given, does not return the columns that are due,
+      or the rounds do not fit into the memory budget, whatever may be changed.
   """
+  require_read(config.model)
   steps, max_examples, shared_steps, batch_cap, counts, max_units, rows_per_unit = shapes
   classes, private = len(dataset.class_names), config.privacy.mechanism != "none"
   image = jax.ShapeDtypeStruct((1, *dataset.inputs.shape[1:]), jnp.float32)

@@ -109,7 +109,7 @@ def run(
   files.write_json(folder / "hospitals.json", hospital_record(experiment.hospitals))
   values, run_id = to_dict(experiment.config), experiment.run_id
   with (
-    terminal.progress(console, "federation", config.server.num_rounds) as listen,
+    terminal.progress(console, "federation", experiment.config.server.num_rounds) as listen,
     track(config.eval.tracker if is_first() else "none", folder, run_id, values) as record,
   ):
 

@@ -21,7 +21,7 @@ from fedjax_med.federated.algorithm import FederatedAlgorithm
 from fedjax_med.federated.registry import ALGORITHMS, create_algorithm
 from fedjax_med.models.model import Model, from_flax
 from fedjax_med.models.ops import Lowering
-from fedjax_med.models.registry import recreate_module
+from fedjax_med.models.registry import MODELS, recreate_module
 from fedjax_med.privacy.banded import empty_memory
 from fedjax_med.simulation.mesh import cpu_cores
 from fedjax_med.simulation.plan import choose_lowering
@@ -139,6 +139,12 @@ def load(
       f"say whose model is meant, such as --hospital='{names[0]}'",
     )
   if network:
+    require(
+      saved.get("source_sha256") != "" or config.model.name not in MODELS,
+      f"--network={network} registers a network of your own, and {folder} trained"
+      f" model.name='{config.model.name}' of this package",
+      "leave out --network",
+    )
     _register(network)
   cores = cpu_cores()
   lowering = lowering or choose_lowering(config.execution.lowering, cores)[0]

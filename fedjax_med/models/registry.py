@@ -29,6 +29,8 @@ from fedjax_med.models.layers import NORMS
 from fedjax_med.models.model import Model, from_flax
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+# Settings that a network may have or not, each with a value unlike the default.
+SETTINGS = {"norm": "batch", "dropout": 0.5, "width": 0.5, "dtype": "bfloat16"}
 
 # name: constructor(num_classes, *, norm, dropout, dtype[, width])
 MODELS: dict[str, Callable[..., nn.Module]] = {
@@ -129,6 +131,39 @@ def create_module(config: ModelConfig, num_classes: int) -> nn.Module:
     naming = pretrained.naming_of(file.arrays, file.path)
     module = module.clone(stem_pool_padding=naming.stem_pool_padding)
   return module
+
+
+def unread(config: ModelConfig) -> tuple[str, ...]:
+  """Those of ``SETTINGS`` that the network has not: another value makes an equal module."""
+  require_choice("model.name", config.name, MODELS)
+  return _unread(MODELS[config.name])
+
+
+@functools.cache
+def _unread(constructor: Callable[..., nn.Module]) -> tuple[str, ...]:
+  default = {"norm": "group", "dropout": 0.0, "dtype": jnp.float32}
+  has_width = "width" in inspect.signature(constructor).parameters
+
+  def has(setting: str, value: Any) -> bool:
+    if setting == "width" and not has_width:
+      return False
+    value = DTYPES[value] if setting == "dtype" else value
+    return constructor(2, **{**default, setting: value}) != constructor(2, **default)
+
+  return tuple(setting for setting, value in SETTINGS.items() if not has(setting, value))
+
+
+def require_read(config: ModelConfig) -> None:
+  """Raises UserError where a setting differs from its default and the network has none such."""
+  default = ModelConfig()
+  names = [name for name in unread(config) if getattr(config, name) != getattr(default, name)]
+  settings = " and ".join(f"model.{name}={getattr(config, name)!r}" for name in names)
+  require(
+    not names,
+    f"{settings} {'is' if len(names) == 1 else 'are'} not read by model.name='{config.name}'",
+    "use another network, or leave "
+    + " and ".join(f"model.{name} at {getattr(default, name)!r}" for name in names),
+  )
 
 
 def network_record(config: ModelConfig, num_classes: int) -> dict[str, str]:

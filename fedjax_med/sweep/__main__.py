@@ -24,7 +24,14 @@ from rich.markup import escape
 from fedjax_med.core.config import Config, get_field
 from fedjax_med.core.errors import UserError, require, require_choice
 from fedjax_med.core.text import command_line
-from fedjax_med.flags import config_fields, define_config, load_config, run_main
+from fedjax_med.flags import (
+  config_fields,
+  define_config,
+  inherited,
+  load_config,
+  require_company,
+  run_main,
+)
 from fedjax_med.sweep import grid
 
 
@@ -107,7 +114,15 @@ def main(_: list[str]) -> None:
     "name the folder for results, such as --workdir=runs/sweep",
   )
   index, number = _shard(values.shard)
+  require_company("random_seed", bool(values.random), "--random")
+  for name in ("shards", "submit_options"):
+    require_company(name, bool(values.submit), "--submit")
   if values.submit:
+    require(
+      not values["shard"].present,
+      f"--shard={values.shard} with --submit, whose jobs are the shards",
+      "give their number as --shards, or leave out --submit",
+    )
     require_choice("--submit", values.submit, ("slurm", "local"))
   points = grid.points(
     base,
@@ -120,13 +135,16 @@ def main(_: list[str]) -> None:
     listed=_listed(values.sweep),
   )
 
+  require_company("seed_axes", "seed" in points[0], "an axis named seed")
+
   from fedjax_med.experiment.cache import use_compilation_cache  # jax takes seconds to import
   from fedjax_med.simulation.mesh import split_cpu
   from fedjax_med.sweep import progress, table
   from fedjax_med.sweep.missing import run_missing
-  from fedjax_med.sweep.points import configure, groups, plan_points
+  from fedjax_med.sweep.points import configure, groups, plan_points, require_read
 
   configs = [configure(base, point, values.seed_axes) for point in points]
+  require_read(base, points, configs, values.seed_axes, inherited())
   own = range(index, len(points), number)
   require(bool(own), f"--shard={values.shard} has none of {len(points)} points", "use fewer shards")
   split_cpu(base.execution.devices)

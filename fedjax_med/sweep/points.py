@@ -2,12 +2,22 @@
 
 import copy
 import dataclasses
+import functools
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
 
-from fedjax_med.core.config import ClientPrivacyConfig, Config, PrivacyConfig, flat, to_dict
+from fedjax_med.core import conditions
+from fedjax_med.core.config import (
+  ClientPrivacyConfig,
+  Config,
+  PrivacyConfig,
+  flat,
+  get_field,
+  set_field,
+  to_dict,
+)
 from fedjax_med.core.errors import UserError, require, require_choice
 from fedjax_med.core.validation import validate
 from fedjax_med.data.dataset import Dataset, Hospitals
@@ -16,6 +26,7 @@ from fedjax_med.data.sources import load_dataset
 from fedjax_med.experiment.build import Case, baselines, federation
 from fedjax_med.experiment.protection import cohort_cap
 from fedjax_med.experiment.synthetic import image_key, with_places
+from fedjax_med.models import registry
 from fedjax_med.sweep.grid import Point
 
 SEED_AXES = ("partition", "init", "sampling")
@@ -96,26 +107,78 @@ def configure(base: Config, point: Point, seed_axes: Sequence[str]) -> Config:
 
   ``target_epsilon=inf`` is training without that kind of privacy. ``seed`` goes where
   ``seed_axes`` say: partition (data.seed: split and partition, and the images of phantoms), init
-  (initial weights), sampling (sampling, noise, participation).
+  (initial weights), sampling (sampling, noise, participation). A setting of ``base`` that this
+  point does not read is at its default: other points may read it (``require_read``).
 
   Raises:
-    UserError: a value breaks its rule; the sentence names the point.
+    UserError: a value breaks its rule, or an axis has a value that the point does not read; the
+      sentence names the point.
   """
   config = copy.deepcopy(base)
-  for name, value in _with_seeds(base, point, seed_axes).items():
-    section, _, field = name.rpartition(".")
-    record = getattr(config, section) if section else config
-    kind = type(getattr(record, field))
-    setattr(record, field, kind(value))
+  values = _with_seeds(base, point, seed_axes)
+  for name, value in values.items():
+    set_field(config, name, type(get_field(config, name))(value))
   if math.isinf(config.privacy.target_epsilon):
     config.privacy = PrivacyConfig()
   if math.isinf(config.client_privacy.target_epsilon):
     config.client_privacy = ClientPrivacyConfig()
+  others = conditions.READ.keys() - values.keys()
+  conditions.drop_unread(config, others)
   try:
+    for name in others & {f"model.{setting}" for setting in registry.unread(config.model)}:
+      set_field(config, name, conditions.DEFAULTS[name])
     validate(config)
+    registry.require_read(config.model)
   except UserError as error:
     raise UserError(f"point {shown(point)}: {error}") from error
   return config
+
+
+def require_read(
+  base: Config,
+  points: Sequence[Point],
+  configs: Sequence[Config],
+  seed_axes: Sequence[str],
+  excused: Collection[str] = (),
+) -> None:
+  """Raises UserError for an axis, or a setting of the base, that no point of the sweep reads.
+
+  Args:
+    base: configuration that the points change.
+    points: of the sweep.
+    configs: of each point, from ``configure``.
+    seed_axes: what an axis named seed moves.
+    excused: settings of the base that may be without effect.
+  """
+  axes = list(points[0])
+  require(
+    "seed" not in axes or bool(seed_axes),
+    "axis seed is read at no point, because --seed_axes is empty",
+    "name what it moves, such as --seed_axes=init,sampling",
+  )
+  settings = [path for path in conditions.changed(base) if path not in {*axes, *excused}]
+  for path in [*axes, *settings]:
+    if any(map(functools.partial(_reads, base, path), points, configs)):
+      continue
+    what = f"axis {path}" if path in axes else f"{path}={conditions.shown(get_field(base, path))}"
+    default = conditions.shown(conditions.DEFAULTS[path])
+    remedy = "leave the axis out" if path in axes else f"leave it at {default}"
+    rule, config = conditions.unmet(configs[0], path), configs[0]
+    reason, first = f"model.name='{config.model.name}' has no such setting", "use another network"
+    if rule is not None:
+      reason = f"it is read with {rule.text} only, and {conditions.state(config, rule)}"
+      first = rule.remedy
+    raise UserError(f"{what} is read at no point of the sweep: {reason}; {first}, or {remedy}")
+
+
+def _reads(base: Config, path: str, point: Point, config: Config) -> bool:
+  """Whether a point of a sweep looks at a field."""
+  section, _, name = path.rpartition(".")
+  if name == "target_epsilon" and math.isinf(point.get(path, get_field(base, path))):
+    mechanism = f"{section}.mechanism"  # that an infinite target switches off
+    return point.get(mechanism, get_field(base, mechanism)) != "none"
+  lacks = section == "model" and name in registry.unread(config.model)
+  return conditions.unmet(config, path) is None and not lacks
 
 
 def _with_seeds(base: Config, point: Point, seed_axes: Sequence[str]) -> Point:

@@ -246,6 +246,18 @@ def test_bad_requests_are_one_sentence(changes, sentence, learned):
     page_of(learned, **changes)
 
 
+@pytest.mark.parametrize(
+  ("changes", "sentence"),
+  [
+    ({"show_patients": True}, r"--show_patients is read where .* they are phantoms; leave it out"),
+    ({"data_path": "scans"}, r"--data_path=scans is read for runs on files only, and .*; leave"),
+  ],
+)
+def test_what_phantoms_do_not_need_is_refused(changes, sentence, finished):
+  with pytest.raises(UserError, match=sentence):
+    page_of(finished, **changes)
+
+
 def test_a_linear_model_has_nothing_to_show(finished):
   with pytest.raises(UserError, match="no layer that returns a map"):
     page_of(finished)

@@ -218,6 +218,11 @@ def test_a_folder_without_a_model_is_refused_in_one_sentence(change, sentence, f
     trained.load(folder)
 
 
+def test_a_file_of_networks_is_refused_where_the_network_is_the_packages_own(finished):
+  with pytest.raises(UserError, match=r"--network=mine.py registers .*'linear' of this package;"):
+    trained.load(finished, network="mine.py")
+
+
 def test_loading_a_model_writes_nothing(finished):
   before = sorted(finished.rglob("*"))
   trained.load(finished)

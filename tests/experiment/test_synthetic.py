@@ -160,7 +160,7 @@ def test_the_id_of_a_run_follows_from_what_is_asked_and_not_from_the_images(deal
 )
 def test_gans_are_refused_with_privacy_of_any_unit(changes):
   validate(gan_config())
-  validate(gan_config(**changes, client__synthetic="none"))
+  validate(gan_config(**changes, client__synthetic="none", client__gan_steps=500))
   (path,) = [name.replace("__", ".") for name in changes if name.endswith("mechanism")]
   with pytest.raises(UserError) as caught:
     validate(gan_config(**changes))

@@ -31,7 +31,7 @@ from tests.command import ROOT
 @pytest.mark.parametrize("scale", SCALES)
 @pytest.mark.parametrize("dataset", SETS)
 def test_every_row_of_every_scale_and_set_is_a_valid_configuration(scale, dataset):
-  base = base_config(scale, dataset, "folder")
+  base = base_config(scale, dataset, "" if dataset == "phantoms" else "folder")
   found = rows(base, SCALES[scale])
   assert len(found) == len(SYSTEMS) * len(SPLITS) * SCALES[scale].seeds
   for row in found:

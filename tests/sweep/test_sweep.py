@@ -55,7 +55,7 @@ def close(found, expected):
 TOGETHER = [
   {"seed": 3},
   {"data.split": "paper", "data.test_fraction": 0.3},
-  {"partition.alpha": 0.3, "partition.min_client_size": 8, "client.num_local_epochs": 0.5},
+  {"partition.alpha": 0.3, "partition.min_client_size": 8},
   {"partition.scheme": "iid", "server.weighting": "uniform"},
   {RATE: 0.1, "server.learning_rate": 0.5, "server.proximal_weight": 0.1},
   {"server.num_rounds": 5, SIGMA: 0.7, "privacy.clip_norm": 0.3},

@@ -1,0 +1,219 @@
+"""A case for each field of the configuration: where it is read, where not, and what then moves."""
+
+import pathlib
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from fedjax_med.core.config import Config, set_field
+
+Changes = dict[str, Any]
+FILES = "FILES"  # stands for the folder of pictures, with numbers for other ones
+
+
+class Case(NamedTuple):
+  """How a field shows that it is read.
+
+  Attributes:
+    value: another value than that of ``reads``.
+    moves: function of ``setting_moves`` that tells the two configurations apart.
+    reads: changes of ``base`` under which the field is read.
+    without: changes under which it is not, at least one for each of its conditions.
+    besides: changes that go with ``value``.
+    why: reason where neither weights, metrics, ε nor results on disk can move.
+  """
+
+  value: Any
+  moves: str
+  reads: Changes = {}  # noqa: RUF012
+  without: tuple[Changes, ...] = ()
+  besides: Changes = {}  # noqa: RUF012
+  why: str = ""
+
+
+def base() -> Config:
+  """Logistic regression on a few phantoms of 8 pixels at three hospitals, without privacy."""
+  config = Config()
+  for path, value in {
+    "data.image_size": 8,
+    "data.num_examples": 120,
+    "partition.num_clients": 3,
+    "partition.min_client_size": 16,
+    "model.name": "linear",
+    "client.batch_size": 8,
+    "client.num_local_steps": 2,
+    "server.num_rounds": 2,
+    "execution.devices": 1,
+    "execution.compilation_cache": "",
+  }.items():
+    set_field(config, path, value)
+  return config
+
+
+def changed(changes: Changes, files: pathlib.Path) -> Config:
+  """``base`` with these changes; FILES becomes a folder that holds pictures."""
+  config = base()
+  for path, value in changes.items():
+    if isinstance(value, str) and value.startswith(FILES):
+      value = make_files(files, int(value.removeprefix(FILES) or 0))
+    set_field(config, path, value)
+  return config
+
+
+def make_files(folder: pathlib.Path, seed: int) -> str:
+  """A folder of two classes of pictures: three patients, two small files and one broken."""
+  root = folder / f"pictures{seed}"
+  if root.is_dir():
+    return str(root)
+  rng = np.random.default_rng(seed)
+  for name in ("no", "yes"):
+    (root / name).mkdir(parents=True)
+    for number in range(40):
+      side = 20 if number == 0 else 40
+      pixels = rng.integers(0, 256, (side, side)).astype(np.uint8)
+      Image.fromarray(pixels).save(root / name / f"P{number % 7}_{number}.png")
+  (root / "no" / "broken.png").write_bytes(b"none")
+  return str(root)
+
+
+LAYOUT = "execution.* lays the same arithmetic out otherwise: results are equal but for rounding"
+ONE_VALUE = "a declaration with one value; every other one is refused with the reason"
+FOLDER = {"data.source": "folder", "data.path": FILES, "data.num_examples": 4000}
+GIVEN = {**FOLDER, "data.layout": "{split}/{site}/{class}/*"}
+SITES = {"partition.scheme": "site", "partition.num_clients": 0}
+GAN = {"client.synthetic": "gan"}
+SIGMA = "privacy.noise_multiplier"
+PRIVATE = {"privacy.mechanism": "dp_sgd", SIGMA: 1.0}
+TARGET = {"privacy.mechanism": "dp_sgd", "privacy.target_epsilon": 8.0}
+SOLVED = {**TARGET, "privacy.solve_for": "clip_norm", "privacy.noise_stddev": 0.5}
+ROUNDS = {**PRIVATE, **TARGET, "privacy.solve_for": "rounds", "server.num_rounds": 10}
+BATCHES = {**PRIVATE, **TARGET, "privacy.solve_for": "batch_size", "client.batch_size": 32}
+PATIENTS = {**PRIVATE, "privacy.unit": "patient"}
+UNIFORM = {"client_privacy.mechanism": "dp_fedavg", "server.weighting": "uniform"}
+CENTRAL = {**UNIFORM, "client_privacy.noise_multiplier": 1.0}
+ADAPTIVE = {**CENTRAL, "client_privacy.clipping": "adaptive"}
+ONE = {"partition.num_clients": 1}
+FIVE = {"partition.num_clients": 5, "partition.min_client_size": 8}
+CNN = {"model.name": "cnn_small"}
+MLP = {"model.name": "mlp"}
+
+CASES: dict[str, Case] = {
+  "seed": Case(1, "weights"),
+  "data.source": Case("folder", "holders", besides=FOLDER),
+  "data.path": Case(f"{FILES}1", "holders", FOLDER, ({},)),
+  "data.cache_dir": Case(
+    f"{FILES}1", "cache", {**FOLDER, "data.source": "br35h"}, ({}, FOLDER), why="where files lie"
+  ),
+  "data.image_size": Case(9, "holders"),
+  "data.min_size": Case(10, "holders", FOLDER, ({},)),
+  "data.strict": Case(True, "refusal", FOLDER, ({},)),
+  "data.layout": Case("{class}/{patient}_*", "holders", FOLDER, ({},)),
+  "data.positive": Case("no", "holders", FOLDER, ({},)),
+  "data.window": Case("50,200", "holders", FOLDER, ({},)),
+  "data.split": Case("paper", "holders", without=(GIVEN,)),
+  "data.test_fraction": Case(0.4, "holders", without=(GIVEN,)),
+  "data.patient_pattern": Case(
+    "(P[0-9]+)_", "holders", FOLDER, ({}, {**FOLDER, "data.layout": "{class}/{patient}_*"})
+  ),
+  "data.normalisation": Case("fixed", "program"),
+  "data.num_examples": Case(130, "holders", without=(FOLDER,)),
+  "data.seed": Case(1, "holders", without=({**GIVEN, **SITES},)),
+  "partition.scheme": Case("iid", "holders"),
+  "partition.num_clients": Case(4, "holders"),
+  "partition.alpha": Case(
+    0.2,
+    "holders",
+    without=(
+      {"partition.scheme": "iid"},
+      {"partition.scheme": "auto", **FIVE},
+      {**GIVEN, **SITES, "partition.scheme": "auto"},
+      ONE,
+    ),
+  ),
+  "partition.classes_per_client": Case(2, "holders", {"partition.scheme": "shards"}, ({},)),
+  "partition.min_client_size": Case(24, "holders", {"partition.alpha": 0.1}),
+  "model.name": Case("mlp", "program"),
+  "model.norm": Case("batch", "program", CNN, ({}, MLP)),
+  "model.dropout": Case(0.5, "program"),
+  "model.width": Case(0.5, "program", MLP, ({},)),
+  "model.dtype": Case("bfloat16", "program"),
+  "model.pretrained": Case("weights", "pretrained"),
+  "model.init_seed": Case(1, "weights"),
+  "client.optimizer": Case("adam", "program"),
+  "client.learning_rate": Case(0.1, "weights"),
+  "client.schedule": Case("cosine", "program"),
+  "client.warmup_rounds": Case(2, "program"),
+  "client.momentum": Case(0.5, "program", {"client.optimizer": "momentum"}, ({},)),
+  "client.weight_decay": Case(0.1, "program", {"client.optimizer": "adamw"}, ({},)),
+  "client.batch_size": Case(4, "program", without=(BATCHES,)),
+  "client.num_local_steps": Case(3, "plan"),
+  "client.num_local_epochs": Case(2.0, "plan", {"client.num_local_steps": 0}, ({},)),
+  "client.label_smoothing": Case(0.1, "program"),
+  "client.augmentation": Case("flip", "program"),
+  "client.synthetic": Case("gan", "holders"),
+  "client.synthetic_share": Case(1.0, "holders", GAN, ({},)),
+  "client.gan_steps": Case(2, "images", {**GAN, "client.gan_steps": 1}, ({},)),
+  "server.algorithm": Case("scaffold", "program"),
+  "server.num_rounds": Case(4, "plan", TARGET, (ROUNDS,)),
+  "server.optimizer": Case("adam", "program"),
+  "server.learning_rate": Case(0.5, "weights"),
+  "server.momentum": Case(0.5, "program", {"server.optimizer": "momentum"}, ({},)),
+  "server.weighting": Case("uniform", "weights", without=(ONE,)),
+  "server.participation": Case("poisson", "program", besides={"server.participation_rate": 0.5}),
+  "server.participation_rate": Case(0.5, "traced", {"server.participation": "poisson"}, ({},)),
+  "server.proximal_weight": Case(0.5, "weights"),
+  "server.personal_layers": Case(
+    "hidden1", "program", {**MLP, "server.algorithm": "fedper"}, ({}, {"server.algorithm": "ditto"})
+  ),
+  "server.personal_weight": Case(1.0, "traced", {"server.algorithm": "ditto"}, ({},)),
+  "server.ema_decay": Case(0.9, "program"),
+  "privacy.mechanism": Case("dp_sgd", "plan", besides={SIGMA: 1.0}),
+  "privacy.unit": Case("patient", "plan", PRIVATE, ({},)),
+  "privacy.rows_per_unit": Case(1, "plan", PATIENTS, ({}, PRIVATE)),
+  "privacy.augmentation_multiplicity": Case(
+    2, "program", {**PRIVATE, "client.augmentation": "flip"}, ({"client.augmentation": "flip"},)
+  ),
+  SIGMA: Case(2.0, "plan", PRIVATE, ({},)),
+  "privacy.target_epsilon": Case(4.0, "plan", TARGET, ({},)),
+  "privacy.solve_for": Case(
+    "rounds", "plan", {**PRIVATE, **TARGET, "server.num_rounds": 10}, ({},)
+  ),
+  "privacy.same_noise": Case(True, "plan", TARGET, ({}, PRIVATE, SOLVED)),
+  "privacy.noise_stddev": Case(1.0, "plan", SOLVED, ({}, PRIVATE)),
+  "privacy.clip_norm": Case(0.1, "plan", PRIVATE, ({}, SOLVED)),
+  "privacy.delta": Case(1e-3, "plan", PRIVATE, ({},)),
+  "privacy.batch_cap": Case(15, "plan", PRIVATE, ({},)),
+  "privacy.bands": Case(2, "plan", PRIVATE, ({},)),
+  "privacy.clipping": Case("reference", "layout", PRIVATE, ({},), why=LAYOUT),
+  "privacy.adjacency": Case("zero_out", "nothing", PRIVATE, ({},), why=ONE_VALUE),
+  "privacy.sampling": Case("poisson", "nothing", PRIVATE, ({},), why=ONE_VALUE),
+  "client_privacy.mechanism": Case("dp_fedavg", "plan", besides=CENTRAL),
+  "client_privacy.noise_multiplier": Case(2.0, "plan", CENTRAL, ({},)),
+  "client_privacy.target_epsilon": Case(
+    4.0, "plan", {**UNIFORM, "client_privacy.target_epsilon": 8.0}, ({},)
+  ),
+  "client_privacy.clip_norm": Case(0.1, "plan", CENTRAL, ({},)),
+  "client_privacy.delta": Case(0.01, "plan", CENTRAL, ({},)),
+  "client_privacy.clipping": Case("adaptive", "plan", CENTRAL, ({},)),
+  "client_privacy.quantile": Case(0.3, "traced", ADAPTIVE, ({}, CENTRAL)),
+  "client_privacy.clip_learning_rate": Case(0.5, "traced", ADAPTIVE, ({}, CENTRAL)),
+  "client_privacy.count_noise": Case(4.0, "plan", ADAPTIVE, ({}, CENTRAL)),
+  "execution.layout": Case("vmap", "layout", why=LAYOUT),
+  "execution.chunk_size": Case(
+    2, "layout", {"execution.layout": "chunk", "execution.chunk_size": 1}, ({},), why=LAYOUT
+  ),
+  "execution.devices": Case(2, "layout", why=LAYOUT),
+  "execution.lowering": Case("native", "layout", why=LAYOUT),
+  "execution.microbatch": Case(4, "layout", why=LAYOUT),
+  "execution.memory_gib": Case(2.0, "layout", why=LAYOUT),
+  "execution.remat": Case("blocks", "layout", {"model.name": "se_resnext_micro"}, why=LAYOUT),
+  "execution.probe": Case("on", "probe", {}, ({"execution.layout": "scan"},), why=LAYOUT),
+  "execution.compilation_cache": Case(f"{FILES}2", "compiled", why="where programs are kept"),
+  "eval.every": Case(2, "log_points"),
+  "eval.batch_size": Case(
+    16, "prediction", why="images of a forward pass: the shape of a program and nothing else"
+  ),
+  "eval.local_baselines": Case(True, "runs"),
+  "eval.tracker": Case("tensorboard", "tracked"),
+}
