@@ -62,7 +62,7 @@ def changed(changes: Changes, files: pathlib.Path) -> Config:
 
 
 def make_files(folder: pathlib.Path, seed: int) -> str:
-  """A folder of two classes of pictures: three patients, two small files and one broken."""
+  """A folder of two classes of pictures: seven patients, two small files and one broken."""
   root = folder / f"pictures{seed}"
   if root.is_dir():
     return str(root)
@@ -72,7 +72,8 @@ def make_files(folder: pathlib.Path, seed: int) -> str:
     for number in range(40):
       side = 20 if number == 0 else 40
       pixels = rng.integers(0, 256, (side, side)).astype(np.uint8)
-      Image.fromarray(pixels).save(root / name / f"P{number % 7}_{number}.png")
+      side = "train" if number % 4 else "test"
+      Image.fromarray(pixels).save(root / name / f"P{number % 7}_{side}_{number}.png")
   (root / "no" / "broken.png").write_bytes(b"none")
   return str(root)
 
@@ -80,8 +81,8 @@ def make_files(folder: pathlib.Path, seed: int) -> str:
 LAYOUT = "execution.* lays the same arithmetic out otherwise: results are equal but for rounding"
 ONE_VALUE = "a declaration with one value; every other one is refused with the reason"
 FOLDER = {"data.source": "folder", "data.path": FILES, "data.num_examples": 4000}
-GIVEN = {**FOLDER, "data.layout": "{split}/{site}/{class}/*"}
-SITES = {"partition.scheme": "site", "partition.num_clients": 0}
+GIVEN = {**FOLDER, "data.layout": "{class}/{site}_{split}_*"}
+SITES = {"partition.scheme": "site", "partition.num_clients": 7, "partition.min_client_size": 1}
 GAN = {"client.synthetic": "gan"}
 SIGMA = "privacy.noise_multiplier"
 PRIVATE = {"privacy.mechanism": "dp_sgd", SIGMA: 1.0}

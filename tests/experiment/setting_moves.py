@@ -148,7 +148,7 @@ def layout(one: Config, other: Config) -> bool:
 def refusal(one: Config, other: Config) -> bool:
   """Whether the data are accepted."""
   load_hospitals(one)
-  with pytest.raises(UserError, match=r"mend or remove it, or set data\.strict=False"):
+  with pytest.raises(UserError, match=r"mend or remove them, or set data\.strict=False"):
     load_hospitals(other)
   return True
 
@@ -159,7 +159,7 @@ def cache(one: Config, other: Config) -> bool:
 
   seen = []
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(sources, "load_builder", lambda name, path, cache, **_: seen.append(cache))
+    patch.setattr(sources, "load_builder", lambda path, data: seen.append(data.cache_dir))
     for config in (one, other):
       sources.load_dataset(config.data)
   return seen[0] != seen[1]
