@@ -163,16 +163,13 @@ def _arms(frame: pd.DataFrame, axes: list[str]) -> list[dict[str, Any]]:
   arms = []
   for key, group in points.groupby(keys, sort=False, dropna=False):
     values = dict(zip(keys, key, strict=True)) if axes else {}
-    own = frame[frame["point"].isin(group["point"])]
     diverged = group["stopped"] == "diverged"
     stats = {}
     for name, _ in METRICS:
-      stats[name] = study.mean_interval(group[f"all.{name}"].to_numpy(float))
-      stats[f"mean.{name}"] = study.mean_interval(group[f"mean.{name}"].to_numpy(float))
-      stats[f"worst.{name}"] = study.mean_interval(group[f"worst.{name}"].to_numpy(float))
-      stats[f"alone.{name}"] = study.mean_interval(
-        own.groupby("point")[f"alone.{name}"].mean().to_numpy(float)
-      )
+      for key in (name, f"mean.{name}", f"worst.{name}", f"alone.{name}"):
+        column = f"all.{name}" if key == name else key
+        reached = group[column].to_numpy(float)
+        stats[key] = study.mean_interval(reached, bounds=study.bounds_of(column))
     arms.append(
       {
         "values": values,
@@ -326,22 +323,24 @@ def _table(arms: list[dict[str, Any]], axes: list[str]) -> pd.DataFrame:
 
 
 def _latex(shown: pd.DataFrame, axes: list[str]) -> str:
-  """Mean and half width of the interval of each metric, a row an arm (package booktabs)."""
+  """Mean and ends of the interval of each metric, a row an arm (package booktabs)."""
   short = shown[axes].map(lambda value: str(value).replace("_", "\\_"))
   short["unit"] = shown["unit"]
   short["$\\varepsilon$"] = [
     "$\\infty$" if math.isinf(e) else round_up(e) for e in shown["epsilon"]
   ]
   for name, label in (*METRICS[:3], ("worst.auroc", "AUROC, worst hospital")):
-    short[label] = [_pm(*row) for row in shown[[name, f"{name}.high"]].to_numpy(float)]
+    columns = [name, f"{name}.low", f"{name}.high"]
+    short[label] = [_with_ends(*row) for row in shown[columns].to_numpy(float)]
   short.columns = [name.replace("_", "\\_") for name in short.columns]
   return short.to_latex(index=False, escape=False, na_rep="--")
 
 
-def _pm(mean: float, high: float) -> str:
+def _with_ends(mean: float, low: float, high: float) -> str:
+  """Not a half width: an interval that ends at 0 or 1 is not even."""
   if math.isnan(mean):
     return "--"
-  return f"{mean:.3f}" if math.isnan(high) else f"${mean:.3f} \\pm {high - mean:.3f}$"
+  return f"{mean:.3f}" if math.isnan(high) else f"{mean:.3f} [{low:.3f}, {high:.3f}]"
 
 
 def _label(point: Point) -> str:
