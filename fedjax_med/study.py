@@ -92,12 +92,12 @@ def by_point(frame: pd.DataFrame) -> pd.DataFrame:
   shared = frame.drop(columns=[*reduced, *OF_HOSPITALS], errors="ignore")
   _require_one_value(shared)
   rows = shared.drop_duplicates("point").sort_values("point").reset_index(drop=True)
-  found: dict[str, np.ndarray] = {}
+  columns: dict[str, np.ndarray] = {}
   for column, (mean, worst, metric) in reduced.items():
-    found[mean] = grouped[column].mean().to_numpy()
+    columns[mean] = grouped[column].mean().to_numpy()
     ends = grouped[column].max() if metric in LOWER_IS_BETTER else grouped[column].min()
-    found[worst] = ends.to_numpy()
-  return pd.concat([rows, pd.DataFrame(found)], axis=1)
+    columns[worst] = ends.to_numpy()
+  return pd.concat([rows, pd.DataFrame(columns)], axis=1)
 
 
 def _require_one_value(frame: pd.DataFrame) -> None:

@@ -41,33 +41,33 @@ def mend(
   Raises:
     UserError: the lines come after the checkpoint's, and releases might be hidden.
   """
-  found = ledger.split(folder)
-  if found is None or head not in found.intact.digests:
+  parts = ledger.split(folder)
+  if parts is None or head not in parts.intact.digests:
     return
-  book = found.intact
+  book = parts.intact
   if (book.run_id, book.guarantees) != (experiment.run_id, tuple(experiment.guarantees)):
     return
-  rounds = _given_out(experiment, folder, found)
-  beside = ledger.set_apart(folder, found, rounds, _counts(experiment, rounds))
+  rounds = _given_out(experiment, folder, parts)
+  beside = ledger.set_apart(folder, parts, rounds, _counts(experiment, rounds))
   path = folder / ledger.FILE
   tell(
-    f"{path}: {len(found.broken)} lines, the first of them line {found.first}, do not follow from"
+    f"{path}: {len(parts.broken)} lines, the first of them line {parts.first}, do not follow from"
     f" those before them and are in {beside.name} now. The checkpoint's line is intact; the ledger"
     f" counts the {rounds} rounds of which anything can have been given out."
   )
 
 
-def _given_out(experiment: Experiment, folder: pathlib.Path, found: Split) -> int:
+def _given_out(experiment: Experiment, folder: pathlib.Path, parts: Split) -> int:
   """The most rounds of which results can have been given out; UserError where that is not known."""
-  said = ledger.edited(folder / ledger.FILE, found.first)
-  claimed = _claimed_rounds(experiment, folder, found)
+  said = ledger.edited(folder / ledger.FILE, parts.first)
+  claimed = _claimed_rounds(experiment, folder, parts)
   if claimed is None:
     raise UserError(
       f"{said}, and {folder / 'privacy.json'} does not say how many rounds were given out;"
       f" {ledger.RESTORE}"
     )
   logged = [line.get("round", 0) for line in files.read_metrics(folder)]
-  rounds = max(found.intact.rounds, claimed, *logged, *map(_rounds_of, found.broken))
+  rounds = max(parts.intact.rounds, claimed, *logged, *map(_rounds_of, parts.broken))
   server = experiment.config.server
   if rounds > server.num_rounds:
     raise UserError(
@@ -75,9 +75,9 @@ def _given_out(experiment: Experiment, folder: pathlib.Path, found: Split) -> in
       f" server.num_rounds={server.num_rounds}; restore the file, or ask for {rounds} rounds if the"
       " run had as many"
     )
-  if rounds > found.intact.rounds and server.participation != "full":
+  if rounds > parts.intact.rounds and server.participation != "full":
     raise UserError(
-      f"{said}, and which hospitals took part in the {rounds - found.intact.rounds} rounds after"
+      f"{said}, and which hospitals took part in the {rounds - parts.intact.rounds} rounds after"
       f" the lines before it is not known; {ledger.RESTORE}"
     )
   return rounds
@@ -95,13 +95,15 @@ def _steps(experiment: Experiment, rounds: int) -> tuple[int, ...]:
   return tuple(int(steps) * rounds for steps in np.asarray(experiment.steps))
 
 
-def _claimed_rounds(experiment: Experiment, folder: pathlib.Path, found: Split) -> int | None:
+def _claimed_rounds(experiment: Experiment, folder: pathlib.Path, parts: Split) -> int | None:
   """Rounds that privacy.json is about; None where it cannot be read or does not say."""
   try:
     record = json.loads((folder / "privacy.json").read_text())
-    if record["ledger"] in found.intact.digests:  # no more than the intact lines are
+    if record["ledger"] in parts.intact.digests:  # no more than the intact lines are
       return 0
-    releases = [[party["steps"] for party in each["parties"]] for each in record["guarantees"]]
+    releases = [
+      [party["steps"] for party in guarantee["parties"]] for guarantee in record["guarantees"]
+    ]
     one_round = _counts(experiment, 1)
     if experiment.config.server.participation != "full":
       return None

@@ -70,7 +70,7 @@ def _require_free(workdir: pathlib.Path, index: int, number: int) -> None:
     beside = shards == str(number) and place != str(index)
     if beside or not _is_held(path):
       continue
-    shard = "" if shards == "1" else f", shard {place}/{shards} of a sweep,"
+    shard = "" if shards == "1" else f", shard {place}/{shards} of a sweep"
     raise UserError(
       f"--workdir={workdir} is in use by {_described(path)}{shard}; wait until it ends, or use"
       " another --workdir"

@@ -182,25 +182,25 @@ def split(folder: pathlib.Path) -> Split | None:
   return Split(_ledger(path, lines), tuple(kept), tuple(broken), first)
 
 
-def set_apart(folder: pathlib.Path, found: Split, rounds: int, counts: Counts) -> pathlib.Path:
+def set_apart(folder: pathlib.Path, parts: Split, rounds: int, counts: Counts) -> pathlib.Path:
   """Keeps the intact lines of a ledger, moves the others to a file beside it, and returns that.
 
   Killed at any moment it leaves the ledger as it was or as it is to be.
 
   Args:
     folder: the workdir.
-    found: from ``split``.
+    parts: from ``split``.
     rounds: that the ledger is to count, if it does not already: a line for them comes with it.
     counts: releases of each party of each guarantee by then.
   """
   path, number = folder / FILE, 1
   while (beside := path.with_name(f"{FILE}.broken-{number}")).exists():
     number += 1
-  _write(beside, found.broken)
-  texts = found.texts
-  if rounds > found.intact.rounds:
+  _write(beside, parts.broken)
+  texts = parts.texts
+  if rounds > parts.intact.rounds:
     content = {"rounds": int(rounds), "counts": counts}
-    texts = (*texts, _line(content, _digest(found.intact.head, content)))
+    texts = (*texts, _line(content, _digest(parts.intact.head, content)))
   whole = path.with_name(f"{FILE}.tmp")
   _write(whole, texts)
   os.replace(whole, path)

@@ -45,12 +45,12 @@ def bind(workdir: pathlib.Path, planned: Sequence[Planned]) -> None:
   Raises:
     UserError: the sweep began with other images; nothing is written then.
   """
-  found: dict[str, dict[str, Any]] = {}
-  for each in planned:
-    key = _key(each)
-    if key not in found:
-      data, dataset = each.case.config.data, each.case.hospitals.dataset
-      found[key] = {
+  present: dict[str, dict[str, Any]] = {}
+  for run in planned:
+    key = _key(run)
+    if key not in present:
+      data, dataset = run.case.config.data, run.case.hospitals.dataset
+      present[key] = {
         "source": data.source,
         "path": data.path,
         "num_images": dataset.num_real,
@@ -59,9 +59,9 @@ def bind(workdir: pathlib.Path, planned: Sequence[Planned]) -> None:
   folder = workdir / FOLDER
   folder.mkdir(exist_ok=True)
   known = records(workdir)
-  for key, record in found.items():
+  for key, record in present.items():
     _require_same(workdir, known.get(key, record), record)
-  for key, record in found.items():
+  for key, record in present.items():
     path = folder / f"{key}.json"
     files.create_whole(path, files.as_json(record))
     _require_same(workdir, _read(path), record)  # another shard may have been faster
@@ -82,10 +82,10 @@ def join(folders: Sequence[pathlib.Path]) -> dict[str, dict[str, Any]]:
   Raises:
     UserError: two folders are of different images; both are named.
   """
-  found: dict[str, tuple[pathlib.Path, dict[str, Any]]] = {}
+  known: dict[str, tuple[pathlib.Path, dict[str, Any]]] = {}
   for folder in folders:
     for key, record in records(folder).items():
-      first, other = found.setdefault(key, (folder, record))
+      first, other = known.setdefault(key, (folder, record))
       require(
         other["sha256"] == record["sha256"],
         f"{first} is of the images of {_described(other)}, {folder} of others, of"
@@ -93,14 +93,14 @@ def join(folders: Sequence[pathlib.Path]) -> dict[str, dict[str, Any]]:
         "merge folders of the same images: run the points of one of the two again, on the data of"
         " the other, in a new --workdir",
       )
-  return {key: record for key, (_, record) in found.items()}
+  return {key: record for key, (_, record) in known.items()}
 
 
-def _key(each: Planned) -> str:
+def _key(run: Planned) -> str:
   """Names a set of images by what makes it; a place does where it is an axis of the sweep."""
-  fields = image_fields(each.case.config.data)
+  fields = image_fields(run.case.config.data)
   return fingerprint(
-    {k: v for k, v in fields.items() if k not in PLACES or f"data.{k}" in each.point}
+    {k: v for k, v in fields.items() if k not in PLACES or f"data.{k}" in run.point}
   )
 
 
@@ -120,7 +120,7 @@ def _described(record: dict[str, Any]) -> str:
 
 def _read(path: pathlib.Path) -> dict[str, Any]:
   try:
-    found = json.loads(path.read_text())
-    return {name: found[name] for name in ("source", "path", "num_images", "sha256")}
+    record = json.loads(path.read_text())
+    return {name: record[name] for name in ("source", "path", "num_images", "sha256")}
   except (OSError, ValueError, KeyError, TypeError) as error:
     raise UserError(f"{path} cannot be read ({error!r}); restore it") from error

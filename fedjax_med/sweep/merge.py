@@ -34,11 +34,11 @@ def join(target: pathlib.Path, sources: Sequence[pathlib.Path]) -> None:
     UserError: a folder holds no sweep, another one, or points of other images, or a process works
       in ``target``; nothing is copied then.
   """
+  _tell_unknown([target, *sources])
   if sources:
     target.mkdir(parents=True, exist_ok=True)
     with lock.hold(target, print):
       _take(sources, target)
-  _tell_unknown([target, *sources])
   points = table.read(target)["points"]
   table.write(target)
   missing = [number for number in range(len(points)) if not table.done(target, number)]
@@ -54,10 +54,10 @@ def _take(sources: Sequence[pathlib.Path], target: pathlib.Path) -> None:
   first, *others = [target, *sources] if begun else sources
   definition = table.read(first)
   for other in others:
-    found = table.read(other)["sweep_id"]
+    sweep_id = table.read(other)["sweep_id"]
     require(
-      found == definition["sweep_id"],
-      f"{other} holds sweep {found}, {first} sweep {definition['sweep_id']}",
+      sweep_id == definition["sweep_id"],
+      f"{other} holds sweep {sweep_id}, {first} sweep {definition['sweep_id']}",
       "merge folders of one sweep: the same config, axes and seeds",
     )
   records = image_sets.join([first, *others])
@@ -72,7 +72,7 @@ def _take(sources: Sequence[pathlib.Path], target: pathlib.Path) -> None:
 
 
 def _tell_unknown(folders: Sequence[pathlib.Path]) -> None:
-  """Names folders of before there was a digest of the images: theirs cannot be compared."""
+  """Names folders that an older version began, without digests: they cannot be compared."""
   for folder in folders:
     if any((folder / "points").glob("*")) and not image_sets.records(folder):
       print(f"{folder} does not say which images its points are of; they must be the same in all")

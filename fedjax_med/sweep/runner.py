@@ -86,8 +86,8 @@ def run_points(
     UserError: a point's folder holds another run, which is found before anything compiles; or the
       images of a point could not be made, and all others have run when it is raised.
   """
-  for each in planned:  # before hours are spent: what is done must be of these runs too
-    files.claim(folder_of(each.key), each.case.run_id)
+  for run in planned:  # before hours are spent: what is done must be of these runs too
+    files.claim(folder_of(run.key), run.case.run_id)
   for name_of_tracker in {each.case.config.eval.tracker for each in planned}:
     require_installed(name_of_tracker)
   progress, complete = Progress(0, 0, None, ""), image_keeper()

@@ -20,7 +20,7 @@ from fedjax_med.experiment import lock
 from fedjax_med.experiment import run as runs
 from fedjax_med.experiment.workdir import claim
 from fedjax_med.privacy import ledger
-from fedjax_med.sweep import table
+from fedjax_med.sweep import merge, table
 from tests.command import ROOT, smoke
 from tests.experiment.running import metrics, smoke_config
 
@@ -122,11 +122,11 @@ def test_a_file_system_without_locks_is_told_and_stops_nobody(tmp_path, monkeypa
     raise OSError(errno.ENOLCK, "No locks available")
 
   monkeypatch.setattr(lock.fcntl, "flock", flock)
-  told = []
-  with lock.hold(tmp_path, told.append):
+  messages = []
+  with lock.hold(tmp_path, messages.append):
     pass
-  assert len(told) == 1
-  assert "has no locks (No locks available): start no second process" in told[0]
+  assert len(messages) == 1
+  assert "has no locks (No locks available): start no second process" in messages[0]
 
 
 def test_a_folder_of_locks_is_neither_a_run_nor_a_sweep_but_a_sweep_is_no_place_for_a_run(tmp_path):
@@ -135,6 +135,18 @@ def test_a_folder_of_locks_is_neither_a_run_nor_a_sweep_but_a_sweep_is_no_place_
     table.begin(tmp_path, smoke_config(), [{"seed": 0}], ("sampling",))
     with pytest.raises(UserError, match="holds a sweep; use another --workdir for the run"):
       claim(tmp_path, "abc")
+
+
+def test_nothing_is_merged_into_a_folder_that_a_shard_works_in(tmp_path):
+  source, target = tmp_path / "source", tmp_path / "target"
+  for folder in (source, target):
+    table.begin(folder, smoke_config(), [{"seed": 0}], ("sampling",))
+  with (
+    lock.hold(target, never, 0, 2),
+    pytest.raises(UserError, match=r"is in use by .*, shard 0/2 of a sweep; wait until it ends"),
+  ):
+    merge.join(target, [source])
+  assert not (target / table.RESULTS).exists()
 
 
 @pytest.mark.slow

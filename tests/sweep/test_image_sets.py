@@ -23,16 +23,16 @@ POINTS = [{"client.learning_rate": rate} for rate in (0.1, 0.2)]
 def with_dataset(planned, **changes):
   """The runs with another dataset, and the path that it lies at."""
 
-  def changed(each):
-    path = changes.get("path", each.case.config.data.path)
-    data = dataclasses.replace(each.case.config.data, path=path)
-    config = dataclasses.replace(each.case.config, data=data)
+  def changed(run):
+    path = changes.get("path", run.case.config.data.path)
+    data = dataclasses.replace(run.case.config.data, path=path)
+    config = dataclasses.replace(run.case.config, data=data)
     fields = {name: value for name, value in changes.items() if name != "path"}
-    dataset = dataclasses.replace(each.case.hospitals.dataset, **fields)
-    hospitals = dataclasses.replace(each.case.hospitals, dataset=dataset)
-    return each._replace(case=each.case._replace(config=config, hospitals=hospitals))
+    dataset = dataclasses.replace(run.case.hospitals.dataset, **fields)
+    hospitals = dataclasses.replace(run.case.hospitals, dataset=dataset)
+    return run._replace(case=run.case._replace(config=config, hospitals=hospitals))
 
-  return [changed(each) for each in planned]
+  return [changed(run) for run in planned]
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +75,7 @@ def base_without_privacy():
 
 def test_axes_that_make_other_images_have_digests_of_their_own(planned, other_pixel, tmp_path):
   here, there = (
-    [each._replace(point={"data.path": path})] for each, path in zip(planned, "ab", strict=True)
+    [run._replace(point={"data.path": path})] for run, path in zip(planned, "ab", strict=True)
   )
   both = with_dataset(here, path="a") + with_dataset(there, path="b", inputs=other_pixel)
   image_sets.bind(tmp_path, both)
