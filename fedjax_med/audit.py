@@ -3,6 +3,7 @@
 Example: python -m fedjax_med.audit --config=configs/quickstart.py --workdir=runs/quickstart
 """
 
+import contextlib
 import json
 import pathlib
 import sys
@@ -10,6 +11,7 @@ from typing import Any
 
 from absl import flags
 
+from fedjax_med.core.config import Config
 from fedjax_med.core.errors import require
 from fedjax_med.data.hospitals import load_hospitals
 from fedjax_med.flags import define_config, load_config, run_main
@@ -37,6 +39,28 @@ def main(_: list[str]) -> None:
   )
   require(_TRIALS.value >= 1000, f"--trials={_TRIALS.value} is under 1000", "use 40000")
   require(0 <= _SEED.value < 2**31, f"--audit_seed={_SEED.value} must be in [0, 2^31)", "use 0")
+  from fedjax_med.experiment import lock
+
+  folder = pathlib.Path(flags.FLAGS.workdir).expanduser() if flags.FLAGS.workdir else None
+  with contextlib.ExitStack() as stack:
+    if folder is not None:
+      require(
+        folder.is_dir(),
+        f"--workdir={folder} is not a folder",
+        "give the --workdir of a run that was trained, or none",
+      )
+      stack.enter_context(lock.hold(folder, _tell))
+    result = _audit(config, folder)
+  if _JSON.value:
+    print(json.dumps(result))
+  else:
+    _show(result)
+  if not result["passed"]:
+    sys.exit(1)
+
+
+def _audit(config: Config, folder: pathlib.Path | None) -> dict[str, Any]:
+  """Builds the run and attacks it; what was found is in ``folder`` too, if there is one."""
   from fedjax_med.experiment import audit, build, report, shadows
   from fedjax_med.experiment.cache import use_compilation_cache
   from fedjax_med.simulation.mesh import split_cpu
@@ -45,9 +69,7 @@ def main(_: list[str]) -> None:
   use_compilation_cache(config.execution.compilation_cache)
   hospitals = load_hospitals(config)
   experiment = build.build(config, hospitals)
-  folder = None
-  if flags.FLAGS.workdir:
-    folder = pathlib.Path(flags.FLAGS.workdir).expanduser()
+  if folder is not None:
     report.require_run(folder, experiment.run_id)
   halves = None
   if _SHADOWS.value:
@@ -59,12 +81,7 @@ def main(_: list[str]) -> None:
     _tell(f"Training {_SHADOWS.value} models on halves of the data ...")
     result["membership"] = shadows.attack(halves)
     _keep(folder, result)
-  if _JSON.value:
-    print(json.dumps(result))
-  else:
-    _show(result)
-  if not result["passed"]:
-    sys.exit(1)
+  return result
 
 
 def _tell(text: str) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from fedjax_med.core.errors import require, require_choice
+from fedjax_med.core.errors import UserError, require, require_choice
 from fedjax_med.core.metrics import LOWER_IS_BETTER, METRICS
 
 
@@ -43,6 +43,8 @@ class Comparison(NamedTuple):
 def load(workdir: str | pathlib.Path) -> pd.DataFrame:
   """A row a point and hospital of a sweep, with the seconds that its point took.
 
+  METRIC, alone.METRIC and alone.all.METRIC are of the hospital of the row; see ``by_point``.
+
   Raises:
     UserError: the folder has no table.
   """
@@ -61,20 +63,60 @@ def with_seconds(frame: pd.DataFrame, timing: pd.DataFrame) -> pd.DataFrame:
   return frame.merge(timing, on="point", how="left")
 
 
-def by_point(frame: pd.DataFrame) -> pd.DataFrame:
-  """A row a point: all.METRIC of all test images, mean.METRIC and worst.METRIC over hospitals.
+# Columns that say something of one hospital, and of which a row a point has nothing.
+OF_HOSPITALS = ("hospital", "num_train", "num_test", "epsilon", "delta", "sigma")
+# Prefixes of metrics that differ from hospital to hospital, and what their mean begins with.
+REDUCED = {"": "mean.", "alone.": "alone.", "alone.all.": "alone.all."}
 
-  The worst hospital has the highest loss or ece, or the lowest value of any other metric; hospitals
-  where a metric is undefined do not count.
+
+def by_point(frame: pd.DataFrame) -> pd.DataFrame:
+  """A row a point, in which what hospitals differ in is a mean over them, and the worst of them.
+
+  mean.METRIC and worst.METRIC are of the run's model on each hospital's test images. alone.METRIC
+  (the mean) and worst.alone.METRIC are of the models that hospitals trained by themselves, on the
+  same images, alone.all.METRIC and worst.alone.all.METRIC of those models on all test images.
+  all.METRIC is of the run's model on all test images, and is no mean. The worst has the highest
+  loss or ece, or the lowest value of any other metric; hospitals where a metric is undefined do not
+  count.
+
+  Raises:
+    UserError: another column has several values in one point.
   """
   grouped = frame.groupby("point", sort=True)
-  hospitals = ("hospital", "num_train", "num_test", "epsilon", "delta", "sigma", *METRICS)
-  rows = grouped.first().drop(columns=list(hospitals)).reset_index()
-  for metric in METRICS:
-    rows[f"mean.{metric}"] = grouped[metric].mean().to_numpy()
-    worst = grouped[metric].max() if metric in LOWER_IS_BETTER else grouped[metric].min()
-    rows[f"worst.{metric}"] = worst.to_numpy()
-  return rows
+  reduced = {
+    f"{prefix}{metric}": (f"{name}{metric}", f"worst.{prefix}{metric}", metric)
+    for prefix, name in REDUCED.items()
+    for metric in METRICS
+    if f"{prefix}{metric}" in frame
+  }
+  shared = frame.drop(columns=[*reduced, *OF_HOSPITALS], errors="ignore")
+  _require_one_value(shared)
+  rows = shared.drop_duplicates("point").sort_values("point").reset_index(drop=True)
+  columns: dict[str, np.ndarray] = {}
+  for column, (mean, worst, metric) in reduced.items():
+    columns[mean] = grouped[column].mean().to_numpy()
+    ends = grouped[column].max() if metric in LOWER_IS_BETTER else grouped[column].min()
+    columns[worst] = ends.to_numpy()
+  return pd.concat([rows, pd.DataFrame(columns)], axis=1)
+
+
+def _require_one_value(frame: pd.DataFrame) -> None:
+  """Raises UserError unless the hospitals of each point have the same in every column."""
+  several = frame.groupby("point", sort=True).nunique(dropna=False) > 1
+  names = several.columns[several.any()]
+  if len(names):
+    name = names[0]
+    point = several.index[several[name]][0]
+    raise UserError(
+      f"column '{name}' has several values at the hospitals of point {point}; drop it, or reduce it"
+      f" first: frame['{name}'] = frame.groupby('point')['{name}'].transform('mean')"
+    )
+
+
+def bounds_of(column: str) -> tuple[float, float]:
+  """Least and largest value of a column: 0 and 1 of metrics but for the loss, else infinite."""
+  metric = column.rpartition(".")[2]
+  return (0.0, 1.0) if metric in METRICS and metric != "loss" else (-np.inf, np.inf)
 
 
 def aggregate(
@@ -90,13 +132,14 @@ def aggregate(
   Args:
     frame: from ``load``.
     by: columns that make a group; what else varies, seeds for one, is averaged over.
-    metric: a column of ``by_point``, such as all.auroc or worst.recall.
+    metric: a column of ``by_point``, such as all.auroc, worst.recall or alone.auroc.
     interval: t (Student), or bootstrap (BCa, 9,999 resamples, for 5 points or more).
     confidence: of the interval.
 
   Returns:
     A row a group, in the order of ``by``: its columns, n, mean, low, high. Points that diverged or
     have no such metric are not in n but in ``missing``. With a single value low and high are nan.
+    Intervals of metrics but for the loss stay in [0, 1].
   """
   require_choice("interval", interval, ("t", "bootstrap"))
   require(0 < confidence < 1, f"confidence={confidence} is not between 0 and 1", "use 0.95")
@@ -110,18 +153,24 @@ def aggregate(
     rows.append(
       {
         **dict(zip(names, key, strict=True)),
-        **mean_interval(values, interval, confidence),
+        **mean_interval(values, interval, confidence, bounds_of(metric)),
       }
     )
   return pd.DataFrame(rows)
 
 
 def mean_interval(
-  values: np.ndarray, interval: str = "t", confidence: float = 0.95
+  values: np.ndarray,
+  interval: str = "t",
+  confidence: float = 0.95,
+  bounds: tuple[float, float] = (-np.inf, np.inf),
 ) -> dict[str, Any]:
-  """n, missing, mean, low and high of values of which some may be undefined; see ``aggregate``."""
+  """n, missing, mean, low and high of values of which some may be undefined; see ``aggregate``.
+
+  ``bounds`` are the least and the largest value that there can be, and so of the interval.
+  """
   known = values[np.isfinite(values)]
-  low, high = _interval(known, interval, confidence)
+  low, high = _interval(known, interval, confidence, bounds)
   mean = float(known.mean()) if len(known) else np.nan
   missing = len(values) - len(known)
   return {"n": len(known), "missing": missing, "mean": mean, "low": low, "high": high}
@@ -146,7 +195,7 @@ def compare(
     second: another one.
     metric: a column of ``by_point``.
     pair_by: columns whose values make a pair; each pair must have one point of either arm.
-    confidence: of the interval.
+    confidence: of the interval, which stays in [-1, 1] for metrics but the loss.
 
   Raises:
     UserError: no such column, or points that do not pair.
@@ -171,7 +220,8 @@ def compare(
     f"{len(differences)} of {max(map(len, sides))} points have a partner, or a metric is undefined",
     "run both arms with the same seeds; leave out points that diverged",
   )
-  low, high = _interval(differences, "t", confidence)
+  least, largest = bounds_of(metric)
+  low, high = _interval(differences, "t", confidence, (least - largest, largest - least))
   varied = len(differences) > 1 and bool(np.ptp(differences) > 0)
   return Comparison(
     len(differences),
@@ -183,7 +233,9 @@ def compare(
   )
 
 
-def _interval(values: np.ndarray, kind: str, confidence: float) -> tuple[float, float]:
+def _interval(
+  values: np.ndarray, kind: str, confidence: float, bounds: tuple[float, float]
+) -> tuple[float, float]:
   if len(values) < 2:
     return np.nan, np.nan
   mean = float(values.mean())
@@ -195,5 +247,5 @@ def _interval(values: np.ndarray, kind: str, confidence: float) -> tuple[float, 
     )
     found = stats.bootstrap((values,), np.mean, confidence_level=confidence, rng=0)
     return float(found.confidence_interval.low), float(found.confidence_interval.high)
-  half = stats.t.ppf((1 + confidence) / 2, len(values) - 1) * stats.sem(values)
-  return mean - float(half), mean + float(half)
+  half = float(stats.t.ppf((1 + confidence) / 2, len(values) - 1) * stats.sem(values))
+  return max(mean - half, bounds[0]), min(mean + half, bounds[1])

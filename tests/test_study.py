@@ -14,18 +14,21 @@ from fedjax_med.core.metrics import METRICS
 SIGMA = "privacy.noise_multiplier"
 
 
+ALONE = ("alone.auroc", "alone.all.auroc", "alone.loss", "alone.all.loss")
+
+
 def table(sigmas=(1.0, 2.0), seeds=6, hospitals=3):
   rng = np.random.default_rng(0)
   rows = []
   for point, (sigma, seed) in enumerate((s, k) for s in sigmas for k in range(seeds)):
     shared = {"point": point, SIGMA: sigma, "seed": seed}
-    shared |= {f"all.{metric}": rng.normal(-sigma) for metric in METRICS}
+    shared |= {f"all.{metric}": rng.uniform(0.6, 0.7) - 0.1 * sigma for metric in METRICS}
     rows += [
       {
         **shared,
         "hospital": f"hospital {k}",
         **{"num_train": 9, "num_test": 3, "epsilon": 1.0, "delta": 1e-3, "sigma": sigma},
-        **{metric: rng.normal() for metric in METRICS},
+        **{metric: rng.uniform() for metric in (*METRICS, *ALONE)},
       }
       for k in range(hospitals)
     ]
@@ -42,6 +45,68 @@ def test_a_point_has_the_mean_and_the_worst_of_its_hospitals():
   assert rows["worst.auroc"][3] == min(own["auroc"])
   assert rows["mean.f1"][3] == pytest.approx(np.mean(own["f1"]))
   assert rows["worst.auroc"][0] == min(frame["auroc"][1:3])
+
+
+def test_a_point_has_the_mean_and_the_worst_of_models_that_hospitals_trained_alone():
+  frame = table()
+  frame.loc[0, list(ALONE)] = np.nan  # a hospital whose test images are of one class
+  rows = study.by_point(frame)
+  for column in ALONE:
+    for point in (0, 3):
+      values = frame[frame["point"] == point][column].dropna()
+      worst = max(values) if column.endswith("loss") else min(values)
+      assert rows[column][point] == pytest.approx(sum(values) / len(values))
+      assert rows[f"worst.{column}"][point] == worst
+  found = study.aggregate(frame, SIGMA, "alone.auroc")
+  means = frame.groupby([SIGMA, "point"])["alone.auroc"].mean().groupby(SIGMA).mean()
+  assert found["mean"].tolist() == pytest.approx(means.tolist())
+  frame[list(ALONE)] = np.nan  # a sweep without such models
+  assert study.by_point(frame)[["alone.auroc", "worst.alone.auroc"]].isna().to_numpy().all()
+
+
+def test_no_value_of_one_hospital_is_taken_for_all():
+  frame = table()
+  frame["age"] = 50.0
+  frame.loc[4, "age"] = np.nan
+  with pytest.raises(
+    UserError, match=r"'age' has several values .* of point 1; drop it, or reduce"
+  ):
+    study.by_point(frame)
+  reduced = frame.assign(age=frame.groupby("point")["age"].transform("mean"))
+  assert study.by_point(reduced)["age"].tolist() == [50.0] * 12
+  left = set(study.by_point(table()).columns)
+  assert not left & {"hospital", "num_train", "num_test", "epsilon", "delta", "sigma", *METRICS}
+
+
+@pytest.mark.parametrize(
+  ("column", "least", "largest"),
+  [("all.auroc", 0, 1), ("worst.alone.all.f1", 0, 1), ("mean.ece", 0, 1), ("all.loss", None, None)],
+)
+def test_intervals_of_metrics_stay_where_metrics_can_be(column, least, largest):
+  high, low = np.array([0.7, 1.0, 1.0]), np.array([0.0, 0.0, 0.3])
+  for values in (high, low):
+    ends = stats.t.interval(0.95, 2, values.mean(), stats.sem(values))
+    assert ends[0] < 0 or ends[1] > 1
+    found = study.mean_interval(values, bounds=study.bounds_of(column))
+    expected = ends if least is None else np.clip(ends, least, largest)
+    assert (found["low"], found["high"]) == pytest.approx(tuple(expected))
+    assert found["mean"] == values.mean()
+  frame = table(seeds=3, hospitals=1)
+  frame["all.auroc"] = [*low, *high]
+  ends = study.aggregate(frame, SIGMA, "all.auroc")[["low", "high"]].to_numpy()
+  assert ends.min() == 0
+  assert ends.max() == 1
+
+
+def test_the_interval_of_a_difference_stays_in_what_differences_can_be():
+  frame = table(seeds=2, hospitals=1)
+  for metric in ("all.auroc", "all.loss"):
+    frame[metric] = [0.0, 0.2, 1.0, 0.9]
+  found, loss = (study.compare(frame, SIGMA, 1.0, 2.0, f"all.{m}") for m in ("auroc", "loss"))
+  ends = stats.t.interval(0.95, 1, 0.85, stats.sem([1.0, 0.7]))
+  assert (loss.low, loss.high) == pytest.approx(ends)
+  assert (found.low, found.high) == (-1, 1)
+  assert found.mean_difference == pytest.approx(0.85)
 
 
 @pytest.mark.parametrize("interval", ["t", "bootstrap"])

@@ -45,8 +45,8 @@ def compare(frame: pd.DataFrame, metric: str = "all.f1") -> list[dict[str, Any]]
       if defined and np.ptp(differences) > 0:
         result: Any = stats.ttest_1samp(differences, 0.0)
         p = float(result.pvalue)
-      around = mean_interval(differences if defined else np.full(2, np.nan))
-      ends = {end: float(np.clip(around[end], -1, 1)) for end in ("mean", "low", "high")}
+      around = mean_interval(differences if defined else np.full(2, np.nan), bounds=(-1, 1))
+      ends = {end: around[end] for end in ("mean", "low", "high")}
       pairs = int(np.isfinite(differences).sum())
       tests.append({"split": split, "other": other, "pairs": pairs, **ends, "p": p})
     largest = 0.0

@@ -68,9 +68,8 @@ def summarise(frame: pd.DataFrame, dataset: str) -> list[dict[str, Any]]:
 
 
 def _stats(values: pd.Series, least: float = 0) -> dict[str, Any]:
-  found = mean_interval(values.to_numpy(float))
-  low, high = (float(np.clip(found[end], least, 1)) for end in ("low", "high"))
-  numbers = {"mean": found["mean"], "low": low, "high": high}
+  found = mean_interval(values.to_numpy(float), bounds=(least, 1))
+  numbers = {name: found[name] for name in ("mean", "low", "high")}
   counts = {"n": found["n"], "missing": found["missing"]}
   return counts | {k: None if math.isnan(v) else v for k, v in numbers.items()}
 

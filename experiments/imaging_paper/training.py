@@ -14,6 +14,7 @@ from rich.console import Console
 from experiments.imaging_paper.systems import SCALES, SETS, SYSTEMS, Row, base_config, rows
 from fedjax_med.core.config import Config
 from fedjax_med.core.errors import require, require_choice
+from fedjax_med.core.metrics import METRICS
 
 # A seed draws split, partition, initial weights, sampling and phantoms.
 SEED_AXES = ("partition", "init", "sampling")
@@ -91,6 +92,7 @@ def _base() -> Config:
 
 def train(folder: pathlib.Path, base: Config, every: Sequence[Row], own: Sequence[int]) -> None:
   """Trains what is missing of ``own`` in ``folder``."""
+  from fedjax_med.experiment import lock
   from fedjax_med.experiment.cache import use_compilation_cache
   from fedjax_med.simulation.mesh import split_cpu
   from fedjax_med.sweep import table
@@ -104,15 +106,17 @@ def train(folder: pathlib.Path, base: Config, every: Sequence[Row], own: Sequenc
   command = shlex.join(["python", "-m", "experiments.imaging_paper.tables", *sys.argv[1:]])
   versions = {name: importlib.metadata.version(name) for name in ("jax", "flax")}
   table.begin(folder, base, points, SEED_AXES, command=command, versions=versions)
-  run_missing(
-    Console(stderr=True, highlight=False),
-    folder,
-    points,
-    configs,
-    own,
-    name="imaging_paper",
-    command_of=lambda each: f"{command} --only={every[each.key.number].system}",
-  )
+  console = Console(stderr=True, highlight=False)
+  with lock.hold(folder, lambda text: console.print(text, markup=False)):
+    run_missing(
+      console,
+      folder,
+      points,
+      configs,
+      own,
+      name="imaging_paper",
+      command_of=lambda each: f"{command} --only={every[each.key.number].system}",
+    )
 
 
 def collect(folder: pathlib.Path, every: Sequence[Row], own: Sequence[int]) -> pd.DataFrame:
@@ -126,7 +130,7 @@ def collect(folder: pathlib.Path, every: Sequence[Row], own: Sequence[int]) -> p
     [(number, *every[number][:3], *_summary(table.folder_of(folder, number))) for number in own],
     columns=["point", "system", "split", "seed", "parameters", "predicts"],
   )
-  metrics = [name for name in frame.columns if name.startswith(("all.", "worst."))]
+  metrics = [f"{part}.{metric}" for part in ("all", "worst") for metric in METRICS]
   kept = frame[["point", "megabytes", *metrics]]
   return labels.merge(kept, on="point").drop(columns="point")
 

@@ -13,7 +13,7 @@ import numpy as np
 from fedjax_med.core.errors import UserError, require
 from fedjax_med.core.metrics import classification_metrics
 from fedjax_med.data.dataset import Hospitals, client_rows
-from fedjax_med.experiment import checkpoints
+from fedjax_med.experiment import broken_ledger, checkpoints
 from fedjax_med.experiment import workdir as files
 from fedjax_med.experiment.build import Experiment
 from fedjax_med.experiment.processes import is_first
@@ -354,6 +354,8 @@ def train_rounds(
     )
     book = None
     if experiment.guarantees and is_first():
+      if saved is not None:
+        broken_ledger.mend(experiment, folder, head, print)
       book = ledger.start(folder, experiment.run_id, experiment.guarantees)
       if saved is not None:
         ledger.require_covers(book, folder, head)

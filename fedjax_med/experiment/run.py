@@ -1,17 +1,20 @@
 """A whole run in a workdir: train or resume, baselines, and every file a user gets."""
 
+import contextlib
 import pathlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
+from rich.console import Console
 
 from fedjax_med.core.config import Config, to_dict
+from fedjax_med.core.errors import UserError
 from fedjax_med.data.dataset import Hospitals, client_rows
 from fedjax_med.data.grey import to_eight_bits
 from fedjax_med.data.hospitals import load_hospitals
 from fedjax_med.experiment import console as terminal
-from fedjax_med.experiment import figures, synthetic
+from fedjax_med.experiment import figures, lock, synthetic
 from fedjax_med.experiment import workdir as files
 from fedjax_med.experiment.baselines import run_baselines
 from fedjax_med.experiment.build import Experiment, build, federation
@@ -25,7 +28,7 @@ from fedjax_med.experiment.loop import (
   train_rounds,
 )
 from fedjax_med.experiment.planning import block_memory, shared_devices
-from fedjax_med.experiment.processes import is_first, require_same_run
+from fedjax_med.experiment.processes import is_first, least, require_same_run
 from fedjax_med.experiment.records import (
   config_record,
   hospital_record,
@@ -83,12 +86,44 @@ def run(
     hospitals: waits for data that are being loaded; None loads them.
 
   Raises:
-    UserError: whatever the user can put right, always before a finished round is lost.
+    UserError: whatever the user can put right, always before a finished round is lost. A folder
+      that another process works in is refused before the data are waited for.
   """
   console = terminal.make_console()
-  started = time.monotonic()
   files.prepare(folder)
   require_installed(config.eval.tracker)
+  with _locked(folder, console):
+    _run(config, folder, name, command, hospitals, console)
+
+
+@contextlib.contextmanager
+def _locked(folder: pathlib.Path, console: Console) -> Iterator[None]:
+  """Keeps other runs out of ``folder``; of several processes of one run the first does it."""
+  with contextlib.ExitStack() as stack:
+    refused = None
+    if is_first():
+      try:
+        stack.enter_context(lock.hold(folder, lambda text: console.print(text, markup=False)))
+      except UserError as error:
+        refused = error
+    if least(float(refused is None)) < 1:  # none waits for one that was refused
+      raise refused or UserError(
+        f"--workdir={folder} is in use, as the first process of this run says; wait until it is"
+        " free, or use another --workdir"
+      )
+    yield
+
+
+def _run(
+  config: Config,
+  folder: pathlib.Path,
+  name: str,
+  command: str,
+  hospitals: Callable[[], Hospitals] | None,
+  console: Console,
+) -> None:
+  """Trains in a folder that is locked; see ``run``."""
+  started = time.monotonic()
   seconds: dict[str, float] = {}
   data = synthetic.with_places(config, hospitals() if hospitals else load_hospitals(config))
   if data.dataset.num_synthetic:  # GANs take long: a folder of another run is refused before

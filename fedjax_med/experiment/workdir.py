@@ -3,6 +3,7 @@
 Where several processes share a run, all can read the folder and the first one writes.
 """
 
+import contextlib
 import json
 import os
 import pathlib
@@ -45,13 +46,34 @@ def require_text(workdir: pathlib.Path) -> None:
 def write_json(path: pathlib.Path, value: Any) -> None:
   """Writes JSON whole or not at all: to a neighbour first, then renamed over ``path``."""
   if is_first():
-    write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+    write_text(path, as_json(value))
+
+
+def as_json(value: Any) -> str:
+  """The text of a JSON file."""
+  return json.dumps(value, indent=2, allow_nan=False) + "\n"
 
 
 def write_text(path: pathlib.Path, text: str) -> None:
   """Writes UTF-8, whole or not at all; what it cannot hold, such as surrogates, as escapes."""
   content = encodable(text).encode("utf-8")
   write_whole(path, lambda place: place.write_bytes(content))
+
+
+def create_whole(path: pathlib.Path, text: str) -> None:
+  """Creates a file with all of its text, unless there is one: of several writers one wins."""
+  temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+  try:
+    temporary.write_text(text, encoding="utf-8")
+    try:
+      os.link(temporary, path)
+    except FileExistsError:
+      return
+    except OSError:  # a file system without links, where a reader may meet half the text
+      with contextlib.suppress(FileExistsError), path.open("x", encoding="utf-8") as file:
+        file.write(text)
+  finally:
+    temporary.unlink(missing_ok=True)
 
 
 def write_whole(path: pathlib.Path, write: Callable[[pathlib.Path], Any]) -> None:
@@ -102,7 +124,12 @@ def append_metrics(workdir: pathlib.Path, lines: list[dict[str, Any]]) -> None:
 
 
 def claim(workdir: pathlib.Path, run_id: str) -> None:
-  """Refuses a folder that holds another run: its files would be mixed with this one's."""
+  """Refuses a folder that holds another run, or a sweep: files of the two would be mixed."""
+  require(
+    not (workdir / "sweep.json").exists(),
+    f"--workdir={workdir} holds a sweep",
+    "use another --workdir for the run",
+  )
   path = workdir / "config.json"
   if not path.exists():
     return

@@ -1,11 +1,14 @@
 """The privacy ledger of a run: which private mechanisms were executed, and ε from that alone.
 
-``ledger.jsonl`` only ever grows. Its first line names the mechanisms of every guarantee; each
+``ledger.jsonl`` only grows. Its first line names the mechanisms of every guarantee; each
 further one says how often each of them was executed after some round. A line carries the digest of
 itself and of the line before it, so that an edit shows; it is no signature, and protects against
 mistakes and not against whoever recomputes all digests.
 
 A round that a resumed run repeats is the same release (same sample, same noise) and gets no line.
+
+Lines that do not follow from those before them make a ledger that nobody reads any more. A run that
+is resumed may set them apart where that hides no release: see ``experiment/broken_ledger.py``.
 """
 
 import dataclasses
@@ -21,6 +24,7 @@ from fedjax_med.privacy.guarantees import UNITS, Guarantee
 from fedjax_med.privacy.mechanism import PoissonGaussian
 
 FILE = "ledger.jsonl"
+RESTORE = "restore the file; without it no ε can be claimed for this run"
 SAMPLER = (
   "poisson: float32 uniform < float32(sampling_probability); a larger draw cut to a uniform subset"
   " of batch_cap; with b coefficients step t of a hospital draws from slots s = t modulo b alone"
@@ -56,6 +60,22 @@ class Ledger(NamedTuple):
   def head(self) -> str:
     """Digest of the last line; it stands for all of them."""
     return self.digests[-1]
+
+
+class Split(NamedTuple):
+  """A ledger of which not every line follows from those before it.
+
+  Attributes:
+    intact: what the lines say that follow from one another, from the first on.
+    texts: of those lines.
+    broken: texts of the others: repeated lines, and all from the first on that says anything else.
+    first: number of the first of the others, from 1.
+  """
+
+  intact: Ledger
+  texts: tuple[bytes, ...]
+  broken: tuple[bytes, ...]
+  first: int
 
 
 def start(folder: pathlib.Path, run_id: str, guarantees: Sequence[Guarantee]) -> Ledger:
@@ -131,7 +151,64 @@ def read(folder: pathlib.Path) -> Ledger:
     f"{path} is missing",
     "give the --workdir of a private run; without its ledger no ε can be claimed for it",
   )
-  first, *later = lines = _lines(path)
+  return _ledger(path, _lines(path))
+
+
+def split(folder: pathlib.Path) -> Split | None:
+  """What of a ledger is intact; None where all of it is, or nothing.
+
+  A repeated line says nothing that does not stand above, and breaks no chain: two processes that
+  write the same ledger leave such lines.
+
+  Raises:
+    UserError: the intact lines are not a ledger.
+  """
+  path = folder / FILE
+  if not path.exists():
+    return None
+  lines, kept, broken, first = [], [], [], 0
+  altered = False
+  for number, text in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
+    line = None if altered else _verified(text, lines[-1]["digest"] if lines else "")
+    if line is None:
+      altered = altered or text not in kept
+      broken.append(text)
+      first = first or number
+    else:
+      lines.append(line)
+      kept.append(text)
+  if not lines or not broken:
+    return None
+  return Split(_ledger(path, lines), tuple(kept), tuple(broken), first)
+
+
+def set_apart(folder: pathlib.Path, parts: Split, rounds: int, counts: Counts) -> pathlib.Path:
+  """Keeps the intact lines of a ledger, moves the others to a file beside it, and returns that.
+
+  Killed at any moment it leaves the ledger as it was or as it is to be.
+
+  Args:
+    folder: the workdir.
+    parts: from ``split``.
+    rounds: that the ledger is to count, if it does not already: a line for them comes with it.
+    counts: releases of each party of each guarantee by then.
+  """
+  path, number = folder / FILE, 1
+  while (beside := path.with_name(f"{FILE}.broken-{number}")).exists():
+    number += 1
+  _write(beside, parts.broken)
+  texts = parts.texts
+  if rounds > parts.intact.rounds:
+    content = {"rounds": int(rounds), "counts": counts}
+    texts = (*texts, _line(content, _digest(parts.intact.head, content)))
+  whole = path.with_name(f"{FILE}.tmp")
+  _write(whole, texts)
+  os.replace(whole, path)
+  return beside
+
+
+def _ledger(path: pathlib.Path, lines: list[dict[str, Any]]) -> Ledger:
+  first, *later = lines
   try:
     guarantees = tuple(_from_json(value) for value in first["guarantees"])
     rounds, counts = 0, tuple((0,) * len(guarantee.names) for guarantee in guarantees)
@@ -206,12 +283,23 @@ def _digest(previous: str, content: dict[str, Any]) -> str:
 def _append(path: pathlib.Path, previous: str, content: dict[str, Any]) -> str:
   """Adds a line to the file on the disk, and returns its digest."""
   digest = _digest(previous, content)
-  line = json.dumps({**content, "digest": digest}, allow_nan=False)
   with path.open("ab") as file:
-    file.write(line.encode() + b"\n")
+    file.write(_line(content, digest) + b"\n")
     file.flush()
     os.fsync(file.fileno())
   return digest
+
+
+def _line(content: dict[str, Any], digest: str) -> bytes:
+  return json.dumps({**content, "digest": digest}, allow_nan=False).encode()
+
+
+def _write(path: pathlib.Path, texts: Sequence[bytes]) -> None:
+  """Writes lines to a file on the disk."""
+  with path.open("wb") as file:
+    file.writelines(text + b"\n" for text in texts)
+    file.flush()
+    os.fsync(file.fileno())
 
 
 def _lines(path: pathlib.Path) -> list[dict[str, Any]]:
@@ -219,18 +307,25 @@ def _lines(path: pathlib.Path) -> list[dict[str, Any]]:
   texts = path.read_bytes().split(b"\n")
   lines, previous = [], ""
   for number, text in enumerate(texts[:-1], 1):  # the last has no end of line: empty, or cut short
-    try:
-      line = json.loads(text)
-      content = {key: value for key, value in line.items() if key != "digest"}
-      intact = line["digest"] == _digest(previous, content)
-    except (ValueError, KeyError, AttributeError, TypeError):
-      intact, line = False, {}
-    require(
-      intact,
-      f"{path}, line {number} was edited: its digest does not follow from the lines up to it",
-      "restore the file; without it no ε can be claimed for this run",
-    )
+    line = _verified(text, previous)
+    if line is None:
+      raise UserError(f"{edited(path, number)}; {RESTORE}")
     lines.append(line)
     previous = line["digest"]
   require(bool(lines), f"{path} is empty", "restore the file")
   return lines
+
+
+def edited(path: pathlib.Path, number: int) -> str:
+  """The sentence about a line that does not follow from those before it."""
+  return f"{path}, line {number} was edited: its digest does not follow from the lines up to it"
+
+
+def _verified(text: bytes, previous: str) -> dict[str, Any] | None:
+  """A line whose digest follows from its content and the digest before; None if it does not."""
+  try:
+    line = json.loads(text)
+    content = {key: value for key, value in line.items() if key != "digest"}
+    return line if line["digest"] == _digest(previous, content) else None
+  except (ValueError, KeyError, AttributeError, TypeError):
+    return None

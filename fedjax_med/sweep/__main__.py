@@ -137,6 +137,7 @@ def main(_: list[str]) -> None:
 
   require_company("seed_axes", "seed" in points[0], "an axis named seed")
 
+  from fedjax_med.experiment import lock
   from fedjax_med.experiment.cache import use_compilation_cache  # jax takes seconds to import
   from fedjax_med.simulation.mesh import split_cpu
   from fedjax_med.sweep import progress, table
@@ -168,22 +169,23 @@ def main(_: list[str]) -> None:
     if values.submit == "local":
       merge.join(workdir, [])
     return
-  finished = {k for k in own if table.done(workdir, k)}
-  require(
-    not finished or values.resume,
-    f"--workdir={workdir} has {len(finished)} finished points of this sweep",
-    "add --resume to finish what is missing, or use another --workdir",
-  )
-  run_missing(
-    console,
-    workdir,
-    points,
-    configs,
-    own,
-    name=pathlib.Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem,
-    command_of=lambda each: _command(base, configs[each.key.number]),
-    at_once=values.points_at_once,
-  )
+  with lock.hold(workdir, lambda text: console.print(text, markup=False), index, number):
+    finished = {k for k in own if table.done(workdir, k)}
+    require(
+      not finished or values.resume,
+      f"--workdir={workdir} has {len(finished)} finished points of this sweep",
+      "add --resume to finish what is missing, or use another --workdir",
+    )
+    run_missing(
+      console,
+      workdir,
+      points,
+      configs,
+      own,
+      name=pathlib.Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem,
+      command_of=lambda each: _command(base, configs[each.key.number]),
+      at_once=values.points_at_once,
+    )
   seconds = f"{time.monotonic() - started:.1f} s"
   if number > 1:  # of several that end at the same time the last one could write less than is there
     merge = command_line(["python", "-m", "fedjax_med.sweep", "merge", f"--workdir={workdir}"])

@@ -21,7 +21,7 @@ def as_text(text: str) -> str:
 
 
 def table_of(shown: pd.DataFrame, axes: Sequence[str], metrics: Sequence[tuple[str, str]]) -> str:
-  """Mean and half width of the interval of each metric, a row an arm (package booktabs).
+  """Mean and ends of the interval of each metric, a row an arm (package booktabs).
 
   The head of F1 names the positive class; where it differs, a column does.
 
@@ -41,7 +41,8 @@ def table_of(shown: pd.DataFrame, axes: Sequence[str], metrics: Sequence[tuple[s
   ]
   for name, label in metrics:
     head = _head_of_f1(positives) if name == "f1" else label
-    short[head] = [_pm(*row) for row in shown[[name, f"{name}.high"]].to_numpy(float)]
+    columns = [name, f"{name}.low", f"{name}.high"]
+    short[head] = [_with_ends(*row) for row in shown[columns].to_numpy(float)]
   text = short.to_latex(index=False, escape=False, na_rep="--")
   return text if all(ord(letter) < 0x180 for letter in text) else _XELATEX + text
 
@@ -52,7 +53,8 @@ def _head_of_f1(positives: Sequence[str]) -> str:
   return "F1 (macro)" if positives[0] == NO_CLASS else f"F1 (positive: {as_text(positives[0])})"
 
 
-def _pm(mean: float, high: float) -> str:
+def _with_ends(mean: float, low: float, high: float) -> str:
+  """Not a half width: an interval that ends at 0 or 1 is not even."""
   if math.isnan(mean):
     return "--"
-  return f"{mean:.3f}" if math.isnan(high) else f"${mean:.3f} \\pm {high - mean:.3f}$"
+  return f"{mean:.3f}" if math.isnan(high) else f"{mean:.3f} [{low:.3f}, {high:.3f}]"

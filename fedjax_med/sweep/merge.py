@@ -11,7 +11,9 @@ from absl import flags
 
 from fedjax_med.core.errors import require
 from fedjax_med.core.text import visible
-from fedjax_med.sweep import table
+from fedjax_med.experiment import lock
+from fedjax_med.experiment import workdir as files
+from fedjax_med.sweep import image_sets, table
 
 
 def define() -> None:
@@ -30,10 +32,14 @@ def join(target: pathlib.Path, sources: Sequence[pathlib.Path]) -> None:
   """Copies the points of ``sources`` that ``target`` lacks, and writes the table of all.
 
   Raises:
-    UserError: a folder holds no sweep, or another one.
+    UserError: a folder holds no sweep, another one, or points of other images, or a process works
+      in ``target``; nothing is copied then.
   """
-  for source in sources:
-    _take(source, target)
+  _tell_unknown([target, *sources])
+  if sources:
+    target.mkdir(parents=True, exist_ok=True)
+    with lock.hold(target, print):
+      _take(sources, target)
   points = table.read(target)["points"]
   table.write(target)
   missing = [number for number in range(len(points)) if not table.done(target, number)]
@@ -45,18 +51,38 @@ def join(target: pathlib.Path, sources: Sequence[pathlib.Path]) -> None:
     print(f"missing: {shown}; start the sweep again with --resume")
 
 
-def _take(source: pathlib.Path, target: pathlib.Path) -> None:
-  definition = table.read(source)
-  if not (target / table.DEFINITION).exists():
-    (target / "points").mkdir(parents=True, exist_ok=True)
-    shutil.copy(source / table.DEFINITION, target / table.DEFINITION)
-  found = table.read(target)["sweep_id"]
-  require(
-    found == definition["sweep_id"],
-    f"{source} holds sweep {definition['sweep_id']}, {target} sweep {found}",
-    "merge folders of one sweep: the same config, axes and seeds",
-  )
-  for number in range(len(definition["points"])):
+def _take(sources: Sequence[pathlib.Path], target: pathlib.Path) -> None:
+  """Copies what ``target`` lacks of ``sources``, all of which are looked at before."""
+  begun = (target / table.DEFINITION).exists()
+  first, *others = [target, *sources] if begun else sources
+  definition = table.read(first)
+  for other in others:
+    sweep_id = table.read(other)["sweep_id"]
+    require(
+      sweep_id == definition["sweep_id"],
+      f"{other} holds sweep {sweep_id}, {first} sweep {definition['sweep_id']}",
+      "merge folders of one sweep: the same config, axes and seeds",
+    )
+  records = image_sets.join([first, *others])
+  for folder in ("points", image_sets.FOLDER):
+    (target / folder).mkdir(exist_ok=True)
+  if not begun:
+    shutil.copy(first / table.DEFINITION, target / table.DEFINITION)
+  for key, record in records.items():
+    files.create_whole(target / image_sets.FOLDER / f"{key}.json", files.as_json(record))
+  for source in sources:
+    _copy_points(source, target, len(definition["points"]))
+
+
+def _tell_unknown(folders: Sequence[pathlib.Path]) -> None:
+  """Names folders that an older version began, without digests: they cannot be compared."""
+  for folder in folders:
+    if any((folder / "points").glob("*")) and not image_sets.records(folder):
+      print(f"{folder} does not say which images its points are of; they must be the same in all")
+
+
+def _copy_points(source: pathlib.Path, target: pathlib.Path, count: int) -> None:
+  for number in range(count):
     if table.done(source, number) and not table.done(target, number):
       place = table.folder_of(target, number)
       shutil.rmtree(place, ignore_errors=True)  # half a point of a killed process

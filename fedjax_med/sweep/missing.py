@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Sequence
 from rich.console import Console
 
 from fedjax_med.core.config import Config
-from fedjax_med.sweep import progress, table
+from fedjax_med.sweep import image_sets, progress, table
 from fedjax_med.sweep.grid import Point
 from fedjax_med.sweep.points import Planned, plan_points
 from fedjax_med.sweep.runner import run_points
@@ -36,12 +36,14 @@ def run_missing(
     at_once: most runs in memory at once; 0 lets memory decide.
 
   Raises:
-    UserError: a point cannot be run, which is found before anything compiles; or the synthetic
-      images of one could not be made, when all others have run.
+    UserError: the data are not those that the sweep began with, or a point cannot be run, which is
+      found before anything compiles; or the synthetic images of one could not be made, when all
+      others have run.
   """
   if all(table.done(workdir, number) for number in own):
     return
   planned = plan_points(points, configs, list(own))
+  image_sets.bind(workdir, planned)
   done = {each.key for each in planned if table.has_run(workdir, *each.key)}
   left = [each.case.config.server.num_rounds for each in planned if each.key not in done]
   with progress.show(console, sum(left), len(left)) as listen:

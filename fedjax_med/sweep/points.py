@@ -12,6 +12,7 @@ from fedjax_med.core import conditions
 from fedjax_med.core.config import (
   ClientPrivacyConfig,
   Config,
+  DataConfig,
   PrivacyConfig,
   flat,
   get_field,
@@ -39,6 +40,9 @@ TRACED = frozenset(
     "data.split",
     "data.test_fraction",
     "data.patient_pattern",
+    "data.layout",
+    "data.positive",
+    "data.window",
     "partition.scheme",
     "partition.num_clients",  # the number of hospitals itself is among the shapes
     "partition.alpha",
@@ -212,18 +216,21 @@ def _short(value: Any) -> str:
   return f"{value:g}" if isinstance(value, float) else str(value)
 
 
+def image_fields(data: DataConfig) -> dict[str, Any]:
+  """The fields that say which images there are, and not who holds which; phantoms have a seed."""
+  others = ("split", "test_fraction", *(["seed"] if data.source != "phantoms" else []))
+  return {k: v for k, v in dataclasses.asdict(data).items() if k not in others}
+
+
 def hospital_loader() -> Callable[[Config], Hospitals]:
   """``load_hospitals`` that keeps what it read and dealt, with places for synthetic images."""
   datasets: dict[str, Dataset] = {}
   dealt: dict[str, Hospitals] = {}
 
   def load(config: Config) -> Hospitals:
-    data = dataclasses.asdict(config.data)
-    key = _text([data, dataclasses.asdict(config.partition)])
+    key = _text([dataclasses.asdict(config.data), dataclasses.asdict(config.partition)])
     if key not in dealt:
-      # What says who holds which image, and not which images there are; phantoms have a seed.
-      others = ("split", "test_fraction", *(["seed"] if config.data.source != "phantoms" else []))
-      images = _text({name: value for name, value in data.items() if name not in others})
+      images = _text(image_fields(config.data))
       if images not in datasets:
         datasets[images] = load_dataset(config.data)
       dealt[key] = build_hospitals(datasets[images], config.data, config.partition)
@@ -272,6 +279,7 @@ def static_key(case: Case) -> str:
   dataset = case.hospitals.dataset
   values["shapes"] = [
     len(case.names),
+    str(dataset.inputs.dtype),
     list(dataset.inputs.shape[1:]),  # pools are filled up to the largest
     len(dataset.class_names),
     protection.rows_per_unit,

@@ -172,16 +172,13 @@ def _arms(frame: pd.DataFrame, axes: list[str]) -> list[dict[str, Any]]:
   arms = []
   for key, group in points.groupby(keys, sort=False, dropna=False):
     values = dict(zip(keys, key, strict=True)) if axes else {}
-    own = frame[frame["point"].isin(group["point"])]
     diverged = group["stopped"] == "diverged"
     stats = {}
     for name, _ in METRICS:
-      stats[name] = study.mean_interval(group[f"all.{name}"].to_numpy(float))
-      stats[f"mean.{name}"] = study.mean_interval(group[f"mean.{name}"].to_numpy(float))
-      stats[f"worst.{name}"] = study.mean_interval(group[f"worst.{name}"].to_numpy(float))
-      stats[f"alone.{name}"] = study.mean_interval(
-        own.groupby("point")[f"alone.{name}"].mean().to_numpy(float)
-      )
+      for key in (name, f"mean.{name}", f"worst.{name}", f"alone.{name}"):
+        column = f"all.{name}" if key == name else key
+        reached = group[column].to_numpy(float)
+        stats[key] = study.mean_interval(reached, bounds=study.bounds_of(column))
     arms.append(
       {
         "values": values,

@@ -83,8 +83,11 @@ def run_points(
     listen: told of the progress.
 
   Raises:
-    UserError: the images of a point could not be made; all others have run when it is raised.
+    UserError: a point's folder holds another run, which is found before anything compiles; or the
+      images of a point could not be made, and all others have run when it is raised.
   """
+  for run in planned:  # before hours are spent: what is done must be of these runs too
+    files.claim(folder_of(run.key), run.case.run_id)
   for name_of_tracker in {each.case.config.eval.tracker for each in planned}:
     require_installed(name_of_tracker)
   progress, complete = Progress(0, 0, None, ""), image_keeper()

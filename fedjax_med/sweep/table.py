@@ -48,20 +48,19 @@ def begin(
   }
   # Points of two versions are not held against each other.
   values["sweep_id"] = fingerprint({**_without_places(values), "code": __version__})
-  if (workdir / DEFINITION).exists():
-    found = read(workdir)["sweep_id"]
-    require(
-      found == values["sweep_id"],
-      f"--workdir={workdir} holds sweep {found}, this one is {values['sweep_id']}",
-      "use another --workdir, or the flags, and the fedjax_med, of the first start to resume it",
-    )
-    return
   require(
-    not (workdir / "config.json").exists(),
+    (workdir / DEFINITION).exists() or not (workdir / "config.json").exists(),
     f"--workdir={workdir} holds a run",
     "use another --workdir for the sweep",
   )
-  files.write_json(workdir / DEFINITION, {**values, **notes})
+  # Shards start at once: one of them creates the file, and all of them compare.
+  files.create_whole(workdir / DEFINITION, files.as_json({**values, **notes}))
+  found = read(workdir)["sweep_id"]
+  require(
+    found == values["sweep_id"],
+    f"--workdir={workdir} holds sweep {found}, this one is {values['sweep_id']}",
+    "use another --workdir, or the flags, and the fedjax_med, of the first start to resume it",
+  )
 
 
 def read(workdir: pathlib.Path) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from fedjax_med.core.config import Config, DataConfig
+from fedjax_med.data.grey import EIGHT_BITS
 from fedjax_med.experiment.checkpoints import open_checkpoints
 from fedjax_med.experiment.exporting import PLATFORMS, export_program
 from fedjax_med.experiment.trained import Trained
@@ -131,8 +132,19 @@ def test_bfloat16_changes_logits_a_little_and_keeps_them_float32(name):
 def test_a_program_of_it_is_exported_for_any_number_of_images_and_every_platform(name):
   found = network(name, lowering="native")
   config = Config(data=DataConfig(image_size=SIDE, normalisation="fixed"))
-  names = ("a", "b", "c")
-  model = Trained(pathlib.Path(), "", config, names, 0, *found[1:], "", "")
+  model = Trained(
+    folder=pathlib.Path(),
+    run_id="",
+    config=config,
+    class_names=("a", "b", "c"),
+    rounds=0,
+    model=found.model,
+    params=found.params,
+    state=found.state,
+    grey=EIGHT_BITS,
+    stem_pool_padding="",
+    hospital="",
+  )
   program = jax.export.deserialize(bytearray(export_program(model)))
   assert program.platforms == PLATFORMS
   pixels = np.random.default_rng(0).integers(0, 256, (3, SIDE, SIDE, 1)).astype(np.uint8)

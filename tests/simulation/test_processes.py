@@ -11,6 +11,8 @@ import time
 
 import pytest
 
+from fedjax_med.experiment import lock
+
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 
@@ -101,6 +103,18 @@ def test_processes_with_unlike_data_are_refused_by_all(tmp_path):
   for code, _, stderr in results:
     assert code == 2
     assert "the processes of this run prepared different ones" in stderr
+    assert "Traceback" not in stderr
+  assert not (tmp_path / "config.json").exists()
+
+
+@pytest.mark.slow
+def test_all_processes_of_a_run_are_refused_where_another_run_works(tmp_path):
+  with lock.hold(tmp_path, print):
+    first, second = finish(start_two(tmp_path))
+  assert f"is in use by process {os.getpid()} on " in first[2]
+  assert "is in use, as the first process of this run says" in second[2]
+  for code, _, stderr in (first, second):
+    assert code == 2
     assert "Traceback" not in stderr
   assert not (tmp_path / "config.json").exists()
 

@@ -1,7 +1,7 @@
 """What the tests of sweeps share: a small configuration, and a sweep as the command runs it."""
 
 from configs.smoke import get_config
-from fedjax_med.sweep import runner, table
+from fedjax_med.sweep import image_sets, runner, table
 from fedjax_med.sweep.points import configure, plan_points
 
 AXES = ("init", "sampling")
@@ -26,6 +26,7 @@ def sweep(folder, points, config=None, numbers=None, seed_axes=AXES, at_once=0):
   """Runs points as ``python -m fedjax_med.sweep`` does; returns the table."""
   table.begin(folder, config or base(), points, seed_axes)
   planned = plan(points, config, numbers, seed_axes)
+  image_sets.bind(folder, planned)
   done = {each.key for each in planned if table.has_run(folder, *each.key)}
   runner.run_points(
     planned, done, lambda key: table.folder_of(folder, *key), "smoke", lambda _: "", at_once, print

@@ -82,7 +82,11 @@ def test_tables_for_papers_hold_the_same_numbers(swept):
   text = (swept / "table.tex").read_text()
   assert text.count(r"\\") == 7
   assert r"\varepsilon" in text
-  assert f"{shown['auroc'][0]:.3f} \\pm" in text
+  first = shown[["auroc", "auroc.low", "auroc.high"]].to_numpy(float)[0]
+  assert "{:.3f} [{:.3f}, {:.3f}]".format(*first) in text
+  ends = shown.filter(regex=r"\.(low|high)$").to_numpy(float)
+  assert np.nanmin(ends) >= 0
+  assert np.nanmax(ends) <= 1
 
 
 def test_the_same_files_give_the_same_bytes(swept, tmp_path):

@@ -1,0 +1,127 @@
+"""Which images a sweep is of: its folder has a digest of each set, so that no two data sets mix."""
+
+import hashlib
+import json
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from fedjax_med.core.config import fingerprint
+from fedjax_med.core.errors import UserError, require
+from fedjax_med.data.dataset import Dataset
+from fedjax_med.experiment import workdir as files
+from fedjax_med.sweep.points import Planned, image_fields
+
+FOLDER = "data"
+# Where images lie, and what is done about damaged ones, is not which images there are.
+PLACES = ("path", "cache_dir", "strict")
+
+
+def digest(dataset: Dataset) -> str:
+  """SHA-256 of the images of a dataset, their labels, names, classes, sites and patients.
+
+  Synthetic images, which follow from the others, are not in it.
+  """
+  sha, real = hashlib.sha256(), dataset.num_real
+  words = [dataset.names[:real], dataset.class_names, dataset.site_names]
+  sha.update(json.dumps(words).encode())
+  known = dataset.sites, dataset.patients, dataset.in_test
+  for array in (dataset.inputs[:real], dataset.labels[:real], *known):
+    if array is not None:
+      sha.update(f"{array.dtype} {array.shape}".encode())
+      sha.update(np.ascontiguousarray(array).tobytes())
+    sha.update(b";")
+  return sha.hexdigest()
+
+
+def bind(workdir: pathlib.Path, planned: Sequence[Planned]) -> None:
+  """Writes down which images the runs are of, or finds that they are those of the first start.
+
+  Args:
+    workdir: of the sweep.
+    planned: every run that this process sees to, those that are done as well.
+
+  Raises:
+    UserError: the sweep began with other images; nothing is written then.
+  """
+  present: dict[str, dict[str, Any]] = {}
+  for run in planned:
+    key = _key(run)
+    if key not in present:
+      data, dataset = run.case.config.data, run.case.hospitals.dataset
+      present[key] = {
+        "source": data.source,
+        "path": data.path,
+        "num_images": dataset.num_real,
+        "sha256": digest(dataset),
+      }
+  folder = workdir / FOLDER
+  folder.mkdir(exist_ok=True)
+  known = records(workdir)
+  for key, record in present.items():
+    _require_same(workdir, known.get(key, record), record)
+  for key, record in present.items():
+    path = folder / f"{key}.json"
+    files.create_whole(path, files.as_json(record))
+    _require_same(workdir, _read(path), record)  # another shard may have been faster
+
+
+def records(workdir: pathlib.Path) -> dict[str, dict[str, Any]]:
+  """What a sweep has written down of each of its sets of images, by the fields that make it.
+
+  Raises:
+    UserError: a record cannot be read.
+  """
+  return {path.stem: _read(path) for path in sorted((workdir / FOLDER).glob("*.json"))}
+
+
+def join(folders: Sequence[pathlib.Path]) -> dict[str, dict[str, Any]]:
+  """The records of several folders of one sweep.
+
+  Raises:
+    UserError: two folders are of different images; both are named.
+  """
+  known: dict[str, tuple[pathlib.Path, dict[str, Any]]] = {}
+  for folder in folders:
+    for key, record in records(folder).items():
+      first, other = known.setdefault(key, (folder, record))
+      require(
+        other["sha256"] == record["sha256"],
+        f"{first} is of the images of {_described(other)}, {folder} of others, of"
+        f" {_described(record)}",
+        "merge folders of the same images: run the points of one of the two again, on the data of"
+        " the other, in a new --workdir",
+      )
+  return {key: record for key, (_, record) in known.items()}
+
+
+def _key(run: Planned) -> str:
+  """Names a set of images by what makes it; a place does where it is an axis of the sweep."""
+  fields = image_fields(run.case.config.data)
+  return fingerprint(
+    {k: v for k, v in fields.items() if k not in PLACES or f"data.{k}" in run.point}
+  )
+
+
+def _require_same(workdir: pathlib.Path, known: dict[str, Any], record: dict[str, Any]) -> None:
+  require(
+    known["sha256"] == record["sha256"],
+    f"--workdir={workdir} began with the images of {_described(known)}, and {_described(record)}"
+    " holds others now, with which its points cannot be compared",
+    "give the data of the first start, or use another --workdir",
+  )
+
+
+def _described(record: dict[str, Any]) -> str:
+  place = f"data.path={record['path']}" if record["path"] else f"data.source={record['source']}"
+  return f"{place} ({record['num_images']} images, digest {record['sha256'][:12]})"
+
+
+def _read(path: pathlib.Path) -> dict[str, Any]:
+  try:
+    record = json.loads(path.read_text(encoding="utf-8"))
+    return {name: record[name] for name in ("source", "path", "num_images", "sha256")}
+  except (OSError, ValueError, KeyError, TypeError) as error:
+    raise UserError(f"{path} cannot be read ({error!r}); restore it") from error
