@@ -112,32 +112,40 @@ def find_contradictions(dataset: Dataset, groups: np.ndarray) -> Contradictions:
 
   Args:
     dataset: the examples.
-    groups: [N] near-duplicate group of each.
+    groups: [N] near-duplicate group of each. Within a group only pairs that are similar themselves
+      count: a chain may lead from one class to another by small steps.
   """
   pixels = [hashlib.blake2b(image.tobytes(), digest_size=16).digest() for image in dataset.inputs]
   same = np.unique(pixels, return_inverse=True)[1]
-  identical, pairs = _several_classes(same, dataset)
-  similar, more = _several_classes(groups, dataset)
-  twins = tuple(dict.fromkeys([*pairs, *more]))[:SHOWN]
-  return Contradictions(int(identical.sum()), int((identical | similar).sum()), twins)
+  identical, similar = np.zeros((2, len(groups)), bool)
+  pairs: list[tuple[int, int]] = []
+  for members in _mixed(same, dataset.labels):
+    identical[members] = True
+    labels = dataset.labels[members]
+    pairs.append((int(members[0]), int(members[labels != labels[0]][0])))
+  for members in _mixed(groups, dataset.labels):
+    found = list(_similar_pairs(descriptors(dataset.inputs[members]), THRESHOLD))
+    rows, others = members[np.concatenate(found, axis=1)]
+    close = dataset.labels[rows] != dataset.labels[others]
+    similar[rows[close]] = similar[others[close]] = True
+    pairs += [
+      (int(one), int(other)) for one, other in zip(rows[close][:1], others[close][:1], strict=True)
+    ]
+  return Contradictions(
+    identical=int(identical.sum()),
+    similar=int((identical | similar).sum()),
+    pairs=tuple(
+      (dataset.names[one], dataset.names[other]) for one, other in dict.fromkeys(pairs[:SHOWN])
+    ),
+  )
 
 
-def _several_classes(
-  groups: np.ndarray, dataset: Dataset
-) -> tuple[np.ndarray, list[tuple[str, str]]]:
-  """Which examples are in a group of several classes, and a pair of names from each group."""
-  labels = dataset.labels
-  low = np.full(int(groups.max(initial=0)) + 1, len(dataset.class_names), np.int64)
-  high = np.full_like(low, -1)
-  np.minimum.at(low, groups, labels)
-  np.maximum.at(high, groups, labels)
-  mixed = (low < high)[groups]
-  pairs = []
-  for group in np.unique(groups[mixed])[:SHOWN]:
-    members = np.flatnonzero(groups == group)
-    other = members[labels[members] != labels[members[0]]][0]
-    pairs.append((dataset.names[members[0]], dataset.names[other]))
-  return mixed, pairs
+def _mixed(groups: np.ndarray, labels: np.ndarray) -> list[np.ndarray]:
+  """Examples of each group that holds several classes, in the order in which groups appear."""
+  order = np.argsort(groups, kind="stable")
+  parts = np.split(order, np.flatnonzero(np.diff(groups[order])) + 1)
+  mixed = [part for part in parts if len(np.unique(labels[part])) > 1]
+  return sorted(mixed, key=lambda part: part[0])
 
 
 def join_groups(first: np.ndarray, second: np.ndarray) -> np.ndarray:

@@ -75,15 +75,17 @@ def _contradictions(held: dict[str, Any], show_names: bool) -> list[Note]:
   if not found or not found["similar"]:
     return []
   more = found["similar"] - found["identical"]
-  parts = []
-  if found["identical"]:
-    same = number(found["identical"], "picture")
-    parts.append(f"{same} with an equal one, pixel for pixel, in another class")
-  if more:
-    parts.append(f"{number(more, 'picture')} with a near-duplicate in another class")
   first, second = found["pairs"][0]
   named = f", such as {first} and {second}" if show_names else ""
-  return [Note(f"{'; '.join(parts)}{named}: not all of these labels can be right.", True)]
+  notes = []
+  if found["identical"]:
+    text = f"{number(found['identical'], 'picture')} with an equal one in another class{named}"
+    notes.append(Note(f"{text}: not all of these labels can be right.", True))
+    named = ""
+  if more:
+    text = f"{number(more, 'picture')} with a near-duplicate in another class{named}"
+    notes.append(Note(f"{text}: look whether their labels are right.", True))
+  return notes
 
 
 def _left_out(skipped: Sequence[Sequence[str]], show_names: bool) -> list[Note]:
