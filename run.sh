@@ -2,6 +2,7 @@
 # One command for everything: installs what is missing into .venv, then trains, reports or tests.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
+venv=${VENV:-.venv} # the folder that everything is installed into
 
 usage() {
   cat <<'TEXT'
@@ -25,7 +26,8 @@ Usage: ./run.sh [COMMAND] [ARGUMENTS]
   help           this text
 
 Paths are relative to the folder of run.sh. The first start installs into .venv (a minute, needs the
-network); later starts install nothing. PYTHON=/path/to/python3.12 chooses the interpreter.
+network); later starts install nothing. PYTHON=/path/to/python3.12 chooses the interpreter, VENV
+another folder than .venv: VENV=.venv312 PYTHON=python3.12 ./run.sh test leaves .venv as it is.
 GPU: .venv/bin/python -m pip install -e '.[gpu]' after the first start.
 TEXT
 }
@@ -60,29 +62,32 @@ find_python() {
 make_venv() {
   local python
   python=$(find_python)
-  echo "Making .venv with $("$python" -V) ..."
-  "$python" -m venv --clear .venv || fail "$python cannot make a virtual environment;" \
+  if [[ -n "$(ls -A "$venv" 2>/dev/null)" && ! -f "$venv/pyvenv.cfg" ]]; then # --clear empties it
+    fail "VENV=$venv holds files that are no Python environment; name another folder or empty it"
+  fi
+  echo "Making $venv with $("$python" -V) ..."
+  "$python" -m venv --clear "$venv" || fail "$python cannot make a virtual environment;" \
     "on Debian or Ubuntu run: apt install python3-venv; or point PYTHON at another Python"
 }
 
 # install NAME REQUIREMENT: runs pip unless the stamp says that exactly this was done before.
 # The stamp is written last, so an interrupted install is done again.
 install() {
-  local stamp=".venv/.installed-$1" wanted done
-  if ! is_recent .venv/bin/python || ! .venv/bin/python -c 'import pip' 2>/dev/null; then
+  local stamp="$venv/.installed-$1" wanted done
+  if ! is_recent "$venv/bin/python" || ! "$venv/bin/python" -c 'import pip' 2>/dev/null; then
     make_venv
-  elif [[ -n "${PYTHON:-}" && "$(version_of "$PYTHON")" != "$(version_of .venv/bin/python)" ]]; then
+  elif [[ -n "${PYTHON:-}" && "$(version_of "$PYTHON")" != "$(version_of "$venv/bin/python")" ]]; then
     make_venv
   fi
-  wanted="$(version_of .venv/bin/python) $PWD $(cksum <setup.py)"
-  for done in "$stamp" .venv/.installed-dev; do # dev holds all that run needs
+  wanted="$(version_of "$venv/bin/python") $PWD $(cksum <setup.py)"
+  for done in "$stamp" "$venv/.installed-dev"; do # dev holds all that run needs
     if [[ -f "$done" && "$(<"$done")" == "$wanted" ]]; then
       return
     fi
   done
-  echo "Installing $2 into .venv (about a minute; only when setup.py or Python changed) ..."
-  rm -f .venv/.installed-* # pip may be stopped half-way, so no earlier stamp holds either
-  .venv/bin/python -m pip install --quiet --disable-pip-version-check -e "$2" ||
+  echo "Installing $2 into $venv (about a minute; only when setup.py or Python changed) ..."
+  rm -f "$venv"/.installed-* # pip may be stopped half-way, so no earlier stamp holds either
+  "$venv/bin/python" -m pip install --quiet --disable-pip-version-check -e "$2" ||
     fail "the installation did not finish; check the network (or set PIP_INDEX_URL to a mirror)" \
       "and start again"
   echo "$wanted" >"$stamp"
@@ -97,37 +102,37 @@ command=${1:-quickstart}
 case "$command" in
   quickstart)
     install run .
-    exec .venv/bin/python -m fedjax_med.train \
+    exec "$venv/bin/python" -m fedjax_med.train \
       --config=configs/quickstart.py --workdir=runs/quickstart "$@"
     ;;
   python)
     install run .
-    exec .venv/bin/python "$@"
+    exec "$venv/bin/python" "$@"
     ;;
   train | sweep | report | predict | explain | export | privacy | audit)
     install run .
-    exec .venv/bin/python -m "fedjax_med.$command" "$@"
+    exec "$venv/bin/python" -m "fedjax_med.$command" "$@"
     ;;
   test)
     install dev '.[dev]'
-    exec .venv/bin/python -m pytest "$@"
+    exec "$venv/bin/python" -m pytest "$@"
     ;;
   check)
     install dev '.[dev]'
     status=0 # all three run, so one call shows every problem
-    .venv/bin/python -m ruff check . || status=1
-    .venv/bin/python -m ruff format --check . || status=1
-    .venv/bin/python -m pyright || status=1
+    "$venv/bin/python" -m ruff check . || status=1
+    "$venv/bin/python" -m ruff format --check . || status=1
+    "$venv/bin/python" -m pyright --pythonpath "$venv/bin/python" || status=1
     exit "$status"
     ;;
   format)
     install dev '.[dev]'
-    .venv/bin/python -m ruff check --fix-only --quiet .
-    exec .venv/bin/python -m ruff format .
+    "$venv/bin/python" -m ruff check --fix-only --quiet .
+    exec "$venv/bin/python" -m ruff format .
     ;;
   hook)
     install dev '.[dev]'
-    exec .venv/bin/python -m pre_commit install
+    exec "$venv/bin/python" -m pre_commit install
     ;;
   help | -h | --help)
     usage

@@ -14,8 +14,9 @@ VERSION = re.search(
 assert VERSION is not None, "fedjax_med/__init__.py defines no __version__"
 README = ROOT / "README.md"
 
-# Tried on Python 3.11 with jax 0.10.2 and flax 0.12.8. The lower bounds are a judgement, not
-# tested; an upper bound is the next version that may break an API.
+# Tried on Python 3.11 with jax 0.10.2 and flax 0.12.8 and on Python 3.12 with jax 0.11.2 and flax
+# 0.12.12, which is what pip takes there. The lower bounds are a judgement, not tested; an upper
+# bound is the next version that may break an API.
 INSTALL = [
   "absl-py>=2.1,<3",
   "array_record>=0.8,<0.9; platform_system != 'Windows'",
@@ -96,6 +97,8 @@ setup(
   classifiers=[
     "Intended Audience :: Science/Research",
     "Programming Language :: Python :: 3 :: Only",
+    "Programming Language :: Python :: 3.11",
+    "Programming Language :: Python :: 3.12",
     "Topic :: Scientific/Engineering :: Artificial Intelligence",
     "Topic :: Scientific/Engineering :: Medical Science Apps.",
   ],

@@ -117,7 +117,7 @@ def explain(
   pixels = np.concatenate([group.pixels for group in groups])
   size = min(trained.config.eval.batch_size, len(pixels))
   whole = _look_at(look, pixels, number, size)
-  ends = np.cumsum([len(group.pixels) for group in groups])
+  ends = np.cumsum([len(group.pixels) for group in groups]).tolist()
   looked = [_part(whole, end - len(g.pixels), end) for g, end in zip(groups, ends, strict=True)]
   block = _gate_shown(list(looked[0].gated), looked[0])
 

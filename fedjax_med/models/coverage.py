@@ -3,9 +3,9 @@
 The program is traced with each tapped layer marked. Taps are exact if every parameter goes into at
 most one marked layer and nowhere else, and if no operation mixes the examples of a batch. Examples
 are followed by shape: two traces at two batch sizes tell the example axis of every array apart, and
-each operation must pass on exactly that axis. An operation that is not known counts as mixing. A
-program that is another one for few than for many examples is refused; one that is special at a
-single batch size is not seen.
+each operation must pass on exactly that axis. An operation that is not known counts as mixing, and
+one that this version of jax describes in an unknown way is refused. A program that is another one
+for few than for many examples is refused; one that is special at a single batch size is not seen.
 """
 
 import math
@@ -28,11 +28,11 @@ _ELEMENTWISE = frozenset([
   "abs", "acos", "acosh", "add", "add_any", "and", "asin", "asinh", "atan", "atan2", "atanh",
   "bitcast_convert_type", "cbrt", "ceil", "clamp", "convert_element_type", "copy", "copy_p",
   "cos", "cosh", "digamma", "div", "eq", "erf", "erf_inv", "erfc", "exp", "exp2", "expm1",
-  "floor", "ge", "gt", "integer_pow", "is_finite", "le", "lgamma", "log", "log1p", "logistic",
-  "lt", "max", "min", "mul", "ne", "neg", "not", "optimization_barrier", "or", "pow",
-  "reduce_precision", "rem", "round", "rsqrt", "select_n", "shift_left",
-  "shift_right_arithmetic", "shift_right_logical", "sign", "sin", "sinh", "sqrt", "square",
-  "stop_gradient", "sub", "tan", "tanh", "xor",
+  "floor", "ge", "gt", "integer_pow", "is_finite", "le", "lgamma", "log", "log1p", "log2",
+  "logistic", "lt", "max", "min", "mul", "ne", "neg", "not", "one_minus_square",
+  "optimization_barrier", "or", "pow", "reduce_precision", "rem", "round", "rsqrt", "select_n",
+  "shift_left", "shift_right_arithmetic", "shift_right_logical", "sign", "sin", "sinh", "sqrt",
+  "square", "stop_gradient", "sub", "tan", "tanh", "xor",
 ])
 # Losing, doubling or resizing the example axis shows in the shape of the result.
 _SEEN_BY_SHAPE = frozenset([
@@ -42,7 +42,7 @@ _SEEN_BY_SHAPE = frozenset([
 ])
 # Inner programs that run once, argument by argument. Not custom_vjp: its backward pass is hidden.
 _CALLS = frozenset([
-  "jit", "pjit", "closed_call", "core_call", "checkpoint", "remat", "remat2",
+  "jit", "pjit", "closed_call", "core_call", "eval_jaxpr", "checkpoint", "remat", "remat2",
 ])
 # fmt: on
 
@@ -125,7 +125,11 @@ class _Walk:
       if eqn.primitive.name != twin.primitive.name:
         self.found["the program depends on the batch size"] = None
         return
-      self.equation(eqn, twin, origins)
+      try:
+        self.equation(eqn, twin, origins)
+      except (AttributeError, KeyError, TypeError, ValueError):  # jax describes it in another way
+        place = f"{_place(eqn)} cannot be followed in jax {jax.__version__}"
+        self.found[f"{place} ({eqn.primitive.name})"] = None
 
   def equation(self, eqn: Any, twin: Any, origins: Origins) -> None:
     name = eqn.primitive.name
@@ -176,7 +180,7 @@ class _Walk:
       self.in_rule = False
 
   def scan(self, eqn: Any, twin: Any, origins: Origins) -> None:
-    consts, carry = eqn.params["num_consts"], eqn.params["num_carry"]
+    consts, carry = _scan_counts(eqn)
     one, two = eqn.params["jaxpr"].jaxpr, twin.params["jaxpr"].jaxpr
     self.outside(eqn, eqn.invars[consts : consts + carry], origins)
     outputs = list(zip(eqn.outvars, twin.outvars, strict=True))[carry:]
@@ -213,6 +217,19 @@ def _live(first: Any, second: Any) -> Iterator[tuple[Any, Any]]:
 def _called(eqn: Any) -> Any:
   program = eqn.params["jaxpr"] if "jaxpr" in eqn.params else eqn.params["call_jaxpr"]
   return program.jaxpr if isinstance(program, core.ClosedJaxpr) else program
+
+
+def _scan_counts(eqn: Any) -> tuple[int, int]:
+  """How many arguments of a scan are the same in every turn, and how many after them it carries.
+
+  Raises KeyError or ValueError where this version of jax tells neither in a way known here.
+  """
+  if "num_consts" in eqn.params:
+    return eqn.params["num_consts"], eqn.params["num_carry"]
+  consts, carry, rows = (len(part) for part in eqn.params["ft_in"].unpack())  # since jax 0.11
+  if consts + carry + rows != len(eqn.invars):
+    raise ValueError(f"{consts}, {carry} and {rows} of {len(eqn.invars)} arguments")
+  return consts, carry
 
 
 def _with_tangents(eqn: Any) -> Any:

@@ -235,6 +235,8 @@ def contrastive_penalty(deep: jax.Array, shallow: jax.Array) -> jax.Array:
   """
   batch, height, width, size = deep.shape
   places = height * width
+  if places == 1:  # nothing to mistake it for; a difference of equal scores may round to another
+    return jnp.zeros(batch, deep.dtype)
   deep, shallow = (x.reshape(batch, places, size) for x in (deep, shallow))
   # Under the root: a norm has no gradient at 0.
   deep, shallow = (
@@ -243,7 +245,7 @@ def contrastive_penalty(deep: jax.Array, shallow: jax.Array) -> jax.Array:
   scores = jnp.einsum("bnd,bmd->bnm", deep, shallow) / TEMPERATURE
   found = jnp.where(jnp.eye(places, dtype=bool)[None], scores, 0).sum(axis=2)
   missed = jax.nn.logsumexp(scores, axis=2) - found
-  return missed.mean(axis=1) / (math.log(places) if places > 1 else 1)
+  return missed.mean(axis=1) / math.log(places)
 
 
 class FedXNet(nn.Module):

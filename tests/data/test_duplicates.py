@@ -210,6 +210,7 @@ def test_pictures_in_two_classes_are_counted_and_named():
 
 def test_a_chain_of_small_steps_from_one_class_to_another_is_no_contradiction():
   drawn = make_phantoms(40, 64, 3)
+  assert drawn.patients is not None
   first = np.unique(drawn.patients, return_index=True)[1][:2]
   images = drawn.inputs[[*first, *first]]
   images[2:] = np.roll(images[2:], 3, axis=2)

@@ -193,16 +193,22 @@ def test_order_does_not_depend_on_the_file_system(two: pathlib.Path, monkeypatch
 
       def __init__(self, path=".", walk=walk, reverse=reverse):
         with walk(path) as entries:
-          self.entries = sorted(entries, key=lambda entry: entry.name, reverse=reverse)
+          self.entries = iter(sorted(entries, key=lambda entry: entry.name, reverse=reverse))
 
-      def __iter__(self):
-        return iter(self.entries)
+      def __enter__(self):
+        return self
 
       def __enter__(self):
         return self
 
       def __exit__(self, *_):
         return None
+
+      def __iter__(self):
+        return self.entries
+
+      def __next__(self):
+        return next(self.entries)
 
     monkeypatch.setattr(os, "scandir", Sorted)
     assert load(two).names == expected

@@ -1,6 +1,7 @@
 """A Flax module behind ``Model`` computes what stock Flax computes, and coverage fails closed."""
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import flax.linen as nn
@@ -289,12 +290,42 @@ COVERED: dict[str, Callable[..., jax.Array]] = {
   "vmapped_function": lambda m, x, train: jax.vmap(lambda row: row / jnp.linalg.norm(row))(x),
   "reshaped_norm": lambda m, x, train: nn.LayerNorm()(x.reshape(-1, 2, 2)).reshape(-1, 4),
   "rematerialised": lambda m, x, train: nn.remat(Inner)()(x),
+  # Since jax 0.11 operations of their own.
+  "logarithm_of_base_2": lambda m, x, train: jnp.log2(1 + x * x),
+  "slope_of_tanh": lambda m, x, train: jax.jvp(jnp.tanh, (x,), (x,))[1],
 }
 
 
 @pytest.mark.parametrize("name", COVERED)
 def test_what_happens_within_an_example_stays_covered(name):
   assert coverage_of(COVERED[name]) == ()
+
+
+@pytest.mark.parametrize(
+  ("name", "body"),
+  [
+    ("scan", in_a_loop),
+    ("sort", lambda m, x, train: jax.lax.sort(x)),
+    ("custom_jvp_call", lambda m, x, train: nn.relu(x)),
+    ("jit", lambda m, x, train: x),  # how the layers that are covered are marked
+  ],
+)
+def test_an_operation_that_jax_describes_in_an_unknown_way_is_refused(name, body, monkeypatch):
+  trace = jax.make_jaxpr
+
+  def renamed(eqn):
+    names = {f"new_{key}": value for key, value in eqn.params.items()}
+    return eqn.replace(params=names) if eqn.primitive.name == name else eqn
+
+  def newer_jax(function):
+    def traced(*args):
+      program = trace(function)(*args).jaxpr
+      return SimpleNamespace(jaxpr=program.replace(eqns=[renamed(eqn) for eqn in program.eqns]))
+
+    return traced
+
+  monkeypatch.setattr(jax, "make_jaxpr", newer_jax)
+  assert f"cannot be followed in jax {jax.__version__} ({name})" in "; ".join(coverage_of(body))
 
 
 def test_an_unused_parameter_needs_no_tap():
