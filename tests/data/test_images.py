@@ -198,9 +198,6 @@ def test_order_does_not_depend_on_the_file_system(two: pathlib.Path, monkeypatch
       def __enter__(self):
         return self
 
-      def __enter__(self):
-        return self
-
       def __exit__(self, *_):
         return None
 
