@@ -14,10 +14,11 @@ from absl import flags
 from fedjax_med.core.config import Config
 from fedjax_med.core.errors import require
 from fedjax_med.data.hospitals import load_hospitals
-from fedjax_med.flags import define_config, load_config, run_main
+from fedjax_med.flags import define_config, define_noise_key, load_config, noise_key, run_main
 from fedjax_med.privacy.statement import no_power
 
 define_config()
+define_noise_key()
 _TRIALS = flags.DEFINE_integer(
   "trials", 40_000, "Runs of each hospital at most; a tenth as many more have a planted record."
 )
@@ -62,13 +63,17 @@ def main(_: list[str]) -> None:
 def _audit(config: Config, folder: pathlib.Path | None) -> dict[str, Any]:
   """Builds the run and attacks it; what was found is in ``folder`` too, if there is one."""
   from fedjax_med.experiment import audit, build, report, shadows
+  from fedjax_med.experiment import secret as secrets
   from fedjax_med.experiment.cache import use_compilation_cache
   from fedjax_med.simulation.mesh import split_cpu
 
   split_cpu(config.execution.devices)
   use_compilation_cache(config.execution.compilation_cache)
   hospitals = load_hospitals(config)
-  experiment = build.build(config, hospitals)
+  secret = None if noise_key() is None else secrets.read(pathlib.Path(str(noise_key())))
+  if folder is not None:
+    secret = secrets.of_folder(folder, noise_key(), begun=True)
+  experiment = build.build(config, hospitals, secret)
   if folder is not None:
     report.require_run(folder, experiment.run_id)
   halves = None

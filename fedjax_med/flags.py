@@ -61,6 +61,22 @@ def define_config() -> None:
   flags.DEFINE_string("workdir", None, "Folder of the run: results, checkpoints, report.")
 
 
+def define_noise_key() -> None:
+  """Defines --noise_key."""
+  flags.DEFINE_string(
+    "noise_key",
+    None,
+    "File with the secret of a private run, 32 hexadecimal digits: the same secret, flags and data"
+    " give the same noise. Left out, a new run draws one and keeps it as noise.key in its workdir.",
+  )
+
+
+def noise_key() -> pathlib.Path | None:
+  """The file of --noise_key; None without it."""
+  name = flags.FLAGS["noise_key"].value
+  return pathlib.Path(name).expanduser() if name else None
+
+
 def load_config(whole: bool = True) -> Config:
   """The Config of the command line, checked; call it inside ``main``.
 

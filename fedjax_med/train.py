@@ -16,9 +16,10 @@ from ml_collections import config_flags
 from fedjax_med.core.errors import require
 from fedjax_med.core.text import command_line
 from fedjax_med.data.hospitals import load_hospitals
-from fedjax_med.flags import define_config, load_config, run_main
+from fedjax_med.flags import define_config, define_noise_key, load_config, noise_key, run_main
 
 define_config()
+define_noise_key()
 flags.DEFINE_bool(
   "dry_run", False, "Print config, hospitals, plan, memory and the ε to be spent; train nothing."
 )
@@ -72,7 +73,9 @@ def main(_: list[str]) -> None:
   if values.dry_run:
     run.dry_run(config, hospitals)
   else:
-    run.run(config, pathlib.Path(values.workdir).expanduser(), name, command, hospitals)
+    run.run(
+      config, pathlib.Path(values.workdir).expanduser(), name, command, hospitals, noise_key()
+    )
 
 
 if __name__ == "__main__":

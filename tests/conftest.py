@@ -36,6 +36,16 @@ def few_memory_maps():
     jax.clear_caches()
 
 
+@pytest.fixture(autouse=True, scope="session")
+def one_secret():
+  """Gives every private run of this process the same secret, so that runs can be compared."""
+  from fedjax_med.experiment import secret
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(secret, "draw", lambda: bytes(range(secret.BYTES)))
+    yield
+
+
 @pytest.fixture(scope="session")
 def real_data() -> pathlib.Path:
   """The folder that holds Br35H/ and SARS-CoV-2-CT/; the test is skipped where it is absent."""

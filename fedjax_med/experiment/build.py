@@ -20,7 +20,8 @@ from fedjax_med.data.dataset import (
   client_table,
   real_counts,
 )
-from fedjax_med.experiment.identity import run_id_of
+from fedjax_med.experiment import secret as secrets
+from fedjax_med.experiment.identity import Identity, identify
 from fedjax_med.experiment.program import Program, Shapes, make_program
 from fedjax_med.experiment.protection import Protection, cohort_cap, protect, require_a_round
 from fedjax_med.federated.algorithm import Client, Hyper, Pool, Units
@@ -39,8 +40,9 @@ class Case(NamedTuple):
     rows: who holds what, in the order of ``protection.units``.
     numbers: [K] what names each client in random keys.
     protection: the mechanisms, and the local steps a round.
-    run_id: fingerprint of all that shapes the trajectory; a checkpoint of another one is refused.
-    table: arrays that say who holds what, for the fingerprint.
+    identity: its id, and what its random keys follow from; a checkpoint of another id is refused.
+    secret: of a private run, as secret.py says; b"" without privacy.
+    table: arrays that say who holds what, for the identity.
   """
 
   config: Config
@@ -49,14 +51,19 @@ class Case(NamedTuple):
   rows: ClientTable
   numbers: np.ndarray
   protection: Protection
-  run_id: str
+  identity: Identity
+  secret: bytes
   table: list[np.ndarray]
+
+  @property
+  def run_id(self) -> str:
+    """What names the run."""
+    return self.identity.run_id
 
   @property
   def guarantees(self) -> tuple[Guarantee, ...]:
     """What the run promises, the local guarantee first."""
-    both = self.protection.local, self.protection.central
-    return tuple(each for each in both if each is not None)
+    return self.protection.guarantees
 
 
 class Experiment(NamedTuple):
@@ -192,9 +199,9 @@ def _stack_clients(case: Case, shapes: Shapes) -> Client:
   )
 
 
-def build(config: Config, hospitals: Hospitals) -> Experiment:
-  """The federation itself: every hospital is a client."""
-  case = federation(config, hospitals)
+def build(config: Config, hospitals: Hospitals, secret: bytes | None = None) -> Experiment:
+  """The federation itself: every hospital is a client; ``secret`` as in ``federation``."""
+  case = federation(config, hospitals, secret)
   require_a_round(case.protection)  # a point of a sweep and a baseline may end at once
   program, shapes = plan_together([case])
   mesh, dataset = program.devices.mesh, hospitals.dataset
@@ -202,9 +209,10 @@ def build(config: Config, hospitals: Hospitals) -> Experiment:
   return place(case, program, shapes, pool, mesh)
 
 
-def federation(config: Config, hospitals: Hospitals) -> Case:
+def federation(config: Config, hospitals: Hospitals, secret: bytes | None = None) -> Case:
   """The case in which every hospital is a client.
 
+  ``secret`` is that of a private run; with None it draws one, and no other run has its noise.
   UserError if patients are to be protected and a name does not say which patient it is of.
   """
   counts, images = hospitals.dataset.patient_counts, hospitals.dataset.num_real
@@ -214,8 +222,10 @@ def federation(config: Config, hospitals: Hospitals) -> Case:
     f" are of ({counts and counts.source})",
     "mend the pattern or the names so that all of them do, or use privacy.unit=record",
   )
+  private = secrets.is_private(config)
+  secret = (secrets.draw() if secret is None else secret) if private else b""
   numbers = np.arange(len(hospitals.names))
-  return _case(config, hospitals, hospitals.names, hospitals.train, numbers, None)
+  return _case(config, hospitals, hospitals.names, hospitals.train, numbers, secret)
 
 
 def plan_together(cases: Sequence[Case]) -> tuple[Program, Shapes]:
@@ -244,7 +254,7 @@ def place(
     replicate(clients._replace(indices=clients.indices + start), mesh),
     replicate(_hyper(case.config, case.protection), mesh),
     pool,
-    replicate(_run_key(case.config, case.run_id), mesh),
+    replicate(_run_key(case.config.seed, case.identity), mesh),
     program,
   )
 
@@ -255,14 +265,36 @@ def _case(
   names: tuple[str, ...],
   rows: ClientTable,
   numbers: np.ndarray,
-  steps: np.ndarray | None,  # None: as configured
+  secret: bytes,
+  steps: np.ndarray | None = None,  # None: as configured
   place: str = "federation",
 ) -> Case:
   protection = protect(config, names, rows, hospitals.split.units, steps, place)
   rows = rows if protection.units is None else protection.units.rows
-  table = _tables(rows, protection)
-  run_id = run_id_of(protection.config, hospitals, names, table)
-  return Case(protection.config, hospitals, names, rows, numbers, protection, run_id, table)
+  return _identified(hospitals, names, rows, numbers, protection, secret)
+
+
+def _identified(
+  hospitals: Hospitals,
+  names: tuple[str, ...],
+  rows: ClientTable,
+  numbers: np.ndarray,
+  protection: Protection,
+  secret: bytes,
+) -> Case:
+  config, table = protection.config, _tables(rows, protection)
+  identity = identify(config, hospitals, names, table, protection.guarantees, secret)
+  return Case(
+    config=config,
+    hospitals=hospitals,
+    names=names,
+    rows=rows,
+    numbers=numbers,
+    protection=protection,
+    identity=identity,
+    secret=secret,
+    table=table,
+  )
 
 
 def shapes_of(cases: Sequence[Case]) -> Shapes:
@@ -292,23 +324,24 @@ def _tables(rows: ClientTable, protection: Protection) -> list[np.ndarray]:
   return [rows.indices, rows.counts, *([] if units is None else [units.starts, units.sizes])]
 
 
-def _run_key(config: Config, run_id: str) -> jax.Array:
+def _run_key(seed: int, identity: Identity) -> jax.Array:
   """Key of the seed, and of the run where it is private.
 
   Two private trainings on the same records must not share noise, or their difference has none:
   neither two configurations with the default seed, nor a federation and its baselines.
   """
-  key = base_key(config.seed)
-  if config.privacy.mechanism == "none" and config.client_privacy.mechanism == "none":
-    return key
-  return jax.random.fold_in(key, int(run_id[:8], 16))
+  key = base_key(seed)
+  for word in identity.words:
+    key = jax.random.fold_in(key, np.uint32(word))
+  return key
 
 
 def run_key(experiment: Experiment, seed: int) -> jax.Array:
-  """Key of the same run with another seed, as ``build`` would give it."""
-  config = dataclasses.replace(experiment.config, seed=seed)
-  run_id = run_id_of(config, experiment.hospitals, experiment.names, experiment.case.table)
-  return _run_key(config, run_id)
+  """Key of the same run with another seed, as ``build`` would give it with the same secret."""
+  case = experiment.case
+  config = dataclasses.replace(case.config, seed=seed)
+  identity = identify(config, case.hospitals, case.names, case.table, case.guarantees, case.secret)
+  return _run_key(seed, identity)
 
 
 def _batch_cap(local: Guarantee | None) -> int:
@@ -342,7 +375,8 @@ def baselines(federation: Case) -> dict[str, Case]:
   found = {f"alone-{k + 1}": _alone(federation, config, k) for k in range(len(names))}
   rows = client_table([np.concatenate(client_rows(hospitals.train))])
   steps = federation.protection.steps.sum(keepdims=True)
-  return found | {"pooled": _case(config, hospitals, ("pooled",), rows, numbers, steps, "pooled")}
+  pooled = _case(config, hospitals, ("pooled",), rows, numbers, federation.secret, steps, "pooled")
+  return found | {"pooled": pooled}
 
 
 def _alone(federation: Case, config: Config, k: int) -> Case:
@@ -359,10 +393,14 @@ def _alone(federation: Case, config: Config, k: int) -> Case:
     local=local and local.only(k)._replace(place="alone"),
     central=None,
   )
-  table, name = _tables(rows, protection), federation.names[one]
-  run_id = run_id_of(config, federation.hospitals, name, table)
-  numbers = federation.numbers[one]
-  return Case(config, federation.hospitals, name, rows, numbers, protection, run_id, table)
+  return _identified(
+    federation.hospitals,
+    federation.names[one],
+    rows,
+    federation.numbers[one],
+    protection,
+    federation.secret,
+  )
 
 
 def build_baselines(federation: Experiment) -> dict[str, Experiment]:

@@ -37,6 +37,11 @@ class Protection(NamedTuple):
   local: Guarantee | None
   central: Guarantee | None
 
+  @property
+  def guarantees(self) -> tuple[Guarantee, ...]:
+    """What is promised, the local guarantee first."""
+    return tuple(each for each in (self.local, self.central) if each is not None)
+
 
 def local_steps(config: Config, counts: np.ndarray) -> np.ndarray:
   """[K] local steps a round: as configured, or epochs · n / batch size, at least 1."""

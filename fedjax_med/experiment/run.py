@@ -9,12 +9,13 @@ import numpy as np
 from rich.console import Console
 
 from fedjax_med.core.config import Config, to_dict
-from fedjax_med.core.errors import UserError
+from fedjax_med.core.errors import UserError, require
 from fedjax_med.data.dataset import Hospitals, client_rows
 from fedjax_med.data.grey import to_eight_bits
 from fedjax_med.data.hospitals import load_hospitals
 from fedjax_med.experiment import console as terminal
 from fedjax_med.experiment import figures, lock, synthetic
+from fedjax_med.experiment import secret as secrets
 from fedjax_med.experiment import workdir as files
 from fedjax_med.experiment.baselines import run_baselines
 from fedjax_med.experiment.build import Experiment, build, federation
@@ -75,6 +76,7 @@ def run(
   name: str,
   command: str,
   hospitals: Callable[[], Hospitals] | None = None,
+  noise_key: pathlib.Path | None = None,
 ) -> None:
   """Trains as configured, or resumes, and leaves every result in ``folder``.
 
@@ -84,6 +86,7 @@ def run(
     name: name of the config for the summary.
     command: the command line, for the report.
     hospitals: waits for data that are being loaded; None loads them.
+    noise_key: file with the secret of a private run; None draws one for a new run.
 
   Raises:
     UserError: whatever the user can put right, always before a finished round is lost. A folder
@@ -93,7 +96,8 @@ def run(
   files.prepare(folder)
   require_installed(config.eval.tracker)
   with _locked(folder, console):
-    _run(config, folder, name, command, hospitals, console)
+    secret = _secret(config, folder, noise_key)
+    _run(config, folder, name, command, hospitals, secret, console)
 
 
 @contextlib.contextmanager
@@ -114,12 +118,37 @@ def _locked(folder: pathlib.Path, console: Console) -> Iterator[None]:
     yield
 
 
+def _secret(config: Config, folder: pathlib.Path, noise_key: pathlib.Path | None) -> bytes:
+  """The secret of a private run, which its folder keeps; of several processes the first makes it.
+
+  b"" without privacy.
+  """
+  if not secrets.is_private(config):
+    require(
+      noise_key is None,
+      f"--noise_key={noise_key} without privacy: there is no noise",
+      "leave it out, or set --config.privacy.mechanism=dp_sgd",
+    )
+    return b""
+  begun = (folder / "config.json").exists() or (folder / "checkpoints").exists()
+  first, refused = b"", None
+  if is_first():
+    try:
+      first = secrets.of_folder(folder, noise_key, begun)
+    except UserError as error:
+      refused = error
+  if least(float(refused is None)) < 1:  # none waits for one that was refused
+    raise refused or UserError("the first process of this run was refused; see what it says")
+  return first or secrets.read(folder / secrets.FILE)
+
+
 def _run(
   config: Config,
   folder: pathlib.Path,
   name: str,
   command: str,
   hospitals: Callable[[], Hospitals] | None,
+  secret: bytes,
   console: Console,
 ) -> None:
   """Trains in a folder that is locked; see ``run``."""
@@ -127,11 +156,11 @@ def _run(
   seconds: dict[str, float] = {}
   data = synthetic.with_places(config, hospitals() if hospitals else load_hospitals(config))
   if data.dataset.num_synthetic:  # GANs take long: a folder of another run is refused before
-    files.claim(folder, federation(config, data).run_id)
+    files.claim(folder, federation(config, data, secret).run_id)
     begun = time.monotonic()
     data = synthetic.completed(config, data, folder, console.print)
     seconds["synthetic"] = time.monotonic() - begun
-  experiment = build(config, data)
+  experiment = build(config, data, secret)
   require_same_run(experiment.run_id)
   files.claim(folder, experiment.run_id)
   compiling = start_compiling(experiment)

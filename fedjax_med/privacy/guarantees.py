@@ -88,11 +88,12 @@ NOT_COVERED = (
   "A run that stops because a loss is not finite tells that much of the data.",
   "Tuning: the guarantee is of one run, not of the runs tried before it.",
   "The number of hospitals and how many images of each class each one holds are public.",
-  "Whoever has the seed and the code can recompute the noise.",
-  "The run's id is a digest of configuration and data: whoever sees it can confirm a guess of all"
-  " the data.",
-  "A round that was interrupted and is run again has the same sample and the same noise; on another"
-  " machine, layout or package version its result differs by rounding, which ε does not count.",
+  "Whoever has the secret of the run (noise.key in its folder) can compute all draws again, and take"
+  " the noise off. Give it to nobody, nor the digests of images in the folder of a sweep (data/).",
+  "Runs of one secret, flags, data, package versions and sources have the same sample and noise."
+  " What is computed again, after a kill, on another machine or in another layout, differs by"
+  " rounding; that difference has no noise in it, follows from the records, and grows with the"
+  " rounds. ε does not count it: give out one of them only.",
   "Simulation-grade randomness: float32 normals stop at 5.42 standard deviations and threefry is"
   " no certified cryptographic generator; the values hold for ideal randomness.",
 )

@@ -15,6 +15,7 @@ import pathlib
 import runpy
 import sys
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from absl import flags
@@ -27,8 +28,10 @@ from fedjax_med.core.text import command_line
 from fedjax_med.flags import (
   config_fields,
   define_config,
+  define_noise_key,
   inherited,
   load_config,
+  noise_key,
   require_company,
   run_main,
 )
@@ -37,6 +40,7 @@ from fedjax_med.sweep import grid
 
 def _define() -> None:
   define_config()
+  define_noise_key()
   flags.DEFINE_multi_string("grid", [], "An axis NAME=VALUES; all --grid are crossed.")
   flags.DEFINE_multi_string("zip", [], "An axis; all --zip advance together.")
   flags.DEFINE_multi_string("random", [], "An axis drawn at random, --trials times.")
@@ -106,6 +110,22 @@ def _command(base: Config, config: Config) -> str:
   return command_line([*start, "--workdir=DIR", *fields])
 
 
+def _secret(workdir: pathlib.Path, configs: Sequence[Config]) -> bytes:
+  """The secret of a sweep with private points, which its folder keeps; b"" without any."""
+  from fedjax_med.experiment import secret as secrets
+  from fedjax_med.experiment import workdir as files
+  from fedjax_med.sweep import table
+
+  if not any(secrets.is_private(config) for config in configs):
+    require_company("noise_key", False, "a private point")
+    return b""
+  if (workdir / "config.json").exists():  # a run, which ``table.begin`` refuses
+    return b""
+  files.prepare(workdir)
+  # Before the definition: whoever finds that finds the secret, also another shard.
+  return secrets.of_folder(workdir, noise_key(), (workdir / table.DEFINITION).exists())
+
+
 def main(_: list[str]) -> None:
   base, values = load_config(whole=False), flags.FLAGS  # the points are checked
   require(
@@ -159,6 +179,7 @@ def main(_: list[str]) -> None:
   command = command_line(["python", "-m", "fedjax_med.sweep", *sys.argv[1:]])
   notes: dict[str, Any] = {"command": command}
   notes["versions"] = {p: importlib.metadata.version(p) for p in ("jax", "flax", "dp-accounting")}
+  secret = _secret(workdir, configs)
   table.begin(workdir, base, points, values.seed_axes, **notes)
   if values.submit:
     from fedjax_med.sweep import merge, submit
@@ -184,6 +205,7 @@ def main(_: list[str]) -> None:
       own,
       name=pathlib.Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem,
       command_of=lambda each: _command(base, configs[each.key.number]),
+      secret=secret,
       at_once=values.points_at_once,
     )
   seconds = f"{time.monotonic() - started:.1f} s"

@@ -65,6 +65,7 @@ def bind(workdir: pathlib.Path, planned: Sequence[Planned]) -> None:
   for key, record in present.items():
     path = folder / f"{key}.json"
     files.create_whole(path, files.as_json(record))
+    path.chmod(0o600)  # whoever sees it can confirm a guess of all images
     _require_same(workdir, _read(path), record)  # another shard may have been faster
 
 

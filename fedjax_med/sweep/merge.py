@@ -12,6 +12,7 @@ from absl import flags
 from fedjax_med.core.errors import require
 from fedjax_med.core.text import visible
 from fedjax_med.experiment import lock
+from fedjax_med.experiment import secret as secrets
 from fedjax_med.experiment import workdir as files
 from fedjax_med.sweep import image_sets, table
 
@@ -67,9 +68,13 @@ def _take(sources: Sequence[pathlib.Path], target: pathlib.Path) -> None:
   for folder in ("points", image_sets.FOLDER):
     (target / folder).mkdir(exist_ok=True)
   if not begun:
+    if (first / secrets.FILE).exists():
+      secrets.keep(target, secrets.read(first / secrets.FILE))
     shutil.copy(first / table.DEFINITION, target / table.DEFINITION)
   for key, record in records.items():
-    files.create_whole(target / image_sets.FOLDER / f"{key}.json", files.as_json(record))
+    place = target / image_sets.FOLDER / f"{key}.json"
+    files.create_whole(place, files.as_json(record))
+    place.chmod(0o600)
   for source in sources:
     _copy_points(source, target, len(definition["points"]))
 

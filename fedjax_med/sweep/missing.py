@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Sequence
 from rich.console import Console
 
 from fedjax_med.core.config import Config
+from fedjax_med.experiment import secret as secrets
 from fedjax_med.sweep import image_sets, progress, table
 from fedjax_med.sweep.grid import Point
 from fedjax_med.sweep.points import Planned, plan_points
@@ -21,6 +22,7 @@ def run_missing(
   *,
   name: str,
   command_of: Callable[[Planned], str],
+  secret: bytes = b"",
   at_once: int = 0,
 ) -> None:
   """Trains those of the points ``own`` that have not ended; what is done stays as it is.
@@ -33,6 +35,7 @@ def run_missing(
     own: numbers of the points that this process sees to.
     name: of the config.
     command_of: the command that runs a point by itself.
+    secret: of the sweep, from which those of its private points follow.
     at_once: most runs in memory at once; 0 lets memory decide.
 
   Raises:
@@ -42,7 +45,13 @@ def run_missing(
   """
   if all(table.done(workdir, number) for number in own):
     return
-  planned = plan_points(points, configs, list(own))
+
+  def secret_of(number: int) -> bytes:
+    """What the point began with, here or where it was merged from."""
+    path = table.folder_of(workdir, number) / secrets.FILE
+    return secrets.read(path) if path.exists() else secrets.derived(secret, f"point {number}")
+
+  planned = plan_points(points, configs, list(own), secret_of)
   image_sets.bind(workdir, planned)
   done = {each.key for each in planned if table.has_run(workdir, *each.key)}
   left = [each.case.config.server.num_rounds for each in planned if each.key not in done]

@@ -245,7 +245,10 @@ def hospital_loader() -> Callable[[Config], Hospitals]:
 
 
 def plan_points(
-  points: Sequence[Point], configs: Sequence[Config], numbers: Sequence[int]
+  points: Sequence[Point],
+  configs: Sequence[Config],
+  numbers: Sequence[int],
+  secret_of: Callable[[int], bytes | None] = lambda number: None,
 ) -> list[Planned]:
   """The runs of these points, each with its data and mechanisms; baselines too if asked for.
 
@@ -253,6 +256,7 @@ def plan_points(
     points: all of the sweep.
     configs: of each point, from ``configure``.
     numbers: points to plan.
+    secret_of: the secret of a private point; None draws one.
 
   Raises:
     UserError: a point's ε cannot be reached, or its data do not fit; nothing is compiled before.
@@ -261,7 +265,7 @@ def plan_points(
   for number in numbers:
     config = configs[number]
     try:
-      case = federation(config, hospitals(config))
+      case = federation(config, hospitals(config), secret_of(number))
     except UserError as error:
       raise UserError(f"point {shown(points[number])}: {error}") from error
     cases = {"": case, **(baselines(case) if config.eval.local_baselines else {})}

@@ -12,6 +12,7 @@ import numpy as np
 from fedjax_med.core.config import Config, to_dict
 from fedjax_med.core.errors import UserError
 from fedjax_med.data.dataset import Dataset, Hospitals
+from fedjax_med.experiment import secret as secrets
 from fedjax_med.experiment import workdir as files
 from fedjax_med.experiment.baselines import write_baselines
 from fedjax_med.experiment.build import Experiment, place
@@ -276,6 +277,8 @@ def write_point(
   """
   folder.mkdir(parents=True, exist_ok=True)
   files.claim(folder, experiment.run_id)
+  if experiment.guarantees and folder.parent.name != "baselines":
+    secrets.keep(folder, experiment.case.secret)
   files.write_json(folder / "config.json", config_record(experiment, command))
   files.write_json(folder / "hospitals.json", hospital_record(experiment.hospitals))
   book = None
