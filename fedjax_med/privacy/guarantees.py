@@ -88,8 +88,8 @@ NOT_COVERED = (
   "A run that stops because a loss is not finite tells that much of the data.",
   "Tuning: the guarantee is of one run, not of the runs tried before it.",
   "The number of hospitals and how many images of each class each one holds are public.",
-  "Whoever has the secret of the run (noise.key in its folder) can compute all draws again, and take"
-  " the noise off. Give it to nobody, nor the digests of images in the folder of a sweep (data/).",
+  "Whoever has the secret of the run (noise.key in its folder) can compute all draws again and take"
+  " off the noise. Give it to nobody, nor the digests of images in the folder of a sweep (data/).",
   "Runs of one secret, flags, data, package versions and sources have the same sample and noise."
   " What is computed again, after a kill, on another machine or in another layout, differs by"
   " rounding; that difference has no noise in it, follows from the records, and grows with the"
