@@ -235,11 +235,21 @@ def _load_data(trained: Trained, data_path: str) -> Hospitals:
   held = json.loads((trained.folder / "hospitals.json").read_text(encoding="utf-8"))
   now = hospital_record(hospitals)
   require(
-    all(now[key] == held.get(key) for key in ("class_names", "split", "hospitals", "grey")),
+    _equal(now, held),
     f"the data in '{config.data.path}' are not those of the run: hospitals.json counts others",
     "say where those lie with --data_path=DIR, or give --images=FOLDER",
   )
   return hospitals
+
+
+def _equal(now: dict[str, Any], held: dict[str, Any]) -> bool:
+  """Whether two hospitals.json are of the same data; what an older one lacks is passed over."""
+  split = {key: value for key, value in now["split"].items() if key in held["split"]}
+  return (
+    all(now[key] == held[key] for key in ("class_names", "hospitals"))
+    and split == held["split"]
+    and now["grey"] == held.get("grey", now["grey"])
+  )
 
 
 def _given(
