@@ -40,7 +40,7 @@ KNOWN = {
 # What needs a converter, and what is told by its ending: any other ending may be part of a name.
 CONVERTIBLE = frozenset({DICOM, NIFTI, "Analyze", "MetaImage", "NRRD"})
 PLAIN = frozenset(
-  [
+  {
     ".txt",
     ".csv",
     ".tsv",
@@ -53,6 +53,8 @@ PLAIN = frozenset(
     ".yaml",
     ".yml",
     ".toml",
+  }
+  | {
     ".xls",
     ".xlsx",
     ".doc",
@@ -65,7 +67,7 @@ PLAIN = frozenset(
     ".svg",
     ".psd",
     ".ico",
-  ]
+  }
 )
 SYSTEM_FILES = frozenset({".ds_store", "thumbs.db", "desktop.ini", "__macosx"})
 # The reason of files that hold nothing of the user's: counted, but they do not stop a strict run.
