@@ -1,6 +1,6 @@
 """Writes the model of a run as a file for other programs.
 
---format=jax is a compiled program: uint8 images [b, size, size, 1] to class probabilities, with
+--format=jax is a compiled program: images [b, size, size, 1] to class probabilities, with
 weights and normalisation inside, for CPU, CUDA and TPU. It loads without this package:
   jax.export.deserialize(bytearray(open(FILE, "rb").read())).call(images)
 FILE.json beside it names classes, size and privacy.

@@ -127,7 +127,8 @@ WRONG = {
   "not a number": ([GOOD, "--config.client.learning_rate=nan"], "learning_rate=nan must be above"),
   "without effect": (
     [GOOD, "--config.client.momentum=0.5"],
-    "client.momentum=0.5 is read with client.optimizer=momentum only, and it is 'sgd'; use that,",
+    "client.momentum=0.5 is read with client.optimizer=momentum only, and it is 'sgd'; use"
+    " --config.client.optimizer=momentum,",
   ),
   "broken rule": ([GOOD, "--config.client.schedule=cosin"], "did you mean 'cosine'?"),
 }

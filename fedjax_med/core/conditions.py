@@ -26,7 +26,7 @@ class Condition(NamedTuple):
 def _one_of(path: str, *values: Any) -> Condition:
   *most, last = (str(value) for value in values)
   text = f"{', '.join(most)} or {last}" if most else last
-  remedy = "use one of those" if most else "use that"
+  remedy = f"use one of those with --config.{path}" if most else f"use --config.{path}={last}"
   return Condition(f"{path}={text}", lambda c: get_field(c, path) in values, (path,), remedy)
 
 
@@ -70,7 +70,7 @@ def _without(part: str) -> Condition:
   )
 
 
-PICTURES = _other_than("data.source", "phantoms")
+PICTURES = _one_of("data.source", "folder", "br35h", "sars_cov2_ct")
 FOLDER = _one_of("data.source", "folder")
 DRAWN_SIDES, OPEN_PATIENTS = _without("{split}"), _without("{patient}")
 DRAWN = Condition(

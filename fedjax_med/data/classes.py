@@ -7,27 +7,16 @@ from fedjax_med.core.errors import UserError, require
 
 NEGATIONS = frozenset({"no", "non", "not", "without", "never"})
 NEGATIVE = frozenset(
-  {"normal", "healthy", "control", "controls", "benign", "negative", "neg", "uninfected", "false"}
-  | {"unaffected", "undamaged", "absent", "absence", "none", "nothing", "clear", "wildtype", "wt"}
-  | {
-    "gesund",
-    "kontrolle",
-    "sain",
-    "sano",
-    "sana",
-    "正常",
-    "健康",
-    "陰性",
-    "阴性",
-    "良性",
-    "対照",
-    "对照",
-  }
+  {"normal", "healthy", "control", "controls", "benign", "negative", "neg", "uninfected"}
+  | {"unaffected", "undamaged", "absent", "absence", "gesund", "kontrolle", "sain", "sano", "sana"}
+  | {"正常", "健康", "陰性", "阴性", "良性"}
 )
+NEGATIVE_NAMES = frozenset({"false", "none", "nothing", "clear"})  # as the whole name only
 POSITIVE = frozenset(
   {"yes", "positive", "pos", "true", "abnormal", "disease", "diseased", "sick", "case", "cases"}
   | {"malignant", "pathological", "pathology", "infected", "affected", "present", "unhealthy"}
 )
+WILD_TYPE, MUTANT = frozenset({"wt", "wildtype"}), frozenset({"mutant", "mutated", "mut"})
 
 
 def order_classes(names: Sequence[str], positive: str = "") -> tuple[str, ...]:
@@ -72,28 +61,42 @@ def order_classes(names: Sequence[str], positive: str = "") -> tuple[str, ...]:
 def sign(name: str, other: str = "") -> int:
   """-1 if a name sounds negative, 1 if positive, 0 if it does not say.
 
-  A negation turns what follows it: no_DR is negative, not-normal positive. With ``other`` a name
-  that is a negation and the other name, such as nonCOVID beside COVID, is its opposite.
+  A negation turns the words after it, and "free" those before: no_DR and tumour-free are negative,
+  not-normal is positive. A name that is a negation and the other name, such as nonCOVID beside
+  COVID, is its opposite.
   """
-  words = _words(name)
-  whole, rest = "".join(words), "".join(_words(other))
-  for negation in ("non", "not", "no", "un"):
-    if rest and whole == negation + rest and len(words) == 1:
-      return 1 if sign(other) < 0 else -1
-  if any(word in NEGATIONS for word in words):
-    place = next(k for k, word in enumerate(words) if word in NEGATIONS)
-    turned = any(word in NEGATIVE for word in words[place + 1 :])
-    return 1 if turned else -1
-  if any(word in NEGATIVE for word in words):
+  words, others = _words(name), _words(other)
+  whole, rest = "".join(words), "".join(others)
+  if (
+    rest
+    and len(words) == 1
+    and whole in {negation + rest for negation in ("non", "not", "no", "un")}
+  ):
+    return 1 if sign(other) < 0 else -1
+  if set(words) & WILD_TYPE and set(others) & MUTANT:
     return -1
-  return 1 if any(word in POSITIVE for word in words) else 0
+  if whole in NEGATIVE_NAMES:
+    return -1
+  place = next((k for k, word in enumerate(words) if word in NEGATIONS), None)
+  negated = words[place + 1 :] if place is not None else []
+  if "free" in words[1:]:
+    negated += words[: words.index("free", 1)]
+    place = 0
+  if place is not None:
+    return 1 if set(negated) & NEGATIVE else -1
+  if set(words) & NEGATIVE:
+    return -1
+  return 1 if set(words) & POSITIVE else 0
 
 
 def _signs(names: Sequence[str]) -> tuple[int, int]:
-  """Signs of two names; the number 0 stands for the negative class where no word says more."""
+  """Signs of two names, one of which sounds negative; the number 0 does where no word says more.
+
+  A positive sound alone decides nothing: the other class may be a disease too.
+  """
   first, second = names
   signs = sign(first, second), sign(second, first)
-  if signs != (0, 0):
+  if -1 in signs:
     return signs
   first_zero, second_zero = ("0" in _words(name) for name in names)
   return -int(first_zero), -int(second_zero)

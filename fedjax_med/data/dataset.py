@@ -129,6 +129,8 @@ class Hospitals:
     train: training table of the K hospitals; in a row synthetic examples come last.
     test: test table of the K hospitals; its rows together are the global test set.
     num_moved: examples moved from large to small clients to reach the minimum client size.
+    num_elsewhere: under scheme=site examples at another hospital than their site, because they are
+      kept together with near-duplicates or images of the patient there.
     mixture_shifts: of each hospital that was filled so the total variation distance, 0 to 1,
       between the class mixture that was drawn for it and the one that it holds.
   """
@@ -139,7 +141,13 @@ class Hospitals:
   train: ClientTable
   test: ClientTable
   num_moved: int = 0
+  num_elsewhere: int = 0
   mixture_shifts: dict[str, float] = dataclasses.field(default_factory=dict)
+
+  @property
+  def by_site(self) -> bool:
+    """Whether each hospital is a site of the dataset."""
+    return self.dataset.sites is not None and self.names == self.dataset.site_names
 
   @property
   def real_counts(self) -> np.ndarray:

@@ -32,8 +32,43 @@ KNOWN = {
   ".npy": "a NumPy array",
   ".npz": "NumPy arrays",
   ".h5": "HDF5",
-  ".zip": "an archive, which is not unpacked",
+  ".zip": "an archive",
+  ".gz": "an archive",
+  ".tar": "an archive",
+  ".7z": "an archive",
 }
+# What needs a converter, and what is told by its ending: any other ending may be part of a name.
+CONVERTIBLE = frozenset({DICOM, NIFTI, "Analyze", "MetaImage", "NRRD"})
+PLAIN = frozenset(
+  {
+    ".txt",
+    ".csv",
+    ".tsv",
+    ".json",
+    ".xml",
+    ".md",
+    ".pdf",
+    ".html",
+    ".log",
+    ".yaml",
+    ".yml",
+    ".toml",
+  }
+  | {
+    ".xls",
+    ".xlsx",
+    ".doc",
+    ".docx",
+    ".py",
+    ".mat",
+    ".mp4",
+    ".avi",
+    ".mov",
+    ".svg",
+    ".psd",
+    ".ico",
+  }
+)
 SYSTEM_FILES = frozenset({".ds_store", "thumbs.db", "desktop.ini", "__macosx"})
 # The reason of files that hold nothing of the user's: counted, but they do not stop a strict run.
 SYSTEM = "written by the operating system"
@@ -156,7 +191,11 @@ def _reason(path: pathlib.Path) -> str:
   kind = _content(path)
   if kind:
     return f"{kind} is not read"
-  return f"the ending {readable(ending)} is not that of a picture" if ending else "no file ending"
+  if not ending:
+    return "no file ending"
+  return (
+    f"a {ending} file is no picture" if ending in PLAIN else "its ending is not that of a picture"
+  )
 
 
 def ending_of(path: pathlib.Path) -> str:

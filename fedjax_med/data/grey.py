@@ -13,6 +13,7 @@ from fedjax_med.core.errors import UserError, require
 
 DEPTHS = (8, 10, 12, 14, 16)  # bits
 FEW_LEVELS = 32
+SLACK = 0.01  # by which fractions may leave 0 to 1: a resized picture overshoots a little
 
 
 class Values(NamedTuple):
@@ -47,7 +48,8 @@ class Grey(NamedTuple):
     high: value that becomes white.
     deep: whether pixels are stored with 16 bits and not 8.
     rule: why, for people.
-    levels: median over the pictures of the number of different values.
+    levels: median over the pictures of the number of different values that are kept.
+    outside: share of all pixels below ``low`` or above ``high``.
   """
 
   low: float
@@ -55,6 +57,7 @@ class Grey(NamedTuple):
   deep: bool
   rule: str
   levels: int
+  outside: float = 0.0
 
   @property
   def dtype(self) -> Any:
@@ -64,7 +67,8 @@ class Grey(NamedTuple):
   @property
   def described(self) -> str:
     """The rule in a sentence."""
-    return f"Grey values {self.low:g} (black) to {self.high:g} (white): {self.rule}."
+    lost = f"; {100 * self.outside:.0f}% of all pixels lie outside" if self.outside >= 0.005 else ""
+    return f"Grey values {self.low:g} (black) to {self.high:g} (white): {self.rule}{lost}."
 
 
 EIGHT_BITS = Grey(0, 255, False, "pictures of 8 bits", 256)
@@ -97,7 +101,7 @@ def choose_grey(pictures: Sequence[Values], window: str) -> Grey:
     UserError: files of 8 bits and deeper ones are mixed, or values need more than 16 bits, and
       there is no window.
   """
-  levels = int(np.median([picture.levels for picture in pictures]))
+  levels = 0  # ``stored_levels`` counts them
   given = parse_window(window)
   if given is not None:
     return Grey(*given, deep=True, rule=f"data.window={window}", levels=levels)
@@ -111,8 +115,9 @@ def choose_grey(pictures: Sequence[Values], window: str) -> Grey:
     f" {high:g}) are mixed, and no rule makes their greys alike",
     "export them alike, or give data.window=LOW,HIGH, which is applied to the values of all files",
   )
-  if not all(picture.whole for picture in pictures) and low >= -1 and high <= 1:
-    bottom = -1.0 if low < 0 else 0.0
+  fractions = not all(picture.whole for picture in pictures)
+  if fractions and low >= -1 - SLACK and high <= 1 + SLACK:
+    bottom = -1.0 if low < -SLACK else 0.0
     return Grey(bottom, 1.0, True, f"numbers with a fraction, from {low:g} to {high:g}", levels)
   bits = next((bits for bits in DEPTHS if high < 2**bits), 0)
   if not bits or low < -(2**15):
@@ -132,6 +137,27 @@ def to_pixels(picture: Values, grey: Grey) -> np.ndarray:
   share = (picture.pixels.astype(np.float32) - grey.low) / (grey.high - grey.low)
   share = 1 - share if picture.inverted else share
   return np.round(np.clip(share, 0, 1) * np.iinfo(np.uint16).max).astype(np.uint16)
+
+
+def stored_levels(
+  pictures: Sequence[Values], stored: Sequence[np.ndarray], grey: Grey
+) -> dict[str, Any]:
+  """How many different values are kept, and how many pixels are outside: fields of ``Grey``.
+
+  Args:
+    pictures: values as they were read.
+    stored: pixels of the same pictures; a change of size makes new values, which do not count.
+    grey: the rule.
+  """
+  levels = [
+    min(picture.levels, int(np.count_nonzero(np.bincount(pixels.ravel()))))
+    for picture, pixels in zip(pictures, stored, strict=True)
+  ]
+  outside = 0.0
+  if grey.deep:
+    shares = [((p.pixels < grey.low) | (p.pixels > grey.high)).mean() for p in pictures]
+    outside = round(float(np.mean(shares)), 4)
+  return {"levels": int(np.median(levels)), "outside": outside}
 
 
 def to_eight_bits(pixels: np.ndarray) -> np.ndarray:

@@ -9,6 +9,7 @@ from fedjax_med.core.errors import require
 from fedjax_med.data import partitions, splits
 from fedjax_med.data.dataset import Dataset, Hospitals, Split, client_table
 from fedjax_med.data.duplicates import find_contradictions, join_groups, near_duplicate_groups
+from fedjax_med.data.patients import apart_by_site
 from fedjax_med.data.sources import load_dataset
 
 
@@ -35,11 +36,15 @@ def build_hospitals(dataset: Dataset, data: DataConfig, partition: PartitionConf
   numbers = np.unique(split.units, return_inverse=True)[1]
   if partition.scheme == "site":
     names, owner_train, owner_test = _by_site(dataset, split, numbers, partition)
+    assert dataset.sites is not None
+    sides = ((owner_train, split.train), (owner_test, split.test))
+    num_elsewhere = sum(int((owner != dataset.sites[side]).sum()) for owner, side in sides)
     num_moved, shifts = 0, np.full(len(names), np.nan)
   else:
     names = tuple(f"hospital {client + 1}" for client in range(partition.num_clients))
     train, test = _by_shares(dataset, split, numbers, partition, data.seed)
     (owner_train, num_moved, shifts), (owner_test, *_) = train, test
+    num_elsewhere = 0
   return Hospitals(
     dataset=dataset,
     split=split,
@@ -47,6 +52,7 @@ def build_hospitals(dataset: Dataset, data: DataConfig, partition: PartitionConf
     train=client_table([split.train[owner_train == k] for k in range(len(names))]),
     test=client_table([split.test[owner_test == k] for k in range(len(names))]),
     num_moved=num_moved,
+    num_elsewhere=num_elsewhere,
     mixture_shifts={
       name: float(shift) for name, shift in zip(names, shifts, strict=True) if shift == shift
     },
@@ -64,8 +70,13 @@ def split_with_duplicates(dataset: Dataset, data: DataConfig, by_site: bool = Fa
   groups = near_duplicate_groups(dataset.inputs)
   if data.split == "paper":
     units = np.arange(len(groups), dtype=np.int32)
+  elif dataset.patients is None:
+    units = groups
   else:
-    units = groups if dataset.patients is None else join_groups(groups, dataset.patients)
+    patients = dataset.patients
+    if by_site and dataset.sites is not None:
+      patients = apart_by_site(patients, dataset.sites)
+    units = join_groups(groups, patients)
   if dataset.in_test is None:
     scheme = data.split
     train, test = splits.split_dataset(

@@ -13,7 +13,7 @@ from fedjax_med.core.errors import UserError, require
 from fedjax_med.data.classes import order_classes
 from fedjax_med.data.dataset import Dataset
 from fedjax_med.data.files import SYSTEM, counted, walk
-from fedjax_med.data.grey import Values, choose_grey, parse_window, to_pixels
+from fedjax_med.data.grey import Values, choose_grey, parse_window, stored_levels, to_pixels
 from fedjax_med.data.layouts import (
   Arrangement,
   LeftOut,
@@ -28,7 +28,7 @@ from fedjax_med.data.patients import Patients, number_patients, patients_by_patt
 FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "GIF", "WEBP", "JPEG2000", "PPM")
 Image.init()  # all at once: threads that open pictures must not race to do it
 WHITE_IS_ZERO = 0  # of PhotometricInterpretation, TIFF's tag 262
-MASK_BY_VALUES = "two grey values only: a mask, not a picture"
+MASK_BY_VALUES = "one or two grey values, as a mask has, and no picture"
 
 
 class Read(NamedTuple):
@@ -119,10 +119,17 @@ def _photometric(image: Image.Image) -> int | None:
 
 
 def _lost_bits(image: Image.Image) -> str:
-  """Why a deep colour picture is left out: Pillow would drop the lower half of each number."""
-  raw = str([tile[3] for tile in getattr(image, "tile", [])])
+  """Why a picture is left out whose values Pillow changes, by a factor that only the file knows."""
+  tiles = getattr(image, "tile", [])
+  raw = str([tile[3] for tile in tiles])
   if not _is_deep(image) and ";16" in raw:
     return "16 bits a colour channel, which cannot be read without loss; save it as grey"
+  if image.format == "JPEG2000" and _is_deep(image):
+    return "JPEG 2000 of more than 8 bits, whose values are scaled in reading; save it as PNG"
+  if image.format == "PPM" and any(tile[0] != "raw" and tile[3] for tile in tiles):
+    maxval = tiles[0][3][-1] if isinstance(tiles[0][3], tuple) else tiles[0][3]
+    if isinstance(maxval, int) and maxval not in (1, 255, 65535):
+      return "a largest value (maxval) other than 255 and 65535, to which it is scaled in reading"
   return ""
 
 
@@ -197,7 +204,7 @@ def gather(
   """Puts what was read together by the rules of the data set; see ``load_folder``."""
   pictures: list[tuple[Placed, Values]] = []
   lost = list(left_out)
-  for placed, values in _without_masks(results):
+  for placed, values in _without_masks(results, root):
     name, class_name = placed.file.name, placed.class_name
     if isinstance(values, str):
       lost.append(LeftOut(name, values, class_name))
@@ -208,6 +215,8 @@ def gather(
       lost.append(LeftOut(more, "only the first frame of a file is read", class_name))
   _require_usable(pictures, lost, class_names, root, data.strict)
   grey = choose_grey([values for _, values in pictures], data.window)
+  stored = [to_pixels(values, grey) for _, values in pictures]
+  grey = grey._replace(**stored_levels([values for _, values in pictures], stored, grey))
   placed = [picture for picture, _ in pictures]
   names = [picture.file.name for picture in placed]
   sites = _sites(placed)
@@ -215,7 +224,7 @@ def gather(
   patients = _patients(placed, names, sites, data)
   sides = [picture.in_test for picture in placed]
   return Dataset(
-    inputs=np.stack([to_pixels(values, grey)[..., None] for _, values in pictures]),
+    inputs=np.stack(stored)[..., None],
     labels=np.array([class_names.index(picture.class_name) for picture in placed], np.int32),
     names=tuple(names),
     class_names=class_names,
@@ -230,14 +239,24 @@ def gather(
   )
 
 
-def _without_masks(results: Sequence[Read]) -> list[Read]:
-  """With a reason in place of pictures of two grey values, if most pictures have more."""
+def _without_masks(results: Sequence[Read], root: pathlib.Path) -> list[Read]:
+  """With a reason in place of masks: pictures of two grey values, and blank ones beside such.
+
+  UserError if most pictures are like that, and others are not: it cannot be told which are meant.
+  """
   known = [read.values for read in results if isinstance(read.values, Values)]
-  if 2 * sum(values.levels == 2 for values in known) > len(known):
+  flat = sum(values.levels <= 2 for values in known)
+  if flat == len(known) or not any(values.levels == 2 for values in known):
     return list(results)
+  require(
+    2 * flat <= len(known),
+    f"{flat} of {len(known)} pictures of {root} have one or two grey values, as masks do, and the"
+    " others have more",
+    "move what is not to be learned from into folders named masks, or out of the folder",
+  )
   return [
     read._replace(values=MASK_BY_VALUES)
-    if isinstance(read.values, Values) and read.values.levels == 2
+    if isinstance(read.values, Values) and read.values.levels <= 2
     else read
     for read in results
   ]

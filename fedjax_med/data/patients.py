@@ -1,5 +1,6 @@
 """Which patient a picture shows, as the names of files or folders say it."""
 
+import collections
 import re
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -14,9 +15,9 @@ class PatientCounts(NamedTuple):
 
   Attributes:
     named: examples whose patient is named.
-    patients: patients that are named.
+    patients: names of patients.
     source: the field or data source that names them.
-    shared: patient names that several sites use, who are counted as different patients.
+    shared: names of patients that stand at several sites.
   """
 
   named: int
@@ -45,7 +46,7 @@ def patients_by_pattern(
   Args:
     names: of the examples, with their folders, which the expression does not see.
     pattern: ``data.patient_pattern``.
-    sites: of the examples; one name at two sites is two patients.
+    sites: of the examples, to count names that stand at several.
 
   Raises:
     UserError: the pattern is no expression, has no group, or matches no name; or all names give
@@ -81,38 +82,53 @@ def number_patients(
 ) -> Patients:
   """Numbers the patients of examples whose names are ``keys``, None where there is none.
 
+  One name is one patient, at whatever sites it stands; ``apart_by_site`` tells them apart.
+
   Args:
     keys: [N] name of each example's patient.
     source: the field that says where the names stand, for errors and reports.
-    sites: [N] names; hospitals number their patients themselves, so one name at two sites is two.
+    sites: [N] names, to count names that stand at several.
 
   Raises:
     UserError: all examples would be of one patient.
   """
-  places = [""] * len(keys) if sites is None else sites
   people = [
-    ("patient", site, key) if key is not None else ("example", "", str(number))
-    for number, (key, site) in enumerate(zip(keys, places, strict=True))
+    ("patient", key) if key is not None else ("example", str(number))
+    for number, key in enumerate(keys)
   ]
   order = {person: number for number, person in enumerate(sorted(set(people)))}
   require(
     len(order) > 1,
     f"{source} finds one patient only ('{keys[0]}') in all {len(keys)} names",
-    "put brackets around the part of the name in which patients differ",
+    "choose a part of the name in which patients differ",
   )
-  named = {(site, key) for key, site in zip(keys, places, strict=True) if key is not None}
-  per_name = [key for _, key in named]
+  places = [""] * len(keys) if sites is None else sites
+  where = {(key, site) for key, site in zip(keys, places, strict=True) if key is not None}
+  times = collections.Counter(key for key, _ in where)
   counts = PatientCounts(
     named=sum(key is not None for key in keys),
-    patients=len(named),
+    patients=len(times),
     source=source,
-    shared=sum(per_name.count(key) > 1 for key in set(per_name)) if sites is not None else 0,
+    shared=sum(count > 1 for count in times.values()),
   )
   return Patients(np.array([order[person] for person in people], np.int32), counts)
 
 
-def described(counts: PatientCounts | None, images: int, unit: str = "record") -> str:
-  """How many of ``images`` names say which patient they are of, in a sentence."""
+def apart_by_site(patients: np.ndarray, sites: np.ndarray) -> np.ndarray:
+  """[N] int32 patients where hospitals number their own: one number at two sites is two people."""
+  pairs = patients.astype(np.int64) * (int(sites.max(initial=0)) + 1) + sites
+  return np.unique(pairs, return_inverse=True)[1].astype(np.int32)
+
+
+def described(counts: PatientCounts | None, images: int, unit: str, by_site: bool) -> str:
+  """How many of ``images`` names say which patient they are of, in a sentence.
+
+  Args:
+    counts: how much the names say; None if they say nothing.
+    images: in all.
+    unit: ``privacy.unit``.
+    by_site: whether each site is a hospital.
+  """
   if counts is None:
     meaning = " A patient stands here for a group of near-duplicates." if unit == "patient" else ""
     return f"No name says which patient it shows.{meaning}"
@@ -124,8 +140,11 @@ def described(counts: PatientCounts | None, images: int, unit: str = "record") -
     parts.append("each of the others counts as a patient of its own, which may be wrong")
   elif counts.patients == images:
     parts.append("none of them has two images")
-  if counts.shared:
+  if counts.shared and by_site:
     parts.append(
-      f"{counts.shared} patient names stand at several hospitals and are taken for different people"
+      f"{counts.shared} of these names stand at several hospitals and are taken for different"
+      " people there; if they are the same, ε holds for what one hospital has of them"
     )
+  elif counts.shared:
+    parts.append(f"{counts.shared} of these names stand at several sites, each for one person")
   return "; ".join(parts) + "."

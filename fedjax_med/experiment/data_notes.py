@@ -37,7 +37,16 @@ def data_notes(held: dict[str, Any], unit: str, show_names: bool) -> list[Note]:
       text = f"Half of the pictures have at most {grey.levels} different grey values"
       notes.append(Note(f"{text}: they may have been exported with too few.", True))
   if split["scheme"] == "given":
-    notes.append(Note("Train and test sides are those that the folders give.", False))
+    text = "Train and test sides are those that the folders give (validation counts as train)."
+    notes.append(Note(text, False))
+  sites = held.get("sites", {"count": 0, "are_hospitals": False})
+  if sites["count"] and not sites["are_hospitals"]:
+    text = f"{number(sites['count'], 'site')} named by the data are not the hospitals here"
+    notes.append(Note(f"{text}: partition.scheme deals their images anew.", False))
+  if held.get("num_elsewhere"):
+    text = f"{number(held['num_elsewhere'], 'image')} at another hospital than its site"
+    reason = "it is kept together with near-duplicates or images of the patient there"
+    notes.append(Note(f"{text}: {reason}.", True))
   shared = split.get("num_test_of_train_patients", 0)
   if shared:
     text = f"{number(shared, 'test image')} of patients who are in train as well"
@@ -64,10 +73,12 @@ def number(count: int, noun: str) -> str:
 def patient_note(held: dict[str, Any], unit: str) -> Note:
   """How many names say which patient they are of."""
   images = sum(sum(row["train"]) + sum(row["test"]) for row in held["hospitals"])
-  found = held.get("patients")
-  counts = PatientCounts(**found) if found else None
-  partly = counts is not None and counts.named != images
-  return Note(described(counts, images, unit), partly or (unit == "patient" and counts is None))
+  known = held.get("patients")
+  counts = PatientCounts(**known) if known else None
+  by_site = held.get("sites", {}).get("are_hospitals", False)
+  doubtful = unit == "patient" if counts is None else counts.named != images
+  doubtful = doubtful or (counts is not None and counts.shared > 0 and by_site)
+  return Note(described(counts, images, unit, by_site), doubtful)
 
 
 def _contradictions(held: dict[str, Any], show_names: bool) -> list[Note]:

@@ -85,28 +85,12 @@ def explain(
   require(num_images >= 1, f"--num_images={num_images} is under 1", "ask for at least one")
   phantoms = trained.config.data.source == "phantoms"
   secret = trained.private and not phantoms
-  require(
-    secret or not show_patients,
-    "--show_patients is read where a private run's own test images show patients only, which those"
-    f" of this run {'do not: they are phantoms' if phantoms else 'may do: it is not private'}",
-    "leave it out",
-  )
-  require(
-    not (phantoms and data_path),
-    f"--data_path={data_path} is read for runs on files only, and this one made phantoms",
-    "leave it out",
-  )
+  _require_may_show(trained, images is not None, data_path, show_patients)
   number = None
   if target != "predicted":
     require_choice("--target", target, ("predicted", *trained.class_names))
     number = trained.class_names.index(target)
   layer = choose_layer(trained, layer_name)
-  require(
-    not secret or images is not None or show_patients,
-    "this run is private and its test images are pictures of patients, which no ε covers",
-    "give --images=FOLDER with pictures that you may show, or --show_patients=true for a page that"
-    " stays where the images are",
-  )
   hospitals = None if images else _load_data(trained, data_path)
   if images:
     groups = [_given(trained, images, num_images, tell)]
@@ -149,6 +133,19 @@ def explain(
     "size": trained.config.data.image_size,
     "private": trained.private,
   }
+  return _publish(trained, groups, looked, block, titles, record, view)
+
+
+def _publish(
+  trained: Trained,
+  groups: Sequence[Group],
+  looked: Sequence[Looked],
+  block: str,
+  titles: dict[str, str],
+  record: dict[str, Any],
+  view: dict[str, Any],
+) -> pathlib.Path:
+  """Draws the pictures, and writes page and record once all of them are there."""
   folder = trained.folder / "explain"
   with tempfile.TemporaryDirectory(prefix=".explain.", dir=trained.folder) as place:
     drawn = pathlib.Path(place)
@@ -169,6 +166,32 @@ def explain(
   files.write_json(folder / "explain.json", {**record, "figures": figures})
   files.write_text(folder / "index.html", page)
   return folder / "index.html"
+
+
+def _require_may_show(trained: Trained, given: bool, data_path: str, show_patients: bool) -> None:
+  """Raises UserError for flags without effect, and where patients of a private run would be shown.
+
+  ``given`` says whether pictures were named.
+  """
+  phantoms = trained.config.data.source == "phantoms"
+  secret = trained.private and not phantoms
+  require(
+    secret or not show_patients,
+    "--show_patients is read where a private run's own test images show patients only, which those"
+    f" of this run {'do not: they are phantoms' if phantoms else 'may do: it is not private'}",
+    "leave it out",
+  )
+  require(
+    not (phantoms and data_path),
+    f"--data_path={data_path} is read for runs on files only, and this one made phantoms",
+    "leave it out",
+  )
+  require(
+    not secret or given or show_patients,
+    "this run is private and its test images are pictures of patients, which no ε covers",
+    "give --images=FOLDER with pictures that you may show, or --show_patients=true for a page that"
+    " stays where the images are",
+  )
 
 
 def _base64(path: pathlib.Path) -> str:
@@ -235,11 +258,21 @@ def _load_data(trained: Trained, data_path: str) -> Hospitals:
   held = json.loads((trained.folder / "hospitals.json").read_text(encoding="utf-8"))
   now = hospital_record(hospitals)
   require(
-    all(now[key] == held.get(key) for key in ("class_names", "split", "hospitals", "grey")),
+    _equal(now, held),
     f"the data in '{config.data.path}' are not those of the run: hospitals.json counts others",
     "say where those lie with --data_path=DIR, or give --images=FOLDER",
   )
   return hospitals
+
+
+def _equal(now: dict[str, Any], held: dict[str, Any]) -> bool:
+  """Whether two hospitals.json are of the same data; what an older one lacks is passed over."""
+  split = {key: value for key, value in now["split"].items() if key in held["split"]}
+  return (
+    all(now[key] == held[key] for key in ("class_names", "hospitals"))
+    and split == held["split"]
+    and now["grey"] == held.get("grey", now["grey"])
+  )
 
 
 def _given(

@@ -155,6 +155,11 @@ def _read(
     return (
       f"{kinds[0]} bits, and the run was trained on pictures of {kinds[1]}; export it as those were"
     )
+  if not window and (values.low < grey.low or values.high > grey.high):
+    return (
+      f"grey values {values.low:g} to {values.high:g}, and the run was trained on {grey.low:g} to"
+      f" {grey.high:g}; export it as those were"
+    )
   return to_pixels(values, grey)
 
 

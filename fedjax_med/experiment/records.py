@@ -79,6 +79,8 @@ def hospital_record(hospitals: Hospitals) -> dict[str, Any]:
       "num_test_of_train_patients": split.num_test_of_train_patients,
     },
     "num_moved": hospitals.num_moved,
+    "num_elsewhere": hospitals.num_elsewhere,
+    "sites": {"count": len(dataset.site_names), "are_hospitals": hospitals.by_site},
     "mixture_shifts": hospitals.mixture_shifts,
     "contradictions": {
       **split.contradictions._asdict(),

@@ -92,6 +92,74 @@ def load(
     UserError: the folder holds no run or no weights, another version of this package or another
       network was trained, or the run has no global model, or no model of that hospital.
   """
+  run = _read_run(folder)
+  config, saved = run.config, run.network
+  algorithm = _whose(folder, run, hospital)
+  if network:
+    require(
+      saved.get("source_sha256") != "" or config.model.name not in MODELS,
+      f"--network={network} registers a network of your own, and {folder} trained"
+      f" model.name='{config.model.name}' of this package",
+      "leave out --network",
+    )
+    _register(network)
+  cores = cpu_cores()
+  lowering = lowering or choose_lowering(config.execution.lowering, cores)[0]
+  module = recreate_module(config.model, len(run.class_names), saved)
+  model = from_flax(module, lowering=lowering)
+  size = config.data.image_size
+  image = jnp.zeros((1, size, size, CHANNELS), jnp.float32)
+  like = jax.eval_shape(model.init, base_key(0), image)
+  kept = jax.eval_shape(algorithm.init_client, *like) if algorithm else None
+  client = run.hospitals.index(hospital) if hospital else 0
+  found = restore_model(folder, run.run_id, like, kept, client)
+  if found is None:
+    raise UserError(
+      f"{folder} holds no checkpoint, because the run ended before its first log point or is a"
+      " point of a sweep, which keeps no weights; train it by itself with the command in its"
+      " config.json"
+    )
+  params, state = found.params, found.state
+  if algorithm and algorithm.personal:
+    params, state = algorithm.personal(params, state, found.kept)
+  padding = getattr(module, "stem_pool_padding", "")
+  return Trained(
+    folder=folder,
+    run_id=run.run_id,
+    config=config,
+    class_names=run.class_names,
+    rounds=found.rounds,
+    model=model,
+    params=params,
+    state=state,
+    grey=run.grey,
+    stem_pool_padding=padding,
+    hospital=hospital,
+  )
+
+
+class _Run(NamedTuple):
+  """What the files of a run say of it.
+
+  Attributes:
+    config: of the run.
+    class_names: in the order of the model's outputs.
+    hospitals: their names.
+    run_id: fingerprint of the run.
+    network: what the registry wrote down of the network.
+    grey: how the run made pixels of grey values.
+  """
+
+  config: Config
+  class_names: tuple[str, ...]
+  hospitals: list[str]
+  run_id: str
+  network: dict[str, Any]
+  grey: Grey
+
+
+def _read_run(folder: pathlib.Path) -> _Run:
+  """Reads config.json and hospitals.json; UserError where they are not this version's of a run."""
   require(
     folder.is_dir(),
     f"--workdir={folder} is not a folder",
@@ -105,11 +173,15 @@ def load(
   require_text(folder)
   record, held = _read(folder / "config.json"), _read(folder / "hospitals.json")
   try:
-    config, class_names = from_dict(record["config"]), tuple(held["class_names"])
-    names = [str(each["name"]) for each in held["hospitals"]]
-    run_id, version = str(record["run_id"]), str(record["versions"]["fedjax_med"])
-    saved = dict(record.get("network", {}))
-    grey = Grey(**held["grey"]) if "grey" in held else EIGHT_BITS
+    run = _Run(
+      config=from_dict(record["config"]),
+      class_names=tuple(held["class_names"]),
+      hospitals=[str(hospital["name"]) for hospital in held["hospitals"]],
+      run_id=str(record["run_id"]),
+      network=dict(record.get("network", {})),
+      grey=Grey(**held["grey"]) if "grey" in held else EIGHT_BITS,
+    )
+    version = str(record["versions"]["fedjax_med"])
   except (KeyError, TypeError, ValueError) as error:
     raise UserError(
       f"{folder} holds a run of another version of fedjax_med ({error}); use the version that"
@@ -121,6 +193,15 @@ def load(
     " make something else of the same weights",
     "use the version that trained it, or train again",
   )
+  return run
+
+
+def _whose(folder: pathlib.Path, run: _Run, hospital: str) -> FederatedAlgorithm | None:
+  """The algorithm if a hospital's own model is meant, None for the global one.
+
+  UserError where there is no such model.
+  """
+  config = run.config
   algorithm = _algorithm(config) if hospital else None
   if algorithm:
     require(
@@ -129,56 +210,16 @@ def load(
       " have the same model",
       "leave out --hospital",
     )
-    require_choice("--hospital", hospital, names)
+    require_choice("--hospital", hospital, run.hospitals)
   else:
     entry = ALGORITHMS.get(config.server.algorithm)
     require(
       entry is None or entry.whole,
       f"{folder} was trained with server.algorithm='{config.server.algorithm}', whose global model"
       " lacks the layers that stay at the hospitals",
-      f"say whose model is meant, such as --hospital='{names[0]}'",
+      f"say whose model is meant, such as --hospital='{run.hospitals[0]}'",
     )
-  if network:
-    require(
-      saved.get("source_sha256") != "" or config.model.name not in MODELS,
-      f"--network={network} registers a network of your own, and {folder} trained"
-      f" model.name='{config.model.name}' of this package",
-      "leave out --network",
-    )
-    _register(network)
-  cores = cpu_cores()
-  lowering = lowering or choose_lowering(config.execution.lowering, cores)[0]
-  module = recreate_module(config.model, len(class_names), saved)
-  model = from_flax(module, lowering=lowering)
-  size = config.data.image_size
-  image = jnp.zeros((1, size, size, CHANNELS), jnp.float32)
-  like = jax.eval_shape(model.init, base_key(0), image)
-  kept = jax.eval_shape(algorithm.init_client, *like) if algorithm else None
-  client = names.index(hospital) if hospital else 0
-  found = restore_model(folder, run_id, like, kept, client)
-  if found is None:
-    raise UserError(
-      f"{folder} holds no checkpoint, because the run ended before its first log point or is a"
-      " point of a sweep, which keeps no weights; train it by itself with the command in its"
-      " config.json"
-    )
-  params, state = found.params, found.state
-  if algorithm and algorithm.personal:
-    params, state = algorithm.personal(params, state, found.kept)
-  padding = getattr(module, "stem_pool_padding", "")
-  return Trained(
-    folder=folder,
-    run_id=run_id,
-    config=config,
-    class_names=class_names,
-    rounds=found.rounds,
-    model=model,
-    params=params,
-    state=state,
-    grey=grey,
-    stem_pool_padding=padding,
-    hospital=hospital,
-  )
+  return algorithm
 
 
 def _algorithm(config: Config) -> FederatedAlgorithm:

@@ -15,7 +15,7 @@ class Pool(NamedTuple):
   """Every example of every client, once, on the device; clients refer to it by row number.
 
   Attributes:
-    inputs: [N, H, W, C] uint8.
+    inputs: [N, H, W, C] uint8 or uint16.
     labels: [N] int32.
   """
 

@@ -84,7 +84,8 @@ NOT_COVERED = (
   "Who was drawn is to stay secret: the log and the number of steps tell which hospitals took part"
   " in a round, and running times hint at how many records a step drew.",
   "Counts are told as they are: images with near-duplicates, images that stand in several classes,"
-  " files left out, patients named; so is the range of the grey values.",
+  " files left out, patients named. So is the range of grey values, which follows from all images"
+  " unless data.window gives it.",
   "A run that stops because a loss is not finite tells that much of the data.",
   "Tuning: the guarantee is of one run, not of the runs tried before it.",
   "The number of hospitals and how many images of each class each one holds are public.",

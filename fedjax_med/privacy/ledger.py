@@ -1,6 +1,6 @@
 """The privacy ledger of a run: which private mechanisms were executed, and ε from that alone.
 
-``ledger.jsonl`` only grows. Its first line names the mechanisms of every guarantee; each
+``ledger.jsonl`` grows line by line. Its first line names the mechanisms of every guarantee; each
 further one says how often each of them was executed after some round. A line carries the digest of
 itself and of the line before it, so that an edit shows; it is no signature, and protects against
 mistakes and not against whoever recomputes all digests.

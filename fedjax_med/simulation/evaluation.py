@@ -15,7 +15,7 @@ from fedjax_med.simulation.mesh import CLIENTS, replicated
 
 
 def make_classify(model: Model, normalisation: str) -> Callable[..., jax.Array]:
-  """Builds ``classify(params, state, images [B, H, W, C] uint8) -> [B, classes]``, not jitted.
+  """Builds ``classify(params, state, images [B, H, W, C]) -> [B, classes]``, not jitted.
 
   The result is float32 class probabilities.
   """

@@ -20,6 +20,7 @@ from typing import Any
 
 from absl import flags
 from ml_collections import config_flags
+from rich.console import Console
 from rich.markup import escape
 
 from fedjax_med.core.config import Config, get_field
@@ -110,30 +111,14 @@ def _command(base: Config, config: Config) -> str:
   return command_line([*start, "--workdir=DIR", *fields])
 
 
-def _secret(workdir: pathlib.Path, configs: Sequence[Config]) -> bytes:
-  """The secret of a sweep with private points, which its folder keeps; b"" without any."""
-  from fedjax_med.experiment import secret as secrets
-  from fedjax_med.experiment import workdir as files
-  from fedjax_med.sweep import table
-
-  if not any(secrets.is_private(config) for config in configs):
-    require_company("noise_key", False, "a private point")
-    return b""
-  if (workdir / "config.json").exists():  # a run, which ``table.begin`` refuses
-    return b""
-  files.prepare(workdir)
-  # Before the definition: whoever finds that finds the secret, also another shard.
-  return secrets.of_folder(workdir, noise_key(), (workdir / table.DEFINITION).exists())
-
-
-def main(_: list[str]) -> None:
-  base, values = load_config(whole=False), flags.FLAGS  # the points are checked
+def _points(base: Config) -> list[grid.Point]:
+  """The points that the command line spans; UserError for flags that contradict or do nothing."""
+  values = flags.FLAGS
   require(
     bool(values.workdir) or values.dry_run,
     "--workdir is missing",
     "name the folder for results, such as --workdir=runs/sweep",
   )
-  index, number = _shard(values.shard)
   require_company("random_seed", bool(values.random), "--random")
   for name in ("shards", "submit_options"):
     require_company(name, bool(values.submit), "--submit")
@@ -154,14 +139,20 @@ def main(_: list[str]) -> None:
     random_seed=values.random_seed,
     listed=_listed(values.sweep),
   )
-
   require_company("seed_axes", "seed" in points[0], "an axis named seed")
+  return points
+
+
+def main(_: list[str]) -> None:
+  base, values = load_config(whole=False), flags.FLAGS  # the points are checked
+  index, number = _shard(values.shard)
+  points = _points(base)
 
   from fedjax_med.experiment import lock
+  from fedjax_med.experiment import workdir as files
   from fedjax_med.experiment.cache import use_compilation_cache  # jax takes seconds to import
   from fedjax_med.simulation.mesh import split_cpu
   from fedjax_med.sweep import progress, table
-  from fedjax_med.sweep.missing import run_missing
   from fedjax_med.sweep.points import configure, groups, plan_points, require_read
 
   configs = [configure(base, point, values.seed_axes) for point in points]
@@ -171,45 +162,90 @@ def main(_: list[str]) -> None:
   split_cpu(base.execution.devices)
   use_compilation_cache(base.execution.compilation_cache)
   console = progress.make_console()
-  started = time.monotonic()
   if values.dry_run:
-    progress.describe(console, groups(plan_points(points, configs, own)))
+    planned = plan_points(points, configs, own)
+    progress.describe_data(console, planned)
+    progress.describe(console, groups(planned))
     return
   workdir = pathlib.Path(values.workdir).expanduser()
-  command = command_line(["python", "-m", "fedjax_med.sweep", *sys.argv[1:]])
-  notes: dict[str, Any] = {"command": command}
-  notes["versions"] = {p: importlib.metadata.version(p) for p in ("jax", "flax", "dp-accounting")}
-  secret = _secret(workdir, configs)
-  table.begin(workdir, base, points, values.seed_axes, **notes)
-  if values.submit:
-    from fedjax_med.sweep import merge, submit
-
-    options = values.submit_options
-    shards = min(values.shards, len(points))
-    submit.submit(values.submit, shards, sys.argv[1:], workdir, options)
-    if values.submit == "local":
-      merge.join(workdir, [])
-    return
+  files.prepare(workdir)
+  # Before anything is written: a training that works in the folder must find it as it was.
   with lock.hold(workdir, lambda text: console.print(text, markup=False), index, number):
-    finished = {k for k in own if table.done(workdir, k)}
-    require(
-      not finished or values.resume,
-      f"--workdir={workdir} has {len(finished)} finished points of this sweep",
-      "add --resume to finish what is missing, or use another --workdir",
-    )
-    run_missing(
-      console,
-      workdir,
-      points,
-      configs,
-      own,
-      name=pathlib.Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem,
-      command_of=lambda each: _command(base, configs[each.key.number]),
-      secret=secret,
-      at_once=values.points_at_once,
-    )
+    secret = _secret(workdir, configs)
+    table.begin(workdir, base, points, values.seed_axes, **_notes())
+    if not values.submit:
+      _run(console, workdir, base, points, configs, own, secret)
+  if values.submit:
+    _submit(workdir, min(values.shards, len(points)))
+
+
+def _secret(workdir: pathlib.Path, configs: Sequence[Config]) -> bytes:
+  """The secret of a sweep with private points, which its folder keeps; b"" without any."""
+  from fedjax_med.experiment import secret as secrets
+  from fedjax_med.sweep import table
+
+  if not any(secrets.is_private(config) for config in configs):
+    require_company("noise_key", False, "a private point")
+    return b""
+  if (workdir / "config.json").exists():  # a run, which ``table.begin`` refuses
+    return b""
+  # Before the definition: whoever finds that finds the secret, also another shard.
+  return secrets.of_folder(workdir, noise_key(), (workdir / table.DEFINITION).exists())
+
+
+def _notes() -> dict[str, Any]:
+  """What stands beside the definition of the sweep: its command and the versions of packages."""
+  packages = ("jax", "flax", "dp-accounting")
+  return {
+    "command": command_line(["python", "-m", "fedjax_med.sweep", *sys.argv[1:]]),
+    "versions": {package: importlib.metadata.version(package) for package in packages},
+  }
+
+
+def _submit(workdir: pathlib.Path, shards: int) -> None:
+  """Submits the jobs, which lock the folder themselves; with local it waits and merges."""
+  from fedjax_med.sweep import merge, submit
+
+  values = flags.FLAGS
+  submit.submit(values.submit, shards, sys.argv[1:], workdir, values.submit_options)
+  if values.submit == "local":
+    merge.join(workdir, [])
+
+
+def _run(
+  console: Console,
+  workdir: pathlib.Path,
+  base: Config,
+  points: Sequence[grid.Point],
+  configs: Sequence[Config],
+  own: Sequence[int],
+  secret: bytes,
+) -> None:
+  """Runs the points ``own`` that have not ended, and writes the table if they are all."""
+  from fedjax_med.sweep import progress, table
+  from fedjax_med.sweep.missing import run_missing
+
+  values, started = flags.FLAGS, time.monotonic()
+  finished = {k for k in own if table.done(workdir, k)}
+  require(
+    not finished or values.resume,
+    f"--workdir={workdir} has {len(finished)} finished points of this sweep",
+    "add --resume to finish what is missing, or use another --workdir",
+  )
+  run_missing(
+    console,
+    workdir,
+    points,
+    configs,
+    own,
+    name=pathlib.Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem,
+    command_of=lambda each: _command(base, configs[each.key.number]),
+    secret=secret,
+    at_once=values.points_at_once,
+  )
   seconds = f"{time.monotonic() - started:.1f} s"
-  if number > 1:  # of several that end at the same time the last one could write less than is there
+  # Of several shards that end at the same time the last could write less than is there.
+  if len(own) < len(points):
     merge = command_line(["python", "-m", "fedjax_med.sweep", "merge", f"--workdir={workdir}"])
     ended = f"{len(own)} points of shard {values.shard}, {seconds}; {merge}"
     console.print(escape(ended), soft_wrap=True)

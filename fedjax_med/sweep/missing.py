@@ -53,6 +53,7 @@ def run_missing(
 
   planned = plan_points(points, configs, list(own), secret_of)
   image_sets.bind(workdir, planned)
+  progress.describe_data(console, planned)
   done = {each.key for each in planned if table.has_run(workdir, *each.key)}
   left = [each.case.config.server.num_rounds for each in planned if each.key not in done]
   with progress.show(console, sum(left), len(left)) as listen:

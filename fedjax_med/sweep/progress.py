@@ -19,7 +19,9 @@ from rich.table import Table
 
 from fedjax_med.core.metrics import NO_CLASS, about_points
 from fedjax_med.experiment.console import make_console, number, shown_path
+from fedjax_med.experiment.data_notes import Note, data_notes
 from fedjax_med.experiment.protection import Protection
+from fedjax_med.experiment.records import hospital_record
 from fedjax_med.privacy.accounting import round_up
 from fedjax_med.privacy.guarantees import spent
 from fedjax_med.sweep.grid import Point
@@ -29,9 +31,10 @@ from fedjax_med.sweep.runner import Listener, Progress
 if TYPE_CHECKING:
   import pandas as pd
 
+MOST_NOTES = 12  # on the data of all points
 MOST_ROWS = 40  # points in a table on the terminal; the files hold all of them
 
-__all__ = ["describe", "make_console", "results", "show", "shown_path"]
+__all__ = ["describe", "describe_data", "make_console", "results", "show", "shown_path"]
 
 
 def planned_epsilon(protection: Protection) -> float | None:
@@ -40,6 +43,19 @@ def planned_epsilon(protection: Protection) -> float | None:
     return None
   rounds = protection.config.server.num_rounds
   return max(spent(protection.local, protection.steps * rounds))
+
+
+def describe_data(console: Console, planned: Sequence[Planned]) -> None:
+  """Prints what must be known of the data of the points, each sentence once."""
+  notes: dict[Note, None] = {}
+  for run in planned:
+    if not run.key.baseline:
+      unit = run.case.config.privacy.unit
+      notes |= dict.fromkeys(data_notes(hospital_record(run.case.hospitals), unit, True))
+  for note in list(notes)[:MOST_NOTES]:
+    console.print(f"[yellow]{escape(note.text)}[/]" if note.warning else escape(note.text))
+  if len(notes) > MOST_NOTES:
+    console.print(f"and {len(notes) - MOST_NOTES} more notes on the data, in the reports of points")
 
 
 def describe(console: Console, groups: Sequence[Sequence[Planned]]) -> None:

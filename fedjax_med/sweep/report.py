@@ -14,6 +14,7 @@ import pandas as pd
 from fedjax_med import study
 from fedjax_med.core.errors import require
 from fedjax_med.core.metrics import NO_CLASS, about_points
+from fedjax_med.experiment.data_notes import Note, data_notes
 from fedjax_med.experiment.figures import MAX_BARS, draw_partition
 from fedjax_med.experiment.labels import stand_ins
 from fedjax_med.experiment.report import embedded, environment
@@ -37,6 +38,7 @@ PRIVACY = tuple(
   for level in ("privacy", "client_privacy")
   for name in ("noise_multiplier", "target_epsilon", "mechanism")
 )
+MOST_NOTES = 12  # sentences on the data
 MOST_LINES = len(figures.PALETTE)
 MOST_IN_PANEL, MOST_PANELS = 4, 12
 ENDS = ("mean", "low", "high")
@@ -144,6 +146,7 @@ def write(runs: Runs, target: pathlib.Path) -> pathlib.Path:
       images=embedded(folder, names),
       config=table.read_json(first / "config.json"),
       split=held["split"],
+      data_notes=_data_notes(runs),
       statement=(private / "privacy_statement.md").read_text(encoding="utf-8") if private else "",
       folders=[
         {"name": str(_below(place, target)), "point": _label(point), "command": _command(place)}
@@ -336,6 +339,17 @@ def _label(point: Point) -> str:
   from fedjax_med.sweep.points import shown
 
   return shown({name.rpartition(".")[2]: value for name, value in point.items()})
+
+
+def _data_notes(runs: Runs) -> list[Note]:
+  """What must be known of the data of the runs, each sentence once; names of files in none."""
+  units = runs.frame.groupby("point")["privacy.unit"].first()
+  notes = (
+    note
+    for folder, unit in zip(runs.folders, units, strict=True)
+    for note in data_notes(_holdings(folder), unit, show_names=False)
+  )
+  return list(dict.fromkeys(notes))[:MOST_NOTES]
 
 
 def _holdings(folder: pathlib.Path) -> dict[str, Any]:

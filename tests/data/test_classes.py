@@ -35,6 +35,9 @@ from tests.data.folders import fill, load
     ("0", "1"),
     ("class0", "class1"),
     ("正常", "腫瘍"),
+    ("disease_free", "relapse"),
+    ("tumour-free", "tumour"),
+    ("False", "True"),
   ],
 )
 def test_the_class_that_sounds_negative_comes_first(negative, positive):
@@ -43,7 +46,18 @@ def test_the_class_that_sounds_negative_comes_first(negative, positive):
 
 
 @pytest.mark.parametrize(
-  "names", [("cats", "dogs"), ("HGG", "LGG"), ("1", "2"), ("benign", "normal"), ("CAP", "COVID")]
+  "names",
+  [
+    ("cats", "dogs"),
+    ("HGG", "LGG"),
+    ("1", "2"),
+    ("benign", "normal"),
+    ("CAP", "COVID"),
+    ("clear_cell", "papillary"),
+    ("NB", "WT"),
+    ("infected_treated", "relapse"),
+    ("false_positive", "true_positive"),
+  ],
 )
 def test_two_names_that_do_not_say_it_are_asked_for(names):
   with pytest.raises(UserError, match=rf"'{names[0]}' and '{names[1]}' do not say which"):

@@ -176,13 +176,38 @@ def test_few_grey_levels_are_counted(tmp_path):
 
 
 def test_jpeg_2000_and_portable_greymaps_are_read(tmp_path):
-  for number, (place, ending) in enumerate(zip(PLACES, ("jp2", "pgm", "j2k", "pbm"), strict=True)):
-    pixels = pattern(number)
-    image = Image.fromarray(pixels)
-    save(tmp_path / f"{place}.{ending}", image.convert("1") if ending == "pbm" else image)
-  assert len(load(tmp_path).names) + len(load(tmp_path).skipped) == 4
-  found = load(tmp_path)
-  np.testing.assert_array_equal(found.inputs[found.names.index("no/1.pgm"), :, :, 0], pattern(1))
+  for number, (place, ending) in enumerate(zip(PLACES, ("jp2", "pgm", "j2k", "pnm"), strict=True)):
+    options = {"irreversible": False} if ending[0] == "j" else {}
+    path = tmp_path / f"{place}.{ending}"
+    path.parent.mkdir(exist_ok=True)
+    Image.fromarray(pattern(number)).save(path, **options)
+  found = load(tmp_path, strict=True)
+  np.testing.assert_array_equal(found.inputs[..., 0], [pattern(number) for number in range(4)])
+
+
+@pytest.mark.parametrize("maxval", [100, 1023, 4095])
+def test_greymaps_that_pillow_scales_are_named(tmp_path, maxval):
+  fill(tmp_path, *(f"{place}.png" for place in PLACES))
+  size = 1 if maxval < 256 else 2
+  values = b"".join((50).to_bytes(size, "big") for _ in range(100))
+  (tmp_path / "no" / "scaled.pgm").write_bytes(b"P5\n10 10\n%d\n" % maxval + values)
+  ((name, reason, _),) = load(tmp_path, min_size=1).skipped
+  assert name == "no/scaled.pgm"
+  assert reason.startswith("a largest value (maxval) other than 255 and 65535")
+
+
+def test_a_window_that_keeps_few_levels_or_cuts_much_is_told(tmp_path):
+  write(tmp_path, [counts(number) for number in range(4)], "tif16")
+  far = load(tmp_path, window="-150,-50").grey
+  assert (far.levels, far.outside) == (1, 1.0)
+  half = load(tmp_path, window="0,2000").grey
+  assert half.levels > 500
+  assert 0.4 < half.outside < 0.6
+
+
+def test_fractions_may_overshoot_their_range_a_little(tmp_path):
+  write(tmp_path, [counts(number) / 3997.3 for number in range(4)], "float")  # up to 1.0007
+  assert (load(tmp_path).grey.low, load(tmp_path).grey.high) == (0, 1)
 
 
 def test_the_same_scene_gives_the_same_network_inputs_at_any_depth(tmp_path):

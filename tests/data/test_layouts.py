@@ -97,6 +97,15 @@ ONE_CLASS = [f"{n}/{('no', 'yes')[n % 2]}/{k}.png" for n in range(8) for k in ra
     (product("no yes", "north south", "0.png"), "{class}/{site}/*"),
     (product("no yes", "train test", "0.png"), "{class}/{split}/*"),
     (product("images masks", "no yes", "0.png"), "images/{class}/*"),
+    (
+      product("north west south", "P1 P2", "benign malignant", "0.png"),
+      "{site}/{patient}/{class}/*",
+    ),
+    (["north/benign/0.png", "west/malignant/0.png", "south/benign/0.png"], "{site}/{class}/*"),
+    (["a/benign/0.png", "a/malignant/0.png", "b/benign/0.png"], "{site}/{class}/*"),
+    (product("trainset testset valset", "no_1.png yes_1.png"), "{split}/{class}_*"),
+    (product("hospital_A hospital_B hospital_C", "no_1.png yes_1.png"), "{site}/{class}_*"),
+    (product(" ".join(f"P{n}" for n in range(30)), "no_1.png yes_1.png"), "{patient}/{class}_*"),
     (product("north south", "train test", "no yes", "0.png"), "{site}/{split}/{class}/*"),
   ],
 )
@@ -109,6 +118,30 @@ def test_folders_that_do_not_begin_with_classes_are_refused_with_their_layout(
   assert f"--config.data.layout='{layout}'" in str(error.value)
   left = [name for name, _, _ in load(tmp_path, layout=layout).skipped]
   assert left == [place for place in sorted(places) if "masks" in place]
+
+
+def test_spellings_of_a_class_at_several_sites_are_not_taken_for_many_classes(tmp_path):
+  fill(tmp_path, "north/Benign/0.png", "west/benign/0.png", "south/BENIGN/0.png",
+       "north/malignant/0.png", "west/malignant/0.png")  # fmt: skip
+  with pytest.raises(UserError, match="repeat below its first level"):
+    load(tmp_path)
+  with pytest.raises(UserError, match="differ in case, spaces or punctuation only"):
+    load(tmp_path, layout="{site}/{class}/*")
+
+
+@pytest.mark.parametrize("names", ["images labels contours", "imagesTr labelsTr imagesTs"])
+def test_kinds_of_files_are_no_classes(tmp_path, names):
+  fill(tmp_path, *product(names, "0.png 1.png"))
+  with pytest.raises(UserError, match="names kinds of files, not classes"):
+    load(tmp_path)
+
+
+def test_a_stray_text_file_makes_no_class_under_a_layout(tmp_path):
+  fill(tmp_path, "no_1.png", "yes_1.png", "a/no_2.png")
+  (tmp_path / "train_labels.csv").write_text("1")
+  dataset = load(tmp_path, layout="{class}_*")
+  assert dataset.class_names == ("no", "yes")
+  assert [name for name, _, _ in dataset.skipped] == ["a/no_2.png", "train_labels.csv"]
 
 
 def test_a_part_beside_classes_is_no_class(tmp_path):
@@ -216,6 +249,7 @@ MASKED = ["no/1.png", "no/2.png", "yes/1.png", "yes/2.png"]
     ["no/1 mask (2).png", "yes/mask_1.png", "yes/1-Segmentation.png"],
     ["no/masks/1.png", "yes/Masks/1.png"],
     ["masks/no_1.png"],
+    ["no/mask_1_left.png", "no/1_seg.png", "yes/seg_2.png"],
   ],
 )
 def test_masks_are_known_by_their_names(tmp_path, masks):
@@ -237,7 +271,7 @@ def test_masks_are_known_by_their_two_values(tmp_path):
   dataset = load(tmp_path)
   assert dataset.names == tuple(MASKED)
   assert {reason for _, reason, _ in dataset.skipped} == {
-    "two grey values only: a mask, not a picture"
+    "one or two grey values, as a mask has, and no picture"
   }
   assert len(dataset.skipped) == 3
 
@@ -246,6 +280,29 @@ def test_pictures_of_two_values_are_kept_where_most_are(tmp_path):
   for number, place in enumerate(product("no yes", "0.png 1.png 2.png")):
     save(tmp_path / place, (pattern(number) > 127).astype(np.uint8) * 255)
   assert len(load(tmp_path, strict=True).names) == 6
+
+
+def test_blank_masks_do_not_stay_behind(tmp_path):
+  fill(tmp_path, *MASKED)
+  blob = np.zeros((40, 40), np.uint8)
+  save(tmp_path / "no" / "1b.png", blob)
+  blob[10:25, 12:30] = 255
+  save(tmp_path / "yes" / "1b.png", blob)
+  assert load(tmp_path).names == tuple(MASKED)
+
+
+def test_a_blank_picture_among_pictures_is_no_mask(tmp_path):
+  fill(tmp_path, *MASKED)
+  save(tmp_path / "no" / "3.png", np.zeros((40, 40), np.uint8))
+  assert len(load(tmp_path).names) == 5
+
+
+def test_more_masks_than_pictures_by_their_values_are_asked_for(tmp_path):
+  fill(tmp_path, "no/0.png", "yes/0.png")
+  for number, place in enumerate(product("no yes", "1.png 2.png")):
+    save(tmp_path / place, (pattern(number) > 127).astype(np.uint8) * 255)
+  with pytest.raises(UserError, match=r"4 of 6 pictures of .* have one or two grey values"):
+    load(tmp_path)
 
 
 def test_names_are_masks_only_beside_pictures(tmp_path):

@@ -6,7 +6,12 @@ import pytest
 from fedjax_med.core.config import Config
 from fedjax_med.core.errors import UserError
 from fedjax_med.data.hospitals import build_hospitals
-from fedjax_med.data.patients import described, number_patients, patients_by_pattern
+from fedjax_med.data.patients import (
+  apart_by_site,
+  described,
+  number_patients,
+  patients_by_pattern,
+)
 from fedjax_med.experiment.build import federation
 from tests.data.folders import fill, load
 
@@ -33,7 +38,7 @@ def test_a_pattern_that_matches_no_name_is_refused(pattern):
 
 
 def test_a_pattern_that_makes_everybody_one_patient_is_refused():
-  with pytest.raises(UserError, match=r"one patient only \('P'\) in all 5 names; put brackets"):
+  with pytest.raises(UserError, match=r"one patient only \('P'\) in all 5 names; choose"):
     patients_by_pattern(NAMES, "(P)")
 
 
@@ -50,17 +55,35 @@ def test_a_name_that_does_not_match_is_a_patient_of_its_own_and_counted():
   found = patients_by_pattern([*NAMES, "yes/x.png", "yes/y.png"], r"^(P\d+)?")
   assert len(set(found.numbers.tolist())) == 4
   assert found.counts[:2] == (5, 2)
-  text = described(found.counts, 7)
+  text = described(found.counts, 7, "record", by_site=False)
   assert "5 of 7 names" in text
   assert "2 patients" in text
   assert "may be wrong" in text
 
 
-def test_one_name_at_two_hospitals_is_two_patients():
-  found = number_patients(["1", "1", "2", "1"], "data.layout", ["a", "b", "a", "a"])
-  assert found.numbers[0] == found.numbers[3]
-  assert len(set(found.numbers.tolist())) == 3
-  assert found.counts == (4, 3, "data.layout", 1)
+def test_one_name_is_one_patient_unless_each_site_is_a_hospital():
+  sites = ["a", "b", "a", "a"]
+  found = number_patients(["1", "1", "2", "1"], "data.layout", sites)
+  np.testing.assert_array_equal(found.numbers, [0, 0, 1, 0])
+  assert found.counts == (4, 2, "data.layout", 1)
+  apart = apart_by_site(found.numbers, np.array([0, 1, 0, 0]))
+  assert apart[0] == apart[3]
+  assert len(set(apart.tolist())) == 3
+
+
+@pytest.mark.parametrize(("scheme", "together"), [("iid", True), ("site", False)])
+def test_images_of_one_name_at_two_sites_stay_together_unless_sites_are_hospitals(
+  tmp_path, scheme, together
+):
+  fill(tmp_path, *(f"{site}/{of}/P{n}_{of}.png" for site in "ab" for of in ("no", "yes")
+                   for n in range(12)))  # fmt: skip
+  dataset, config = load(tmp_path, layout="{site}/{class}/{patient}_*"), config_of("patient")
+  config.partition.scheme, config.partition.num_clients = scheme, 2
+  made = build_hospitals(dataset, config.data, config.partition)
+  assert dataset.patients is not None
+  for patient in range(12):
+    units = set(made.split.units[dataset.patients == patient].tolist())
+    assert len(units) == (1 if together else 2)
 
 
 def test_a_layout_names_patients_as_a_pattern_does(tmp_path):

@@ -71,9 +71,7 @@ def test_another_secret_does_not_go_on_with_a_run(tmp_path):
   (tmp_path / "other.key").write_text(OTHER.hex())
   folder = tmp_path / "run"
   run(folder, server__num_rounds=1)
-  with pytest.raises(
-    UserError, match=r"other\.key is not the secret that the run in"
-  ):
+  with pytest.raises(UserError, match=r"other\.key is not the secret that the run in"):
     runs.run(smoke_config(), folder, "smoke", "", noise_key=tmp_path / "other.key")
 
 

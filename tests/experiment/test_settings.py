@@ -108,7 +108,8 @@ def test_settings_without_effect_for_one_reason_are_one_sentence(files):
     validate(config)
   assert str(caught.value) == (
     "privacy.clip_norm=0.5 and privacy.delta=1e-05 are read with privacy.mechanism=dp_sgd only,"
-    " and it is 'none'; use that, or leave privacy.clip_norm at 1 and privacy.delta at 0"
+    " and it is 'none'; use --config.privacy.mechanism=dp_sgd, or leave privacy.clip_norm at 1"
+    " and privacy.delta at 0"
   )
 
 

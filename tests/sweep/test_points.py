@@ -105,14 +105,16 @@ TARGET = "privacy.target_epsilon"
       [{"server.participation_rate": 1.0}],
       {},
       "axis server.participation_rate is read at no point of the sweep: it is read with"
-      " server.participation=poisson only, and server.participation is 'full'; use that, or leave"
+      " server.participation=poisson only, and server.participation is 'full'; use"
+      " --config.server.participation=poisson, or leave"
       " the axis out",
     ),
     (
       [{TARGET: math.inf, "privacy.delta": delta} for delta in (1e-5, 1e-6)],
       {"privacy__noise_multiplier": 0.0},
       "axis privacy.delta is read at no point of the sweep: it is read with privacy.mechanism="
-      "dp_sgd only, and privacy.mechanism is 'none'; use that, or leave the axis out",
+      "dp_sgd only, and privacy.mechanism is 'none'; use --config.privacy.mechanism=dp_sgd, or"
+      " leave the axis out",
     ),
     (
       [{TARGET: math.inf}],
@@ -129,7 +131,8 @@ TARGET = "privacy.target_epsilon"
       [{"seed": 0}, {"seed": 1}],
       {"client__momentum": 0.5},
       "client.momentum=0.5 is read at no point of the sweep: it is read with client.optimizer="
-      "momentum only, and client.optimizer is 'sgd'; use that, or leave it at 0.9",
+      "momentum only, and client.optimizer is 'sgd'; use --config.client.optimizer=momentum, or"
+      " leave it at 0.9",
     ),
   ],
 )
