@@ -1,9 +1,11 @@
 """The privacy statement of a run: what privacy.json holds, for a hospital's data officer."""
 
+import dataclasses
+import functools
 import math
 from typing import Any
 
-from fedjax_med.privacy.accounting import ceil_digits, round_up
+from fedjax_med.privacy.accounting import ceil_digits, epsilon, round_up
 from fedjax_med.privacy.guarantees import UNITS
 from fedjax_med.privacy.mechanism import PoissonGaussian
 from fedjax_med.privacy.tuning import tuned_epsilon
@@ -21,22 +23,62 @@ ASSUMPTIONS = (
 )
 
 
-def tuning_costs(guarantee: dict[str, Any]) -> list[dict[str, Any]]:
-  """ε and δ at the worst party if this run is the best of many; see ``tuned_epsilon``."""
-  worst = max(guarantee["parties"], key=lambda party: party["epsilon"])
-  mechanism = PoissonGaussian(
-    worst["n"],
-    worst["sampling_probability"],
-    worst["batch_cap"],
-    worst["noise_multiplier"],
-    worst["clip_norm"],
-    tuple(worst.get("coefficients", [1.0])),
+def mechanism_of(party: dict[str, Any]) -> PoissonGaussian:
+  """One release of a party of privacy.json."""
+  return PoissonGaussian(
+    num_units=party["n"],
+    sampling_probability=party["sampling_probability"],
+    batch_cap=party["batch_cap"],
+    noise_multiplier=party["noise_multiplier"],
+    clip_norm=party["clip_norm"],
+    coefficients=tuple(party.get("coefficients", [1.0])),
+    count_noise=party.get("count_noise", 0.0),
   )
+
+
+def tuning_costs(guarantee: dict[str, Any]) -> list[dict[str, Any]]:
+  """ε and δ that hold for every party if this run is the best of many; see ``tuned_epsilon``.
+
+  They are the largest of the parties, and None where one of them has no bound.
+  """
   costs = []
   for runs in RUNS:
-    found = tuned_epsilon(mechanism, worst["steps"], worst["delta"], runs)
-    costs.append({"runs": runs, "epsilon": found and found[0], "delta": found and found[1]})
+    bounds = [
+      _tuned(mechanism_of(party), party["steps"], party["delta"], runs)
+      for party in guarantee["parties"]
+    ]
+    known = [bound for bound in bounds if bound is not None]
+    pair: tuple[float | None, float | None] = (None, None)
+    if len(known) == len(bounds):
+      pair = max(epsilon for epsilon, _ in known), max(delta for _, delta in known)
+    costs.append({"runs": runs, "epsilon": pair[0], "delta": pair[1]})
   return costs
+
+
+# Points of a sweep share their mechanisms.
+_tuned = functools.lru_cache(4096)(tuned_epsilon)
+
+
+def participation_costs(guarantee: dict[str, Any]) -> tuple[float, float] | None:
+  """ε of a hospital for whom sees in which rounds it took part; None where all take part in all.
+
+  Whether a hospital was drawn is part of what hides it. The log of a run, and its steps, tell who
+  was: for their readers each round of a hospital costs what it would cost if all took part.
+
+  Returns:
+    ε of as many rounds as a hospital is drawn on average, and ε of all rounds.
+  """
+  if guarantee["unit"] != "client":
+    return None
+  (party,) = guarantee["parties"]  # the server
+  if party["sampling_probability"] == 1:
+    return None
+  mechanism = dataclasses.replace(
+    mechanism_of(party), sampling_probability=1.0, batch_cap=party["n"]
+  )
+  expected = math.ceil(party["steps"] * party["sampling_probability"])
+  mean, every = (epsilon(mechanism, count, party["delta"]) for count in (expected, party["steps"]))
+  return mean, every
 
 
 def write_out(
@@ -147,24 +189,40 @@ def _strength(epsilon: float, delta: float, protects: str) -> str:
     " smaller one (privacy.delta, client_privacy.delta)."
   )
   return (
-    f"ε ≤ {round_up(epsilon)} at δ = {ceil_digits(delta)}. Whatever can be computed from the models"
-    " that this run gives out (not from its logs and scores, see below), its probability changes by"
-    f" at most a factor of e^ε = {factor} if {protects} is taken away, but for a probability of δ."
+    f"ε ≤ {round_up(epsilon)} at δ ≤ {ceil_digits(delta)}, for every party at its own δ (table)."
+    " Whatever can be computed from the models that this run gives out (not from its logs and"
+    f" scores, see below), its probability changes by at most a factor of e^ε = {factor} if"
+    f" {protects} is taken away, but for a probability of δ."
     " ε = 0 would be perfect; values up to 1 are strong, up to about 10 in common use, above that"
     f" the formal promise is weak.{weak if delta > 0.01 else ''}"
   )
 
 
+def _participation(guarantee: dict[str, Any]) -> list[str]:
+  """What a guarantee is worth for whom sees who took part."""
+  costs = participation_costs(guarantee)
+  if costs is None:
+    return []
+  mean, every = map(round_up, costs)
+  return [
+    "",
+    "**For whom sees who took part:** this ε counts that nobody knows in which rounds a hospital"
+    " was drawn. The log and the counts of steps tell it. For their readers a hospital that took"
+    f" part in as many rounds as it is drawn on average has ε ≤ {mean}, one that took part in all"
+    f" of them ε ≤ {every}, at the same δ. Give the log to nobody, or claim that.",
+  ]
+
+
 def _guarantee(guarantee: dict[str, Any]) -> list[str]:
   unit = UNITS[guarantee["unit"]]
-  worst = max(guarantee["parties"], key=lambda party: party["epsilon"])
-  epsilon = guarantee["epsilon_max"]
+  delta = max(party["delta"] for party in guarantee["parties"])
   lines = [
     f"## Unit of protection: {guarantee['unit']}",
     "",
     f"**What is protected:** {unit.protects}.",
     "",
-    f"**How strongly:** {_strength(epsilon, worst['delta'], unit.protects)}",
+    f"**How strongly:** {_strength(guarantee['epsilon_max'], delta, unit.protects)}",
+    *_participation(guarantee),
     "",
     "**Against whom:**",
     "",
@@ -189,7 +247,7 @@ def _guarantee(guarantee: dict[str, Any]) -> list[str]:
     " parties are not added: a unit lies at one of them.",
     "",
     "**If this run was chosen as the best of many** (their number drawn from a logarithmic"
-    " distribution, nothing shown of the others), the cost at the worst party is:",
+    " distribution, nothing shown of the others), what holds for every party is:",
     "",
     "| runs on average | ε | δ |",
     "|---|---|---|",

@@ -121,7 +121,7 @@ def test_a_claim_without_worth_is_called_so(sigma, strength):
 def test_a_delta_that_promises_little_is_called_so():
   three = Guarantee("client", ("all",), (PoissonGaussian(3, 1.0, 3, 4.0, 0.5),), (1 / 30,))
   text = write_out(privacy_record([three], [[6]]), "abc")
-  assert "at δ = 0.034." in text
+  assert "at δ ≤ 0.034," in text
   assert "δ IS LARGE: in up to one of 30 cases nothing at all is promised" in text
   assert "IS LARGE" not in write_out(privacy_record([RECORD_ONLY], [[6]]), "abc")
 
@@ -188,3 +188,68 @@ def test_a_tight_cap_or_no_noise_has_no_bound_for_choosing():
   assert tuned_epsilon(PoissonGaussian(200, 0.2, 72, 0.0, 1.0), 30, 4e-4, 5) is None
   with pytest.raises(UserError, match=r"mean_runs=1.0 must be above 1"):
     tuned_epsilon(MECHANISM, 30, 4e-4, 1.0)
+
+
+SMALL, LARGE = (PoissonGaussian(n, q, cap, sigma, 1.0) for n, q, cap, sigma in (
+  (57, 0.5, 45, 3.0), (2500, 0.05, 175, 1.2)))  # fmt: skip
+
+
+def unlike_hospitals():
+  return privacy_record(
+    [Guarantee("record", ("small", "large"), (SMALL, LARGE), (1 / 570, 1 / 25000))], [[40, 40]]
+  )
+
+
+def test_the_headline_holds_for_every_party_at_its_own_delta():
+  record = unlike_hospitals()
+  (guarantee,) = record["guarantees"]
+  text = write_out(record, "abc")
+  headline = (
+    f"ε ≤ {round_up(guarantee['epsilon_max'])} at δ ≤ {ceil_digits(1 / 570)}, for every party"
+  )
+  assert headline in text
+  for party in guarantee["parties"]:
+    assert party["epsilon"] <= guarantee["epsilon_max"]
+    assert party["delta"] <= 1 / 570
+
+
+def test_a_large_delta_of_any_party_is_called_so():
+  mechanism = PoissonGaussian(9, 1.0, 9, 4.0, 1.0)
+  record = privacy_record(
+    [Guarantee("record", ("few", "many"), (mechanism, LARGE), (0.05, 4e-5))], [[1, 400]]
+  )
+  parties = record["guarantees"][0]["parties"]
+  assert parties[0]["epsilon"] < parties[1]["epsilon"]  # the one of large δ is not the worst
+  assert "δ IS LARGE" in write_out(record, "abc")
+
+
+def test_tuning_costs_hold_for_every_party_or_have_no_bound():
+  (guarantee,) = unlike_hospitals()["guarantees"]
+  for cost in tuning_costs(guarantee):
+    each = [
+      tuned_epsilon(mechanism, 40, delta, cost["runs"])
+      for mechanism, delta in ((SMALL, 1 / 570), (LARGE, 1 / 25000))
+    ]
+    if None in each:
+      assert (cost["epsilon"], cost["delta"]) == (None, None)
+      continue
+    assert cost["epsilon"] == max(pair[0] for pair in each if pair)
+    assert cost["delta"] == max(pair[1] for pair in each if pair)
+  tight = PoissonGaussian(2500, 0.05, 147, 1.2, 1.0)  # its overflow leaves no δ under 1/n
+  record = privacy_record(
+    [Guarantee("record", ("a", "b"), (SMALL, tight), (1 / 570, 1 / 25000))], [[40, 4000]]
+  )
+  assert tuned_epsilon(tight, 4000, 1 / 25000, 100) is None
+  assert tuning_costs(record["guarantees"][0])[-1]["epsilon"] is None
+  assert "no bound" in write_out(record, "abc")
+
+
+def test_what_hides_a_hospital_in_the_draw_is_told_without_it_too():
+  drawn = PoissonGaussian(50, 0.2, 25, 2.0, 1.0)
+  record = privacy_record([Guarantee("client", ("all",), (drawn,), (1e-3,))], [[100]])
+  text = write_out(record, "abc")
+  always = PoissonGaussian(50, 1.0, 50, 2.0, 1.0)
+  for rounds in (20, 100):
+    assert f"ε ≤ {round_up(epsilon(always, rounds, 1e-3))}" in text
+  everybody = privacy_record([Guarantee("client", ("all",), (always,), (1e-3,))], [[100]])
+  assert "took part" not in write_out(everybody, "abc").partition("## What ε does not cover")[0]
