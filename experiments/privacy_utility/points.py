@@ -1,6 +1,7 @@
 """Points of the study: ε, hospitals, how unlike they are, what is protected, seeds.
 
-Without privacy (ε infinite) there is no unit: those points stand under both, beside the others.
+Without privacy (ε infinite) there is no unit: those points stand under both, beside the others. The
+larger unit is a group of near-duplicates, since the real sets name no patients.
 """
 
 import itertools
@@ -13,11 +14,11 @@ EPSILONS = (0.5, 1.0, 3.0, 8.0, 20.0, math.inf)
 HOSPITALS = (5, 20)
 # α of the Dirichlet partition; infinite is the same mixture everywhere.
 ALPHAS = (0.1, 1.0, math.inf)
-UNITS = ("record", "patient")
+UNITS = ("record", "group")
 SEEDS = range(5)
 BATCH_SIZES = {5: 64, 20: 32}
-# Images of a patient in a step, drawn anew each time: copies are alike. Phantoms have 3 at most.
-ROWS_PER_UNIT = {"record": 0, "patient": 3}
+# Images of a group in a step, drawn anew each time: copies are alike.
+ROWS_PER_UNIT = {"record": 0, "group": 3}
 # With privacy and without: tuned on phantoms of other seeds (README.md).
 LEARNING_RATES = {False: 0.1, True: 0.03}
 

@@ -48,7 +48,7 @@ ARMS: dict[str, dict[str, Any]] = {
   "clip norm 0.1, ten times the learning rate": SMALL_CLIP,
   "clip norm 0.1, the same learning rate": {"privacy.clip_norm": 0.1},
   "all but the learning rate": {**AUGMENTED, **AVERAGED, **LARGE},
-  "unit: near-duplicate group": {"privacy.unit": "patient"},
+  "unit: near-duplicate group": {"privacy.unit": "group"},
 }
 
 

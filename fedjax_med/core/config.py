@@ -155,7 +155,8 @@ class ServerConfig:
     optimizer: sgd (FedAvg), momentum (FedAvgM), adam (FedAdam) or yogi (FedYogi), from optax.
     learning_rate: server learning rate; 1 with sgd is plain FedAvg.
     momentum: of optimizer=momentum; β1 of adam and yogi.
-    weighting: examples (real training images; patients under privacy.unit=patient) or uniform.
+    weighting: examples (real training images; patients or groups where they are the unit) or
+      uniform.
     participation: full or poisson.
     participation_rate: probability that a client takes part in a round (poisson).
     proximal_weight: FedProx μ; 0 turns the term off.
@@ -185,9 +186,10 @@ class PrivacyConfig:
 
   Attributes:
     mechanism: none or dp_sgd.
-    unit: record (one image) or patient (all images of a patient or near-duplicate group, which
-      data.split=grouped keeps in one hospital); client-level privacy is in ``client_privacy``.
-    rows_per_unit: images of a patient that a step looks at, at most; 0 means all, up to 8.
+    unit: record (one image), patient (all images of a patient; every name has to say whose it
+      is) or group (all near-duplicates of an image, where patients are not known).
+      data.split=grouped keeps both in one hospital; whole hospitals: ``client_privacy``.
+    rows_per_unit: images of a patient or group that a step looks at, at most; 0 means all, up to 8.
     augmentation_multiplicity: random changes of each image in a step, whose mean gradient is
       clipped once; needs client.augmentation.
     noise_multiplier: σ; noise standard deviation over clip norm. 0 with a target ε: calibrated.

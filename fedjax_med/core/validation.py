@@ -21,7 +21,7 @@ CHOICES = {
   "server.participation": ("full", "poisson"),
   "privacy.mechanism": ("none", "dp_sgd"),
   "privacy.clipping": ("auto", "book_keeping", "two_pass", "reference"),
-  "privacy.unit": ("record", "patient"),
+  "privacy.unit": ("record", "group", "patient"),
   "privacy.solve_for": ("noise", "rounds", "batch_size", "clip_norm"),
   "privacy.adjacency": ("zero_out",),
   "privacy.sampling": ("poisson",),
@@ -282,9 +282,9 @@ def _validate_privacy(config: Config) -> None:
     "use privacy.clipping=auto, or model.dtype=float32",
   )
   require(
-    privacy.unit != "patient" or config.data.split == "grouped",
-    f"privacy.unit='patient' with data.split='{config.data.split}' would leave the images of one"
-    " patient in several hospitals",
+    privacy.unit == "record" or config.data.split == "grouped",
+    f"privacy.unit='{privacy.unit}' with data.split='{config.data.split}' would leave the images of"
+    f" one {privacy.unit} in several hospitals",
     "use data.split=grouped, which keeps patients and near-duplicates together",
   )
   require(

@@ -120,18 +120,16 @@ def apart_by_site(patients: np.ndarray, sites: np.ndarray) -> np.ndarray:
   return np.unique(pairs, return_inverse=True)[1].astype(np.int32)
 
 
-def described(counts: PatientCounts | None, images: int, unit: str, by_site: bool) -> str:
+def described(counts: PatientCounts | None, images: int, by_site: bool) -> str:
   """How many of ``images`` names say which patient they are of, in a sentence.
 
   Args:
     counts: how much the names say; None if they say nothing.
     images: in all.
-    unit: ``privacy.unit``.
     by_site: whether each site is a hospital.
   """
   if counts is None:
-    meaning = " A patient stands here for a group of near-duplicates." if unit == "patient" else ""
-    return f"No name says which patient it shows.{meaning}"
+    return "No name says which patient it shows."
   parts = [
     f"{counts.named} of {images} names say which patient they are of ({counts.source}):"
     f" {counts.patients} patients"

@@ -20,6 +20,7 @@ from fedjax_med.data.dataset import (
   client_table,
   real_counts,
 )
+from fedjax_med.data.patients import described
 from fedjax_med.experiment import secret as secrets
 from fedjax_med.experiment.identity import Identity, identify
 from fedjax_med.experiment.program import Program, Shapes, make_program
@@ -217,10 +218,11 @@ def federation(config: Config, hospitals: Hospitals, secret: bytes | None = None
   """
   counts, images = hospitals.dataset.patient_counts, hospitals.dataset.num_real
   require(
-    config.privacy.unit != "patient" or counts is None or counts.named == images,
-    f"privacy.unit='patient': {counts and counts.named} of {images} names say which patient they"
-    f" are of ({counts and counts.source})",
-    "mend the pattern or the names so that all of them do, or use privacy.unit=record",
+    config.privacy.unit != "patient" or (counts is not None and counts.named == images),
+    "privacy.unit='patient' needs to know who is on every image:"
+    f" {described(counts, images, by_site=hospitals.by_site)}".removesuffix("."),
+    "name the patients with data.patient_pattern or {patient} in data.layout, or use"
+    " privacy.unit=group, which protects groups of near-duplicates",
   )
   private = secrets.is_private(config)
   secret = (secrets.draw() if secret is None else secret) if private else b""

@@ -21,7 +21,7 @@ from fedjax_med.federated.local import StepContext, private_gradient
 from fedjax_med.federated.losses import cross_entropy
 from fedjax_med.models.canary import canary_model
 from fedjax_med.privacy.banded import empty_memory
-from fedjax_med.privacy.guarantees import Guarantee
+from fedjax_med.privacy.guarantees import SEVERAL_IMAGES, Guarantee
 from fedjax_med.privacy.mechanism import PoissonGaussian
 from fedjax_med.simulation.mesh import map_over_devices
 
@@ -89,7 +89,7 @@ def _client(subject: Subject, k: int, canaries: int) -> Client:
   most = max(m.num_units for m in subject.guarantee.mechanisms)
   number = jnp.int32(mechanism.num_units)
   units = None
-  if subject.guarantee.unit == "patient":
+  if subject.guarantee.unit in SEVERAL_IMAGES:
     units = Units(jnp.arange(most, dtype=jnp.int32), jnp.ones(most, jnp.int32), number)
   return Client(
     number=jnp.int32(k),

@@ -27,7 +27,7 @@ from fedjax_med.experiment.loop import Listener, LogPoint, Outcome
 from fedjax_med.experiment.processes import is_first
 from fedjax_med.experiment.records import hospital_record
 from fedjax_med.experiment.synthetic import left_out
-from fedjax_med.privacy.guarantees import UNITS
+from fedjax_med.privacy.guarantees import SEVERAL_IMAGES, UNITS
 
 MOST_ROWS = 20  # hospitals in a table on the terminal; files and report hold all of them
 
@@ -130,8 +130,9 @@ def _hospital_table(experiment: Experiment, planned: tuple[float, ...]) -> Table
   made = hospitals.train.counts - hospitals.real_counts
   columns = ["train", *(["synthetic"] if made.any() else []), "test", "steps/round"]
   local = experiment.local
-  if local and local.unit == "patient":
-    columns.append("patients")
+  several = local is not None and local.unit in SEVERAL_IMAGES
+  if local and several:
+    columns.append(f"{local.unit}s")
   columns += ["q", "batch cap", "σ", "δ", "ε planned"] if local else []
   for column in columns:
     table.add_column(column, justify="right")
@@ -140,7 +141,7 @@ def _hospital_table(experiment: Experiment, planned: tuple[float, ...]) -> Table
     row += [str(hospitals.test.counts[k]), str(experiment.steps[k])]
     if local:
       mechanism = local.mechanisms[k]
-      row += [str(mechanism.num_units)] if local.unit == "patient" else []
+      row += [str(mechanism.num_units)] if several else []
       row += [f"{mechanism.sampling_probability:.4f}", str(mechanism.batch_cap)]
       row += [f"{mechanism.noise_multiplier:.3f}", f"{local.deltas[k]:.1e}"]
       row.append(f"{planned[k]:.3f}")

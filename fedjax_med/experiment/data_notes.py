@@ -76,9 +76,11 @@ def patient_note(held: dict[str, Any], unit: str) -> Note:
   known = held.get("patients")
   counts = PatientCounts(**known) if known else None
   by_site = held.get("sites", {}).get("are_hospitals", False)
-  doubtful = unit == "patient" if counts is None else counts.named != images
-  doubtful = doubtful or (counts is not None and counts.shared > 0 and by_site)
-  return Note(described(counts, images, unit, by_site), doubtful)
+  text = described(counts, images, by_site)
+  if counts is None:
+    group = " Protected is a group of near-duplicates, which is less than a patient."
+    return Note(text + (group if unit == "group" else ""), unit == "group")
+  return Note(text, counts.named != images or (counts.shared > 0 and by_site))
 
 
 def _contradictions(held: dict[str, Any], show_names: bool) -> list[Note]:

@@ -11,7 +11,7 @@ from fedjax_med.core.errors import UserError, require
 from fedjax_med.data.dataset import ClientTable, UnitTable, unit_table
 from fedjax_med.privacy.accounting import epsilon, resolve_deltas
 from fedjax_med.privacy.calibration import affordable_steps, calibrate_noise, plan_mechanisms
-from fedjax_med.privacy.guarantees import Guarantee
+from fedjax_med.privacy.guarantees import SEVERAL_IMAGES, Guarantee
 from fedjax_med.privacy.mechanism import PoissonGaussian, batch_size_bound, smallest_cap
 
 # Rows of a patient in a step where nothing is asked for: a stack of slices is mostly one picture.
@@ -84,7 +84,7 @@ def protect(
   """
   private = config.privacy.mechanism != "none"
   units, rows_per_unit = None, 1
-  if private and config.privacy.unit == "patient":
+  if private and config.privacy.unit in SEVERAL_IMAGES:
     units = unit_table(rows, groups)
     rows_per_unit = config.privacy.rows_per_unit or min(ROWS_PER_UNIT, int(units.sizes.max()))
   counts = (rows.counts if units is None else units.counts).astype(np.int64)

@@ -51,8 +51,15 @@ UNITS = {
     _EVERYBODY,
     (),
   ),
+  "group": Unit(
+    "all training images of one group of near-duplicates, together (patients are not known)",
+    "zero-out (one group replaced by nothing; the number of groups of each hospital is public)",
+    _DP_SGD.format(place="at the hospital", unit="group"),
+    _EVERYBODY,
+    (),
+  ),
   "patient": Unit(
-    "all training images of one patient or near-duplicate group, together",
+    "all training images of one patient, and their near-duplicates, together",
     "zero-out (one patient replaced by nothing; the number of patients of each hospital is public)",
     _DP_SGD.format(place="at the hospital", unit="patient"),
     _EVERYBODY,
@@ -77,6 +84,8 @@ BASELINES = {
   "alone": (_MODEL, ("the hospital itself, which holds the images",)),
   "pooled": (_MODEL, ("whoever pools the images, and sees them all",)),
 }
+# Units that hold several images.
+SEVERAL_IMAGES = ("group", "patient")
 NOT_COVERED = (
   "Losses, accuracies and gradient norms shown or stored during training are not noised.",
   "Normalisation statistics taken over more than one image are not noised.",

@@ -32,6 +32,7 @@ SAMPLER = (
 _LOCAL = "threefry2x32, folded from the run's key: {stream}, client, round, local step"
 KEYS = {
   "record": _LOCAL.format(stream="1 (sample) or 2 (noise)"),
+  "group": _LOCAL.format(stream="1 (sample) or 2 (noise)"),
   "patient": _LOCAL.format(stream="1 (sample) or 2 (noise)"),
   "client": "threefry2x32, folded from the run's key: 3 (sample) or 6 (noise), round",
 }

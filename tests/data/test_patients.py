@@ -13,6 +13,7 @@ from fedjax_med.data.patients import (
   patients_by_pattern,
 )
 from fedjax_med.experiment.build import federation
+from fedjax_med.privacy.guarantees import UNITS
 from tests.data.folders import fill, load
 
 NAMES = ["no/P1_a.png", "no/P2_a.png", "yes/P1_b.png", "yes/P2_b.png", "yes/P2_c.png"]
@@ -55,7 +56,7 @@ def test_a_name_that_does_not_match_is_a_patient_of_its_own_and_counted():
   found = patients_by_pattern([*NAMES, "yes/x.png", "yes/y.png"], r"^(P\d+)?")
   assert len(set(found.numbers.tolist())) == 4
   assert found.counts[:2] == (5, 2)
-  text = described(found.counts, 7, "record", by_site=False)
+  text = described(found.counts, 7, by_site=False)
   assert "5 of 7 names" in text
   assert "2 patients" in text
   assert "may be wrong" in text
@@ -111,10 +112,22 @@ def test_no_epsilon_for_patients_is_claimed_where_a_name_does_not_say_the_patien
   dataset = load(tmp_path, patient_pattern=r"^(P\d+)_")
   config = config_of("patient")
   hospitals = build_hospitals(dataset, config.data, config.partition)
-  with pytest.raises(UserError, match=r"privacy\.unit='patient': 16 of 17 names say which patient"):
+  with pytest.raises(UserError, match=r"privacy\.unit='patient' needs .*: 16 of 17 names"):
     federation(config, hospitals)
   assert federation(config_of("record"), hospitals).guarantees
   (tmp_path / "no" / "x.png").unlink()
   whole = load(tmp_path, patient_pattern=r"^(P\d+)_")
   hospitals = build_hospitals(whole, config.data, config.partition)
   assert federation(config, hospitals).guarantees
+
+
+def test_a_group_of_near_duplicates_is_no_patient(tmp_path):
+  fill(tmp_path, *(f"{of}/{n}.png" for of in ("no", "yes") for n in range(8)))
+  hospitals = build_hospitals(load(tmp_path), config_of("group").data, config_of("group").partition)
+  with pytest.raises(
+    UserError, match=r"No name says which patient it shows; name .* privacy\.unit=group"
+  ):
+    federation(config_of("patient"), hospitals)
+  (guarantee,) = federation(config_of("group"), hospitals).guarantees
+  assert guarantee.unit == "group"
+  assert "patients are not known" in UNITS["group"].protects

@@ -46,7 +46,7 @@ def said(words: str, notes: dict[str, bool]) -> bool | None:
   ("words", "warning", "changes"),
   [
     ("No name says which patient it shows.", False, {}),
-    ("near-duplicates", True, {"unit": "patient"}),
+    ("a group of near-duplicates, which is less than a patient", True, {"unit": "group"}),
     ("10 of 10 names say which patient they are of (data.layout): 4 patients", False,
      {"patients": PATIENTS}),
     ("7 of 10 names say", True, {"patients": {**PATIENTS, "named": 7}}),
