@@ -80,7 +80,7 @@ def test_every_number_has_a_range_and_every_two_way_name_its_choices():
     ({"privacy.unit": "patient", "data.split": "paper"}, "use data.split=grouped"),
     (
       {"privacy.rows_per_unit": 2},
-      "with privacy.unit=patient only, and it is 'record'; use --config",
+      "with privacy.unit=patient or group only, and it is 'record'; use one",
     ),
     ({"privacy.augmentation_multiplicity": 4}, "set --config.client.augmentation=flip_shift"),
     ({"privacy.solve_for": "rounds"}, "solve_for='rounds' does not go with"),
