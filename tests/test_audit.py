@@ -36,6 +36,7 @@ def test_json_is_all_of_stdout_and_progress_is_on_stderr():
     assert party["name"] in result.stderr
 
 
+@pytest.mark.slow
 def test_an_audit_that_could_not_have_refuted_the_claim_says_so():
   result = audit()  # ε = 10.7 at the hospital of 21 records, of which 1000 trials tell nothing
   assert result.returncode == 0, result.stderr
@@ -44,6 +45,7 @@ def test_an_audit_that_could_not_have_refuted_the_claim_says_so():
   assert "agrees" not in result.stdout
 
 
+@pytest.mark.slow
 def test_an_audit_that_could_have_refuted_the_claim_agrees_with_it():
   result = audit("--config.privacy.noise_multiplier=4")
   assert result.returncode == 0, result.stderr

@@ -350,6 +350,7 @@ def test_what_correlated_noise_cannot_do_is_a_sentence(tmp_path, changes, senten
   assert sentence in str(error.value)
 
 
+@pytest.mark.slow
 def test_rounding_that_has_no_bound_is_told(tmp_path):
   for clipping in ("two_pass", "book_keeping"):
     run(tmp_path / clipping, privacy__clipping=clipping, server__num_rounds=1)

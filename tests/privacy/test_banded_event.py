@@ -149,6 +149,7 @@ def test_the_accounted_delta_is_that_of_the_simulated_adaptive_mechanism():
   assert under[0] <= delta + 4.5 * under[1]
 
 
+@pytest.mark.slow
 def test_records_drawn_in_every_step_would_exceed_the_accounted_delta():
   q, delta = 0.4, 0.05
   m = PoissonGaussian(3, q, 1, 1.0, 1.0, tuple(toeplitz_strategy(7, 3)))
