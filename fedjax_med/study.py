@@ -147,8 +147,15 @@ def aggregate(
   points = by_point(frame)
   for name in [*names, metric]:
     require_choice("column", name, points.columns)
+  of_a_class = metric.rpartition(".")[2] in ("recall", "precision", "specificity", "f1")
   rows: list[dict[str, Any]] = []
   for key, group in points.groupby(names, sort=True, dropna=False):
+    positives = sorted(set(group.get("positive_class", ())))
+    require(
+      not of_a_class or len(positives) < 2,
+      f"{metric} of points whose positive classes are {' and '.join(positives)} has no mean",
+      "put positive_class into `by`",
+    )
     values = group[metric].to_numpy(float)
     rows.append(
       {

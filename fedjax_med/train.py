@@ -4,6 +4,7 @@ Example: python -m fedjax_med.train --config=configs/quickstart.py --workdir=run
 """
 
 import concurrent.futures
+import functools
 import pathlib
 import sys
 import threading
@@ -60,7 +61,10 @@ def main(_: list[str]) -> None:
     from fedjax_med.experiment.processes import join
 
     join(*places)
-  hospitals = _meanwhile(lambda: load_hospitals(config))  # without jax, whose imports take as long
+  # Without jax, whose imports take as long. tensorflow-datasets changes how the whole process
+  # imports while it is imported itself: it must not do so beside jax.
+  load: Callable[[], Any] = functools.partial(load_hospitals, config)
+  hospitals = _meanwhile(load) if config.data.source in ("phantoms", "folder") else load
   from fedjax_med.experiment import run  # after the flags: a typo must not wait for jax
   from fedjax_med.experiment.cache import use_compilation_cache
   from fedjax_med.simulation.mesh import split_cpu

@@ -1,6 +1,7 @@
 """Order of the classes: of two the positive one comes last, by what the names say or the user."""
 
 import re
+import unicodedata
 from collections.abc import Sequence
 
 from fedjax_med.core.errors import UserError, require
@@ -31,8 +32,8 @@ def order_classes(names: Sequence[str], positive: str = "") -> tuple[str, ...]:
     UserError: ``positive`` is none of two classes; two names do not say which is positive; or two
       classes differ in nothing but case, spaces and punctuation.
   """
-  ordered = sorted(names)
-  _require_distinct(ordered)
+  ordered, positive = sorted(names), unicodedata.normalize("NFC", positive)
+  require_distinct(ordered, "classes")
   if positive:
     require(
       len(ordered) == 2,
@@ -62,16 +63,12 @@ def sign(name: str, other: str = "") -> int:
   """-1 if a name sounds negative, 1 if positive, 0 if it does not say.
 
   A negation turns the words after it, and "free" those before: no_DR and tumour-free are negative,
-  not-normal is positive. A name that is a negation and the other name, such as nonCOVID beside
-  COVID, is its opposite.
+  not-normal is positive. A name that is no or not and the other name, such as notumor beside
+  tumor, is its opposite.
   """
   words, others = _words(name), _words(other)
   whole, rest = "".join(words), "".join(others)
-  if (
-    rest
-    and len(words) == 1
-    and whole in {negation + rest for negation in ("non", "not", "no", "un")}
-  ):
+  if rest and len(words) == 1 and whole in {"no" + rest, "not" + rest}:
     return 1 if sign(other) < 0 else -1
   if set(words) & WILD_TYPE and set(others) & MUTANT:
     return -1
@@ -108,13 +105,14 @@ def _words(name: str) -> list[str]:
   return re.findall(r"[^\W\d_]+|\d+", spaced.lower())
 
 
-def _require_distinct(names: Sequence[str]) -> None:
+def require_distinct(names: Sequence[str], kind: str) -> None:
+  """Raises UserError where two names differ in case, spaces or punctuation only; signs count."""
   known: dict[str, str] = {}
   for name in names:
-    key = re.sub(r"[\W_]+", "", name).casefold() or name
+    key = re.sub(r"[^\w+<>]|_|-(?=.)", "", name.strip()).casefold() or name
     require(
       key not in known,
-      f"the classes '{known.get(key)}' and '{name}' differ in case, spaces or punctuation only",
+      f"the {kind} '{known.get(key)}' and '{name}' differ in case, spaces or punctuation only",
       "give them one name",
     )
     known[key] = name

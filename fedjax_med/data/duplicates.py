@@ -41,6 +41,12 @@ def near_duplicate_groups(images: np.ndarray, threshold: float = THRESHOLD) -> n
   return number_groups(connected_components(graph, directed=False)[1])
 
 
+def _contents(images: np.ndarray) -> np.ndarray:
+  """[N] numbers, equal for images that are equal pixel for pixel."""
+  digests = [hashlib.blake2b(image.tobytes(), digest_size=16).digest() for image in images]
+  return np.unique(digests, return_inverse=True)[1]
+
+
 def descriptors(images: np.ndarray) -> np.ndarray:
   """[N, SIDE, SIDE] float32 of norm 1 (0 for a blank image), blind to grey scale and margins.
 
@@ -115,8 +121,7 @@ def find_contradictions(dataset: Dataset, groups: np.ndarray) -> Contradictions:
     groups: [N] near-duplicate group of each. Within a group only pairs that are similar themselves
       count: a chain may lead from one class to another by small steps.
   """
-  pixels = [hashlib.blake2b(image.tobytes(), digest_size=16).digest() for image in dataset.inputs]
-  same = np.unique(pixels, return_inverse=True)[1]
+  same = _contents(dataset.inputs)
   identical, similar = np.zeros((2, len(groups)), bool)
   pairs: list[tuple[int, int]] = []
   for members in _mixed(same, dataset.labels):

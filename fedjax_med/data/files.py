@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import unicodedata
 from collections.abc import Collection, Iterator
 from typing import NamedTuple
 
@@ -69,7 +70,10 @@ PLAIN = frozenset(
     ".ico",
   }
 )
-SYSTEM_FILES = frozenset({".ds_store", "thumbs.db", "desktop.ini", "__macosx"})
+SYSTEM_FILES = frozenset(
+  {".ds_store", "thumbs.db", "desktop.ini", "__macosx", "@eadir", "#recycle", "@recycle"}
+  | {"$recycle.bin", "system volume information", "lost+found", ".appledouble", "#snapshot"}
+)
 # The reason of files that hold nothing of the user's: counted, but they do not stop a strict run.
 SYSTEM = "written by the operating system"
 REMEDY = (
@@ -157,7 +161,7 @@ def _entries(
     return
   here = above | {(stat.st_dev, stat.st_ino)}
   for name in names:
-    path, inside = folder / name, (*parts, readable(name))
+    path, inside = folder / name, (*parts, _composed(name))
     reason = why or _hidden(name)
     if not os.path.isdir(path):
       yield path, inside, reason or _reason(path)
@@ -169,6 +173,11 @@ def _entries(
     if not reason:
       yield path, inside, None
     yield from _entries(path, inside, here, reason)
+
+
+def _composed(name: str) -> str:
+  """A name as text, in one spelling of its accents: a Mac writes another one than others do."""
+  return unicodedata.normalize("NFC", readable(name))
 
 
 def _hidden(name: str) -> str:

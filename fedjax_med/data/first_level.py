@@ -18,6 +18,9 @@ MASKS = frozenset(
   {"mask", "masks", "segmentation", "segmentations", "annotation", "annotations", "contours"}
   | {"groundtruth", "ground_truth", "ground truth", "labels", "labelstr", "labelsts"}
 )
+LEFTOVERS = frozenset(
+  {"unlabeled", "unlabelled", "unsorted", "backup", "trash", "excluded", "discarded", "unused"}
+)
 PLACE = re.compile(
   r"(hospital|site|cent(er|re)|clinic|institution|scanner|patient|subject|sub|pat)s?[\s_-]?"
   r"(\d+|[a-z]|[ivx]+)",
@@ -25,6 +28,24 @@ PLACE = re.compile(
 )
 NUMBERED = re.compile(r"[a-z]{0,4}[\s_-]?\d+", re.IGNORECASE)
 MOST_SITES = 12  # more folders than these are taken for patients, by their number alone
+
+
+def names_masks(name: str) -> bool:
+  """Whether a folder's name says that it holds masks: masks, or infection masks."""
+  words = set(re.findall(r"[a-z]+", name.lower()))
+  return name.lower() in MASKS or bool(words & {"mask", "masks", "segmentation", "segmentations"})
+
+
+def require_no_parts(classes: list[str], layout: str) -> None:
+  """Raises UserError where classes of a layout of the user's are train and test parts."""
+  parts = [name for name in classes if name.lower() in TRAIN | VALIDATION | TEST]
+  require(
+    not parts,
+    f"data.layout='{layout}' makes {_shown(parts)} a class beside"
+    f" {_shown(name for name in classes if name not in parts)}: folders of another depth are mixed"
+    " in",
+    "point data.path at the folder with the parts, or move the others out",
+  )
 
 
 def side_of(name: str) -> str:
@@ -53,6 +74,12 @@ def require_classes_first(root: pathlib.Path, tree: Tree) -> list[str]:
     " class stands in their names, such as '{class}_*'",
   )
   classes = [name for name in firsts if name.lower() not in MASKS]
+  stray = [name for name in classes if name.lower() in LEFTOVERS]
+  require(
+    not stray,
+    f"{_shown(stray)} beside the classes of {root} is no class",
+    "move it elsewhere, or rename it if it is one",
+  )
   why = _parts_or_kinds(classes, firsts) or _places(classes) or _deeper(classes, tree)
   if why:
     _refuse(root, tree, why)

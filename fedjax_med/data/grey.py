@@ -13,6 +13,7 @@ from fedjax_med.core.errors import UserError, require
 
 DEPTHS = (8, 10, 12, 14, 16)  # bits
 FEW_LEVELS = 32
+SMALL = 0.25  # fractions up to here use a part of 0 to 1
 SLACK = 0.01  # by which fractions may leave 0 to 1: a resized picture overshoots a little
 
 
@@ -50,6 +51,7 @@ class Grey(NamedTuple):
     rule: why, for people.
     levels: median over the pictures of the number of different values that are kept.
     outside: share of all pixels below ``low`` or above ``high``.
+    blank: pictures of one value.
   """
 
   low: float
@@ -58,6 +60,7 @@ class Grey(NamedTuple):
   rule: str
   levels: int
   outside: float = 0.0
+  blank: int = 0
 
   @property
   def dtype(self) -> Any:
@@ -117,8 +120,10 @@ def choose_grey(pictures: Sequence[Values], window: str) -> Grey:
   )
   fractions = not all(picture.whole for picture in pictures)
   if fractions and low >= -1 - SLACK and high <= 1 + SLACK:
-    bottom = -1.0 if low < -SLACK else 0.0
-    return Grey(bottom, 1.0, True, f"numbers with a fraction, from {low:g} to {high:g}", levels)
+    bottom, top = (-1.0 if low < -SLACK else 0.0), 1.0
+    if 0 < high < SMALL and bottom == 0:  # an ADC map in mm²/s: the next power of two is white
+      top = float(2.0 ** np.ceil(np.log2(high)))
+    return Grey(bottom, top, True, f"numbers with a fraction, from {low:g} to {high:g}", levels)
   bits = next((bits for bits in DEPTHS if high < 2**bits), 0)
   if not bits or low < -(2**15):
     raise UserError(
@@ -157,7 +162,13 @@ def stored_levels(
   if grey.deep:
     shares = [((p.pixels < grey.low) | (p.pixels > grey.high)).mean() for p in pictures]
     outside = round(float(np.mean(shares)), 4)
-  return {"levels": int(np.median(levels)), "outside": outside}
+  require(
+    outside < 0.99,
+    f"{100 * outside:.0f}% of all pixels lie outside the grey values {grey.low:g} to {grey.high:g}"
+    f" ({grey.rule})",
+    "give data.window=LOW,HIGH with the values that the pictures have",
+  )
+  return {"levels": int(np.median(levels)), "outside": outside, "blank": levels.count(1)}
 
 
 def to_eight_bits(pixels: np.ndarray) -> np.ndarray:

@@ -10,7 +10,7 @@ from PIL import Image, ImageOps
 
 from fedjax_med.core.config import DataConfig
 from fedjax_med.core.errors import UserError, require
-from fedjax_med.data.classes import order_classes
+from fedjax_med.data.classes import order_classes, require_distinct
 from fedjax_med.data.dataset import Dataset
 from fedjax_med.data.files import SYSTEM, counted, walk
 from fedjax_med.data.grey import Values, choose_grey, parse_window, stored_levels, to_pixels
@@ -122,7 +122,12 @@ def _lost_bits(image: Image.Image) -> str:
   """Why a picture is left out whose values Pillow changes, by a factor that only the file knows."""
   tiles = getattr(image, "tile", [])
   raw = str([tile[3] for tile in tiles])
-  if not _is_deep(image) and ";16" in raw:
+  tags: Any = getattr(image, "tag_v2", {})
+  bits, signed = tags.get(258, ()), 2 in tags.get(339, ())
+  if signed and not _is_deep(image):
+    return "signed values of 8 bits, which are read as others; save it with 16 bits"
+  many = image.format == "PPM" and any(part[0] != "raw" and image.mode == "RGB" for part in tiles)
+  if not _is_deep(image) and (";16" in raw or any(number > 8 for number in bits) or many):
     return "16 bits a colour channel, which cannot be read without loss; save it as grey"
   if image.format == "JPEG2000" and _is_deep(image):
     return "JPEG 2000 of more than 8 bits, whose values are scaled in reading; save it as PNG"
@@ -221,6 +226,7 @@ def gather(
   names = [picture.file.name for picture in placed]
   sites = _sites(placed)
   site_names = sorted(set(sites)) if sites else []
+  require_distinct(site_names, "sites")
   patients = _patients(placed, names, sites, data)
   sides = [picture.in_test for picture in placed]
   return Dataset(

@@ -26,14 +26,16 @@ from fedjax_med.data.first_level import (
   TRAIN,
   VALIDATION,
   as_flags,
+  names_masks,
   require_classes_first,
+  require_no_parts,
   side_of,
   suggest,
 )
 
 PARTS = ("class", "site", "patient", "split")
 MASK_NAME = re.compile(
-  r"(.*[\s_.-])?(mask|masks|seg|segmentation|ground_?truth|contour)([\s_.-].*|\s*\(?\d+\)?)?",
+  r"(.*[\s_.-])?(mask|masks|seg|segmentation|ground_?truth|contour|label_?map)([\s_.-].*|\s*\(?\d+\)?)?",
   re.IGNORECASE,
 )
 MASK = "a mask by its name, not a picture"
@@ -140,6 +142,7 @@ def arrange(root: pathlib.Path, tree: Tree, layout: str) -> Arrangement:
   names |= {file.class_name for file in left_out if _convertible(file.reason)} - {""}
   if not auto:
     _require_fit(root, tree, layout, placed)
+    require_no_parts(sorted(names), layout)
   return Arrangement(tuple(sorted(names)), tuple(placed), tuple(left_out))
 
 
@@ -154,7 +157,7 @@ def matcher(pattern: str) -> Callable[[tuple[str, ...]], dict[str, str]]:
     if name not in PARTS:
       raise UserError(f"{where}: {{{name}}} is unknown; {nearest(name, PARTS)}")
   names = pattern.split("/")
-  sound = not re.search(r"[{}]", re.sub(r"{\w+}", "", pattern))
+  sound = "}{" not in pattern and not re.search(r"[{}]", re.sub(r"{\w+}", "", pattern))
   require(
     sound and all(names) and not {".", ".."} & set(names),
     f"{where} is not a pattern of folder and file names",
@@ -212,7 +215,7 @@ def _is_mask(file: File, named: set[str]) -> bool:
   """Whether a file is a mask beside a picture by the names that the layout does not explain."""
   *folders, last = file.parts
   stem = pathlib.PurePosixPath(last).stem
-  by_folder = any(name.lower() in MASKS and name not in named for name in folders)
+  by_folder = any(names_masks(name) for name in folders if name not in named)
   return by_folder or (stem not in named and bool(MASK_NAME.fullmatch(stem)))
 
 

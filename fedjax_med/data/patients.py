@@ -2,6 +2,7 @@
 
 import collections
 import re
+import unicodedata
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -92,6 +93,9 @@ def number_patients(
   Raises:
     UserError: all examples would be of one patient.
   """
+  first = keys[0]
+  # P01 and p01 are one person; names from a Mac are spelt with other code points.
+  keys = [key and unicodedata.normalize("NFC", key).casefold() for key in keys]
   people = [
     ("patient", key) if key is not None else ("example", str(number))
     for number, key in enumerate(keys)
@@ -99,7 +103,7 @@ def number_patients(
   order = {person: number for number, person in enumerate(sorted(set(people)))}
   require(
     len(order) > 1,
-    f"{source} finds one patient only ('{keys[0]}') in all {len(keys)} names",
+    f"{source} finds one patient only ('{first}') in all {len(keys)} names",
     "choose a part of the name in which patients differ",
   )
   places = [""] * len(keys) if sites is None else sites

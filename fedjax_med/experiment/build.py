@@ -224,6 +224,12 @@ def federation(config: Config, hospitals: Hospitals, secret: bytes | None = None
     "name the patients with data.patient_pattern or {patient} in data.layout, or use"
     " privacy.unit=group, which protects groups of near-duplicates",
   )
+  require(
+    config.privacy.unit != "patient" or counts is None or counts.patients < images,
+    f"privacy.unit='patient': the names ({counts and counts.source}) make each of {images} images a"
+    " patient of its own",
+    "mend the pattern, or use privacy.unit=record if no patient has two images",
+  )
   private = secrets.is_private(config)
   secret = (secrets.draw() if secret is None else secret) if private else b""
   numbers = np.arange(len(hospitals.names))

@@ -33,6 +33,8 @@ def data_notes(held: dict[str, Any], unit: str, show_names: bool) -> list[Note]:
   if "grey" in held:
     grey = Grey(**held["grey"])
     notes.append(Note(grey.described, False))
+    if grey.blank:
+      notes.append(Note(f"{number(grey.blank, 'picture')} of one grey value: blank.", True))
     if grey.levels < FEW_LEVELS:
       text = f"Half of the pictures have at most {grey.levels} different grey values"
       notes.append(Note(f"{text}: they may have been exported with too few.", True))

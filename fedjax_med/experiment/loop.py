@@ -326,6 +326,7 @@ def train_rounds(
   folder: pathlib.Path,
   listen: Listener,
   compiling: Callable[[], float] | None = None,
+  begin: Callable[[], Any] = lambda: None,
 ) -> Outcome:
   """Runs or resumes all rounds in ``folder``; equal configs end in equal weights, bit for bit.
 
@@ -334,6 +335,7 @@ def train_rounds(
     folder: the workdir.
     listen: called at every log point.
     compiling: from ``start_compiling``, which is called here if it was not before.
+    begin: called when nothing speaks against going on, before the first file is changed.
 
   Raises:
     UserError: a foreign or damaged checkpoint, a loss that is not finite (with round and
@@ -355,10 +357,12 @@ def train_rounds(
     book = None
     if experiment.guarantees and is_first():
       if saved is not None:
+        ledger.require_there(folder)
         broken_ledger.mend(experiment, folder, head, print)
       book = ledger.start(folder, experiment.run_id, experiment.guarantees)
       if saved is not None:
         ledger.require_covers(book, folder, head)
+    begin()
     files.keep_metrics_to(folder, -1 if saved is None else saved)
 
     seconds = {"compile": compiling()}

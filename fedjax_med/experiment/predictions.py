@@ -116,6 +116,7 @@ def files_in(place: pathlib.Path) -> list[File]:
   """
   require(place.exists(), f"--images={place} does not exist", "give a folder or a picture file")
   if not place.is_dir():
+    require(place.is_file(), f"--images={place} is no regular file", "give a folder or a picture")
     return [File(place, (readable(place.name),), "")]
   files = [file for file in walk(place).files if file.reason != SYSTEM]
   reasons = [file.reason for file in files]
@@ -192,7 +193,7 @@ def predict_files(
   files = [
     file
     for file in files_in(images)
-    if not made & {file.path.resolve(), *file.path.resolve().parents}
+    if file.reason or not made & {file.path.resolve(), *file.path.resolve().parents}
   ]
   require(
     not all(file.reason for file in files),

@@ -93,6 +93,7 @@ def run(
       that another process works in is refused before the data are waited for.
   """
   console = terminal.make_console()
+  files.require_outside(folder, config.data.path)
   files.prepare(folder)
   require_installed(config.eval.tracker)
   with _locked(folder, console):
@@ -165,12 +166,15 @@ def _run(
   files.claim(folder, experiment.run_id)
   compiling = start_compiling(experiment)
   terminal.describe(console, experiment, *planned(experiment), num_parameters(experiment))
-  if is_first():
-    # Of a shorter run that is now extended.
-    for stale in ("summary.json", "report.html", "privacy_statement.md"):
-      (folder / stale).unlink(missing_ok=True)
-  files.write_json(folder / "config.json", config_record(experiment, command))
-  files.write_json(folder / "hospitals.json", hospital_record(experiment.hospitals))
+
+  def begin() -> None:
+    """Replaces what an earlier start has left; a start that is refused leaves it."""
+    if is_first():
+      for stale in ("summary.json", "report.html", "privacy_statement.md"):
+        (folder / stale).unlink(missing_ok=True)
+    files.write_json(folder / "config.json", config_record(experiment, command))
+    files.write_json(folder / "hospitals.json", hospital_record(experiment.hospitals))
+
   values, run_id = to_dict(experiment.config), experiment.run_id
   with (
     terminal.progress(console, "federation", experiment.config.server.num_rounds) as listen,
@@ -181,7 +185,7 @@ def _run(
       listen(point)
       record(test_line(experiment, point))
 
-    outcome = train_rounds(experiment, folder, log, compiling)
+    outcome = train_rounds(experiment, folder, log, compiling, begin)
   seconds |= {**outcome.seconds, "total": time.monotonic() - started}
   files.write_json(folder / "timing.json", {k: round(v, 3) for k, v in seconds.items()})
   files.write_json(folder / "summary.json", summary_record(experiment, outcome, name))

@@ -16,6 +16,18 @@ from fedjax_med.core.text import encodable
 from fedjax_med.experiment.processes import is_first
 
 
+def require_outside(workdir: pathlib.Path, data_path: str) -> None:
+  """Raises UserError for a workdir inside the data, whose pictures would be read as data later."""
+  if not data_path:
+    return
+  place, data = workdir.resolve(), pathlib.Path(data_path).expanduser().resolve()
+  require(
+    data != place and data not in place.parents,
+    f"--workdir={workdir} lies in data.path={data_path}, and its figures would be read as pictures",
+    "choose a folder outside",
+  )
+
+
 def prepare(workdir: pathlib.Path) -> None:
   """Makes the folder and proves that it can be written; raises UserError if it cannot."""
   require_text(workdir)

@@ -224,6 +224,16 @@ def _ledger(path: pathlib.Path, lines: list[dict[str, Any]]) -> Ledger:
     raise UserError(f"{path} is not a ledger ({error}); restore the file") from error
 
 
+def require_there(folder: pathlib.Path) -> None:
+  """Raises UserError where a run that goes on has no ledger: a new one would hide its releases."""
+  require(
+    (folder / FILE).exists(),
+    f"{folder / FILE} is missing, and so does not hold the line that the newest checkpoint was"
+    " saved after",
+    "restore the ledger; without it no ε can be claimed for this run",
+  )
+
+
 def require_covers(ledger: Ledger, folder: pathlib.Path, head: str | None) -> None:
   """Raises UserError unless the ledger holds the line that a checkpoint was saved after."""
   require(

@@ -168,6 +168,8 @@ def main(_: list[str]) -> None:
     progress.describe(console, groups(planned))
     return
   workdir = pathlib.Path(values.workdir).expanduser()
+  for place in {config.data.path for config in configs}:
+    files.require_outside(workdir, place)
   files.prepare(workdir)
   # Before anything is written: a training that works in the folder must find it as it was.
   with lock.hold(workdir, lambda text: console.print(text, markup=False), index, number):

@@ -55,6 +55,11 @@ def join(target: pathlib.Path, sources: Sequence[pathlib.Path]) -> None:
 def _take(sources: Sequence[pathlib.Path], target: pathlib.Path) -> None:
   """Copies what ``target`` lacks of ``sources``, all of which are looked at before."""
   begun = (target / table.DEFINITION).exists()
+  require(
+    begun or not (target / "config.json").exists(),
+    f"--workdir={target} holds a run",
+    "use another --workdir for the sweep",
+  )
   first, *others = [target, *sources] if begun else sources
   definition = table.read(first)
   for other in others:

@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import unicodedata
 
 import pytest
 
@@ -127,3 +128,20 @@ def test_two_names_of_one_file_are_one_image_of_a_class(two):
     left_out(two) == {"yes/0.png": (twice, "yes"), "yes/z.png": (twice, "yes")}
   )
   assert len(load(two).names) == 6
+
+
+def test_one_name_in_two_spellings_of_its_accents_is_one_class(tmp_path):
+  for site, form in (("a", "NFC"), ("b", "NFD")):
+    fill(
+      tmp_path, *(f"{site}/{unicodedata.normalize(form, name)}/0.png" for name in ("bénin", "x"))
+    )
+  dataset = load(tmp_path, layout="{site}/{class}/*", positive="x")
+  assert dataset.class_names == ("bénin", "x")
+
+
+def test_sites_that_differ_in_spelling_only_are_refused(tmp_path):
+  fill(
+    tmp_path, *(f"{site}/{name}/0.png" for site in ("North", "north ") for name in ("no", "yes"))
+  )
+  with pytest.raises(UserError, match="the sites 'North' and 'north ' differ in case"):
+    load(tmp_path, layout="{site}/{class}/*")

@@ -197,8 +197,11 @@ def test_greymaps_that_pillow_scales_are_named(tmp_path, maxval):
 
 def test_a_window_that_keeps_few_levels_or_cuts_much_is_told(tmp_path):
   write(tmp_path, [counts(number) for number in range(4)], "tif16")
-  far = load(tmp_path, window="-150,-50").grey
-  assert (far.levels, far.outside) == (1, 1.0)
+  far = load(tmp_path, window="-150,50").grey
+  assert far.levels < 32
+  assert 0.98 < far.outside < 0.99
+  with pytest.raises(UserError, match=r"100% of all pixels lie outside the grey values -150"):
+    load(tmp_path, window="-150,-50")
   half = load(tmp_path, window="0,2000").grey
   assert half.levels > 500
   assert 0.4 < half.outside < 0.6
@@ -247,3 +250,25 @@ def test_a_picture_of_its_own_size_keeps_its_values(tmp_path):
   values = read_values(tmp_path / "a.tif", 1, 0)
   assert not isinstance(values, str)
   np.testing.assert_array_equal(values.pixels, counts(3))
+
+
+def test_small_fractions_keep_their_levels(tmp_path):
+  write(tmp_path, [counts(number) / 4000 * 0.003 for number in range(4)], "float")
+  grey = load(tmp_path).grey
+  assert (grey.low, grey.high) == (0, 2**-8)
+  assert grey.levels > 1000
+
+
+def test_blank_pictures_are_counted(tmp_path):
+  fill(tmp_path, *(f"{place}.png" for place in PLACES))
+  save(tmp_path / "no" / "2.png", np.zeros((SIDE, SIDE), np.uint8))
+  assert load(tmp_path).grey.blank == 1
+
+
+def test_signed_values_of_eight_bits_are_named(tmp_path):
+  fill(tmp_path, *(f"{place}.png" for place in PLACES))
+  path = tmp_path / "no" / "signed.tif"
+  Image.fromarray(pattern(9)).save(path, tiffinfo={339: 2})
+  ((name, reason, _),) = load(tmp_path).skipped
+  assert name == "no/signed.tif"
+  assert reason.startswith("signed values of 8 bits")

@@ -66,6 +66,7 @@ def test_what_is_written_by_a_layout_is_read_back(site, class_name, patient, res
     ("{class", "is not a pattern"),
     ("../{class}", "is not a pattern"),
     ("{class}//*", "is not a pattern"),
+    ("{class}{patient}_*", "is not a pattern"),
     ("", "is not a pattern"),
   ],
 )
@@ -142,6 +143,22 @@ def test_a_stray_text_file_makes_no_class_under_a_layout(tmp_path):
   dataset = load(tmp_path, layout="{class}_*")
   assert dataset.class_names == ("no", "yes")
   assert [name for name, _, _ in dataset.skipped] == ["a/no_2.png", "train_labels.csv"]
+
+
+def test_a_layout_that_makes_parts_classes_is_refused(tmp_path):
+  fill(
+    tmp_path, *product("train test", "no yes", "0.png"), *product("x", "train test", "no", "0.png")
+  )
+  with pytest.raises(
+    UserError, match="makes test, train a class beside no, yes: folders of another"
+  ):
+    load(tmp_path, layout="*/{class}/*")
+
+
+def test_folders_of_leftovers_are_no_classes(tmp_path):
+  fill(tmp_path, *product("normal sick unlabeled", "0.png"))
+  with pytest.raises(UserError, match=r"unlabeled beside the classes of .* is no class; move it"):
+    load(tmp_path)
 
 
 def test_a_part_beside_classes_is_no_class(tmp_path):
@@ -249,6 +266,7 @@ MASKED = ["no/1.png", "no/2.png", "yes/1.png", "yes/2.png"]
     ["no/1 mask (2).png", "yes/mask_1.png", "yes/1-Segmentation.png"],
     ["no/masks/1.png", "yes/Masks/1.png"],
     ["masks/no_1.png"],
+    ["no/lung masks/1.png", "yes/infection masks/1.png"],
     ["no/mask_1_left.png", "no/1_seg.png", "yes/seg_2.png"],
   ],
 )

@@ -131,3 +131,18 @@ def test_a_group_of_near_duplicates_is_no_patient(tmp_path):
   (guarantee,) = federation(config_of("group"), hospitals).guarantees
   assert guarantee.unit == "group"
   assert "patients are not known" in UNITS["group"].protects
+
+
+def test_one_person_in_two_spellings_is_one_patient():
+  found = patients_by_pattern(["a/P1_x.png", "a/p1_y.png", "b/P2_x.png"], "^([Pp][0-9]+)_")
+  np.testing.assert_array_equal(found.numbers, [0, 0, 1])
+  assert found.counts.patients == 2
+
+
+def test_a_patient_for_each_image_is_no_patient(tmp_path):
+  fill(tmp_path, *(f"{of}/{n}{of}.png" for of in ("no", "yes") for n in range(8)))
+  config = config_of("patient")
+  dataset = load(tmp_path, patient_pattern="(.*)")
+  hospitals = build_hospitals(dataset, config.data, config.partition)
+  with pytest.raises(UserError, match="make each of 16 images a patient of its own; mend the"):
+    federation(config, hospitals)

@@ -238,3 +238,22 @@ def test_more_clients_than_examples_is_a_sentence(tmp_path):
   config.partition.num_clients = 1000
   with pytest.raises(UserError, match=r"partition.num_clients=1000 exceeds the \d+ training units"):
     load_hospitals(config)
+
+
+def test_a_start_that_is_refused_leaves_what_an_earlier_one_wrote(tmp_path):
+  run(tmp_path, server__num_rounds=2)
+  before = {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+  assert {"summary.json", "report.html", "privacy_statement.md"} < {path.name for path in before}
+  with pytest.raises(UserError, match=r"server\.num_rounds=1 is under the 2 rounds done"):
+    run(tmp_path, server__num_rounds=1)
+  assert {path: path.read_bytes() for path in before} == before
+  (tmp_path / "ledger.jsonl").unlink()
+  with pytest.raises(UserError, match=r"ledger\.jsonl is missing.*; restore the ledger"):
+    run(tmp_path, server__num_rounds=3)
+  assert not (tmp_path / "ledger.jsonl").exists()
+
+
+def test_a_workdir_inside_the_data_is_refused(tmp_path):
+  with pytest.raises(UserError, match=r"lies in data\.path=.*; choose a folder outside"):
+    run(tmp_path / "runs" / "one", data__source="folder", data__path=str(tmp_path))
+  assert not (tmp_path / "runs").exists()
