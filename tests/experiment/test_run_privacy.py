@@ -16,7 +16,7 @@ from fedjax_med.core.errors import UserError
 from fedjax_med.core.validation import validate
 from fedjax_med.data.dataset import client_rows
 from fedjax_med.data.hospitals import load_hospitals
-from fedjax_med.experiment import audit, build
+from fedjax_med.experiment import audit, build, loop
 from fedjax_med.experiment import run as runs
 from fedjax_med.experiment.loop import train_rounds
 from fedjax_med.models import cnn
@@ -233,7 +233,7 @@ def test_a_run_that_is_extended_has_no_statement_of_the_shorter_one(tmp_path, mo
   def killed(*_):
     raise KeyboardInterrupt
 
-  monkeypatch.setattr(runs, "train_rounds", killed)
+  monkeypatch.setattr(loop, "log_lines", killed)  # at its first log point
   with pytest.raises(KeyboardInterrupt):
     run(tmp_path, server__num_rounds=6)
   assert not (tmp_path / "privacy_statement.md").exists()

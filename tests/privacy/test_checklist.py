@@ -313,7 +313,7 @@ def test_item_09_what_the_ledger_does_not_cover_is_listed():
     "normalisation",
     "validation",
     "tuning",
-    "seed",
+    "secret of the run",
     "rounding",
     "took part",
   ):
