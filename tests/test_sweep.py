@@ -86,6 +86,7 @@ def test_a_sweep_its_report_and_its_points_by_themselves(tmp_path):
   command = shlex.split(json.loads((point / "config.json").read_text())["command"])
   command = [sys.executable, *command[1:]]
   command[command.index("--workdir=DIR")] = f"--workdir={tmp_path / 'alone'}"
+  command.append(f"--noise_key={point / 'noise.key'}")
   subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
   ours, theirs = (
     json.loads((place / "summary.json").read_text()) for place in (point, tmp_path / "alone")
@@ -109,6 +110,7 @@ def test_killed_and_resumed_it_ends_in_the_same_table_as_unbroken_and_in_shards(
     said.index(f"program 1 of 1{note}") for note in (": planning", ": compiling", ": 2 runs")
   ]
   assert notes == sorted(notes)
+  long = (*long, f"--noise_key={tmp_path / 'whole' / 'noise.key'}")
   broken = tmp_path / "broken"
   command = [sys.executable, "-m", "fedjax_med.sweep", "--config=configs/smoke.py"]
   command += ["--config.model.name=linear", f"--workdir={broken}", *long]

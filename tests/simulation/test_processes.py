@@ -78,9 +78,14 @@ def one_process(tmp_path_factory) -> pathlib.Path:
   return folder
 
 
+def secret_of(folder: pathlib.Path) -> str:
+  """The flag that gives a run the secret of another: their noise can be compared."""
+  return f"--noise_key={folder / 'noise.key'}"
+
+
 @pytest.mark.slow
 def test_two_processes_end_where_one_does_and_the_first_writes(one_process, tmp_path):
-  first, second = finish(start_two(tmp_path))
+  first, second = finish(start_two(tmp_path, secret_of(one_process)))
   assert (first[0], second[0]) == (0, 0), first[2] + second[2]
   assert_same_results(tmp_path, one_process)
   assert "devices 2: all that 2 processes see" in first[1]
@@ -121,7 +126,7 @@ def test_all_processes_of_a_run_are_refused_where_another_run_works(tmp_path):
 
 @pytest.mark.slow
 def test_killed_processes_resume_together_or_as_one(one_process, tmp_path):
-  processes = start_two(tmp_path, "--config.eval.every=1")
+  processes = start_two(tmp_path, "--config.eval.every=1", secret_of(one_process))
   try:
     deadline = time.monotonic() + 120
     while not (tmp_path / "checkpoints" / "2").exists():
