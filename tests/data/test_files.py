@@ -2,7 +2,6 @@
 
 import os
 import pathlib
-import unicodedata
 
 import pytest
 
@@ -131,12 +130,10 @@ def test_two_names_of_one_file_are_one_image_of_a_class(two):
 
 
 def test_one_name_in_two_spellings_of_its_accents_is_one_class(tmp_path):
-  for site, form in (("a", "NFC"), ("b", "NFD")):
-    fill(
-      tmp_path, *(f"{site}/{unicodedata.normalize(form, name)}/0.png" for name in ("bénin", "x"))
-    )
+  composed = "b\u00e9nin"
+  fill(tmp_path, f"a/{composed}/0.png", "a/x/0.png", "b/be\u0301nin/0.png", "b/x/0.png")
   dataset = load(tmp_path, layout="{site}/{class}/*", positive="x")
-  assert dataset.class_names == ("bénin", "x")
+  assert dataset.class_names == (composed, "x")
 
 
 def test_sites_that_differ_in_spelling_only_are_refused(tmp_path):
