@@ -3,6 +3,7 @@
 import concurrent.futures
 import csv
 import hashlib
+import os
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -190,11 +191,12 @@ def predict_files(
   """
   beside = output.with_name(f"{output.stem}_maps")
   made = {output.resolve(), beside.resolve()}  # by an earlier call
-  files = [
-    file
-    for file in files_in(images)
-    if file.reason or not made & {file.path.resolve(), *file.path.resolve().parents}
-  ]
+
+  def is_ours(file: File) -> bool:
+    place = pathlib.Path(os.path.realpath(file.path))  # resolve() raises for a link to itself
+    return bool(made & {place, *place.parents})
+
+  files = [file for file in files_in(images) if not is_ours(file)]
   require(
     not all(file.reason for file in files),
     f"--images={images} holds overlays only",
