@@ -41,34 +41,9 @@ KNOWN = {
 # What needs a converter, and what is told by its ending: any other ending may be part of a name.
 CONVERTIBLE = frozenset({DICOM, NIFTI, "Analyze", "MetaImage", "NRRD"})
 PLAIN = frozenset(
-  {
-    ".txt",
-    ".csv",
-    ".tsv",
-    ".json",
-    ".xml",
-    ".md",
-    ".pdf",
-    ".html",
-    ".log",
-    ".yaml",
-    ".yml",
-    ".toml",
-  }
-  | {
-    ".xls",
-    ".xlsx",
-    ".doc",
-    ".docx",
-    ".py",
-    ".mat",
-    ".mp4",
-    ".avi",
-    ".mov",
-    ".svg",
-    ".psd",
-    ".ico",
-  }
+  {".txt", ".csv", ".tsv", ".json", ".xml", ".md", ".pdf", ".html", ".log", ".yaml", ".yml"}
+  | {".toml", ".xls", ".xlsx", ".doc", ".docx", ".py", ".mat", ".mp4", ".avi", ".mov"}
+  | {".svg", ".psd", ".ico"}
 )
 SYSTEM_FILES = frozenset(
   {".ds_store", "thumbs.db", "desktop.ini", "__macosx", "@eadir", "#recycle", "@recycle"}

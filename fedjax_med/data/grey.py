@@ -49,7 +49,8 @@ class Grey(NamedTuple):
     high: value that becomes white.
     deep: whether pixels are stored with 16 bits and not 8.
     rule: why, for people.
-    levels: median over the pictures of the number of different values that are kept.
+    levels: median over the pictures of the number of different values that are kept; 0 until
+      ``stored_levels`` counts them.
     outside: share of all pixels below ``low`` or above ``high``.
     blank: pictures of one value.
   """
@@ -58,7 +59,7 @@ class Grey(NamedTuple):
   high: float
   deep: bool
   rule: str
-  levels: int
+  levels: int = 0
   outside: float = 0.0
   blank: int = 0
 
@@ -104,13 +105,12 @@ def choose_grey(pictures: Sequence[Values], window: str) -> Grey:
     UserError: files of 8 bits and deeper ones are mixed, or values need more than 16 bits, and
       there is no window.
   """
-  levels = 0  # ``stored_levels`` counts them
   given = parse_window(window)
   if given is not None:
-    return Grey(*given, deep=True, rule=f"data.window={window}", levels=levels)
+    return Grey(*given, deep=True, rule=f"data.window={window}")
   num_deep = sum(picture.deep for picture in pictures)
   if num_deep == 0:
-    return EIGHT_BITS._replace(levels=levels)
+    return EIGHT_BITS
   low, high = min(p.low for p in pictures), max(p.high for p in pictures)
   require(
     num_deep == len(pictures),
@@ -123,7 +123,7 @@ def choose_grey(pictures: Sequence[Values], window: str) -> Grey:
     bottom, top = (-1.0 if low < -SLACK else 0.0), 1.0
     if 0 < high < SMALL and bottom == 0:  # an ADC map in mm²/s: the next power of two is white
       top = float(2.0 ** np.ceil(np.log2(high)))
-    return Grey(bottom, top, True, f"numbers with a fraction, from {low:g} to {high:g}", levels)
+    return Grey(bottom, top, True, f"numbers with a fraction, from {low:g} to {high:g}")
   bits = next((bits for bits in DEPTHS if high < 2**bits), 0)
   if not bits or low < -(2**15):
     raise UserError(
@@ -132,7 +132,7 @@ def choose_grey(pictures: Sequence[Values], window: str) -> Grey:
     )
   bottom = 0.0 if low >= 0 else -float(2 ** int(np.ceil(np.log2(max(1.0, -low)))))
   rule = f"{bits} bits by the largest value, {high:g}; the smallest is {low:g}"
-  return Grey(bottom, float(2**bits - 1), True, rule, levels)
+  return Grey(bottom, float(2**bits - 1), True, rule)
 
 
 def to_pixels(picture: Values, grey: Grey) -> np.ndarray:

@@ -83,8 +83,7 @@ def explain(
       would be shown that must not be, an argument is without effect, or a name is unknown.
   """
   require(num_images >= 1, f"--num_images={num_images} is under 1", "ask for at least one")
-  phantoms = trained.config.data.source == "phantoms"
-  secret = trained.private and not phantoms
+  secret = _shows_secrets(trained)
   _require_may_show(trained, images is not None, data_path, show_patients)
   number = None
   if target != "predicted":
@@ -117,7 +116,7 @@ def explain(
     "layer": layer.name,
     "map": list(layer.shape[:2]),
     "gate": block,
-    "shown": "given pictures" if images else "phantoms" if phantoms else "test images",
+    "shown": _kind_of(trained, images is not None),
     "patients_of_private_run": secret and images is None,
     "hospitals_left_out": len(asked) - len(groups),
     "pointing": None if hospitals is None else _point(trained, hospitals, look, size),
@@ -168,13 +167,24 @@ def _publish(
   return folder / "index.html"
 
 
+def _kind_of(trained: Trained, given: bool) -> str:
+  if given:
+    return "given pictures"
+  return "phantoms" if trained.config.data.source == "phantoms" else "test images"
+
+
+def _shows_secrets(trained: Trained) -> bool:
+  """Whether the run's own images are pictures of patients whom it protects."""
+  return trained.private and trained.config.data.source != "phantoms"
+
+
 def _require_may_show(trained: Trained, given: bool, data_path: str, show_patients: bool) -> None:
   """Raises UserError for flags without effect, and where patients of a private run would be shown.
 
   ``given`` says whether pictures were named.
   """
   phantoms = trained.config.data.source == "phantoms"
-  secret = trained.private and not phantoms
+  secret = _shows_secrets(trained)
   require(
     secret or not show_patients,
     "--show_patients is read where a private run's own test images show patients only, which those"
