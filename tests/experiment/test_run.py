@@ -110,8 +110,10 @@ def test_one_hospital_is_central_training_and_no_statement_says_otherwise(tmp_pa
 
 @pytest.mark.slow
 def test_killed_at_random_moments_and_rerun_equals_the_unbroken_run(tmp_path):
+  (tmp_path / "noise.key").write_text("07" * 16)  # two runs of one secret draw alike
   command = [sys.executable, "-m", "fedjax_med.train", "--config=configs/smoke.py"]
   command += ["--config.server.num_rounds=300", "--config.eval.every=5"]
+  command += [f"--noise_key={tmp_path / 'noise.key'}"]
   environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
 
   def start(name):
