@@ -124,9 +124,8 @@ def correlated_mean(
   """
   fresh = gaussian_noise_like(key, clipped_sum, 1.0)
   noise, last = correlated_noise(memory.noise, fresh, coefficients)
-  stddev = jnp.asarray(noise_multiplier, jnp.float32) * jnp.asarray(clip_norm, jnp.float32)
-  scaled = jax.tree.map(lambda x: stddev * x, noise)
-  return noised_mean(clipped_sum, scaled, expected_batch_size), Memory(memory.step + 1, last)
+  mean = noised_mean(clipped_sum, noise, key, noise_multiplier, clip_norm, expected_batch_size)
+  return mean, Memory(memory.step + 1, last)
 
 
 def correlated_noise(previous: Tree, fresh: Tree, coefficients: jax.Array) -> tuple[Tree, Tree]:

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from fedjax_med.core.keys import Stream, key_for
+from fedjax_med.privacy.clipping import evaluated_once
 from fedjax_med.privacy.noise import private_mean
 
 Tree = Any  # a pytree of arrays
@@ -40,6 +41,7 @@ def clip_update(update: Tree, clip_norm: jax.Array) -> tuple[Tree, jax.Array]:
 
   An update whose norm is not finite becomes exactly 0.
   """
+  update = evaluated_once(update)
   leaves = jax.tree.leaves(update)
   # By the largest value first: squares of float32 overflow from 1.8e19 and vanish under 1e-19.
   largest = jnp.stack([jnp.abs(leaf).max() for leaf in leaves]).max().astype(jnp.float32)
@@ -76,7 +78,6 @@ def noisy_mean(
   """
   updates, bits = (key_for(key, Stream.CLIENT_NOISE, round, number) for number in (0, 1))
   mean = private_mean(total, updates, level.noise_multiplier, clip_norm, level.expected_cohort)
-  noisy = count + level.count_noise * jax.random.normal(bits, (), jnp.float32)
-  within = noisy / level.expected_cohort + 0.5
+  within = private_mean(count, bits, level.count_noise, 1.0, level.expected_cohort) + 0.5
   step = level.clip_learning_rate * (within - level.quantile)
   return mean, clip_norm * jnp.exp(-step)

@@ -175,6 +175,7 @@ def _book_keeping(model, loss, params, state, batch, clip_norm):
 
   values, pull, (_, outputs) = jax.vjp(losses, blank, has_aux=True)
   (records,) = pull(batch.share.astype(values.dtype))
+  records = evaluated_once(records)
   vectors, others = _vectors_apart(records)
   # Scales and biases as one array: most of a deep network's parameters, few of its numbers.
   joined: list[Record] = []
@@ -253,6 +254,7 @@ def _reference(model, loss, params, state, batch, clip_norm):
     x.reshape(units, -1, *x.shape[1:]) for x in (batch.inputs, batch.labels, batch.share)
   )
   gradients, (values, outputs) = jax.vmap(one)(inputs, labels, share, jnp.arange(units))
+  gradients = evaluated_once(gradients)
   leaves = jax.tree.leaves(gradients)
   norms = jnp.sqrt(sum(jnp.square(x).sum(tuple(range(1, x.ndim))) for x in leaves))
   scale = _coefficients(norms, batch.present, clip_norm)
@@ -264,6 +266,15 @@ def _reference(model, loss, params, state, batch, clip_norm):
 
   flat = (values.reshape(-1), norms, outputs.reshape(-1, *outputs.shape[2:]))
   return jax.tree.map(weighted, gradients), ClipMetrics(*flat)
+
+
+def evaluated_once(gradients: Any) -> Any:
+  """The same arrays, for a norm and a sum that read the same bits.
+
+  A compiler may compute an array again for each kernel that reads it, and sum it in another order;
+  what was summed could then exceed what was measured.
+  """
+  return jax.lax.optimization_barrier(gradients)
 
 
 def _coefficients(norms: jax.Array, present: jax.Array, clip_norm: jax.Array) -> jax.Array:

@@ -9,7 +9,6 @@ from typing import Any
 import chex
 import dp_accounting
 import jax
-import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -37,6 +36,7 @@ from fedjax_med.privacy.mechanism import PoissonGaussian
 from fedjax_med.privacy.sampling import poisson_batch
 from fedjax_med.privacy.statement import write_out
 from tests.federated.toy import KEY, make_clients, make_federation, make_hyper, make_pool
+from tests.privacy.draws import every_normal
 
 POOL = make_pool()
 # The rest send what FedAvg sends, or less.
@@ -353,29 +353,21 @@ def test_item_11_the_audit_can_fail(monkeypatch):
   assert not all(check.passed for check in check_execution(given))
 
 
-def every_uniform(key, width, shape):
-  """Bits from which jax makes each of its 2^23 uniforms once."""
-  assert (width, shape) == (32, (2**23,))
-  return jax.lax.iota(jnp.uint32, 2**23) << np.uint32(9)
-
-
-def test_item_12_float32_normals_stop_at_5_42_and_have_variance_1_and_the_statement_says_so():
-  every = jax.extend.random.define_prng_impl(
-    key_shape=(2,),
-    seed=lambda seed: jnp.zeros(2, jnp.uint32),
-    split=lambda key, shape: jnp.zeros((*shape, 2), jnp.uint32),
-    random_bits=every_uniform,
-    fold_in=lambda key, data: key,
-  )
-  # Not a sample: all values that a noise can take, each as probable as any other.
-  values = jax.random.normal(jax.random.key(0, impl=every), (2**23,), jnp.float32)
-  values = np.asarray(values, np.float64)
+def test_item_12_one_normal_stops_at_5_42_four_at_10_84_and_the_statement_says_so():
+  # Not a sample: all values that a draw can take, each as probable as any other.
+  values = every_normal().astype(np.float64)
   assert np.abs(values).max() == pytest.approx(5.41998, abs=1e-5)
   assert len(np.unique(values)) == 2**23
   assert values.mean() == pytest.approx(0, abs=1e-6)
   assert values.var() == pytest.approx(1, abs=1e-6)
   given = Guarantee("record", ("a",), (PoissonGaussian(60, 0.2, 28, 1.3, 1.0),), (1e-3,))
   text = write_out(privacy_record([given], [[5]]), "id")
-  for words in ("stop at 5.42 standard deviations", "certified", "float32 normals, threefry"):
+  for words in (
+    "stops at 10.84 standard deviations",
+    "certified",
+    "a grain of",
+    "float32 normals, threefry",
+  ):
     assert words in text
+  assert f"{2 * np.abs(values).max():.2f} standard" in text
   assert "float32" in SAMPLER

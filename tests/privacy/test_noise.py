@@ -9,7 +9,8 @@ import pytest
 from scipy import stats
 
 from fedjax_med.core.keys import Stream, base_key, key_for
-from fedjax_med.privacy.noise import gaussian_noise_like, private_mean
+from fedjax_med.privacy.noise import GRAIN, gaussian_noise_like, private_mean
+from tests.privacy.draws import every_normal
 
 
 def small_tree():
@@ -96,3 +97,76 @@ def test_output_is_float32_of_the_same_structure():
   assert jax.tree.structure(mean) == jax.tree.structure(tree)
   assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(mean))
   assert mean["w"].shape == (2, 2)
+
+
+SIZE = 16.0  # expected units of a batch, in the tests of single bits
+
+
+def releases(total: np.ndarray, sigma: float, trials: int) -> np.ndarray:
+  """[trials, N] releases of one clipped sum [N] at C = 1, each with noise of its own."""
+  keys = jax.vmap(lambda trial: key_for(base_key(5), Stream.NOISE, trial))(jnp.arange(trials))
+  total = jnp.asarray(total, jnp.float32)
+  release = jax.jit(jax.vmap(lambda key: private_mean(total, key, sigma, 1.0, SIZE)))
+  return np.asarray(release(keys))
+
+
+def direction(size: int) -> np.ndarray:
+  """[size] a record's clipped gradient of norm 1, no number of which is a round one."""
+  values = np.random.default_rng(0).normal(size=size)
+  return values / np.linalg.norm(values)
+
+
+def in_grains(released: np.ndarray, sigma: float) -> np.ndarray:
+  """The whole numbers that releases stand for; AssertionError where one is no whole number."""
+  step = np.float32(np.float32(GRAIN) * np.float32(sigma)) / np.float32(SIZE)
+  whole = np.round(released / step.astype(np.float64))
+  np.testing.assert_array_equal((whole.astype(np.float32) * step).astype(np.float32), released)
+  return whole.astype(np.int64)
+
+
+@pytest.mark.parametrize("sigma", [1.1, 10.0, 100.0])
+def test_no_float_of_a_release_tells_whether_a_record_was_in_it(sigma):
+  # What told them apart without an error: is every number the noise of one float32 normal?
+  table = np.unique((np.float32(sigma) * every_normal()) / np.float32(SIZE))
+
+  def scores(total):
+    released = releases(total, sigma, 400)
+    places = np.clip(np.searchsorted(table, released), 0, len(table) - 1)
+    return (table[places] == released).mean(1)
+
+  absent, present = scores(np.zeros(64)), scores(direction(64))
+  assert stats.mannwhitneyu(absent, present).pvalue > 1e-3
+
+
+@pytest.mark.parametrize("sigma", [1.1, 100.0])
+def test_the_last_bits_of_a_release_are_even_whatever_is_in_the_sum(sigma):
+  for total in (np.zeros(64), direction(64), 3e-5 * direction(64)):
+    last = in_grains(releases(total, sigma, 1000), sigma) % 64
+    counts = np.bincount(last.reshape(-1), minlength=64)
+    assert stats.chisquare(counts).pvalue > 1e-3
+
+
+def test_sums_are_rounded_to_grains_by_chance_and_to_themselves_on_average():
+  sigma, total = 1.0, 3e-5 * direction(64)
+  grains = total / (GRAIN * sigma)
+  moved = in_grains(releases(total, sigma, 2000), sigma) - in_grains(
+    releases(np.zeros(64), sigma, 2000), sigma
+  )
+  assert (moved >= np.floor(grains)).all()
+  assert (moved <= np.ceil(grains)).all()
+  assert np.abs(moved.mean(0) - grains).max() < 4.5 * 0.5 / np.sqrt(2000)
+
+
+def test_normals_of_one_release_take_values_between_those_of_a_single_draw():
+  values = np.asarray(gaussian_noise_like(base_key(0), jnp.zeros(100_000), 1.0))
+  table = np.sort(every_normal())
+  places = np.clip(np.searchsorted(table, values), 0, len(table) - 1)
+  assert (table[places] == values).mean() < 0.5
+
+
+@pytest.mark.parametrize(("sigma", "expected"), [(1e-3, 64.0), (0.05, 512.0), (3.0, 4.0)])
+def test_a_sum_of_fifteen_expected_batches_still_fits_its_grains(sigma, expected):
+  total = jnp.asarray([15.7, -15.7, 1.0, -0.37], jnp.float32) * expected
+  mean = np.asarray(private_mean(total, base_key(4), sigma, 2.0, expected / 2))
+  noise = np.asarray(private_mean(jnp.zeros(4), base_key(4), sigma, 2.0, expected / 2))
+  np.testing.assert_allclose(mean, np.asarray(total) / (expected / 2) + noise, atol=2e-6 * expected)
