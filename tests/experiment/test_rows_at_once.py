@@ -11,7 +11,7 @@ import pytest
 from fedjax_med.core.errors import UserError
 from fedjax_med.data.hospitals import load_hospitals
 from fedjax_med.experiment import planning
-from fedjax_med.experiment.build import build
+from fedjax_med.experiment.build import build, build_baselines
 from fedjax_med.models import coverage, registry
 from tests.experiment.running import smoke_config
 
@@ -102,6 +102,32 @@ def test_a_batch_that_is_cut_to_save_memory_is_proved_again(fits, method, rows, 
   assert program.plan.microbatch == proved[-1] == fits
   assert program.plan.clipping == method
   assert executed(program, traced) == {fits if method == "book_keeping" else 1}
+
+
+@pytest.mark.parametrize("best", [1, 3])
+def test_each_layout_that_a_probe_may_choose_is_proved(best, rows, monkeypatch):
+  traced, proved = rows
+  config = smoke_config(model__name="noted", execution__probe="on")
+  monkeypatch.setattr(
+    planning, "kept_seconds", lambda *given: {chunk: abs(chunk - best) + 1.0 for chunk in given[-1]}
+  )
+  program = build(config, load_hospitals(config)).program
+  assert program.plan.chunk == best
+  assert len(set(proved)) == 2  # one client at a time cuts its batch
+  assert executed(program, traced) <= {*proved, 1}
+  assert (program.plan.clipping == "reference") == (program.plan.microbatch % 8 == 0)
+
+
+def test_baselines_are_proved_at_their_own_sizes(rows):
+  traced, proved = rows
+  config = smoke_config(model__name="noted", execution__layout="vmap", server__num_rounds=2)
+  federation = build(config, load_hospitals(config))
+  proved.clear()
+  for name, run in build_baselines(federation).items():
+    plan = run.program.plan
+    assert plan.microbatch in proved, name
+    size = plan.microbatch if plan.clipping == "book_keeping" else 1
+    assert executed(run.program, traced) == {size}, name
 
 
 def test_a_method_that_is_asked_for_is_refused_at_the_size_that_runs(rows):

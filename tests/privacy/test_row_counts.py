@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.flatten_util import ravel_pytree
 
 from fedjax_med.core.config import ModelConfig
 from fedjax_med.core.keys import base_key
@@ -137,7 +138,7 @@ def test_auto_clips_unit_by_unit_where_a_rule_would_carry_a_record_past_the_clip
   def total(x, present):
     labels, clip_norm = jnp.arange(16) % 2, jnp.float32(0.1)
     arguments = (model, cross_entropy(0.0), params, state, x, labels, present, clip_norm, None)
-    return jax.flatten_util.ravel_pytree(clipped_sum(method, *arguments)[0])[0]
+    return ravel_pytree(clipped_sum(method, *arguments)[0])[0]
 
   present = jnp.ones(16, bool)
   moved = total(x, present) - total(x, present.at[3].set(False))
