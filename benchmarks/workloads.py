@@ -142,13 +142,14 @@ def _build(workload: specs.Workload, private: bool, layout: str, chunk: int) -> 
   }
   if private:
     batch_cap = min(workload.examples, batch_size_bound(workload.examples, probability, 5))
-    clipping, reason = resolve_method("auto", uncovered(model, params, state, image))
     # As the plan of a run has it: one client at a time ends where its drawn examples do.
     microbatch = batch_cap
     if chunk == 1:
       microbatch = best_microbatch(
         [workload.examples], [probability], batch_cap, MICROBATCH_OVERHEAD
       )
+    problems = uncovered(model, params, state, image, microbatch)
+    clipping, reason = resolve_method("auto", problems)
     settings |= {"clipping": f"{clipping}: {reason}", "batch_cap": batch_cap}
     settings["microbatch"] = microbatch
     gradient = private_gradient(
@@ -247,7 +248,7 @@ def _reference(workload: specs.Workload) -> dict[str, Any]:
     mask = jnp.ones(len(labels), bool)
 
     def clipped(params, clip_norm):
-      problems = uncovered(model, params, state, inputs)
+      problems = uncovered(model, params, state, inputs, len(labels))
       how = (resolve_method("auto", problems)[0], model, loss, params, state)
       return clipped_sum(*how, inputs, jnp.asarray(labels), mask, clip_norm, base_key(2))
 

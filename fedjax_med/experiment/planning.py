@@ -20,6 +20,7 @@ from fedjax_med.experiment.processes import least
 from fedjax_med.federated.algorithm import Client, Hyper, Pool, Units
 from fedjax_med.models.model import Model
 from fedjax_med.privacy.client_level import ClientLevel
+from fedjax_med.privacy.clipping import resolve_method
 from fedjax_med.simulation.mesh import cpu_cores
 from fedjax_med.simulation.plan import (
   Choice,
@@ -214,7 +215,7 @@ class Subject(NamedTuple):
     arguments: shapes of what a block is called with.
     may_remat: whether the network has blocks to compute again.
     may_share_less: whether fewer devices may be used than the plan begins with.
-    uncovered: (remat) -> why each clipping method cannot be trusted, by method.
+    uncovered: (remat, microbatch) -> why each clipping method cannot be trusted, by method.
   """
 
   cohort: int
@@ -227,7 +228,7 @@ class Subject(NamedTuple):
   arguments: tuple[Any, ...]
   may_remat: bool
   may_share_less: bool
-  uncovered: Callable[[bool], dict[str, tuple[str, ...]]]
+  uncovered: Callable[[bool, int], dict[str, tuple[str, ...]]]
 
 
 def decide(
@@ -240,12 +241,13 @@ def decide(
 ) -> tuple[str, Choice, float, list[str]]:
   """Returns (layout, choice, bytes that a device needs, reasons).
 
-  Raises UserError where no allowed choice fits the budget.
+  How gradients are clipped is settled for the rows that each choice has at once. Raises UserError
+  where no allowed choice fits the budget, or the method that is asked for does not cover it.
 
   Args:
     config: validated config.
     subject: what is planned.
-    start: devices, remat and clipping to begin with.
+    start: devices and remat to begin with.
     budget: memory of a device.
     block: the jitted rounds under a choice.
     time_chunk: seconds of a client-step under a choice.
@@ -257,6 +259,13 @@ def decide(
   data += 4 * subject.arguments[1].indices.size
   kept = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(subject.arguments[0].kept))
 
+  def method(choice: Choice) -> tuple[str, str]:
+    problems = subject.uncovered(choice.remat, choice.microbatch)
+    return resolve_method(config.privacy.clipping, problems)
+
+  def settled(choice: Choice) -> Choice:
+    return choice._replace(clipping=method(choice)[0]) if private else choice
+
   def with_chunk(chunk: int) -> tuple[Choice, str]:
     microbatch, reason = choose_microbatch(
       execution.microbatch,
@@ -267,7 +276,7 @@ def decide(
       counts=subject.counts,
       rates=subject.rates,
     )
-    return start._replace(chunk=chunk, microbatch=microbatch), reason
+    return settled(start._replace(chunk=chunk, microbatch=microbatch)), reason
 
   def needs(choice: Choice) -> float:
     return rough_bytes(choice, subject.model, num_clients, data, kept // num_clients)
@@ -290,12 +299,13 @@ def decide(
     chunks = [
       c for c in probe_candidates(share, chunk) if c == 1 or estimate(with_chunk(c)[0]) <= room
     ]
+    candidates = [with_chunk(c)[0] for c in chunks]
     about = {
       "image": list(subject.arguments[2].inputs.shape[1:]),
       "batch": [config.client.batch_size, subject.batch],
-      "microbatches": [with_chunk(c)[0].microbatch for c in chunks],
+      "microbatches": [each.microbatch for each in candidates],
       "remat": start.remat,
-      "clipping": start.clipping,
+      "clipping": [each.clipping for each in candidates],
       "optimizer": config.client.optimizer,
       "lowering": execution.lowering,
       "devices": devices,
@@ -312,15 +322,15 @@ def decide(
   choice = preferred
   if budget.size is not None and estimate(preferred) >= budget.size / 2:
     remat = execution.remat == "auto" and subject.may_remat
-    if remat and private and start.clipping != "reference":
-      remat = not subject.uncovered(True)[start.clipping]
+    if remat and private and preferred.clipping != "reference":
+      remat = not subject.uncovered(True, preferred.microbatch)[preferred.clipping]
     free = Freedom(
       devices=subject.may_share_less and execution.layout in ("auto", "scan"),
       chunk=execution.layout == "auto",
       microbatch=execution.microbatch == 0 and not fixed,
       remat=remat,
     )
-    choice = fit_memory(preferred, free, budget.size, estimate, measure)
+    choice = fit_memory(preferred, free, budget.size, estimate, measure, settled)
   share = -(-subject.cohort // choice.devices)
   if choice.chunk != chunk:
     name = _layout(choice.chunk, share)
@@ -335,6 +345,8 @@ def decide(
     f"remat of blocks: {remat_reason}" if choice.remat else "remat off: activations are kept",
     f"activations in {config.model.dtype}: as configured",
   ]
+  if private:
+    reasons.append(f"clipping {choice.clipping}: {method(choice)[1]}")
   return layout, choice, needs(choice), reasons
 
 

@@ -22,6 +22,7 @@ from fedjax_med.federated.local import (
   local_training,
   plain_gradient,
   private_gradient,
+  slots_at_once,
 )
 from fedjax_med.federated.losses import cross_entropy
 from fedjax_med.federated.optimizers import client_optimizer, schedule, server_optimizer
@@ -31,7 +32,6 @@ from fedjax_med.models.ops import Lowering
 from fedjax_med.models.pretrained import Overlay, overlay
 from fedjax_med.models.registry import create_model, has_remat, require_columns, require_read
 from fedjax_med.privacy.banded import empty_memory
-from fedjax_med.privacy.clipping import resolve_method
 from fedjax_med.privacy.clipping import uncovered as clipping_problems
 from fedjax_med.simulation.evaluation import make_evaluate, make_predict
 from fedjax_med.simulation.mesh import Devices, client_mesh, cpu_cores, replicated
@@ -167,10 +167,11 @@ def make_program(
     return create_model(config.model, classes, lowering_on(devices)[0], remat=remat)
 
   @functools.cache
-  def uncovered(remat: bool) -> dict[str, tuple[str, ...]]:
+  def uncovered(remat: bool, microbatch: int) -> dict[str, tuple[str, ...]]:
     model = model_of(remat, devices.number)
     params, state = jax.eval_shape(model.init, base_key(0), image)
-    return clipping_problems(model, params, state, image, config.model.dtype)
+    rows = slots_at_once(microbatch, batch_cap) * rows_per_unit * copies
+    return clipping_problems(model, params, state, image, rows, config.model.dtype)
 
   def train_as(choice: Choice, shared_steps: int | None) -> LocalTraining:
     shape = {
@@ -229,11 +230,8 @@ def make_program(
 
   require_columns(model_of(False, devices.number), image, classes)
   remat = config.execution.remat == "blocks"
-  clipping, clipping_reason = "none", None
-  if private:
-    clipping, clipping_reason = resolve_method(config.privacy.clipping, uncovered(remat))
-
-  first = Choice(devices.number, 1, 0, remat, clipping)
+  # What runs is settled by the plan: the clipping that covers a model depends on its rows.
+  first = Choice(devices=devices.number, chunk=1, microbatch=0, remat=remat, clipping="none")
 
   given = Overlay({}, {}, "")
   if config.model.pretrained:
@@ -319,9 +317,6 @@ def make_program(
   rate = 1.0 if most is None else server.participation_rate
   padding_reason = describe_padding(steps, choice.chunk, devices.number, rate)
   reasons = [devices.reason, *reasons, padding_reason, lowering_reason]
-  if clipping_reason is not None:
-    same = choice.clipping == clipping
-    reasons.append(f"clipping {choice.clipping}: {clipping_reason if same else 'to save memory'}")
   return Program(
     Plan(
       layout,

@@ -261,6 +261,11 @@ def private_gradient(
   return gradient
 
 
+def slots_at_once(microbatch: int, slots: int) -> int:
+  """Slots of a batch that ``part`` of a gradient gets; the last part is padded to as many."""
+  return microbatch if 0 < microbatch < slots else slots
+
+
 def _in_parts(part, microbatch: int, params, state, drawn: _Drawn, key):
   """Sums ``part(state, drawn, key) -> (gradient, state, metrics)`` over microbatches of slots.
 
@@ -268,7 +273,7 @@ def _in_parts(part, microbatch: int, params, state, drawn: _Drawn, key):
   microbatch, and an empty batch nothing.
   """
   size = drawn.slots.shape[0]
-  if not 0 < microbatch < size:
+  if slots_at_once(microbatch, size) == size:
     return part(state, drawn, key)
   again = jnp.arange(size + -size % microbatch) % size
   drawn = jax.tree.map(lambda leaf: leaf[again], drawn)

@@ -1,11 +1,14 @@
 """Proof from the traced program that norm taps see every parameter of every example (fail closed).
 
-The program is traced with each tapped layer marked. Taps are exact if every parameter goes into at
-most one marked layer and nowhere else, and if no operation mixes the examples of a batch. Examples
-are followed by shape: two traces at two batch sizes tell the example axis of every array apart, and
-each operation must pass on exactly that axis. An operation that is not known counts as mixing, and
-one that this version of jax describes in an unknown way is refused. A program that is another one
-for few than for many examples is refused; one that is special at a single batch size is not seen.
+The program is traced with each tapped layer marked, at the number of rows that it runs with: shapes
+are static, so what is looked at is what runs. Taps are exact if every parameter goes into at most
+one marked layer and nowhere else, and if no operation mixes the examples of a batch. Examples are
+followed by shape: a second trace at another number of rows tells the example axis of every array
+apart, also where another axis is as long, and each operation must pass on exactly that axis. That
+holds if both traces are one program: the same operations, wired alike, with parameters that differ
+at most in the number of rows. One that is another program for one of the two sizes (pairs where the
+rows are even, groups where they divide, a special size) is refused, and so are an operation that is
+not known, which counts as mixing, and one that this version of jax describes in an unknown way.
 """
 
 import math
@@ -20,7 +23,7 @@ from jax.extend import core
 from fedjax_med.models.gradients import Layer
 
 _MARK = "fedjax_med_tapped_layer"
-_BATCHES = (5, 1009)  # a few and many: what changes with the batch size changes between them
+_OTHERS = (1009, 1013)  # rows of the second trace, unlike the first: primes, which hold no groups
 
 # Value by value, operands of one shape: examples stay where they are.
 # fmt: off
@@ -79,35 +82,41 @@ def examine(
   params: Any,
   state: Any,
   inputs: Any,  # [any, ...], only shape and dtype are read
+  rows: int,
 ) -> Findings:
-  """Follows every parameter and the examples through the program."""
+  """Follows every parameter and the examples through the program that runs with ``rows`` rows."""
+  if rows < 1:
+    raise ValueError(f"rows is {rows}; a batch has one or more")
   leaves = jax.tree_util.tree_flatten_with_path(params)[0]
   names = ["/".join(str(getattr(key, "key", key)) for key in path) for path, _ in leaves]
-  traces = [
-    jax.make_jaxpr(marked_apply)(
-      params,
-      state,
-      jax.ShapeDtypeStruct((batch, *inputs.shape[1:]), inputs.dtype),
-      jax.random.key(0),
-    ).jaxpr
-    for batch in _BATCHES
-  ]
+  sizes = int(rows), next(other for other in _OTHERS if other != rows)
+  traces = []
+  for size in sizes:
+    batch = jax.ShapeDtypeStruct((size, *inputs.shape[1:]), inputs.dtype)
+    try:
+      traces.append(jax.make_jaxpr(marked_apply)(params, state, batch, jax.random.key(0)).jaxpr)
+    except Exception as error:  # a user's network may raise anything
+      text = f"{type(error).__name__}: {error}".splitlines()[0][:100]
+      problem = f"the network cannot be traced with {size} rows ({text})"
+      return Findings(problems=(problem,), parameters=frozenset(), looped=())
   origins: Origins = {var: (name, 1) for var, name in zip(traces[0].invars, names, strict=False)}
-  walk = _Walk()
+  walk = _Walk(sizes)
   walk.program(traces[0], traces[1], origins)
-  for first, second in zip(traces[0].outvars, traces[1].outvars, strict=True):
-    if _example_axes(first, second) != [0]:
-      walk.found["the logits do not have one row an example"] = None
+  if walk.axes(traces[0].outvars[0], traces[1].outvars[0]) != [0]:
+    walk.found["the logits do not have one row an example"] = None
   for name, count in walk.uses.items():
     if count > 1:
       walk.found[f"{name} is used {'twice' if count == 2 else f'{count} times'}"] = None
-  return Findings(tuple(walk.found), frozenset(walk.uses), tuple(walk.looped))
+  return Findings(
+    problems=tuple(walk.found), parameters=frozenset(walk.uses), looped=tuple(walk.looped)
+  )
 
 
 class _Walk:
   """What one pass over the program collects: uses of each parameter, and problems in order."""
 
-  def __init__(self):
+  def __init__(self, sizes: tuple[int, int]):
+    self.sizes = sizes
     self.uses: Counter[str] = Counter()
     self.found: dict[str, None] = {}
     self.looped: dict[str, None] = {}
@@ -115,21 +124,30 @@ class _Walk:
 
   def program(self, first: Any, second: Any, origins: Origins) -> None:
     """Follows parameters and the example axis through both traces, inner programs included."""
-    if len(first.eqns) != len(second.eqns):
-      self.found["the program depends on the batch size"] = None
+    if not _wired_alike(first, second):
+      self.depends()
       return
     for var in first.outvars:
       if _origin(var, origins):
         self.found[f"{origins[var][0]} is handed on by an inner program"] = None
     for eqn, twin in _live(first, second):
-      if eqn.primitive.name != twin.primitive.name:
-        self.found["the program depends on the batch size"] = None
-        return
       try:
         self.equation(eqn, twin, origins)
       except (AttributeError, KeyError, TypeError, ValueError):  # jax describes it in another way
         place = f"{_place(eqn)} cannot be followed in jax {jax.__version__}"
         self.found[f"{place} ({eqn.primitive.name})"] = None
+
+  def depends(self) -> None:
+    rows, other = self.sizes
+    self.found[f"the program depends on the batch size ({rows} rows against {other})"] = None
+
+  def axes(self, first: Any, second: Any) -> list[int]:
+    """Axes that follow the batch size; -1 stands for one that does but is not the batch size."""
+    one, two = first.aval.shape, second.aval.shape
+    if len(one) != len(two):
+      return [-1]
+    pairs = enumerate(zip(one, two, strict=True))
+    return [axis if pair == self.sizes else -1 for axis, pair in pairs if pair[0] != pair[1]]
 
   def equation(self, eqn: Any, twin: Any, origins: Origins) -> None:
     name = eqn.primitive.name
@@ -147,19 +165,23 @@ class _Walk:
         self.program(one.jaxpr, two.jaxpr, _inner(eqn.invars[1:], one.jaxpr.invars, origins))
     else:
       self.outside(eqn, eqn.invars, origins)
-      if not _keeps_examples_apart(eqn, twin):
+      operands = [self.axes(*pair) for pair in zip(eqn.invars, twin.invars, strict=True)]
+      results = [self.axes(*pair) for pair in zip(eqn.outvars, twin.outvars, strict=True)]
+      if not _keeps_examples_apart(eqn, operands, results):
         self.found[f"{_place(eqn)} may mix examples ({name})"] = None
+      elif not _same(eqn.params, twin.params, self.sizes):
+        self.depends()
 
   def layer(self, eqn: Any, twin: Any, origins: Origins) -> None:
     """A tapped layer: examples on axis 0 of inputs and outputs, parameters straight in."""
     rows = [(eqn.invars[0], twin.invars[0]), (eqn.outvars[0], twin.outvars[0])]
-    if any(_example_axes(one, two) != [0] for one, two in rows):
+    if any(self.axes(one, two) != [0] for one, two in rows):
       self.found[f"{_place(eqn)} does not have one row an example"] = None
     for var, pair in zip(eqn.invars[1:], twin.invars[1:], strict=True):
       origin = _origin(var, origins)
       if origin:
         self.uses[origin[0]] += origin[1]
-      if _example_axes(var, pair):
+      if self.axes(var, pair):
         self.found[f"{_place(eqn)} has weights that depend on the examples"] = None
 
   def call(self, eqn: Any, twin: Any, origins: Origins) -> None:
@@ -180,12 +202,14 @@ class _Walk:
       self.in_rule = False
 
   def scan(self, eqn: Any, twin: Any, origins: Origins) -> None:
+    if not _same(eqn.params, twin.params, self.sizes):
+      self.depends()
     consts, carry = _scan_counts(eqn)
     one, two = eqn.params["jaxpr"].jaxpr, twin.params["jaxpr"].jaxpr
     self.outside(eqn, eqn.invars[consts : consts + carry], origins)
     outputs = list(zip(eqn.outvars, twin.outvars, strict=True))[carry:]
     for var, pair in list(zip(eqn.invars, twin.invars, strict=True))[consts + carry :] + outputs:
-      if 0 in _example_axes(var, pair):
+      if 0 in self.axes(var, pair):
         self.found[f"{_place(eqn)} goes through the examples one by one"] = None
     inner = _inner(eqn.invars, one.invars, origins)
     for var in one.invars[:consts]:
@@ -201,6 +225,56 @@ class _Walk:
       origin = _origin(var, origins)
       if origin:
         self.found[f"{origin[0]} is used outside the layers that are covered"] = None
+
+
+def _wired_alike(first: Any, second: Any) -> bool:
+  """Whether two programs run the same operations in order, each on the same values.
+
+  Without it an axis could follow the batch size in one trace and be another one in the other.
+  Values of literals, as 1 / rows, may differ: they move no axis.
+  """
+  twins: dict[core.Var, core.Var] = {}
+
+  def same(ones, others) -> bool:
+    return len(ones) == len(others) and all(
+      twins.get(one) is other if isinstance(one, core.Var) else isinstance(other, core.Literal)
+      for one, other in zip(ones, others, strict=True)
+    )
+
+  def made(ones, others) -> bool:
+    twins.update(zip(ones, others, strict=False))
+    return len(ones) == len(others)
+
+  return (
+    len(first.eqns) == len(second.eqns)
+    and made(first.constvars, second.constvars)
+    and made(first.invars, second.invars)
+    and all(
+      eqn.primitive.name == twin.primitive.name
+      and same(eqn.invars, twin.invars)
+      and made(eqn.outvars, twin.outvars)
+      for eqn, twin in zip(first.eqns, second.eqns, strict=True)
+    )
+    and same(first.outvars, second.outvars)
+  )
+
+
+def _same(one: Any, other: Any, sizes: tuple[int, int]) -> bool:
+  """Whether parameters of an operation differ at most by the number of rows.
+
+  Inner programs are followed for themselves, or else their operation is not known.
+  """
+  if isinstance(one, core.Jaxpr | core.ClosedJaxpr):
+    return type(one) is type(other)
+  if isinstance(one, dict):
+    return one.keys() == other.keys() and all(_same(one[key], other[key], sizes) for key in one)
+  if isinstance(one, list | tuple):
+    return len(one) == len(other) and all(
+      _same(*pair, sizes) for pair in zip(one, other, strict=True)
+    )
+  if type(one) is int and type(other) is int and (one, other) == sizes:
+    return True
+  return one is other or bool(one == other)
 
 
 def _live(first: Any, second: Any) -> Iterator[tuple[Any, Any]]:
@@ -272,16 +346,11 @@ def _place(eqn: Any) -> str:
   return str(eqn.source_info.name_stack) or "the model"
 
 
-def _example_axes(first: Any, second: Any) -> list[int]:
-  """Axes that follow the batch size; -1 stands for one that does but is not the batch size."""
-  sizes = zip(first.aval.shape, second.aval.shape, strict=True)
-  return [axis if pair == _BATCHES else -1 for axis, pair in enumerate(sizes) if pair[0] != pair[1]]
+def _keeps_examples_apart(eqn: Any, operands: list[list[int]], results: list[list[int]]) -> bool:
+  """Whether each result row depends on the operand rows of the same example only.
 
-
-def _keeps_examples_apart(eqn: Any, twin: Any) -> bool:
-  """Whether each result row depends on the operand rows of the same example only."""
-  operands = [_example_axes(*pair) for pair in zip(eqn.invars, twin.invars, strict=True)]
-  results = [_example_axes(*pair) for pair in zip(eqn.outvars, twin.outvars, strict=True)]
+  ``operands`` and ``results`` are the axes of each that follow the batch size.
+  """
   if not any(operands):
     return all(len(axes) <= 1 and -1 not in axes for axes in results)
   if any(len(axes) > 1 or -1 in axes for axes in operands):
@@ -313,8 +382,7 @@ def _keeps_examples_apart(eqn: Any, twin: Any) -> bool:
     return axes == [numbers.lhs_spec[0], None] and results[0] == [numbers.out_spec[0]]
   if name == "gather":
     numbers = params["dimension_numbers"]
-    within = (
-      axis in numbers.operand_batching_dims or params["slice_sizes"][axis or 0] == _BATCHES[0]
-    )
-    return axis is None or within
+    if axis is None or axis in numbers.operand_batching_dims:
+      return True
+    return params["slice_sizes"][axis] == shape[axis]
   return False

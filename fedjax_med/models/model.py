@@ -57,9 +57,9 @@ class Model(NamedTuple):
       ``Record`` of every layer, by the layer's path.
     recorded_apply: (params, state, inputs [B, ...], blank records, units, *, key=None) -> the
       same. The cotangent of the blank records is each layer's ``Record``.
-    uncovered: (params, state, inputs) -> for clipping methods 'book_keeping' and 'two_pass', why
-      they cannot be trusted, one phrase a reason, empty if they can. ``inputs`` needs a shape
-      [any, ...] and a dtype only.
+    uncovered: (params, state, inputs, rows) -> for clipping methods 'book_keeping' and 'two_pass',
+      why they cannot be trusted with batches of B = ``rows``, one phrase a reason, empty if they
+      can. ``inputs`` needs a shape [any, ...] and a dtype only.
     watched_apply: (params, state, inputs [B, ...], watch) -> logits outside training. Every module
       is shown to ``watch`` when it is done, as a ``Call``, and ``watch(call)`` goes on in the place
       of its outputs.
@@ -139,7 +139,7 @@ def from_flax(module: nn.Module, lowering: ops.Lowering = "matmul") -> Model:
 
     return run(call, params, state, inputs, key, True)[0]
 
-  def uncovered(params, state, inputs):
+  def uncovered(params, state, inputs, rows):
     names = set()
 
     def marked_apply(params, state, inputs, key):
@@ -149,7 +149,7 @@ def from_flax(module: nn.Module, lowering: ops.Lowering = "matmul") -> Model:
 
       return run(call, params, state, inputs, key, True)[0]
 
-    findings = coverage.examine(marked_apply, params, state, inputs)
+    findings = coverage.examine(marked_apply, params, state, inputs, rows)
     looped = [f"{place} runs layers in a loop" for place in findings.looped]
     elsewhere = [f"{name} has another path" for name in sorted(findings.parameters - names)]
     return {

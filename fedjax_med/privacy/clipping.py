@@ -44,8 +44,8 @@ def resolve_method(requested: str, uncovered: dict[str, tuple[str, ...]]) -> tup
 
   Args:
     requested: privacy.clipping: auto or one of METHODS.
-    uncovered: by method but 'reference', why it cannot be trusted with this model and dtype;
-      empty if it can.
+    uncovered: by method but 'reference', why it cannot be trusted with this model, dtype and
+      number of rows; empty if it can.
 
   Raises:
     UserError: the method is unknown, or does not cover the model.
@@ -65,13 +65,14 @@ def resolve_method(requested: str, uncovered: dict[str, tuple[str, ...]]) -> tup
 
 
 def uncovered(
-  model: Model, params: Any, state: Any, inputs: Any, dtype: str = "float32"
+  model: Model, params: Any, state: Any, inputs: Any, rows: int, dtype: str = "float32"
 ) -> dict[str, tuple[str, ...]]:
   """Why each method but 'reference' cannot be trusted with the model in this activation dtype.
 
+  That holds for sums over ``rows`` rows at once, all units together, and for no other number.
   ``params``, ``state`` and ``inputs`` [any, ...] need shapes and dtypes only.
   """
-  reasons = model.uncovered(params, state, inputs)
+  reasons = model.uncovered(params, state, inputs, rows)
   if dtype != "float32":
     rounding = f"its second backward pass rounds {dtype} activations unlike the first"
     reasons["two_pass"] = (rounding, *reasons["two_pass"])
@@ -114,7 +115,7 @@ def clipped_sum(
   Args:
     method: 'book_keeping' (one backward pass; keeps activations and their cotangents), 'two_pass'
       (two; one gradient's memory) or 'reference' (U gradients' memory, any model). The first two
-      need an empty ``model.uncovered``.
+      need an empty ``model.uncovered`` for B rows.
     model: the network; its state is read and not changed.
     loss: (outputs of the network [B, columns], labels [B, ...]) -> [B], row by row.
     params: trainable weights.

@@ -264,6 +264,7 @@ def fit_memory(
   budget: float,
   estimate: Callable[[Choice], float],
   measure: Callable[[Choice], float | None],
+  settled: Callable[[Choice], Choice],
 ) -> Choice:
   """The first choice, from ``choice`` on, that fits the budget; compiles none that surely does.
 
@@ -273,6 +274,7 @@ def fit_memory(
     budget: bytes of a device.
     estimate: bytes from shapes alone, rather too many; under half the budget it decides.
     measure: bytes of the compiled program, None where the backend does not say.
+    settled: the choice with what follows from the rest of it, before it is compiled.
 
   Raises:
     UserError: nothing is left to change.
@@ -292,5 +294,5 @@ def fit_memory(
     # Each compile takes seconds to minutes: steps that are far from enough are passed over.
     while estimate(following) * ratio > 2 * budget and (further := lighter(following, free)):
       following = further
-    choice = following
+    choice = settled(following)
   return choice

@@ -72,7 +72,7 @@ def test_layers_left_to_stock_flax_are_not_covered(name):
   model = from_flax(nn.Sequential([module, lambda x: x.reshape(x.shape[0], -1)]))
   params, state = jax.eval_shape(model.init, jax.random.key(0), inputs)
   for method in ("two_pass", "book_keeping"):
-    assert (model.uncovered(params, state, inputs)[method] != ()) == name.endswith("stock")
+    assert (model.uncovered(params, state, inputs, 6)[method] != ()) == name.endswith("stock")
 
 
 class Bfloat16(nn.Module):
@@ -268,11 +268,11 @@ UNCOVERED: dict[str, tuple[Callable[..., jax.Array], str]] = {
 }
 
 
-def coverage_of(body: Callable[..., jax.Array], size: int = 4) -> tuple[str, ...]:
+def coverage_of(body: Callable[..., jax.Array], rows: int = 5, size: int = 4) -> tuple[str, ...]:
   model: Model = from_flax(Wrapped(body))
   inputs = jax.ShapeDtypeStruct((1, size), jnp.float32)
   params, state = jax.eval_shape(model.init, jax.random.key(0), inputs)
-  return model.uncovered(params, state, inputs)["two_pass"]
+  return model.uncovered(params, state, inputs, rows)["two_pass"]
 
 
 @pytest.mark.parametrize("name", UNCOVERED)

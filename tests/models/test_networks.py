@@ -277,7 +277,7 @@ def test_a_file_that_registers_may_be_read_twice_but_takes_no_other_s_name(tmp_p
 def test_blocks_computed_again_change_no_clipped_sum_and_stay_covered(name, method):
   module, _, params, state = network(name)
   again = from_flax(module.clone(remat=True))
-  assert not any(again.uncovered(params, state, IMAGES).values())
+  assert not any(again.uncovered(params, state, IMAGES, len(INPUTS[0])).values())
 
   def run(params):
     arguments = (params, state, INPUTS[0], TARGETS[0], MASK[0], jnp.float32(0.5), None)

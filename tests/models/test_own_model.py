@@ -38,7 +38,7 @@ def test_the_network_of_the_docs_registers_and_its_gradients_are_clipped_fast(
   model = registry.create_model(config.model, 2)
   image = jax.ShapeDtypeStruct((1, 32, 32, 1), jnp.float32)
   params, state = jax.eval_shape(model.init, jax.random.key(0), image)
-  assert not any(model.uncovered(params, state, image).values())
+  assert not any(model.uncovered(params, state, image, 16).values())
 
 
 @pytest.mark.slow

@@ -203,4 +203,4 @@ def test_every_parameter_is_covered_by_exact_clipping(name, norm):
   model = from_flax(module)
   inputs = jax.ShapeDtypeStruct((1, 32, 32, 1), jnp.float32)
   params, state = jax.eval_shape(model.init, jax.random.key(0), inputs)
-  assert model.uncovered(params, state, inputs) == {"book_keeping": (), "two_pass": ()}
+  assert model.uncovered(params, state, inputs, 16) == {"book_keeping": (), "two_pass": ()}

@@ -33,7 +33,7 @@ class Wide(nn.Module):
 def test_every_layer_is_covered_and_a_loop_by_taps_alone(name):
   params, state, inputs, _ = setting(name)
   model = from_flax(CASES[name][0])
-  reasons = model.uncovered(params, state, inputs)
+  reasons = model.uncovered(params, state, inputs, len(inputs))
   assert reasons["two_pass"] == ()
   looped = reasons["book_keeping"]
   assert bool(looped) == (name == "scanned_se_blocks")

@@ -97,7 +97,7 @@ PARAMS, STATE = MIXER.init(base_key(0), INPUTS[:1])
 
 
 def test_a_network_that_mixes_examples_runs_where_no_example_moves_anothers_contribution():
-  uncovered = clipping.uncovered(MIXER, PARAMS, STATE, INPUTS)
+  uncovered = clipping.uncovered(MIXER, PARAMS, STATE, INPUTS, len(INPUTS))
   method, reason = clipping.resolve_method("auto", uncovered)
   assert method == "reference"
   assert "mix examples" in reason

@@ -86,15 +86,18 @@ def test_a_plan_fits_its_budget_or_is_refused_and_an_ample_budget_compiles_nothi
     compiled.append(choice)
     return size(choice)
 
+  def same(choice):
+    return choice
+
   start, free = Choice(1, 4, 4, False, "none"), Freedom(False, True, True, False)
-  assert fit_memory(start, free, 1e5, size, measure) == start
+  assert fit_memory(start, free, 1e5, size, measure, same) == start
   assert compiled == []
-  fitted = fit_memory(start, free, 250, size, measure)
+  fitted = fit_memory(start, free, 250, size, measure, same)
   assert size(fitted) == 200
   with pytest.raises(UserError, match=r"over the budget of .*; raise execution.memory_gib"):
-    fit_memory(start, free, 50, size, measure)
+    fit_memory(start, free, 50, size, measure, same)
   with pytest.raises(UserError, match=r"over the budget"):
-    fit_memory(start, Freedom(False, False, False, False), 250, size, measure)
+    fit_memory(start, Freedom(False, False, False, False), 250, size, measure, same)
 
 
 def test_a_microbatch_that_would_change_results_is_refused_with_the_remedy():
