@@ -4,16 +4,19 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
+from fedjax_med.experiment.accounted import differences
 from fedjax_med.experiment.attacks import CONFIDENCE, best_threshold, thresholds_of, wanted_trials
 from fedjax_med.experiment.build import Experiment
 from fedjax_med.experiment.canaries import Subject, make_trials, many_canaries, single_canaries
 from fedjax_med.experiment.client_audit import hospital_trials
 from fedjax_med.experiment.draw_checks import Check, check_execution
 from fedjax_med.experiment.loop import planned_rounds
+from fedjax_med.experiment.replay import replay_checks
+from fedjax_med.federated.algorithm import Hyper
 from fedjax_med.privacy.auditing import one_run_epsilon
-from fedjax_med.privacy.client_level import ClientLevel
 from fedjax_med.privacy.guarantees import Guarantee, spent
 from fedjax_med.simulation.mesh import local_devices
 
@@ -113,10 +116,31 @@ def audit_units(
 def _local(experiment: Experiment, max_trials: int, seed: int, tell: Callable) -> dict[str, Any]:
   local = experiment.local
   assert local is not None
-  a_round = tuple(int(each) for each in experiment.steps)
-  steps = tuple(each * planned_rounds(experiment) for each in a_round)
-  subject = Subject(local, steps, a_round, experiment.program.plan.clipping, seed)
-  return _result(local.unit, *audit_units(subject, max_trials, tell))
+  rounds = planned_rounds(experiment)
+  clients, hyper = jax.device_get((experiment.clients, experiment.hyper))
+  subject = Subject(
+    guarantee=local,
+    steps=tuple(int(each) * rounds for each in experiment.steps),
+    clients=clients,
+    hyper=hyper,
+    key=experiment.key,
+    clipping=experiment.program.plan.clipping,
+    microbatch=experiment.program.plan.microbatch,
+    rows_per_unit=experiment.case.protection.rows_per_unit,
+    seed=seed,
+  )
+  found, checks, power = audit_units(subject, max_trials, tell)
+  tell("Replaying a step of every hospital ...")
+  checks = [_arrays(experiment), *checks, *replay_checks(experiment)]
+  return _result(local.unit, found, checks, power)
+
+
+def _arrays(experiment: Experiment) -> Check:
+  """Whether the run's arrays are those of the accounted mechanisms."""
+  case = experiment.case
+  found = differences(case.protection, case.numbers, experiment.clients, experiment.hyper)
+  words = "; ".join(found[:4]) or "the arrays on the device are those that are accounted for"
+  return Check(words, float(not found), not found)
 
 
 def _central(
@@ -127,18 +151,22 @@ def _central(
   level = 1 - CONFIDENCE
   number = wanted_trials(epsilon, level, max_trials)
   places = thresholds_of(epsilon, delta)
-  settings: ClientLevel = jax.device_get(experiment.hyper.client_level)
+  hyper, key = experiment.hyper, jax.random.fold_in(experiment.key, seed)
 
-  def bound(settings: ClientLevel) -> float:
-    scores = hospital_trials(mechanism, settings, rounds, number, seed)
-    return best_threshold(scores, places, delta, level)
+  def bound(hyper: Hyper) -> float:
+    return best_threshold(
+      hospital_trials(mechanism, hyper, rounds, number, key), places, delta, level
+    )
 
-  lower = bound(settings)
-  power = bound(settings._replace(noise_multiplier=settings.noise_multiplier * 0))
+  assert hyper.client_level is not None
+  lower = bound(hyper)
+  power = bound(
+    hyper._replace(client_level=hyper.client_level._replace(noise_multiplier=jnp.float32(0)))
+  )
   tell(f"a whole hospital: {lower:.3f} ≤ ε ≤ {epsilon:.3f} ({number} trials)")
   name = "likelihood ratio of one hospital"
   found = [Found(central.names[0], epsilon, delta, lower, name, number, 0)]
-  return _result(central.unit, found, [], power)
+  return _result(central.unit, found, [_arrays(experiment)], power)
 
 
 def _result(unit: str, found: list[Found], checks: list[Check], power: float) -> dict[str, Any]:

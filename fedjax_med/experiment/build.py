@@ -22,6 +22,7 @@ from fedjax_med.data.dataset import (
 )
 from fedjax_med.data.patients import described
 from fedjax_med.experiment import secret as secrets
+from fedjax_med.experiment.accounted import require_accounted
 from fedjax_med.experiment.identity import Identity, identify
 from fedjax_med.experiment.program import Program, Shapes, make_program
 from fedjax_med.experiment.protection import Protection, cohort_cap, protect, require_a_round
@@ -256,11 +257,12 @@ def place(
 
   Its images begin at row ``start`` of the pool.
   """
-  clients = _stack_clients(case, shapes)
+  clients, hyper = _stack_clients(case, shapes), _hyper(case.config, case.protection)
+  require_accounted(case.protection, case.numbers, clients, hyper)
   return Experiment(
     case,
     replicate(clients._replace(indices=clients.indices + start), mesh),
-    replicate(_hyper(case.config, case.protection), mesh),
+    replicate(hyper, mesh),
     pool,
     replicate(_run_key(case.config.seed, case.identity), mesh),
     program,

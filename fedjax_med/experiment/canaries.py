@@ -1,9 +1,10 @@
 """Planted records: their gradients are known, so what a step released tells who was drawn.
 
-The functions that train are run as they are, with the run's hospital sizes, sampling, clipping and
-noise, on a network whose gradients are known (``models.canary``). The attacker sees every noised
-gradient, which is what ε is claimed for. A record that is absent is a blank image, whose gradient
-is exactly 0: the adjacency of the claim.
+The functions that train are run as they are, on the run's own arrays, hyperparameters and key. Only
+who holds which image is replaced, and the network, by one whose gradients are known
+(``models.canary``). The attacker knows the accounted mechanism and sees every noised gradient,
+which is what ε is claimed for. A record that is absent is a blank image, whose gradient is exactly
+0: the adjacency of the claim.
 """
 
 import math
@@ -16,12 +17,12 @@ import numpy as np
 
 from fedjax_med.core.keys import base_key
 from fedjax_med.experiment.attacks import ATTACKS, TRIALS_AT_ONCE, Scores, attack_scores, ratio
-from fedjax_med.federated.algorithm import Client, Hyper, Pool, Units
+from fedjax_med.federated.algorithm import Client, Hyper, Pool
 from fedjax_med.federated.local import StepContext, private_gradient
 from fedjax_med.federated.losses import cross_entropy
 from fedjax_med.models.canary import canary_model
 from fedjax_med.privacy.banded import empty_memory
-from fedjax_med.privacy.guarantees import SEVERAL_IMAGES, Guarantee
+from fedjax_med.privacy.guarantees import Guarantee
 from fedjax_med.privacy.mechanism import PoissonGaussian
 from fedjax_med.simulation.mesh import map_over_devices
 
@@ -35,16 +36,51 @@ class Subject(NamedTuple):
   Attributes:
     guarantee: the claim for records or patients.
     steps: [K] steps of each hospital in the whole run.
-    steps_a_round: [K] of them in a round.
+    clients: the arrays that the run is executed with, stacked over K hospitals.
+    hyper: the hyperparameters that it is executed with.
+    key: that its draws follow from.
     clipping: method of clipping, as the run's plan has it.
+    microbatch: units that it clips at once, 0 for all.
+    rows_per_unit: rows of a unit that its steps look at.
     seed: of the audit's own draws.
   """
 
   guarantee: Guarantee
   steps: tuple[int, ...]
-  steps_a_round: tuple[int, ...]
+  clients: Client
+  hyper: Hyper
+  key: jax.Array
   clipping: str
+  microbatch: int = 0
+  rows_per_unit: int = 1
   seed: int = 0
+
+
+class Claim(NamedTuple):
+  """A hospital's accounted mechanism, which the attacker knows; float32.
+
+  Attributes:
+    sampling_probability: q.
+    expected_batch_size: q·n / b.
+    noise_multiplier: σ.
+    coefficients: [b] strategy of the noise; 1 alone where steps' noise is independent.
+  """
+
+  sampling_probability: jax.Array
+  expected_batch_size: jax.Array
+  noise_multiplier: jax.Array
+  coefficients: jax.Array
+
+
+def claim_of(subject: Subject, k: int) -> Claim:
+  """What is claimed of hospital k."""
+  mechanism = subject.guarantee.mechanisms[k]
+  return Claim(
+    sampling_probability=jnp.float32(mechanism.sampling_probability),
+    expected_batch_size=jnp.float32(mechanism.expected_batch_size),
+    noise_multiplier=jnp.float32(mechanism.noise_multiplier),
+    coefficients=jnp.asarray(mechanism.coefficients, jnp.float32),
+  )
 
 
 class Setting(NamedTuple):
@@ -54,12 +90,14 @@ class Setting(NamedTuple):
     pixels: N of an image.
     gradient: the private gradient under audit.
     params: the network's weights, all 0.
-    clip_norm: C.
+    hyper: of the run.
+    clip_norm: C as it is accounted for.
   """
 
   pixels: int
   gradient: Callable[..., Any]
   params: Any
+  hyper: Hyper
   clip_norm: float
 
 
@@ -77,37 +115,25 @@ def setting_for(subject: Subject, pixels: int) -> Setting:
     cross_entropy(0.0),
     clipping=subject.clipping,
     batch_cap=max(m.batch_cap for m in mechanisms),
-    max_examples=max(m.num_units for m in mechanisms),
+    max_examples=subject.clients.indices.shape[1],
     normalisation="image",
+    microbatch=subject.microbatch,
+    rows_per_unit=subject.rows_per_unit,
   )
-  return Setting(pixels, gradient, params, clip_norm)
+  return Setting(
+    pixels=pixels, gradient=gradient, params=params, hyper=subject.hyper, clip_norm=clip_norm
+  )
 
 
 def _client(subject: Subject, k: int, canaries: int) -> Client:
   """Hospital k: its first records are the pool's ``canaries``, all others its last, blank row."""
-  mechanism = subject.guarantee.mechanisms[k]
-  most = max(m.num_units for m in subject.guarantee.mechanisms)
-  number = jnp.int32(mechanism.num_units)
-  units = None
-  if subject.guarantee.unit in SEVERAL_IMAGES:
-    units = Units(jnp.arange(most, dtype=jnp.int32), jnp.ones(most, jnp.int32), number)
-  return Client(
-    number=jnp.int32(k),
-    indices=jnp.minimum(jnp.arange(most, dtype=jnp.int32), canaries),
-    num_examples=number,
-    weight=jnp.float32(1),
-    num_steps=jnp.int32(subject.steps_a_round[k]),
-    sampling_probability=jnp.float32(mechanism.sampling_probability),
-    expected_batch_size=jnp.float32(mechanism.expected_batch_size),
-    noise_multiplier=jnp.float32(mechanism.noise_multiplier),
-    units=units,
-    coefficients=None if mechanism.bands == 1 else jnp.asarray(mechanism.coefficients, jnp.float32),
-    batch_cap=jnp.int32(mechanism.batch_cap),
-  )
-
-
-def _hyper(clip_norm: float) -> Hyper:
-  return Hyper(*(jnp.float32(value) for value in (0.0, 0.0, 0.0, clip_norm, 0.0, 1.0, 0.0)))
+  own = jax.tree.map(lambda leaf: jnp.asarray(leaf[k]), subject.clients)
+  slots = jnp.arange(own.indices.shape[0], dtype=jnp.int32)
+  units = own.units
+  if units is not None:  # each of a single row
+    number = jnp.arange(units.starts.shape[0], dtype=jnp.int32)
+    units = units._replace(starts=number, sizes=jnp.ones_like(number))
+  return own._replace(indices=jnp.minimum(slots, canaries), units=units)
 
 
 def _images(pixels: int, canaries: int) -> np.ndarray:
@@ -133,7 +159,13 @@ def memory_of(setting: Setting, client: Client) -> Any:
 
 
 def release(
-  setting: Setting, client: Client, pool: Pool, key: jax.Array, step: Any, memory: Any
+  setting: Setting,
+  claim: Claim,
+  client: Client,
+  pool: Pool,
+  key: jax.Array,
+  step: Any,
+  memory: Any,
 ) -> tuple[jax.Array, jax.Array, Any]:
   """What ``step``, counted over all rounds, released, in units of the clip norm on the sum.
 
@@ -143,18 +175,13 @@ def release(
     independent, and the memory of the next step.
   """
   round, place = step // client.num_steps, step % client.num_steps
-  context = StepContext(client, pool, _hyper(setting.clip_norm), key, round, place)
+  context = StepContext(client, pool, setting.hyper, key, round, place)
   gradient, _, memory, _ = setting.gradient(setting.params, {}, memory, context)
-  factor = client.expected_batch_size / (setting.clip_norm * math.sqrt(2))
+  factor = claim.expected_batch_size / (setting.clip_norm * math.sqrt(2))
   kernels = [gradient[name]["kernel"] * factor for name in ("first", "second")]
   apart = [kernel[:, 1] - kernel[:, 0] for kernel in kernels]
   signal = (apart[0] + apart[1]) / math.sqrt(2)
   return signal, jnp.stack([kernel.sum(1) for kernel in kernels]), memory
-
-
-def coefficients_of(client: Client) -> jax.Array:
-  """[b] strategy of the hospital's noise; one coefficient, 1, where steps' noise is independent."""
-  return jnp.ones((1,), jnp.float32) if client.coefficients is None else client.coefficients
 
 
 def decorrelate(
@@ -193,30 +220,31 @@ class _Ear(NamedTuple):
 
 def _attack(
   setting: Setting,
+  claim: Claim,
   client: Client,
   pool: Pool,
   key: jax.Array,
   directions: jax.Array,
-  sigmas: jax.Array,
+  shares: jax.Array,
   steps: Any,
 ) -> jax.Array:
-  """[D, attacks] scores of the records in slots 0 .. D - 1, for noise of each of ``sigmas``.
+  """[D, attacks] scores of the records in slots 0 .. D - 1, for noise of each share of σ.
 
   With b bands a record in slot s can be drawn in steps t = s modulo b, and is seen in b rows of C Y
   from there: their sum, weighted by the coefficients, has a share 1 of it and noise σ. Of a block
   that the run's end cuts nothing is made.
   """
-  strategy, count = coefficients_of(client), len(directions)
-  bands = strategy.shape[0]
+  strategy, count = claim.coefficients, len(directions)
+  bands, sigmas = strategy.shape[0], claim.noise_multiplier * shares
 
   def body(step, ear):
-    signal, _, memory = release(setting, client, pool, key, step, ear.memory)
+    signal, _, memory = release(setting, claim, client, pool, key, step, ear.memory)
     row, past = decorrelate(strategy, ear.past, directions @ signal)
     rows = jnp.concatenate([ear.rows[1:], row[None]])
     seen = (strategy[:, None] * rows).sum(0)[:, None]
     begin = step - (bands - 1)
     whole = (begin >= 0) & (begin % bands == jnp.arange(count) % bands)
-    found = ratio(seen, client.sampling_probability, sigmas[None])
+    found = ratio(seen, claim.sampling_probability, sigmas[None])
     return _Ear(memory, past, rows, ear.scores + jnp.where(whole[:, None], found, 0))
 
   start = _Ear(
@@ -226,6 +254,11 @@ def _attack(
     jnp.zeros((count, len(sigmas))),
   )
   return jax.lax.fori_loop(0, steps, body, start).scores
+
+
+def _key(subject: Subject, use: int) -> jax.Array:
+  """Key of the trials, which are no rounds of the run: its own one, folded once more."""
+  return jax.random.fold_in(jax.random.fold_in(subject.key, 2**31 + use), subject.seed)
 
 
 def num_canaries(mechanism: PoissonGaussian) -> int:
@@ -254,18 +287,19 @@ def make_trials(subject: Subject, devices: int) -> Callable:
   """Independent runs with one planted record or none, shared out over ``devices``.
 
   Returns:
-    ((client, claimed σ, steps), (numbers [T], present [T])) -> scores [T, attacks].
+    ((client, claim, steps), (numbers [T], present [T])) -> scores [T, attacks].
   """
   setting = setting_for(subject, 4)
   images = _images(4, 1)
   direction = jnp.asarray(_directions(images), jnp.float32)
   shares = jnp.asarray([share for share, _ in ATTACKS], jnp.float32)
+  own_key = _key(subject, 0)
 
   def trial(hospital, each):
-    (client, sigma, steps), (number, present) = hospital, each
-    key = jax.random.fold_in(base_key(subject.seed), number)
+    (client, claim, steps), (number, present) = hospital, each
+    key = jax.random.fold_in(own_key, number)
     pool = Pool(jnp.asarray(images) * present.astype(jnp.uint8), jnp.zeros((2,), jnp.int32))
-    return _attack(setting, client, pool, key, direction, sigma * shares, steps)[0]
+    return _attack(setting, claim, client, pool, key, direction, shares, steps)[0]
 
   return map_over_devices(trial, devices, TRIALS_AT_ONCE)
 
@@ -275,8 +309,7 @@ def single_canaries(subject: Subject, trials: Callable, k: int, number: int, noi
   client = _client(subject, k, 1)
   if not noise:
     client = client._replace(noise_multiplier=jnp.float32(0))
-  sigma = jnp.float32(subject.guarantee.mechanisms[k].noise_multiplier)
-  hospital = client, sigma, jnp.int32(subject.steps[k])
+  hospital = client, claim_of(subject, k), jnp.int32(subject.steps[k])
   return attack_scores(lambda *runs: trials(hospital, runs), number)
 
 
@@ -286,12 +319,11 @@ def many_canaries(subject: Subject, k: int) -> tuple[np.ndarray, np.ndarray]:
   canaries = num_canaries(mechanism)
   bits = np.random.default_rng([subject.seed, k]).integers(0, 2, canaries).astype(bool)
   setting, client, pool, directions = plant(subject, k, bits)
-  key = jax.random.fold_in(base_key(subject.seed), 2**30 + k)
-
-  sigma = jnp.asarray([mechanism.noise_multiplier], jnp.float32)
+  claim, key = claim_of(subject, k), jax.random.fold_in(_key(subject, 1), k)
 
   @jax.jit
   def run(client, pool):
-    return _attack(setting, client, pool, key, directions, sigma, subject.steps[k])[:, 0]
+    whole = jnp.ones(1, jnp.float32)
+    return _attack(setting, claim, client, pool, key, directions, whole, subject.steps[k])[:, 0]
 
   return np.asarray(run(client, pool), np.float64), bits

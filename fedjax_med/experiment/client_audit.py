@@ -6,7 +6,6 @@ The rounds that train are run as they are, on an algorithm whose updates are kno
 import jax
 import jax.numpy as jnp
 
-from fedjax_med.core.keys import base_key
 from fedjax_med.experiment.attacks import ATTACKS, TRIALS_AT_ONCE, Scores, attack_scores, ratio
 from fedjax_med.federated.algorithm import (
   Client,
@@ -17,7 +16,6 @@ from fedjax_med.federated.algorithm import (
   ServerState,
   no_metrics,
 )
-from fedjax_med.privacy.client_level import ClientLevel
 from fedjax_med.privacy.mechanism import PoissonGaussian
 from fedjax_med.simulation.mesh import local_devices, map_over_devices
 from fedjax_med.simulation.rounds import init_state, make_round
@@ -43,18 +41,18 @@ def _algorithm(clip_norm: float) -> FederatedAlgorithm:
 
 
 def hospital_trials(
-  mechanism: PoissonGaussian, level: ClientLevel, rounds: int, number: int, seed: int = 0
+  mechanism: PoissonGaussian, hyper: Hyper, rounds: int, number: int, key: jax.Array
 ) -> Scores:
   """Attack scores of independent runs in which one hospital speaks, or sends nothing.
 
   The attacker sees the model after every round, and the clip norm of the round.
 
   Args:
-    mechanism: of a round: K hospitals.
-    level: the settings of the run; a noise multiplier of 0 leaves the noise out.
+    mechanism: of a round: K hospitals; what the attacker knows.
+    hyper: what the run is executed with; a noise multiplier of 0 leaves the noise out.
     rounds: rounds of a run.
     number: runs without the hospital; a tenth as many are run with it.
-    seed: of the audit's own draws.
+    key: of the trials.
   """
   num_clients, q = mechanism.num_units, mechanism.sampling_probability
   algorithm = _algorithm(mechanism.clip_norm)
@@ -68,13 +66,12 @@ def hospital_trials(
   ones = jnp.ones(num_clients, jnp.int32)
   real = jnp.ones(num_clients, jnp.float32)
   clients = Client(jnp.arange(num_clients), ones[:, None] * 0, ones, real, ones, real, real, real)
-  scalars = [jnp.float32(value) for value in (0.0, 1.0, 0.0, 1.0, 0.0, q, 0.0)]
-  hyper = Hyper(*scalars, client_level=level)
+  expected, own_key = jnp.float32(mechanism.expected_batch_size), key
   sigma = mechanism.noise_multiplier * jnp.asarray([share for share, _ in ATTACKS], jnp.float32)
 
   def trial(hyper, each):
     run, present = each
-    key = jax.random.fold_in(base_key(seed), run)
+    key = jax.random.fold_in(own_key, run)
     pool = Pool(jnp.zeros((1, 1, 1, 1), jnp.uint8), present.astype(jnp.int32)[None])
     state = init_state(algorithm, {"w": jnp.zeros(4)}, {}, num_clients, mechanism.clip_norm)
 
@@ -82,7 +79,7 @@ def hospital_trials(
       state, scores = carry
       after, _ = run_round(state, clients, pool, hyper, key)
       moved = (after.server.params["w"] - state.server.params["w"])[0]
-      seen = moved * level.expected_cohort / state.clip_norm
+      seen = moved * expected / state.clip_norm
       return after, scores + ratio(seen, q, sigma)
 
     start = (state, jnp.zeros(len(ATTACKS), jnp.float32))

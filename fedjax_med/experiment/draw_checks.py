@@ -7,10 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedjax_med.core.keys import base_key
 from fedjax_med.experiment.canaries import (
   Subject,
-  coefficients_of,
+  claim_of,
   decorrelate,
   memory_of,
   num_canaries,
@@ -64,7 +63,7 @@ class _Watched(NamedTuple):
 
 def _watch(subject: Subject, k: int) -> _Watched:
   # The beginnings of two rounds: a key without the step shows in one, without the round in both.
-  half, second = np.arange(WATCHED // 2), subject.steps_a_round[k]
+  half, second = np.arange(WATCHED // 2), int(subject.clients.num_steps[k])
   steps = np.unique(np.concatenate([half, second + half]))
   steps = steps[steps < subject.steps[k]]
   everybody = np.ones(num_canaries(subject.guarantee.mechanisms[k]), bool)
@@ -74,15 +73,14 @@ def _watch(subject: Subject, k: int) -> _Watched:
   empty = loud._replace(
     num_examples=none, units=None if loud.units is None else loud.units._replace(number=none)
   )
-  key = jax.random.fold_in(base_key(subject.seed), 2**29)
+  claim = claim_of(subject, k)
+  strategy = claim.coefficients
 
   @jax.jit
   def run(client):
-    strategy = coefficients_of(client)
-
     def once(step, carry):
       memory, past = carry
-      signal, noise, memory = release(setting, client, pool, key, step, memory)
+      signal, noise, memory = release(setting, claim, client, pool, subject.key, step, memory)
       noise, past = decorrelate(strategy, past, noise)
       return (memory, past), (signal, noise)
 

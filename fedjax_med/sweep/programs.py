@@ -15,6 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from fedjax_med.core.config import init_seed
 from fedjax_med.core.errors import UserError
 from fedjax_med.data.dataset import Dataset
+from fedjax_med.experiment.accounted import require_accounted
 from fedjax_med.experiment.build import Experiment, place, plan_together
 from fedjax_med.experiment.loop import evaluated, evaluation_groups
 from fedjax_med.experiment.many import AT_ONCE
@@ -167,17 +168,26 @@ def _layout(program: Program, group: Sequence[Planned], asked: int) -> Layout:
 
 
 def stack(runs: Sequence[Experiment], batches: Sequence[Batches]) -> Point:
-  """What the runs do not share; the batches are of their test sets."""
+  """What the runs do not share; the batches are of their test sets.
+
+  RuntimeError where the arrays of a point are not those of its accounted mechanisms.
+  """
 
   def stacked(*leaves: Any) -> jax.Array:
     return jnp.stack(leaves)
 
+  clients = jax.tree.map(stacked, *[run.clients for run in runs])
+  hyper = jax.tree.map(stacked, *[run.hyper for run in runs])
+  held = jax.device_get((clients, hyper))
+  for row, run in enumerate(runs):
+    own = jax.tree.map(lambda leaf, row=row: leaf[row], held)
+    require_accounted(run.case.protection, run.case.numbers, *own)
   return Point(
-    jnp.asarray([init_seed(run.config) for run in runs], jnp.int32),
-    jnp.stack([run.key for run in runs]),
-    jax.tree.map(stacked, *[run.clients for run in runs]),
-    jax.tree.map(stacked, *[run.hyper for run in runs]),
-    jax.tree.map(stacked, *batches),
+    seed=jnp.asarray([init_seed(run.config) for run in runs], jnp.int32),
+    key=jnp.stack([run.key for run in runs]),
+    clients=clients,
+    hyper=hyper,
+    batches=jax.tree.map(stacked, *batches),
   )
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from fedjax_med.experiment.attacks import ratio
 from fedjax_med.experiment.audit import audit_units
-from fedjax_med.experiment.canaries import Subject, make_trials, single_canaries
+from fedjax_med.experiment.canaries import make_trials, single_canaries
 from fedjax_med.experiment.draw_checks import check_execution
 from fedjax_med.federated import local
 from fedjax_med.privacy import banded, clipping, noise
@@ -19,6 +19,7 @@ from fedjax_med.privacy.guarantees import Guarantee, spent
 from fedjax_med.privacy.mechanism import PoissonGaussian
 from fedjax_med.privacy.sampling import epoch_batch, poisson_batch
 from fedjax_med.privacy.strategy import toeplitz_strategy
+from tests.experiment.audited import subject_of
 
 STEPS = 24
 Q = 0.25
@@ -29,7 +30,7 @@ def subject(unit="record", sigma=1.5, method="book_keeping", q=Q, cap=36, bands=
   strategy = tuple(float(c) for c in toeplitz_strategy(STEPS, bands))
   mechanisms = tuple(PoissonGaussian(n, q, cap, sigma, 0.7, strategy) for n in (60, 40))
   guarantee = Guarantee(unit, ("North", "South"), mechanisms, (1e-3, 2e-3))
-  return Subject(guarantee, (STEPS, STEPS), (2, 2), method)
+  return subject_of(guarantee, (STEPS, STEPS), (2, 2), method)
 
 
 def failed(given=None):
@@ -107,7 +108,7 @@ def test_a_broken_correlation_is_caught(monkeypatch, name, mutant, words):
 
 
 def test_checks_hold_for_a_run_of_a_single_step():
-  assert failed(subject()._replace(steps=(1, 1), steps_a_round=(1, 1))) == []
+  assert failed(subject_of(subject().guarantee, (1, 1), (1, 1))) == []
 
 
 # Each mutant: (where, name, what stands there instead, words of a check that must fail).
@@ -210,10 +211,9 @@ def test_a_mutant_is_caught(mutant, monkeypatch):
 
 
 def test_noise_that_all_hospitals_but_the_first_share_is_caught(monkeypatch):
-  given = subject()
-  names, mechanisms = ("North", "South", "West"), given.guarantee.mechanisms
+  names, mechanisms = ("North", "South", "West"), subject().guarantee.mechanisms
   guarantee = Guarantee("record", names, (*mechanisms, mechanisms[0]), (1e-3, 2e-3, 1e-3))
-  three = given._replace(guarantee=guarantee, steps=(STEPS,) * 3, steps_a_round=(2,) * 3)
+  three = subject_of(guarantee, (STEPS,) * 3, (2,) * 3)
   assert failed(three) == []
   keys_for = local.key_for
   monkeypatch.setattr(

@@ -6,21 +6,28 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from fedjax_med.core.keys import base_key
 from fedjax_med.experiment.attacks import best_threshold, thresholds_of
 from fedjax_med.experiment.client_audit import hospital_trials
 from fedjax_med.privacy.accounting import epsilon
 from fedjax_med.privacy.client_level import ClientLevel
 from fedjax_med.privacy.mechanism import PoissonGaussian
 from fedjax_med.simulation import rounds as simulation
+from tests.federated.toy import make_hyper
 
 ROUNDS, DELTA, LEVEL, TRIALS = 5, 1e-2, 0.05, 3000
 
 
 def bound(mechanism, level):
   claimed = epsilon(mechanism, ROUNDS, DELTA)
-  scores = hospital_trials(mechanism, level, ROUNDS, TRIALS)
+  scores = hospital_trials(mechanism, hyper_of(mechanism, level), ROUNDS, TRIALS, base_key(0))
   lower = best_threshold(scores, thresholds_of(claimed, DELTA), DELTA, LEVEL)
   return lower, claimed
+
+
+def hyper_of(mechanism, level):
+  rate = mechanism.sampling_probability
+  return make_hyper(participation_rate=rate)._replace(client_level=level)
 
 
 def settings(mechanism, noise, count_noise=0.0, rate=0.0):
@@ -53,9 +60,9 @@ def test_an_update_that_is_not_clipped_is_caught(monkeypatch):
 
 
 def test_scores_without_the_hospital_do_not_know_the_clip_norm():
-  one = hospital_trials(FULL, settings(FULL, 2.5), ROUNDS, 300)
+  one = hospital_trials(FULL, hyper_of(FULL, settings(FULL, 2.5)), ROUNDS, 300, base_key(0))
   other = PoissonGaussian(6, 1.0, 6, 2.5, 3.0)
-  two = hospital_trials(other, settings(other, 2.5), ROUNDS, 300)
+  two = hospital_trials(other, hyper_of(other, settings(other, 2.5)), ROUNDS, 300, base_key(0))
   for share, pair in one.items():
     for first, second in zip(pair, two[share], strict=True):
       np.testing.assert_allclose(first, second, rtol=1e-3, atol=1e-3)
