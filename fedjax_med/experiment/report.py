@@ -7,7 +7,6 @@ import base64
 import itertools
 import json
 import math
-import os
 import pathlib
 import re
 from collections.abc import Sequence
@@ -143,7 +142,8 @@ def _require_lines(path: pathlib.Path, said: list[str], truth: list[str], remedy
 
 def _shortened(text: str, other: str) -> str:
   """The part of a long line where it differs from another one."""
-  start = max(len(os.path.commonprefix([text, other])) - 30, 0)
+  pairs = itertools.zip_longest(text, other)
+  start = max(next((number for number, (a, b) in enumerate(pairs) if a != b), 0) - 30, 0)
   part = text[start : start + 90]
   return f"{'... ' if start else ''}{part}{' ...' if start + 90 < len(text) else ''}"
 
@@ -219,6 +219,7 @@ def load(workdir: pathlib.Path) -> dict[str, Any]:
     f"{log_path} holds no line with split=test",
     "run at least one round up to a log point",
   )
+  claims.require_logged(log_path, log, workdir)
   claims.require_told(f"{log_path}, last line with split=test", tests[-1], run["privacy"])
   baselines = None
   if (workdir / "baselines.json").exists():

@@ -101,10 +101,11 @@ def _require_files(folder: pathlib.Path, book: ledger.Ledger, record: dict[str, 
     said, own = _read(summary), {"run_id": book.run_id, "rounds": book.rounds}
     claims.require_same(summary, {key: said.get(key) for key in own}, own)
     claims.require_told(summary, said, record)
-  tests = [line for line in workdir.read_metrics(folder) if line.get("split") == "test"]
-  # The log of a run that was killed may be behind its ledger.
-  if tests and (summary.exists() or tests[-1].get("round") == book.rounds):
-    claims.require_told(f"{folder / 'metrics.jsonl'}, last line of tests", tests[-1], record)
+  log, lines = folder / "metrics.jsonl", workdir.read_metrics(folder)
+  claims.require_logged(log, lines, folder)
+  tests = [line for line in lines if line.get("split") == "test"]
+  if summary.exists() and tests:  # the log of a killed run may be behind its ledger
+    claims.require_told(f"{log}, last line with split=test", tests[-1], record)
   if config.exists():  # the folder of a baseline has none, nor a statement
     said, own = {"run_id": _read(config).get("run_id")}, {"run_id": book.run_id}
     claims.require_same(config, said, own)

@@ -36,9 +36,9 @@ def record_of(book: ledger.Ledger, folder: pathlib.Path) -> dict[str, Any]:
   """
   if not book.ran or book.spent.epsilons is None:
     raise UserError(
-      f"{folder / ledger.FILE} is of fedjax_med 0.2.0 or older and does not say how gradients were"
-      " clipped nor which ε were told, so that privacy.json does not follow from it; use the version"
-      " that wrote it"
+      f"{folder / ledger.FILE} is of the release 0.2.0 of fedjax_med or an older one, and does not"
+      " say how gradients were clipped nor which ε were told: privacy.json does not follow from it;"
+      " use the version that wrote it"
     )
   gaps = [TWO_PASS_GAP] if any(ran.clipping == "two_pass" for ran in book.ran) else []
   if any(ran.baselines for ran in book.ran):
@@ -117,17 +117,16 @@ def difference(said: Any, truth: Any, path: str = "") -> str:
     pairs = enumerate(zip(said, truth, strict=True))
     found = (difference(*pair, f"{path}[{number}]") for number, pair in pairs)
     return next(filter(None, found), "")
-  same = _near(said, truth) if _is_number(said) and _is_number(truth) else said == truth
-  if same and isinstance(said, bool) == isinstance(truth, bool):
+  kinds = isinstance(said, bool), isinstance(truth, bool)
+  if kinds[0] == kinds[1] and (said == truth or _near(said, truth)):
     return ""
   return f"{name} is {_short(said)}, the ledger gives {_short(truth)}"
 
 
-def _is_number(value: Any) -> bool:
-  return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _near(said: float, truth: float) -> bool:
+def _near(said: Any, truth: Any) -> bool:
+  """Whether two values are numbers that differ by no more than rounding."""
+  if not (isinstance(said, int | float) and isinstance(truth, int | float)):
+    return False
   near = math.isfinite(said) and math.isfinite(truth)
   return said == truth or (near and abs(said - truth) <= TOLERANCE * abs(truth))
 
@@ -141,8 +140,8 @@ def require_told(where: object, said: dict[str, Any], record: dict[str, Any]) ->
   """Raises UserError unless results say the ε of the record.
 
   Args:
-    where: the file, or the line of one.
-    said: summary.json or a line of metrics.jsonl.
+    where: the file.
+    said: summary.json, or what is like it.
     record: from ``read``.
   """
   own = {each["unit"]: each["parties"] for each in record.get("guarantees", [])}
@@ -160,6 +159,40 @@ def require_told(where: object, said: dict[str, Any], record: dict[str, Any]) ->
     "clients": [client.get("epsilon") for client in clients],
   }
   require_same(where, told, truth)
+
+
+def require_logged(
+  path: pathlib.Path, lines: Sequence[dict[str, Any]], folder: pathlib.Path
+) -> None:
+  """Raises UserError unless a log tells the ε of the ledger, where the log tells any.
+
+  Args:
+    path: metrics.jsonl.
+    lines: of it.
+    folder: the workdir.
+  """
+  book = ledger.read(folder) if (folder / ledger.FILE).exists() else None
+  nothing: dict[str, Any] = {"epsilon_max": None, "guarantees": []}
+  for number, line in enumerate(lines, 1):
+    if line.get("epsilon_max") is None or (book and line.get("round") not in book.told):
+      continue  # a point of a sweep tells ε at its end; rounds that are run again need no line
+    record = _told(book, book.told[line["round"]]) if book else nothing
+    own = line if line.get("split") == "test" else {**line, "clients": []}
+    require_told(f"{path}, line {number}", own, record)
+
+
+def _told(book: ledger.Ledger, epsilons: ledger.Epsilons) -> dict[str, Any]:
+  """ε of each party, in the shape of privacy.json."""
+  described = [
+    {
+      "unit": guarantee.unit,
+      "parties": [
+        {"name": name, "epsilon": value} for name, value in zip(guarantee.names, own, strict=True)
+      ],
+    }
+    for guarantee, own in zip(book.guarantees, epsilons, strict=True)
+  ]
+  return {"epsilon_max": max(epsilons[0]), "guarantees": described}
 
 
 def require_epsilons(folder: pathlib.Path, book: ledger.Ledger) -> None:

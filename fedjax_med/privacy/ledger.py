@@ -81,6 +81,7 @@ class Ledger(NamedTuple):
     run_id: fingerprint of the run.
     spent: what was executed by the last line.
     rounds_at: finished rounds at every line, in order.
+    told: ε of each party of each guarantee that was told, by rounds; none in ledgers of 0.2.0.
     digests: of every line, in order; the last stands for the whole.
     ran: with what it was executed, start by start; empty in ledgers of 0.2.0.
     baselines: what each baseline that has ended has spent, by its name.
@@ -89,6 +90,7 @@ class Ledger(NamedTuple):
   run_id: str
   spent: Spent
   rounds_at: tuple[int, ...]
+  told: dict[int, Epsilons]
   digests: tuple[str, ...]
   ran: tuple[Ran, ...]
   baselines: dict[str, Spent]
@@ -305,6 +307,7 @@ def _ledger(path: pathlib.Path, lines: list[dict[str, Any]]) -> Ledger:
       run_id=first["run_id"],
       spent=Spent(guarantees=guarantees, counts=counts, epsilons=nothing),
       rounds_at=(0,),
+      told={0: nothing},
       digests=(first["digest"],),
       ran=(),
       baselines={},
@@ -333,6 +336,8 @@ def _after(book: Ledger, content: dict[str, Any], digest: str) -> Ledger | None:
     if rounds <= book.rounds or not _at_most(own.counts, counts):
       return None
     own = own._replace(counts=counts, epsilons=_infinite(content.get("epsilons")))
+    if own.epsilons is not None:
+      book = book._replace(told={**book.told, rounds: own.epsilons})
   return book._replace(
     spent=own, rounds_at=(*book.rounds_at, rounds), digests=(*book.digests, digest)
   )

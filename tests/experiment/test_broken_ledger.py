@@ -15,7 +15,6 @@ from fedjax_med.privacy import __main__ as command
 from fedjax_med.privacy import claims, ledger
 from tests.experiment.running import metrics, smoke_config
 
-
 RAN = ledger.Ran(
   fedjax_med="0.2.0", dp_accounting="0.6.0", clipping="book_keeping", baselines=False
 )
