@@ -10,6 +10,7 @@ import json
 import pathlib
 from typing import Any
 
+import jax
 from absl import flags
 
 from fedjax_med.core.errors import UserError, require
@@ -83,7 +84,7 @@ def _require_covered(folder: pathlib.Path, book: ledger.Ledger) -> int | None:
 
   UserError where the ledger does not count the rounds of its weights.
   """
-  from fedjax_med.experiment import checkpoints  # jax takes a while
+  from fedjax_med.experiment import checkpoints  # orbax takes a while
 
   found = checkpoints.covered(folder, book.run_id)
   if found is None:
@@ -145,6 +146,7 @@ def _show(result: dict[str, Any]) -> None:
 def main(argv: list[str]) -> None:
   require(len(argv) == 1, f"'{' '.join(argv[1:])}' is not a flag", "give --workdir=DIR")
   require(_WORKDIR.value != "", "--workdir is empty", "give the folder of a private run")
+  jax.config.update("jax_platforms", "cpu")  # a run may keep the accelerator busy
   result = recompute(pathlib.Path(_WORKDIR.value).expanduser(), _DELTA.value)
   if _JSON.value:
     print(json.dumps(result))

@@ -11,7 +11,8 @@ from fedjax_med.core.errors import UserError
 from fedjax_med.privacy import __main__ as command
 from fedjax_med.privacy import claims, ledger
 from fedjax_med.privacy.accounting import epsilon
-from fedjax_med.privacy.guarantees import Guarantee, accountant_version
+from fedjax_med.privacy.clipping import TWO_PASS_GAP
+from fedjax_med.privacy.guarantees import Guarantee, accountant_version, baseline_gaps
 from fedjax_med.privacy.mechanism import PoissonGaussian
 
 LOCAL = Guarantee(
@@ -229,3 +230,100 @@ def test_a_ledger_of_before_correlated_noise_is_read(tmp_path):
     del party["coefficients"]
   ledger._append(tmp_path / ledger.FILE, "", {"run_id": "abc", "guarantees": [old]})
   assert ledger.read(tmp_path).guarantees == (LOCAL,)
+
+
+def test_a_ledger_that_does_not_say_how_it_ran_is_refused_with_its_version(tmp_path):
+  write(tmp_path)
+  old = {"run_id": "abc", "guarantees": [ledger._to_json(LOCAL)]}
+  (tmp_path / ledger.FILE).unlink()
+  head = ledger._append(tmp_path / ledger.FILE, "", old)
+  ledger._append(tmp_path / ledger.FILE, head, {"rounds": 5, "counts": [[10, 15]]})
+  assert ledger.read(tmp_path).counts == ((10, 15),)
+  with pytest.raises(UserError, match=r"release 0\.2\.0 .* does not say how .*; use the version"):
+    command.recompute(tmp_path)
+
+
+def test_a_gap_of_one_start_stays_whatever_comes_after_it(tmp_path):
+  book = ledger.start(tmp_path, "abc", BOTH)
+  starts = [RAN, RAN._replace(clipping="two_pass"), RAN._replace(baselines=True), RAN, RAN]
+  for number, ran in enumerate(starts, 1):
+    book = ledger.record(tmp_path, book, number, counts(number), ran)
+  assert book == ledger.read(tmp_path)
+  assert book.ran == tuple(starts[:3])  # what is known is not said again
+  gaps = claims.record_of(book, tmp_path)["not_covered"]
+  assert TWO_PASS_GAP in gaps
+  assert set(baseline_gaps(BOTH)) < set(gaps)
+  newer = RAN._replace(dp_accounting="99.0")
+  assert ledger.record(tmp_path, book, 5, counts(5), newer) == book  # nothing new was told by it
+  book = ledger.record(tmp_path, book, 6, counts(6), newer)
+  assert claims.record_of(book, tmp_path)["guarantees"][0]["accountant"]["version"] == "99.0"
+  assert TWO_PASS_GAP in claims.record_of(book, tmp_path)["not_covered"]
+
+
+def test_how_releases_of_broken_lines_were_clipped_is_not_lost_with_them(tmp_path):
+  book = ledger.start(tmp_path, "abc", BOTH)
+  for number, ran in ((1, RAN), (2, RAN._replace(clipping="two_pass"))):
+    book = ledger.record(tmp_path, book, number, counts(number), ran)
+  path = tmp_path / ledger.FILE
+  lines = path.read_bytes().splitlines(keepends=True)
+  path.write_bytes(b"".join([*lines[:3], b"?\n", *lines[3:]]))
+  parts = ledger.split(tmp_path)
+  assert parts is not None
+  assert parts.intact.rounds == 1
+  ledger.set_apart(tmp_path, parts, 2, book.counts)
+  assert ledger.read(tmp_path) == book
+
+
+def test_another_accountant_is_told_and_its_numbers_compared(tmp_path):
+  foreign = RAN._replace(dp_accounting="99.0", fedjax_med="77.0")
+  book = ledger.start(tmp_path, "abc", BOTH)
+  book = ledger.record(tmp_path, book, 5, counts(5), foreign)
+  (tmp_path / claims.FILE).write_text(json.dumps(claims.record_of(book, tmp_path)))
+  assert "ε was told by dp-accounting 99.0; " in command.recompute(tmp_path)["note"]
+  (tmp_path / ledger.FILE).unlink()
+  write(tmp_path)
+  assert command.recompute(tmp_path)["note"] == ""
+
+
+@pytest.mark.parametrize("whose", ["the run", "a baseline"])
+def test_an_epsilon_in_the_ledger_that_its_mechanisms_do_not_give_is_refused(tmp_path, whose):
+  book = ledger.start(tmp_path, "abc", BOTH)
+  book = ledger.record(tmp_path, book, 5, counts(5), RAN._replace(fedjax_med="77.0"))
+  assert book.spent.epsilons is not None
+  smaller = tuple(tuple(0.5 * value for value in row) for row in book.spent.epsilons)
+  if whose == "the run":
+    line = {"rounds": 6, "counts": counts(6), "epsilons": smaller}
+    book = ledger._continued(tmp_path / ledger.FILE, book, [line])
+  else:
+    ended = book._replace(spent=book.spent._replace(epsilons=smaller))
+    book = ledger.record_baselines(tmp_path, book, {"pooled": ended, "alone-1": None})
+    assert book == ledger.read(tmp_path)
+    assert ledger.record_baselines(tmp_path, book, {"pooled": ended, "alone-1": None}) == book
+  record = claims.record_of(book, tmp_path)
+  if whose == "a baseline":
+    assert record["baselines_epsilon"] == {"pooled": max(smaller[0]), "alone-1": None}
+  (tmp_path / claims.FILE).write_text(json.dumps(record))
+  place = r"of the baseline 'pooled', " if whose == "a baseline" else ", "
+  sentence = rf"tells ε .* at 'hospital 1' \(unit patient\) ?{place}its mechanisms give .*77\.0"
+  with pytest.raises(UserError, match=sentence):
+    command.recompute(tmp_path)
+
+
+def test_numbers_may_differ_by_rounding_and_by_no_more():
+  truth = {"a": [1.0, {"b": 3}], "c": None, "d": True}
+  same = [truth, {"a": [1, {"b": 3.0}], "c": None, "d": True}]
+  same.append({"a": [1 + 1e-12, {"b": 3}], "c": None, "d": True})
+  assert all(not claims.difference(said, truth) for said in same)
+  others = {
+    "a[0] is 1.00000001, ": {**truth, "a": [1.00000001, {"b": 3}]},
+    "a[0] is true, ": {**truth, "a": [True, {"b": 3}]},
+    "a[0] is NaN, ": {**truth, "a": [float("nan"), {"b": 3}]},
+    'a[1].b is "3", ': {**truth, "a": [1.0, {"b": "3"}]},
+    "a[1].b is missing": {**truth, "a": [1.0, {}]},
+    "d is 1, ": {**truth, "d": 1},
+    "c is missing": {"a": truth["a"], "d": True},
+    "e is null, which the ledger does not give": {**truth, "e": None},
+    "the file is [], ": [],
+  }
+  for sentence, said in others.items():
+    assert sentence in claims.difference(said, truth)
