@@ -93,7 +93,7 @@ class Restored(NamedTuple):
   state: Any
   kept: Any
   rounds: int
-  head: str | None = None
+  head: str | None
 
 
 def restore_model(
@@ -147,11 +147,11 @@ def covered(workdir: pathlib.Path, run_id: str) -> tuple[str | None, int] | None
   Raises:
     UserError: see ``restore``.
   """
-  found = _read_newest(workdir, run_id)
+  found = _read_newest(workdir, run_id, "the ledger")
   return found and (found.head, int(found.leaves[".server.round"]))
 
 
-def _read_newest(workdir: pathlib.Path, run_id: str) -> "_Found | None":
+def _read_newest(workdir: pathlib.Path, run_id: str, who: str = "config.json") -> "_Found | None":
   """The newest checkpoint of a workdir, which is left as it is; see ``_newest``."""
   if not (workdir / "checkpoints").is_dir():
     return None
@@ -161,7 +161,7 @@ def _read_newest(workdir: pathlib.Path, run_id: str) -> "_Found | None":
   log.setLevel(logging.ERROR)  # orbax warns that nothing can be saved
   try:
     with ocp.CheckpointManager((workdir / "checkpoints").absolute(), options=options) as manager:
-      return _newest(manager, run_id, "config.json", "a folder that holds the files of one run")
+      return _newest(manager, run_id, who, "a folder that holds the files of one run")
   finally:
     log.setLevel(level)
 

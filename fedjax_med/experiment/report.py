@@ -204,7 +204,8 @@ def load(workdir: pathlib.Path) -> dict[str, Any]:
   if run["privacy"]["mechanism"] != "none":
     _check(run["privacy"], PRIVATE, workdir / claims.FILE)
   run["privacy"] = claims.read(workdir)  # no number that was edited gets into a report
-  claims.require_told(workdir / "summary.json", run["summary"], run["privacy"])
+  book = claims.ledger_of(workdir)
+  claims.require_told(workdir / "summary.json", run["summary"], run["summary"]["rounds"], book)
 
   log_path = workdir / "metrics.jsonl"
   lines = _text(log_path).splitlines()
@@ -213,14 +214,12 @@ def load(workdir: pathlib.Path) -> dict[str, Any]:
     where = f"{log_path}, line {number}"
     _check(line, {"split": str}, where)
     _check(line, LINES.get(line["split"], LINES["train"]), where)
-  tests = [line for line in log if line["split"] == "test"]
   require(
-    len(tests) > 0,
+    any(line["split"] == "test" for line in log),
     f"{log_path} holds no line with split=test",
     "run at least one round up to a log point",
   )
-  claims.require_logged(log_path, log, workdir)
-  claims.require_told(f"{log_path}, last line with split=test", tests[-1], run["privacy"])
+  claims.require_logged(log_path, log, book)
   baselines = None
   if (workdir / "baselines.json").exists():
     baselines = _read(workdir / "baselines.json")

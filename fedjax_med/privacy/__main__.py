@@ -37,10 +37,10 @@ def recompute(folder: pathlib.Path, delta: float = 0.0) -> dict[str, Any]:
     UserError: the ledger is missing or was edited, another file does not agree, δ is refused.
   """
   book = ledger.read(folder)
-  record = claims.read(folder)
+  claims.read(folder)
   claims.require_epsilons(folder, book)
   weights = _require_covered(folder, book)
-  _require_files(folder, book, record)
+  _require_files(folder, book, weights)
   guarantees = [
     _recompute(guarantee, counts, delta)
     for guarantee, counts in zip(book.guarantees, book.counts, strict=True)
@@ -93,20 +93,25 @@ def _require_covered(folder: pathlib.Path, book: ledger.Ledger) -> int | None:
   return found[1]
 
 
-def _require_files(folder: pathlib.Path, book: ledger.Ledger, record: dict[str, Any]) -> None:
-  """Holds results, log, statement and report against the ledger; UserError where one differs."""
+def _require_files(folder: pathlib.Path, book: ledger.Ledger, weights: int | None) -> None:
+  """Holds results, log, statement and report against the ledger; UserError where one differs.
+
+  ``weights`` are the rounds of the newest checkpoint, None where there is none.
+  """
   from fedjax_med.experiment import report, workdir
 
   summary, config = folder / "summary.json", folder / "config.json"
   if summary.exists():
-    said, own = _read(summary), {"run_id": book.run_id, "rounds": book.rounds}
-    claims.require_same(summary, {key: said.get(key) for key in own}, own)
-    claims.require_told(summary, said, record)
-  log, lines = folder / "metrics.jsonl", workdir.read_metrics(folder)
-  claims.require_logged(log, lines, folder)
-  tests = [line for line in lines if line.get("split") == "test"]
-  if summary.exists() and tests:  # the log of a killed run may be behind its ledger
-    claims.require_told(f"{log}, last line with split=test", tests[-1], record)
+    said = _read(summary)
+    claims.require_same(summary, {"run_id": said.get("run_id")}, {"run_id": book.run_id})
+    rounds = said.get("rounds", -1)
+    require(
+      weights in (None, rounds),
+      f"{summary}: rounds is {rounds}, the weights of the newest checkpoint are of round {weights}",
+      claims.REMEDY,
+    )
+    claims.require_told(summary, said, rounds, book)
+  claims.require_logged(folder / "metrics.jsonl", workdir.read_metrics(folder), book)
   if config.exists():  # the folder of a baseline has none, nor a statement
     said, own = {"run_id": _read(config).get("run_id")}, {"run_id": book.run_id}
     claims.require_same(config, said, own)

@@ -136,63 +136,90 @@ def _short(value: Any) -> str:
   return text if len(text) <= 120 else f"{text[:117]}..."
 
 
-def require_told(where: object, said: dict[str, Any], record: dict[str, Any]) -> None:
-  """Raises UserError unless results say the ε of the record.
+def ledger_of(folder: pathlib.Path) -> ledger.Ledger | None:
+  """The ledger of a workdir; None where it has none."""
+  return ledger.read(folder) if (folder / ledger.FILE).exists() else None
+
+
+def require_told(
+  where: object, said: dict[str, Any], rounds: int, book: ledger.Ledger | None
+) -> None:
+  """Raises UserError unless results tell the ε that the ledger gives for so many rounds.
+
+  A run that was resumed may tell results of rounds that its ledger has no line for, since it has
+  one for more: their ε lie between those of the lines around them.
 
   Args:
-    where: the file.
-    said: summary.json, or what is like it.
-    record: from ``read``.
+    where: the file, or a line of one.
+    said: summary.json or a line of metrics.jsonl.
+    rounds: that it is of.
+    book: the ledger; None without one.
   """
-  own = {each["unit"]: each["parties"] for each in record.get("guarantees", [])}
-  whole = [party["epsilon"] for party in own.pop("client", [])]
-  spent_by = {party["name"]: party["epsilon"] for parties in own.values() for party in parties}
   clients = said.get("clients", [])
-  truth = {
-    "epsilon_max": record["epsilon_max"],
-    "client_epsilon": whole[0] if whole else None,
-    "clients": [spent_by.get(client.get("name")) for client in clients],
+  least, most = ({}, {}) if book is None else _bounds(where, rounds, book)
+  values = {
+    ("epsilon_max", "first"): said.get("epsilon_max"),
+    ("client_epsilon", "client"): said.get("client_epsilon"),
   }
-  told = {
-    "epsilon_max": said.get("epsilon_max"),
-    "client_epsilon": said.get("client_epsilon"),
-    "clients": [client.get("epsilon") for client in clients],
+  values |= {
+    (f"clients[{number}].epsilon", f"at {client.get('name')}"): client.get("epsilon")
+    for number, client in enumerate(clients)
   }
-  require_same(where, told, truth)
+  for (path, whose), value in values.items():
+    low, high = least.get(whose), most.get(whose)
+    if low is None or high is None:
+      require_same(where, {path: value}, {path: None})
+      continue
+    within = (
+      isinstance(value, int | float)
+      and not isinstance(value, bool)
+      and low * (1 - TOLERANCE) <= value <= high * (1 + TOLERANCE)
+    )
+    truth = f"{high:.12g}" if low == high else f"from {low:.12g} to {high:.12g}"
+    require(within, f"{where}: {path} is {_short(value)}, the ledger gives {truth}", REMEDY)
+
+
+def _bounds(
+  where: object, rounds: int, book: ledger.Ledger
+) -> tuple[dict[str, float], dict[str, float]]:
+  """Least and largest ε after so many rounds: of the first guarantee, hospitals and records."""
+  require(
+    0 <= rounds <= book.rounds,
+    f"{where} is of {rounds} rounds, the ledger counts {book.rounds}",
+    REMEDY,
+  )
+  before = max(each for each in book.told if each <= rounds)
+  after = min(each for each in book.told if each >= rounds)
+  return _told(book, book.told[before]), _told(book, book.told[after])
+
+
+def _told(book: ledger.Ledger, epsilons: ledger.Epsilons) -> dict[str, float]:
+  """The ε that results tell."""
+  found = {"first": max(epsilons[0])}
+  for guarantee, own in zip(book.guarantees, epsilons, strict=True):
+    if guarantee.unit == "client":
+      found["client"] = own[0]
+    else:
+      found |= {f"at {name}": value for name, value in zip(guarantee.names, own, strict=True)}
+  return found
 
 
 def require_logged(
-  path: pathlib.Path, lines: Sequence[dict[str, Any]], folder: pathlib.Path
+  path: pathlib.Path, lines: Sequence[dict[str, Any]], book: ledger.Ledger | None
 ) -> None:
-  """Raises UserError unless a log tells the ε of the ledger, where the log tells any.
+  """Raises UserError unless a log tells the ε of the ledger; see ``require_told``.
 
   Args:
     path: metrics.jsonl.
     lines: of it.
-    folder: the workdir.
+    book: the ledger; None without one.
   """
-  book = ledger.read(folder) if (folder / ledger.FILE).exists() else None
-  nothing: dict[str, Any] = {"epsilon_max": None, "guarantees": []}
-  for number, line in enumerate(lines, 1):
-    if line.get("epsilon_max") is None or (book and line.get("round") not in book.told):
-      continue  # a point of a sweep tells ε at its end; rounds that are run again need no line
-    record = _told(book, book.told[line["round"]]) if book else nothing
-    own = line if line.get("split") == "test" else {**line, "clients": []}
-    require_told(f"{path}, line {number}", own, record)
-
-
-def _told(book: ledger.Ledger, epsilons: ledger.Epsilons) -> dict[str, Any]:
-  """ε of each party, in the shape of privacy.json."""
-  described = [
-    {
-      "unit": guarantee.unit,
-      "parties": [
-        {"name": name, "epsilon": value} for name, value in zip(guarantee.names, own, strict=True)
-      ],
-    }
-    for guarantee, own in zip(book.guarantees, epsilons, strict=True)
-  ]
-  return {"epsilon_max": max(epsilons[0]), "guarantees": described}
+  tests = [number for number, line in enumerate(lines) if line.get("split") == "test"]
+  for number, line in enumerate(lines):
+    if line.get("epsilon_max") is None and number not in tests[-1:]:
+      continue  # a point of a sweep tells ε at its end alone
+    own = line if number in tests else {**line, "clients": []}
+    require_told(f"{path}, line {number + 1}", own, line.get("round", -1), book)
 
 
 def require_epsilons(folder: pathlib.Path, book: ledger.Ledger) -> None:

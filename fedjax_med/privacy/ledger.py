@@ -335,7 +335,7 @@ def _after(book: Ledger, content: dict[str, Any], digest: str) -> Ledger | None:
     rounds, counts = content["rounds"], _whole_numbers(content["counts"])
     if rounds <= book.rounds or not _at_most(own.counts, counts):
       return None
-    own = own._replace(counts=counts, epsilons=_infinite(content.get("epsilons")))
+    own = own._replace(counts=counts, epsilons=_infinite(content.get("epsilons"), counts))
     if own.epsilons is not None:
       book = book._replace(told={**book.told, rounds: own.epsilons})
   return book._replace(
@@ -344,10 +344,11 @@ def _after(book: Ledger, content: dict[str, Any], digest: str) -> Ledger | None:
 
 
 def _spent_of(value: dict[str, Any]) -> Spent:
+  counts = _whole_numbers(value["counts"])
   return Spent(
     guarantees=tuple(_from_json(guarantee) for guarantee in value["guarantees"]),
-    counts=_whole_numbers(value["counts"]),
-    epsilons=_infinite(value["epsilons"]),
+    counts=counts,
+    epsilons=_infinite(value["epsilons"], counts),
   )
 
 
@@ -362,9 +363,12 @@ def _finite(epsilons: Epsilons) -> list[list[float | None]]:
   return [[None if math.isinf(value) else value for value in row] for row in epsilons]
 
 
-def _infinite(epsilons: list[list[float | None]] | None) -> Epsilons | None:
+def _infinite(epsilons: list[list[float | None]] | None, counts: Counts) -> Epsilons | None:
+  """ε from JSON; ValueError unless there is one for each count."""
   if epsilons is None:
     return None
+  if [len(row) for row in epsilons] != [len(row) for row in counts]:
+    raise ValueError("not one ε for each count")
   return tuple(tuple(math.inf if v is None else float(v) for v in row) for row in epsilons)
 
 

@@ -144,7 +144,8 @@ def rows_of(folder: pathlib.Path, number: int, point: Point) -> list[dict[str, A
   """
   config, summary = read_json(folder / "config.json"), read_json(folder / "summary.json")
   privacy, hospitals = claims.read(folder), read_json(folder / "hospitals.json")
-  claims.require_told(folder / "summary.json", summary, privacy)
+  book = claims.ledger_of(folder)
+  claims.require_told(folder / "summary.json", summary, summary["rounds"], book)
   local = [each for each in privacy["guarantees"] if each["unit"] != "client"]
   spent = {party["name"]: party for each in local for party in each["parties"]}
   shared = {"point": number, "run_id": summary["run_id"], **flat(config["config"]), **point}

@@ -222,9 +222,9 @@ def first_client(record):
   [
     ("summary.json", lambda s: s.update(epsilon_max=1.0), "epsilon_max is 1.0"),
     ("summary.json", lambda s: s.update(client_epsilon=1.0), "client_epsilon is 1.0"),
-    ("summary.json", lambda s: s.update(rounds=2), "rounds is 2, the ledger gives 6"),
+    ("summary.json", lambda s: s.update(rounds=4), "rounds is 4, the weights of"),
     ("summary.json", lambda s: s.update(run_id="x"), 'run_id is "x"'),
-    ("summary.json", first_client, "clients[0] is"),
+    ("summary.json", first_client, "clients[0].epsilon is"),
     ("config.json", lambda s: s.update(run_id="x"), 'run_id is "x"'),
   ],
 )
@@ -249,3 +249,20 @@ def test_every_number_of_epsilon_in_texts_is_held_against_the_ledger(copy, name)
       command.recompute(copy)
   path.write_text(text)
   assert command.recompute(copy)["epsilon_max"] == largest
+
+
+def test_a_run_that_ends_before_its_ledger_is_written_and_checked(copy):
+  """Of six rounds ε was told; the weights are of three, of which the ledger has no line."""
+  told = ledger.read(copy).told
+  shutil.rmtree(copy / "checkpoints")
+  summary = run(copy, server__num_rounds=3)
+  found = command.recompute(copy)
+  assert (found["rounds"], found["rounds_of_weights"], summary["rounds"]) == (6, 3, 3)
+  assert max(told[2][0]) < summary["epsilon_max"] < max(told[4][0]) < found["epsilon_max"]
+  edit(copy / "summary.json", lambda record: record.update(epsilon_max=0.9 * max(told[2][0])))
+  for reads in (command.recompute, write_report, lambda folder: table.rows_of(folder, 0, {})):
+    with pytest.raises(UserError, match=r"summary\.json: epsilon_max is .* gives from .* to "):
+      reads(copy)
+  edit(copy / "summary.json", lambda record: record.update(rounds=7))
+  with pytest.raises(UserError, match="is of 7 rounds, the ledger counts 6"):
+    write_report(copy)
