@@ -107,7 +107,7 @@ def write_report(workdir: pathlib.Path, papers: bool = False) -> pathlib.Path:
 def require_told(workdir: pathlib.Path) -> None:
   """Raises UserError unless statement and report, where they are, say what the other files do.
 
-  Of the report all is compared up to the section on privacy, but for the figures.
+  Of the report all is compared up to the end of its section on privacy, but for the figures.
   """
   statement, page = workdir / "privacy_statement.md", workdir / "report.html"
   if statement.exists():
@@ -124,7 +124,7 @@ def require_told(workdir: pathlib.Path) -> None:
 
 
 def _told(page: str) -> list[str]:
-  """Lines of a report up to the section on privacy, without figures and notes on the data."""
+  """Lines of a report up to the end of its section on privacy, without figures."""
   head = re.sub(r"<figure.*?</figure>", "", page.partition(END_OF_PRIVACY)[0], flags=re.DOTALL)
   return [line.strip() for line in head.splitlines() if line.strip()]
 
