@@ -11,6 +11,7 @@ from fedjax_med.experiment import workdir as files
 from fedjax_med.experiment.build import Case, Experiment, build_baselines
 from fedjax_med.experiment.loop import train_rounds
 from fedjax_med.experiment.processes import is_first
+from fedjax_med.privacy import claims, ledger
 
 
 def _curve(folder: pathlib.Path) -> list[dict[str, Any]]:
@@ -36,14 +37,20 @@ def run_baselines(federation: Experiment, folder: pathlib.Path, console: Console
 def write_baselines(federation: Case, folder: pathlib.Path) -> None:
   """Adds the baselines, all of which have run, to the results of ``folder``.
 
-  Their curves are in baselines.json, their last metrics in summary.json, their ε in privacy.json.
+  Their curves are in baselines.json, their last metrics in summary.json, what they have spent in
+  the ledger and so their ε in privacy.json.
   """
   names = federation.hospitals.names
   runs = [*(f"alone-{k + 1}" for k in range(len(names))), "pooled"]
   curves = {name: _curve(folder / "baselines" / name) for name in runs}
   if federation.guarantees:
-    spent = {name: curve[-1]["epsilon_max"] for name, curve in curves.items()}
-    _add(folder / "privacy.json", "baselines_epsilon", spent)
+    places = {name: folder / "baselines" / name for name in runs}
+    ended = {
+      name: ledger.read(place) if (place / ledger.FILE).exists() else None
+      for name, place in places.items()
+    }
+    book = ledger.record_baselines(folder, ledger.read(folder), ended)
+    files.write_json(folder / claims.FILE, claims.record_of(book, folder))
   solo = []
   for k, hospital in enumerate(names):
     curve = [
@@ -58,8 +65,6 @@ def write_baselines(federation: Case, folder: pathlib.Path) -> None:
   files.write_json(folder / "baselines.json", {"alone": solo, "pooled": {"curve": together}})
   last = [entry["curve"][-1] for entry in solo]
   alone = [{"own": point["own"], "all": point["all"]} for point in last]
-  _add(folder / "summary.json", "baselines", {"alone": alone, "pooled": together[-1]["all"]})
-
-
-def _add(path: pathlib.Path, key: str, value: Any) -> None:
-  files.write_json(path, {**json.loads(path.read_text(encoding="utf-8")), key: value})
+  path = folder / "summary.json"
+  summary = json.loads(path.read_text(encoding="utf-8"))
+  files.write_json(path, {**summary, "baselines": {"alone": alone, "pooled": together[-1]["all"]}})

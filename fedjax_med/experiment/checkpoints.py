@@ -86,12 +86,14 @@ class Restored(NamedTuple):
     state: of the network.
     kept: what one client keeps; None where it was not asked for.
     rounds: that they were trained for.
+    head: of the privacy ledger that they were saved after.
   """
 
   params: Any
   state: Any
   kept: Any
   rounds: int
+  head: str | None
 
 
 def restore_model(
@@ -115,20 +117,10 @@ def restore_model(
   Raises:
     UserError: see ``restore``.
   """
-  if not (workdir / "checkpoints").is_dir():
-    return None
-  options = ocp.CheckpointManagerOptions(read_only=True, save_interval_steps=0, create=False)
-  log = logging.getLogger("absl")
-  level = log.level
-  log.setLevel(logging.ERROR)  # orbax warns that nothing can be saved
-  try:
-    with ocp.CheckpointManager((workdir / "checkpoints").absolute(), options=options) as manager:
-      found = _newest(manager, run_id, "config.json", "a folder that holds the files of one run")
-  finally:
-    log.setLevel(level)
+  found = _read_newest(workdir, run_id)
   if found is None:
     return None
-  leaves, _, place, remedy = found
+  leaves, head, place, remedy = found
   server = {n.removeprefix(".server"): leaf for n, leaf in leaves.items() if n[:7] == ".server"}
   averaged = any(name.startswith(".average") for name in server)
   params, state = (
@@ -146,7 +138,32 @@ def restore_model(
     )
     own = {name: leaf[client] for name, leaf in stacked.items()}
     kept = _filled(like_kept, own, place, remedy)
-  return Restored(*weights, kept, int(server[".round"]))
+  return Restored(*weights, kept, int(server[".round"]), head)
+
+
+def covered(workdir: pathlib.Path, run_id: str) -> tuple[str | None, int] | None:
+  """The ledger's head that the newest checkpoint was saved after, and its rounds; None without one.
+
+  Raises:
+    UserError: see ``restore``.
+  """
+  found = _read_newest(workdir, run_id, "the ledger")
+  return found and (found.head, int(found.leaves[".server.round"]))
+
+
+def _read_newest(workdir: pathlib.Path, run_id: str, who: str = "config.json") -> "_Found | None":
+  """The newest checkpoint of a workdir, which is left as it is; see ``_newest``."""
+  if not (workdir / "checkpoints").is_dir():
+    return None
+  options = ocp.CheckpointManagerOptions(read_only=True, save_interval_steps=0, create=False)
+  log = logging.getLogger("absl")
+  level = log.level
+  log.setLevel(logging.ERROR)  # orbax warns that nothing can be saved
+  try:
+    with ocp.CheckpointManager((workdir / "checkpoints").absolute(), options=options) as manager:
+      return _newest(manager, run_id, who, "a folder that holds the files of one run")
+  finally:
+    log.setLevel(level)
 
 
 class _Found(NamedTuple):

@@ -15,6 +15,7 @@ from fedjax_med.experiment.trained import Trained
 from fedjax_med.experiment.workdir import write_text, write_whole
 from fedjax_med.models.layers import EPSILON
 from fedjax_med.models.pretrained import to_state_dict
+from fedjax_med.privacy import claims
 from fedjax_med.simulation.evaluation import make_classify
 
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -76,9 +77,11 @@ def export_model(trained: Trained, how: str, output: pathlib.Path) -> str:
   """Writes ``output``, a program (jax) or weights (safetensors); returns what it holds, in words.
 
   A .safetensors file has the description in its metadata, a program beside it as OUTPUT.json.
+
+  Raises:
+    UserError: privacy.json does not follow from the ledger.
   """
-  privacy = json.loads((trained.folder / "privacy.json").read_text(encoding="utf-8"))
-  about = describe(trained, privacy)
+  about = describe(trained, claims.read(trained.folder))
   output.parent.mkdir(parents=True, exist_ok=True)
   if how == "jax":
     program = export_program(trained)

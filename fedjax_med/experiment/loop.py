@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from fedjax_med import __version__
 from fedjax_med.core.errors import UserError, require
 from fedjax_med.core.metrics import classification_metrics
 from fedjax_med.data.dataset import Hospitals, client_rows
@@ -19,15 +20,13 @@ from fedjax_med.experiment.build import Experiment
 from fedjax_med.experiment.processes import is_first
 from fedjax_med.experiment.program import Parts
 from fedjax_med.federated.algorithm import RoundMetrics
-from fedjax_med.privacy import ledger
+from fedjax_med.privacy import claims, ledger
 from fedjax_med.privacy.calibration import affordable_steps
-from fedjax_med.privacy.clipping import TWO_PASS_GAP
 from fedjax_med.privacy.guarantees import (
   NO_PRIVACY,
   SYNTHETIC_GAP,
   Guarantee,
-  baseline_gaps,
-  privacy_record,
+  accountant_version,
 )
 from fedjax_med.privacy.guarantees import spent as epsilons_of
 from fedjax_med.simulation.evaluation import Weights
@@ -164,14 +163,16 @@ def write_privacy(
         record["not_covered"] = [SYNTHETIC_GAP]
       if experiment.config.partition.num_clients == 1:
         record["pooled"] = True
-      files.write_json(folder / "privacy.json", record)
+      files.write_json(folder / claims.FILE, record)
     return None
-  book = ledger.record(folder, book, rounds, releases(experiment, rounds, steps))
-  gaps = [TWO_PASS_GAP] if experiment.program.plan.clipping == "two_pass" else []
-  if experiment.config.eval.local_baselines or (folder / "baselines").exists():
-    gaps += baseline_gaps(experiment.guarantees)
-  record = privacy_record(experiment.guarantees, book.counts, gaps)
-  files.write_json(folder / "privacy.json", {**record, "ledger": book.head})
+  ran = ledger.Ran(
+    fedjax_med=__version__,
+    dp_accounting=accountant_version(),
+    clipping=experiment.program.plan.clipping,
+    baselines=experiment.config.eval.local_baselines or (folder / "baselines").exists(),
+  )
+  book = ledger.record(folder, book, rounds, releases(experiment, rounds, steps), ran)
+  files.write_json(folder / claims.FILE, claims.record_of(book, folder))
   return book
 
 
@@ -361,7 +362,7 @@ def train_rounds(
         broken_ledger.mend(experiment, folder, head, print)
       book = ledger.start(folder, experiment.run_id, experiment.guarantees)
       if saved is not None:
-        ledger.require_covers(book, folder, head)
+        ledger.require_covers(book, folder, head, saved)
     begin()
     files.keep_metrics_to(folder, -1 if saved is None else saved)
 

@@ -4,9 +4,11 @@ Nothing but those files enters it, no time and no network: the same workdir give
 """
 
 import base64
+import itertools
 import json
 import math
 import pathlib
+import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +20,7 @@ from fedjax_med.experiment import figures
 from fedjax_med.experiment.data_notes import data_notes, patient_note
 from fedjax_med.experiment.labels import stand_ins
 from fedjax_med.experiment.workdir import write_text
+from fedjax_med.privacy import claims
 from fedjax_med.privacy.accounting import round_up
 from fedjax_med.privacy.statement import ASSUMPTIONS, audit_sentence, tuning_costs, write_out
 
@@ -75,6 +78,7 @@ EXPLANATION = {
   "patients_of_private_run": bool, "figures": [{"file": str, "caption": str}],
 }  # fmt: skip
 RESTORE = "restore it or run the experiment again"
+END_OF_PRIVACY = "<h2>Files left out</h2>"  # of the report
 STOPPED = {
   "completed": "all rounds were run",
   "budget": "stopped before the next rounds would have exceeded the privacy budget",
@@ -95,9 +99,59 @@ def write_report(workdir: pathlib.Path, papers: bool = False) -> pathlib.Path:
   run = load(workdir)
   if papers:
     _draw_all(workdir / "figures", run, ".pdf")
+  path = workdir / "report.html"
+  write_text(path, _page(workdir, run, _draw(workdir, run)))
+  return path
+
+
+def require_told(workdir: pathlib.Path) -> None:
+  """Raises UserError unless statement and report, where they are, say what the other files do.
+
+  Of the report all is compared up to the end of its section on privacy, but for the figures.
+  """
+  statement, page = workdir / "privacy_statement.md", workdir / "report.html"
+  if statement.exists():
+    _require_lines(
+      statement,
+      _text(statement).splitlines(),
+      statement_text(workdir).splitlines(),
+      "restore it, or start the finished run again, which writes it",
+    )
+  if page.exists():
+    again = _page(workdir, load(workdir), {})
+    remedy = f"python -m fedjax_med.report --workdir={workdir} writes it again"
+    _require_lines(page, _told(_text(page)), _told(again), remedy)
+
+
+def _told(page: str) -> list[str]:
+  """Lines of a report up to the end of its section on privacy, without figures."""
+  head = re.sub(r"<figure.*?</figure>", "", page.partition(END_OF_PRIVACY)[0], flags=re.DOTALL)
+  return [line.strip() for line in head.splitlines() if line.strip()]
+
+
+def _require_lines(path: pathlib.Path, said: list[str], truth: list[str], remedy: str) -> None:
+  pairs = itertools.zip_longest(said, truth, fillvalue="nothing")
+  found, given = next((pair for pair in pairs if pair[0] != pair[1]), ("", ""))
+  require(
+    found == given,
+    f"{path} says '{_shortened(found, given)}', the files it is made from '"
+    f"{_shortened(given, found)}'",
+    remedy,
+  )
+
+
+def _shortened(text: str, other: str) -> str:
+  """The part of a long line where it differs from another one."""
+  pairs = itertools.zip_longest(text, other)
+  start = max(next((number for number, (a, b) in enumerate(pairs) if a != b), 0) - 30, 0)
+  part = text[start : start + 90]
+  return f"{'... ' if start else ''}{part}{' ...' if start + 90 < len(text) else ''}"
+
+
+def _page(workdir: pathlib.Path, run: dict[str, Any], images: dict[str, dict[str, Any]]) -> str:
   view = {
     **run,
-    "images": _draw(workdir, run),
+    "images": images,
     "rows": _rows(run),
     "data_notes": data_notes(
       run["hospitals"],
@@ -111,9 +165,7 @@ def write_report(workdir: pathlib.Path, papers: bool = False) -> pathlib.Path:
     "about_classes": about_classes(positive_class(run["hospitals"]["class_names"])),
     "stand_ins": _stand_ins(run["hospitals"]),
   }
-  path = workdir / "report.html"
-  write_text(path, environment().get_template("report.html").render(view))
-  return path
+  return environment().get_template("report.html").render(view)
 
 
 def _stand_ins(held: dict[str, Any]) -> list[tuple[str, str]]:
@@ -150,7 +202,10 @@ def load(workdir: pathlib.Path) -> dict[str, Any]:
   for name, shape in SHAPES.items():
     _check(run[name.removesuffix(".json")], shape, workdir / name)
   if run["privacy"]["mechanism"] != "none":
-    _check(run["privacy"], PRIVATE, workdir / "privacy.json")
+    _check(run["privacy"], PRIVATE, workdir / claims.FILE)
+  run["privacy"] = claims.read(workdir)  # no number that was edited gets into a report
+  book = claims.ledger_of(workdir)
+  claims.require_told(workdir / "summary.json", run["summary"], run["summary"]["rounds"], book)
 
   log_path = workdir / "metrics.jsonl"
   lines = _text(log_path).splitlines()
@@ -164,6 +219,7 @@ def load(workdir: pathlib.Path) -> dict[str, Any]:
     f"{log_path} holds no line with split=test",
     "run at least one round up to a log point",
   )
+  claims.require_logged(log_path, log, book)
   baselines = None
   if (workdir / "baselines.json").exists():
     baselines = _read(workdir / "baselines.json")
@@ -324,17 +380,20 @@ def write_statement(workdir: pathlib.Path) -> pathlib.Path:
   """Writes WORKDIR/privacy_statement.md from privacy.json, and audit.json if there is one.
 
   Raises:
-    UserError: a file is missing or is not what a run writes.
+    UserError: a file is missing or is not what a run writes, or privacy.json does not follow from
+      the ledger.
   """
-  record, config = _read(workdir / "privacy.json"), _read(workdir / "config.json")
+  path = workdir / "privacy_statement.md"
+  write_text(path, statement_text(workdir))
+  return path
+
+
+def statement_text(workdir: pathlib.Path) -> str:
+  """What the privacy statement has to say; see ``write_statement``."""
+  record, config = claims.read(workdir), _read(workdir / "config.json")
   held, unit = _read(workdir / "hospitals.json"), config["config"]["privacy"]["unit"]
   patients = patient_note(held, unit).text
-  if record["mechanism"] != "none":
-    _check(record, PRIVATE, workdir / "privacy.json")
-  path = workdir / "privacy_statement.md"
-  text = write_out(record, config["run_id"], _audit(workdir), patients)
-  write_text(path, text)
-  return path
+  return write_out(record, config["run_id"], _audit(workdir), patients)
 
 
 def _rows(run: dict[str, Any]) -> list[dict[str, Any]]:

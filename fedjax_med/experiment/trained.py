@@ -15,13 +15,14 @@ from fedjax_med.core.config import Config, from_dict
 from fedjax_med.core.errors import UserError, require, require_choice
 from fedjax_med.core.keys import base_key
 from fedjax_med.data.grey import EIGHT_BITS, Grey
-from fedjax_med.experiment.checkpoints import restore_model
+from fedjax_med.experiment.checkpoints import Restored, restore_model
 from fedjax_med.experiment.workdir import require_text
 from fedjax_med.federated.algorithm import FederatedAlgorithm
 from fedjax_med.federated.registry import ALGORITHMS, create_algorithm
 from fedjax_med.models.model import Model, from_flax
 from fedjax_med.models.ops import Lowering
 from fedjax_med.models.registry import MODELS, recreate_module
+from fedjax_med.privacy import ledger
 from fedjax_med.privacy.banded import empty_memory
 from fedjax_med.simulation.mesh import cpu_cores
 from fedjax_med.simulation.plan import choose_lowering
@@ -90,7 +91,8 @@ def load(
 
   Raises:
     UserError: the folder holds no run or no weights, another version of this package or another
-      network was trained, or the run has no global model, or no model of that hospital.
+      network was trained, or the run has no global model, or no model of that hospital, or its
+      ledger does not count the rounds of the weights.
   """
   run = _read_run(folder)
   config, saved = run.config, run.network
@@ -119,6 +121,7 @@ def load(
       " point of a sweep, which keeps no weights; train it by itself with the command in its"
       " config.json"
     )
+  _require_counted(folder, run, found)
   params, state = found.params, found.state
   if algorithm and algorithm.personal:
     params, state = algorithm.personal(params, state, found.kept)
@@ -136,6 +139,20 @@ def load(
     stem_pool_padding=padding,
     hospital=hospital,
   )
+
+
+def _require_counted(folder: pathlib.Path, run: "_Run", found: Restored) -> None:
+  """Raises UserError unless the ledger of a private run counts the rounds of its weights."""
+  levels = run.config.privacy, run.config.client_privacy
+  if all(level.mechanism == "none" for level in levels):
+    return
+  book = ledger.read(folder)
+  require(
+    book.run_id == run.run_id,
+    f"{folder / ledger.FILE} is the ledger of run {book.run_id}, config.json is of {run.run_id}",
+    "give a folder that holds the files of one run",
+  )
+  ledger.require_covers(book, folder, found.head, found.rounds)
 
 
 class _Run(NamedTuple):

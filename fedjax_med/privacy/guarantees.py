@@ -206,9 +206,22 @@ def _noises(mechanism: PoissonGaussian) -> dict[str, float]:
   }
 
 
-def describe(guarantee: Guarantee, counts: Sequence[int] | np.ndarray) -> dict[str, Any]:
-  """One guarantee as privacy.json holds it, after ``counts`` [P] releases; see ``spent``."""
-  epsilons = spent(guarantee, counts)
+def accountant_version() -> str:
+  """Version of the installed library that the accountant is from."""
+  return importlib.metadata.version("dp-accounting")
+
+
+def describe(
+  guarantee: Guarantee,
+  counts: Sequence[int] | np.ndarray,
+  epsilons: Sequence[float] | None = None,
+  version: str = "",
+) -> dict[str, Any]:
+  """One guarantee as privacy.json holds it, after ``counts`` [P] releases; see ``spent``.
+
+  Their ε, and the version of the library that computed them, are those of here if not given.
+  """
+  epsilons = spent(guarantee, counts) if epsilons is None else epsilons
   unit = UNITS[guarantee.unit]
   everybody = (unit.holds_against, unit.not_against)
   holds_against, not_against = BASELINES.get(guarantee.place, everybody)
@@ -223,7 +236,7 @@ def describe(guarantee: Guarantee, counts: Sequence[int] | np.ndarray) -> dict[s
     "accountant": {
       "name": "PLD",
       "library": "dp-accounting",
-      "version": importlib.metadata.version("dp-accounting"),
+      "version": version or accountant_version(),
       "value_discretization_interval": max(intervals, default=0.0),
       "sensitivity_slack": NORM_SLACK,
     },
@@ -273,10 +286,17 @@ def privacy_record(
   guarantees: Sequence[Guarantee],
   counts: Sequence[Sequence[int] | np.ndarray],
   gaps: Sequence[str] = (),
+  epsilons: Sequence[Sequence[float]] | None = None,
+  version: str = "",
 ) -> dict[str, Any]:
   """What a run may claim after ``counts`` releases of each party of each guarantee.
 
-  ``gaps`` are further sentences on what is not covered.
+  Args:
+    guarantees: what protects each kind of unit.
+    counts: releases.
+    gaps: further sentences on what is not covered.
+    epsilons: ε of each party of each guarantee; None computes them.
+    version: of the library that computed them; empty is the installed one.
 
   Returns:
     Plain dictionary; ``epsilon_max`` is of the first guarantee (ε of different units are never
@@ -284,7 +304,8 @@ def privacy_record(
   """
   if not guarantees:
     return NO_PRIVACY
-  described = [describe(*each) for each in zip(guarantees, counts, strict=True)]
+  known = epsilons or [None] * len(guarantees)
+  described = [describe(*each, version) for each in zip(guarantees, counts, known, strict=True)]
   if any(mechanism.bands > 1 for guarantee in guarantees for mechanism in guarantee.mechanisms):
     gaps = [BANDS_GAP, *gaps]
   units = {guarantee.unit for guarantee in guarantees}

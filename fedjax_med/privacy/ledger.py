@@ -1,9 +1,10 @@
 """The privacy ledger of a run: which private mechanisms were executed, and ε from that alone.
 
-``ledger.jsonl`` grows line by line. Its first line names the mechanisms of every guarantee; each
-further one says how often each of them was executed after some round. A line carries the digest of
-itself and of the line before it, so that an edit shows; it is no signature, and protects against
-mistakes and not against whoever recomputes all digests.
+``ledger.jsonl`` grows line by line. Its first line names the mechanisms of every guarantee. A
+further one says how often each of them was executed after some round, and the ε that was told of
+it; or with what the run is executed (``Ran``); or the same of its baselines. A line carries the
+digest of itself and of the line before it, so that an edit shows; it is no signature, and protects
+against mistakes and not against whoever recomputes all digests.
 
 A round that a resumed run repeats is the same release (same sample, same noise) and gets no line.
 
@@ -11,16 +12,18 @@ Lines that do not follow from those before them make a ledger that nobody reads 
 is resumed may set them apart where that hides no release: see ``experiment/broken_ledger.py``.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from fedjax_med.core.errors import UserError, require
-from fedjax_med.privacy.guarantees import UNITS, Guarantee
+from fedjax_med.privacy.guarantees import UNITS, Guarantee, spent
 from fedjax_med.privacy.mechanism import PoissonGaussian
 
 FILE = "ledger.jsonl"
@@ -38,6 +41,37 @@ KEYS = {
 }
 
 Counts = tuple[tuple[int, ...], ...]
+Epsilons = tuple[tuple[float, ...], ...]
+
+
+class Ran(NamedTuple):
+  """With what the mechanisms of a run are executed, as far as its claims depend on it.
+
+  Attributes:
+    fedjax_med: version of this package.
+    dp_accounting: version of the library that the accountant is from.
+    clipping: how gradients are clipped: two_pass, book_keeping, reference or none.
+    baselines: whether baselines are trained on the same records.
+  """
+
+  fedjax_med: str
+  dp_accounting: str
+  clipping: str
+  baselines: bool
+
+
+class Spent(NamedTuple):
+  """What the mechanisms of a run, or of one of its baselines, have spent.
+
+  Attributes:
+    guarantees: what protects each kind of unit; empty where nothing does.
+    counts: releases of each party of each guarantee that were executed.
+    epsilons: ε of each party of each guarantee, as it was told; None in ledgers of 0.2.0.
+  """
+
+  guarantees: tuple[Guarantee, ...]
+  counts: Counts
+  epsilons: Epsilons | None
 
 
 class Ledger(NamedTuple):
@@ -45,17 +79,36 @@ class Ledger(NamedTuple):
 
   Attributes:
     run_id: fingerprint of the run.
-    guarantees: what protects each kind of unit.
-    rounds: rounds after the last line.
-    counts: releases of each party of each guarantee that were executed by then.
+    spent: what was executed by the last line.
+    rounds_at: finished rounds at every line, in order.
+    told: ε of each party of each guarantee that was told, by rounds; none in ledgers of 0.2.0.
     digests: of every line, in order; the last stands for the whole.
+    ran: with what it was executed, start by start; empty in ledgers of 0.2.0.
+    baselines: what each baseline that has ended has spent, by its name.
   """
 
   run_id: str
-  guarantees: tuple[Guarantee, ...]
-  rounds: int
-  counts: Counts
+  spent: Spent
+  rounds_at: tuple[int, ...]
+  told: dict[int, Epsilons]
   digests: tuple[str, ...]
+  ran: tuple[Ran, ...]
+  baselines: dict[str, Spent]
+
+  @property
+  def guarantees(self) -> tuple[Guarantee, ...]:
+    """What protects each kind of unit."""
+    return self.spent.guarantees
+
+  @property
+  def rounds(self) -> int:
+    """Rounds after the last line."""
+    return self.rounds_at[-1]
+
+  @property
+  def counts(self) -> Counts:
+    """Releases of each party of each guarantee that were executed by the last line."""
+    return self.spent.counts
 
   @property
   def head(self) -> str:
@@ -105,12 +158,11 @@ def start(folder: pathlib.Path, run_id: str, guarantees: Sequence[Guarantee]) ->
 
 
 def record(
-  folder: pathlib.Path, before: Ledger, rounds: int, counts: Sequence[Sequence[int]]
+  folder: pathlib.Path, before: Ledger, rounds: int, counts: Sequence[Sequence[int]], ran: Ran
 ) -> Ledger:
-  """Writes down that ``rounds`` rounds are done and what was executed by then.
+  """Writes down that ``rounds`` rounds are done, what was executed by then, and with what.
 
-  It reaches the disk before this returns. Rounds that are in the ledger already are not written
-  again.
+  It reaches the disk before this returns. What is in the ledger already is not written again.
 
   Args:
     folder: the workdir.
@@ -118,6 +170,7 @@ def record(
       done to it meanwhile shows when it is.
     rounds: finished rounds.
     counts: releases of each party of each guarantee, in all.
+    ran: with what they are executed from now on.
 
   Returns:
     What the ledger says now.
@@ -125,7 +178,7 @@ def record(
   Raises:
     UserError: the ledger says more releases for fewer rounds.
   """
-  now = tuple(tuple(int(count) for count in row) for row in counts)
+  now = _whole_numbers(counts)
   done = rounds <= before.rounds
   fewer, more = (now, before.counts) if done else (before.counts, now)
   require(
@@ -134,10 +187,38 @@ def record(
     f" {_shown(now)} after {rounds}",
     "the ledger is of another run: use another --workdir",
   )
-  if done:
+  contents = [{"ran": ran._asdict()}] if _is_news(before, ran, not done) else []
+  if not done:
+    contents.append(_counted(before.guarantees, rounds, now))
+  return _continued(folder / FILE, before, contents)
+
+
+def record_baselines(
+  folder: pathlib.Path, before: Ledger, ended: Mapping[str, Ledger | None]
+) -> Ledger:
+  """Writes down what the baselines of a run have spent that have ended.
+
+  Args:
+    folder: the workdir of the run.
+    before: its ledger.
+    ended: the ledger of each baseline by name; None of one that nothing protects.
+
+  Returns:
+    What the ledger of the run says now.
+  """
+  nothing = Spent(guarantees=(), counts=(), epsilons=())
+  found = {name: nothing if own is None else own.spent for name, own in ended.items()}
+  if found == before.baselines:
     return before
-  head = _append(folder / FILE, before.head, {"rounds": int(rounds), "counts": now})
-  return before._replace(rounds=int(rounds), counts=now, digests=(*before.digests, head))
+  values = {
+    name: {
+      "guarantees": [_to_json(guarantee) for guarantee in own.guarantees],
+      "counts": own.counts,
+      "epsilons": _finite(own.epsilons or ()),
+    }
+    for name, own in found.items()
+  }
+  return _continued(folder / FILE, before, [{"baselines": values}])
 
 
 def read(folder: pathlib.Path) -> Ledger:
@@ -198,10 +279,18 @@ def set_apart(folder: pathlib.Path, parts: Split, rounds: int, counts: Counts) -
   while (beside := path.with_name(f"{FILE}.broken-{number}")).exists():
     number += 1
   _write(beside, parts.broken)
-  texts = parts.texts
-  if rounds > parts.intact.rounds:
-    content = {"rounds": int(rounds), "counts": counts}
-    texts = (*texts, _line(content, _digest(parts.intact.head, content)))
+  told = parts.intact
+  contents = []
+  for ran in _ran_of(parts.broken):
+    if _is_news(told, ran, goes_on=False):  # else how a release was clipped would be hidden
+      contents.append({"ran": ran._asdict()})
+      told = told._replace(ran=(*told.ran, ran))
+  if rounds > told.rounds:
+    contents.append(_counted(told.guarantees, rounds, counts))
+  texts, head = list(parts.texts), told.head
+  for content in contents:
+    head = _digest(head, content)
+    texts.append(_line(content, head))
   whole = path.with_name(f"{FILE}.tmp")
   _write(whole, texts)
   os.replace(whole, path)
@@ -212,16 +301,99 @@ def _ledger(path: pathlib.Path, lines: list[dict[str, Any]]) -> Ledger:
   first, *later = lines
   try:
     guarantees = tuple(_from_json(value) for value in first["guarantees"])
-    rounds, counts = 0, tuple((0,) * len(guarantee.names) for guarantee in guarantees)
+    counts = tuple((0,) * len(guarantee.names) for guarantee in guarantees)
+    nothing = tuple((0.0,) * len(row) for row in counts)
+    book = Ledger(
+      run_id=first["run_id"],
+      spent=Spent(guarantees=guarantees, counts=counts, epsilons=nothing),
+      rounds_at=(0,),
+      told={0: nothing},
+      digests=(first["digest"],),
+      ran=(),
+      baselines={},
+    )
     for number, line in enumerate(later, 2):
-      now = tuple(tuple(int(count) for count in row) for row in line["counts"])
-      if line["rounds"] <= rounds or not _at_most(counts, now):
+      after = _after(book, line, line["digest"])
+      if after is None:
         raise UserError(f"{path}, line {number} counts fewer rounds or steps; restore the file")
-      rounds, counts = line["rounds"], now
-    digests = tuple(line["digest"] for line in lines)
-    return Ledger(first["run_id"], guarantees, rounds, counts, digests)
-  except (KeyError, TypeError, ValueError) as error:
+      book = after
+    return book
+  except (KeyError, TypeError, ValueError, AttributeError) as error:
     raise UserError(f"{path} is not a ledger ({error}); restore the file") from error
+
+
+def _after(book: Ledger, content: dict[str, Any], digest: str) -> Ledger | None:
+  """What a ledger says after one more line; None where that counts less than those before."""
+  rounds, own = book.rounds, book.spent
+  if "ran" in content:
+    book = book._replace(ran=(*book.ran, Ran(**content["ran"])))
+  elif "baselines" in content:
+    book = book._replace(
+      baselines={name: _spent_of(value) for name, value in content["baselines"].items()}
+    )
+  else:
+    rounds, counts = content["rounds"], _whole_numbers(content["counts"])
+    if rounds <= book.rounds or not _at_most(own.counts, counts):
+      return None
+    own = own._replace(counts=counts, epsilons=_infinite(content.get("epsilons"), counts))
+    if own.epsilons is not None:
+      book = book._replace(told={**book.told, rounds: own.epsilons})
+  return book._replace(
+    spent=own, rounds_at=(*book.rounds_at, rounds), digests=(*book.digests, digest)
+  )
+
+
+def _spent_of(value: dict[str, Any]) -> Spent:
+  counts = _whole_numbers(value["counts"])
+  return Spent(
+    guarantees=tuple(_from_json(guarantee) for guarantee in value["guarantees"]),
+    counts=counts,
+    epsilons=_infinite(value["epsilons"], counts),
+  )
+
+
+def _counted(guarantees: Sequence[Guarantee], rounds: int, counts: Counts) -> dict[str, Any]:
+  """The line of so many rounds, with the ε of its releases."""
+  epsilons = tuple(spent(*each) for each in zip(guarantees, counts, strict=True))
+  return {"rounds": int(rounds), "counts": counts, "epsilons": _finite(epsilons)}
+
+
+def _finite(epsilons: Epsilons) -> list[list[float | None]]:
+  """ε as JSON has it, which knows no infinity."""
+  return [[None if math.isinf(value) else value for value in row] for row in epsilons]
+
+
+def _infinite(epsilons: list[list[float | None]] | None, counts: Counts) -> Epsilons | None:
+  """ε from JSON; ValueError unless there is one for each count."""
+  if epsilons is None:
+    return None
+  if [len(row) for row in epsilons] != [len(row) for row in counts]:
+    raise ValueError("not one ε for each count")
+  return tuple(tuple(math.inf if v is None else float(v) for v in row) for row in epsilons)
+
+
+def _whole_numbers(counts: Sequence[Sequence[int]]) -> Counts:
+  return tuple(tuple(int(count) for count in row) for row in counts)
+
+
+def _is_news(book: Ledger, ran: Ran, goes_on: bool) -> bool:
+  """Whether the ledger has to say with what a run is executed from now on.
+
+  Versions alone are news where it goes on: what was told before was told with others.
+  """
+  if not book.ran or (goes_on and ran[:2] != book.ran[-1][:2]):
+    return True
+  known = {each.clipping for each in book.ran}
+  return ran.clipping not in known or ran.baselines > any(each.baselines for each in book.ran)
+
+
+def _ran_of(texts: Iterable[bytes]) -> list[Ran]:
+  """What broken lines still say of ``Ran``."""
+  found = []
+  for text in texts:
+    with contextlib.suppress(ValueError, KeyError, TypeError):
+      found.append(Ran(**json.loads(text)["ran"]))
+  return found
 
 
 def require_there(folder: pathlib.Path) -> None:
@@ -234,12 +406,27 @@ def require_there(folder: pathlib.Path) -> None:
   )
 
 
-def require_covers(ledger: Ledger, folder: pathlib.Path, head: str | None) -> None:
-  """Raises UserError unless the ledger holds the line that a checkpoint was saved after."""
+def require_covers(ledger: Ledger, folder: pathlib.Path, head: str | None, rounds: int) -> None:
+  """Raises UserError unless the ledger holds the line that a checkpoint was saved after.
+
+  Args:
+    ledger: of ``folder``.
+    folder: the workdir.
+    head: digest of that line, as the checkpoint has it.
+    rounds: that the weights of the checkpoint were trained for.
+  """
+  remedy = "restore the ledger; without it no ε can be claimed for this run"
   require(
     head in ledger.digests,
     f"{folder / FILE} does not hold the line that the newest checkpoint was saved after",
-    "restore the ledger; without it no ε can be claimed for this run",
+    remedy,
+  )
+  counted = ledger.rounds_at[ledger.digests.index(str(head))]
+  require(
+    rounds <= counted,
+    f"{folder / FILE} counts {counted} rounds at the line that the newest checkpoint was saved"
+    f" after, whose weights were trained for {rounds}",
+    remedy,
   )
 
 
@@ -299,6 +486,15 @@ def _append(path: pathlib.Path, previous: str, content: dict[str, Any]) -> str:
     file.flush()
     os.fsync(file.fileno())
   return digest
+
+
+def _continued(path: pathlib.Path, book: Ledger, contents: Sequence[dict[str, Any]]) -> Ledger:
+  """Adds lines to the file on the disk; returns what the ledger says with them."""
+  for content in contents:
+    after = _after(book, content, _append(path, book.head, content))
+    assert after is not None
+    book = after
+  return book
 
 
 def _line(content: dict[str, Any], digest: str) -> bytes:

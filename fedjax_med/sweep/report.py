@@ -17,8 +17,9 @@ from fedjax_med.core.metrics import NO_CLASS, about_points
 from fedjax_med.experiment.data_notes import Note, data_notes
 from fedjax_med.experiment.figures import MAX_BARS, draw_partition
 from fedjax_med.experiment.labels import stand_ins
-from fedjax_med.experiment.report import embedded, environment
+from fedjax_med.experiment.report import embedded, environment, statement_text
 from fedjax_med.experiment.workdir import read_metrics, write_text, write_whole
+from fedjax_med.privacy import claims
 from fedjax_med.sweep import figures, latex, table
 from fedjax_med.sweep.grid import Point
 
@@ -119,9 +120,7 @@ def write(runs: Runs, target: pathlib.Path) -> pathlib.Path:
   first = runs.folders[0]
   held = _holdings(first)
   names_of = [hospital["name"] for hospital in held["hospitals"]]
-  private = next(
-    (f for f in runs.folders if table.read_json(f / "privacy.json")["guarantees"]), None
-  )
+  private = next((f for f in runs.folders if claims.read(f)["guarantees"]), None)
   page = (
     environment()
     .get_template("sweep.html")
@@ -147,7 +146,7 @@ def write(runs: Runs, target: pathlib.Path) -> pathlib.Path:
       config=table.read_json(first / "config.json"),
       split=held["split"],
       data_notes=_data_notes(runs),
-      statement=(private / "privacy_statement.md").read_text(encoding="utf-8") if private else "",
+      statement=statement_text(private) if private else "",
       folders=[
         {"name": str(_below(place, target)), "point": _label(point), "command": _command(place)}
         for place, point in zip(runs.folders, runs.points, strict=True)

@@ -108,6 +108,7 @@ def run_points(
     asked = each.case.config.eval.local_baselines and not each.key.baseline
     if asked and each.key.number not in failed:
       write_baselines(each.case, folder_of(each.key))
+      write_statement(folder_of(each.key))  # it names the last line of the ledger
   if failed:
     _, first = progress.failed[0]
     more = f" (and {len(failed) - 1} more points)" if len(failed) > 1 else ""

@@ -12,6 +12,7 @@ from fedjax_med.core.errors import UserError, require
 from fedjax_med.core.metrics import METRICS, positive_class
 from fedjax_med.core.text import encodable
 from fedjax_med.experiment import workdir as files
+from fedjax_med.privacy import claims
 from fedjax_med.sweep.grid import Point
 
 if TYPE_CHECKING:
@@ -136,9 +137,15 @@ def flat_config(folder: pathlib.Path) -> dict[str, Any]:
 
 
 def rows_of(folder: pathlib.Path, number: int, point: Point) -> list[dict[str, Any]]:
-  """A row for each hospital of a run that has ended."""
+  """A row for each hospital of a run that has ended.
+
+  Raises:
+    UserError: a file cannot be read, or tells other ε than the ledger.
+  """
   config, summary = read_json(folder / "config.json"), read_json(folder / "summary.json")
-  privacy, hospitals = read_json(folder / "privacy.json"), read_json(folder / "hospitals.json")
+  privacy, hospitals = claims.read(folder), read_json(folder / "hospitals.json")
+  book = claims.ledger_of(folder)
+  claims.require_told(folder / "summary.json", summary, summary["rounds"], book)
   local = [each for each in privacy["guarantees"] if each["unit"] != "client"]
   spent = {party["name"]: party for each in local for party in each["parties"]}
   shared = {"point": number, "run_id": summary["run_id"], **flat(config["config"]), **point}

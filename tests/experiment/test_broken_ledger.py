@@ -12,9 +12,12 @@ from fedjax_med.experiment import broken_ledger
 from fedjax_med.experiment.build import build
 from fedjax_med.experiment.loop import train_rounds
 from fedjax_med.privacy import __main__ as command
-from fedjax_med.privacy import ledger
-from fedjax_med.privacy.guarantees import privacy_record
+from fedjax_med.privacy import claims, ledger
 from tests.experiment.running import metrics, smoke_config
+
+RAN = ledger.Ran(
+  fedjax_med="0.2.0", dp_accounting="0.6.0", clipping="book_keeping", baselines=False
+)
 
 
 def built(**changes):
@@ -53,12 +56,12 @@ def by_hand(folder, experiment, rounds=(2, 4), logged=4):
   """Ledger, privacy.json and log of a run; returns the digest of the line of round 2."""
   book = ledger.start(folder, experiment.run_id, experiment.guarantees)
   for number in rounds:
-    book = ledger.record(folder, book, number, [[number * int(n) for n in experiment.steps]])
-  record = privacy_record(experiment.guarantees, book.counts)
-  (folder / "privacy.json").write_text(json.dumps({**record, "ledger": book.head}))
+    counts = [[number * int(n) for n in experiment.steps]]
+    book = ledger.record(folder, book, number, counts, RAN)
+  (folder / "privacy.json").write_text(json.dumps(claims.record_of(book, folder)))
   lines = [{"round": number, "split": "test"} for number in range(0, logged + 1, 2)]
   (folder / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
-  return book.digests[1]
+  return book.digests[2]
 
 
 def garbage(lines):
@@ -74,8 +77,8 @@ def edited(lines):
 
 
 def interleaved(lines):
-  mechanisms, two, four = lines
-  return [mechanisms, two, two, four, four]
+  *first, two, four = lines
+  return [*first, two, two, four, four]
 
 
 BROKEN = [garbage, more_garbage, edited, interleaved]
@@ -165,12 +168,12 @@ def test_an_edit_before_the_checkpoints_line_or_without_a_checkpoint_is_refused(
   path = tmp_path / ledger.FILE
   text = path.read_text()
   path.write_text(text.replace('"rounds": 2', '"rounds": 1'))
-  refused(experiment, tmp_path, head, "line 2 was edited: .*; restore the file")
+  refused(experiment, tmp_path, head, "line 3 was edited: .*; restore the file")
   path.write_text(text.replace('"noise_multiplier": 1.0', '"noise_multiplier": 2.0', 1))
   refused(experiment, tmp_path, head, "line 1 was edited")
   path.write_text(text + "?\n")
-  refused(experiment, tmp_path, None, "line 4 was edited")
-  refused(experiment, tmp_path, "0" * 64, "line 4 was edited")
+  refused(experiment, tmp_path, None, "line 5 was edited")
+  refused(experiment, tmp_path, "0" * 64, "line 5 was edited")
 
 
 def test_a_run_that_ends_before_what_was_given_out_is_refused(experiment, tmp_path):
@@ -186,7 +189,7 @@ def test_other_mechanisms_or_another_run_are_not_mended(experiment, tmp_path):
   head = by_hand(tmp_path, experiment)
   break_ledger(tmp_path, garbage)
   other = built(seed=5)
-  refused(other, tmp_path, head, "line 3 was edited")
+  refused(other, tmp_path, head, "line 4 was edited")
 
 
 @pytest.mark.parametrize("text", [None, "{", '{"ledger": 3, "guarantees": []}', "[]"])

@@ -15,6 +15,7 @@ from fedjax_med.experiment import trained
 from fedjax_med.experiment.checkpoints import Restored
 from fedjax_med.experiment.exporting import export_model
 from fedjax_med.experiment.predictions import make_probabilities
+from fedjax_med.privacy import ledger
 from tests.command import start
 
 # -I and no PYTHONPATH: nothing of this repository can be imported.
@@ -78,7 +79,7 @@ def test_weights_are_named_after_the_family_of_the_runs_network(
 
   def zeros(folder, run_id, like, kept, client):
     params, state = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), like)
-    return Restored(params, state, kept, 1)
+    return Restored(params, state, kept, 1, ledger.read(folder).head)
 
   monkeypatch.setattr(trained, "restore_model", zeros)
   export_model(trained.load(folder), "safetensors", tmp_path / "it.safetensors")

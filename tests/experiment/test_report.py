@@ -14,10 +14,22 @@ from fedjax_med.core.errors import UserError
 from fedjax_med.core.metrics import METRICS, classification_metrics, confusion_matrix
 from fedjax_med.experiment import figures
 from fedjax_med.experiment.report import write_report
+from fedjax_med.privacy import claims, ledger
+from fedjax_med.privacy.guarantees import Guarantee
+from fedjax_med.privacy.mechanism import PoissonGaussian
 from fedjax_med.privacy.statement import ASSUMPTIONS
 
 VOID = {"meta", "img", "br", "link"}
 FIGURES = ("partition", "rounds", "hospitals", "confusion")
+
+
+def made_up_claims(path, guarantee, rounds, epsilons):
+  """A ledger in which these ε stand, uncomputed; returns privacy.json of it."""
+  book = ledger.start(path, "3f9c01ab77de", [guarantee])
+  ran = ledger.Ran(fedjax_med="0.2.0", dp_accounting="0.6", clipping="two_pass", baselines=False)
+  counted = {"rounds": rounds, "counts": [[80] * len(epsilons)], "epsilons": [epsilons]}
+  lines = [{"ran": ran._asdict()}, counted]
+  return claims.record_of(ledger._continued(path / ledger.FILE, book, lines), path)
 
 
 def fake_workdir(
@@ -71,7 +83,6 @@ def fake_workdir(
   config = config_lib.to_dict(config_lib.Config())
   num_test = sum(map(sum, test))
   leaked = 0 if split == "grouped" else int(0.84 * num_test)
-  rows = zip(names, train, epsilons, strict=True)
   holdings = [{"name": name, "train": train[k], "test": test[k]} for k, name in enumerate(names)]
   files = {
     "config": {
@@ -108,26 +119,15 @@ def fake_workdir(
     },
     "timing": {"compile": 21.4, "train": 184.2, "total": 223.9},
   }  # fmt: skip
+  path.mkdir(parents=True, exist_ok=True)
   if private:
-    guarantee = {
-      "unit": "record", "protects": "one image", "adjacency": "zero-out (n is public)",
-      "mechanism": "dp_sgd", "holds_against": ["the server", "everybody else"], "not_against": [],
-      "accountant": {"name": "PLD", "library": "dp-accounting", "version": "0.6"},
-      "epsilon_max": max(epsilons),
-      "parties": [
-        {"name": n, "n": sum(t), "coefficients": [1.0], "sampling_probability": min(1, 32 / sum(t)),
-         "batch_cap": min(sum(t), 70), "noise_multiplier": 0.9137, "clip_norm": 1.0, "steps": 80,
-         "delta": 0.1 / sum(t), "epsilon": e} for n, t, e in rows
-      ],
-    }  # fmt: skip
-    files["privacy"] = {
-      "mechanism": "dp_sgd", "epsilon_max": max(epsilons), "guarantees": [guarantee],
-      "not_covered": ["Losses and metrics shown in this report.", "Choice of hyperparameters."],
-      "ledger": "5e" * 32,
-    }  # fmt: skip
+    sizes = list(map(sum, train))
+    mechanisms = [PoissonGaussian(n, min(1.0, 32 / n), min(n, 70), 0.9137, 1.0) for n in sizes]
+    deltas = tuple(0.1 / n for n in sizes)
+    local = Guarantee("record", tuple(names), tuple(mechanisms), deltas)
+    files["privacy"] = made_up_claims(path, local, number, [float(each) for each in epsilons])
   if baselines:
     files["baselines"] = {"alone": alone, "pooled": {"curve": pooled}}
-  path.mkdir(parents=True, exist_ok=True)
   for name, contents in files.items():
     (path / f"{name}.json").write_text(json.dumps(contents))
   (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))

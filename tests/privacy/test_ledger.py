@@ -2,14 +2,17 @@
 
 import json
 import random
+import re
 
 import pytest
 
+from fedjax_med import __version__
 from fedjax_med.core.errors import UserError
 from fedjax_med.privacy import __main__ as command
-from fedjax_med.privacy import ledger
+from fedjax_med.privacy import claims, ledger
 from fedjax_med.privacy.accounting import epsilon
-from fedjax_med.privacy.guarantees import Guarantee, privacy_record
+from fedjax_med.privacy.clipping import TWO_PASS_GAP
+from fedjax_med.privacy.guarantees import Guarantee, accountant_version, baseline_gaps
 from fedjax_med.privacy.mechanism import PoissonGaussian
 
 LOCAL = Guarantee(
@@ -20,6 +23,12 @@ LOCAL = Guarantee(
 )
 CENTRAL = Guarantee("client", ("all hospitals",), (PoissonGaussian(9, 1.0, 9, 4.0, 0.5),), (1e-2,))
 BOTH = (LOCAL, CENTRAL)
+RAN = ledger.Ran(
+  fedjax_med=__version__,
+  dp_accounting=accountant_version(),
+  clipping="book_keeping",
+  baselines=False,
+)
 
 
 def counts(rounds):
@@ -30,9 +39,8 @@ def write(folder, rounds=(1, 2, 5)):
   """A ledger and the privacy.json that goes with it."""
   book = ledger.start(folder, "abc", BOTH)
   for number in rounds:
-    book = ledger.record(folder, book, number, counts(number))
-    record = privacy_record(BOTH, book.counts)
-    (folder / "privacy.json").write_text(json.dumps({**record, "ledger": book.head}))
+    book = ledger.record(folder, book, number, counts(number), RAN)
+  (folder / "privacy.json").write_text(json.dumps(claims.record_of(book, folder)))
 
 
 def test_what_was_written_is_read(tmp_path):
@@ -41,7 +49,9 @@ def test_what_was_written_is_read(tmp_path):
   assert book.guarantees == BOTH
   assert (book.run_id, book.rounds) == ("abc", 5)
   assert book.counts == ((10, 15), (5,))
-  assert len(book.digests) == 4
+  assert book.ran == (RAN,)
+  assert book.rounds_at == (0, 0, 1, 2, 5)
+  assert len(book.digests) == 5
   assert book.head == book.digests[-1]
 
 
@@ -50,10 +60,10 @@ def test_a_resumed_run_doubles_nothing_and_loses_nothing(tmp_path):
   whole = (tmp_path / ledger.FILE).read_bytes()
   book = ledger.start(tmp_path, "abc", BOTH)
   for number in (0, 1, 2, 3, 4, 5):  # rounds that it does again, at other log points too
-    book = ledger.record(tmp_path, book, number, counts(number))
+    book = ledger.record(tmp_path, book, number, counts(number), RAN)
     assert book.rounds == 5
   assert (tmp_path / ledger.FILE).read_bytes() == whole
-  book = ledger.record(tmp_path, book, 6, counts(6))
+  book = ledger.record(tmp_path, book, 6, counts(6), RAN)
   assert book.counts == ((12, 18), (6,))
   assert book == ledger.read(tmp_path)
 
@@ -66,7 +76,7 @@ def test_a_ledger_that_lost_or_changed_lines_under_a_run_is_refused_when_it_is_r
     path.write_text("".join(lines))
     book = ledger.start(tmp_path, "abc", BOTH)
     path.write_text("".join(changed))
-    ledger.record(tmp_path, book, 6, counts(6))
+    ledger.record(tmp_path, book, 6, counts(6), RAN)
     with pytest.raises(UserError, match="was edited"):
       ledger.read(tmp_path)
 
@@ -81,9 +91,9 @@ def test_a_kill_at_any_byte_costs_at_most_the_line_that_was_being_written(tmp_pa
     path.write_bytes(whole[:size])
     book = ledger.start(tmp_path, "abc", BOTH)
     complete = sum(end <= size for end in ends)
-    assert book.rounds == (0, 0, 1, 2, 5)[complete]
+    assert book.rounds == (0, 0, 0, 1, 2, 5)[complete]
     for number in (1, 2, 5):
-      book = ledger.record(tmp_path, book, number, counts(number))
+      book = ledger.record(tmp_path, book, number, counts(number), RAN)
     assert path.read_bytes() == whole
 
 
@@ -95,6 +105,7 @@ def test_a_kill_at_any_byte_costs_at_most_the_line_that_was_being_written(tmp_pa
     ('"run_id": "abc"', '"run_id": "abd"'),
     ('"rounds": 5', '"rounds": 4'),
     ('"delta": 0.001', '"delta": 0.002'),
+    ('"clipping": "book_keeping"', '"clipping": "two_pass"'),
   ],
 )
 def test_an_edited_number_is_refused_with_its_line(tmp_path, old, new):
@@ -124,7 +135,7 @@ def test_a_ledger_that_lost_its_last_line_does_not_cover_the_checkpoint(tmp_path
   path = tmp_path / ledger.FILE
   path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
   with pytest.raises(UserError, match="does not hold the line that the newest checkpoint"):
-    ledger.require_covers(ledger.read(tmp_path), tmp_path, head)
+    ledger.require_covers(ledger.read(tmp_path), tmp_path, head, 5)
 
 
 def test_other_mechanisms_in_the_same_folder_are_refused(tmp_path):
@@ -137,9 +148,9 @@ def test_fewer_releases_for_more_rounds_are_refused(tmp_path):
   write(tmp_path)
   book = ledger.read(tmp_path)
   with pytest.raises(UserError, match="counts 10, 15; 5 releases after 5 rounds, the run 9"):
-    ledger.record(tmp_path, book, 6, [[9, 15], [6]])
+    ledger.record(tmp_path, book, 6, [[9, 15], [6]], RAN)
   with pytest.raises(UserError, match="releases after 5 rounds, the run 99"):
-    ledger.record(tmp_path, book, 4, [[99, 12], [4]])
+    ledger.record(tmp_path, book, 4, [[99, 12], [4]], RAN)
 
 
 def test_a_missing_ledger_is_a_sentence(tmp_path):
@@ -172,18 +183,22 @@ def test_epsilon_is_recomputed_from_the_ledger_alone_at_any_delta(tmp_path):
 @pytest.mark.parametrize(
   ("path", "value", "message"),
   [
-    (("guarantees", 0, "parties", 1, "epsilon"), 0.5, "ε at 'hospital 2'"),
-    (("guarantees", 0, "parties", 0, "steps"), 9, "steps at 'hospital 1'"),
-    (("guarantees", 1, "parties", 0, "delta"), 0.02, "δ at 'all hospitals'"),
-    (("epsilon_max",), 0.1, "the largest ε"),
-    (("epsilon_max",), None, "the largest ε is None"),
-    (("ledger",), "0" * 64, "names ledger 0000"),
-    (("guarantees",), [], "about 0 parties, the ledger about 3"),
-    (("guarantees", 0, "parties", 0, "noise_multiplier"), 99.0, "noise_multiplier at 'hospital 1'"),
-    (("guarantees", 0, "parties", 1, "n"), 10**6, "n at 'hospital 2' is 1000000"),
-    (("guarantees", 0, "parties", 1, "coefficients"), [0.8, 0.6], "coefficients at 'hospital 2'"),
-    (("guarantees", 0, "protects"), "everybody", "another 'protects' than its ledger"),
-    (("not_covered",), [], "leaves out what is not covered"),
+    (("guarantees", 0, "parties", 1, "epsilon"), 0.5, r"guarantees[0].parties[1].epsilon is 0.5"),
+    (("guarantees", 0, "parties", 0, "steps"), 9, "parties[0].steps is 9, the ledger gives 10;"),
+    (("guarantees", 1, "parties", 0, "delta"), 0.02, "guarantees[1].parties[0].delta is 0.02"),
+    (("guarantees", 0, "epsilon_max"), 1.0, "guarantees[0].epsilon_max is 1.0, the ledger gives"),
+    (("epsilon_max",), 0.1, "privacy.json: epsilon_max is 0.1, the ledger gives"),
+    (("epsilon_max",), None, "privacy.json: epsilon_max is null"),
+    (("ledger",), "0" * 64, 'ledger is "0000'),
+    (("guarantees",), [], "guarantees has 0 entries, the ledger gives 2"),
+    (("guarantees", 0, "parties", 0, "noise_multiplier"), 99.0, "noise_multiplier is 99.0"),
+    (("guarantees", 0, "parties", 1, "n"), 10**6, "guarantees[0].parties[1].n is 1000000"),
+    (("guarantees", 0, "parties", 1, "coefficients"), [0.8, 0.6], "coefficients has 2 entries"),
+    (("guarantees", 0, "protects"), "everybody", 'guarantees[0].protects is "everybody"'),
+    (("guarantees", 0, "accountant", "version"), "9.9", 'accountant.version is "9.9"'),
+    (("mechanism",), "none", 'privacy.json: mechanism is "none", the ledger gives'),
+    (("baselines_epsilon",), {"pooled": 1.0}, "which the ledger does not give"),
+    (("not_covered",), [], "not_covered has 0 entries"),
   ],
 )
 def test_a_privacy_file_that_claims_something_else_is_refused(tmp_path, path, value, message):
@@ -195,17 +210,17 @@ def test_a_privacy_file_that_claims_something_else_is_refused(tmp_path, path, va
     place = place[key]
   place[path[-1]] = value
   file.write_text(json.dumps(record))
-  with pytest.raises(UserError, match=message):
+  with pytest.raises(UserError, match=re.escape(message)):
     command.recompute(tmp_path)
 
 
 def test_no_finite_claim_stands_beside_a_ledger_without_noise(tmp_path):
   bare = Guarantee("record", ("North",), (PoissonGaussian(60, 0.2, 28, 0.0, 1.0),), (1e-3,))
-  book = ledger.record(tmp_path, ledger.start(tmp_path, "abc", (bare,)), 1, [[2]])
-  record = {**privacy_record((bare,), book.counts), "ledger": book.head}
+  book = ledger.record(tmp_path, ledger.start(tmp_path, "abc", (bare,)), 1, [[2]], RAN)
+  record = claims.record_of(book, tmp_path)
   record["epsilon_max"] = record["guarantees"][0]["parties"][0]["epsilon"] = 0.5
   (tmp_path / "privacy.json").write_text(json.dumps(record))
-  with pytest.raises(UserError, match=r"is 0\.5, the ledger gives inf"):
+  with pytest.raises(UserError, match=r"is 0\.5, the ledger gives Infinity"):
     command.recompute(tmp_path)
 
 
@@ -215,3 +230,100 @@ def test_a_ledger_of_before_correlated_noise_is_read(tmp_path):
     del party["coefficients"]
   ledger._append(tmp_path / ledger.FILE, "", {"run_id": "abc", "guarantees": [old]})
   assert ledger.read(tmp_path).guarantees == (LOCAL,)
+
+
+def test_a_ledger_that_does_not_say_how_it_ran_is_refused_with_its_version(tmp_path):
+  write(tmp_path)
+  old = {"run_id": "abc", "guarantees": [ledger._to_json(LOCAL)]}
+  (tmp_path / ledger.FILE).unlink()
+  head = ledger._append(tmp_path / ledger.FILE, "", old)
+  ledger._append(tmp_path / ledger.FILE, head, {"rounds": 5, "counts": [[10, 15]]})
+  assert ledger.read(tmp_path).counts == ((10, 15),)
+  with pytest.raises(UserError, match=r"release 0\.2\.0 .* does not say how .*; use the version"):
+    command.recompute(tmp_path)
+
+
+def test_a_gap_of_one_start_stays_whatever_comes_after_it(tmp_path):
+  book = ledger.start(tmp_path, "abc", BOTH)
+  starts = [RAN, RAN._replace(clipping="two_pass"), RAN._replace(baselines=True), RAN, RAN]
+  for number, ran in enumerate(starts, 1):
+    book = ledger.record(tmp_path, book, number, counts(number), ran)
+  assert book == ledger.read(tmp_path)
+  assert book.ran == tuple(starts[:3])  # what is known is not said again
+  gaps = claims.record_of(book, tmp_path)["not_covered"]
+  assert TWO_PASS_GAP in gaps
+  assert set(baseline_gaps(BOTH)) < set(gaps)
+  newer = RAN._replace(dp_accounting="99.0")
+  assert ledger.record(tmp_path, book, 5, counts(5), newer) == book  # nothing new was told by it
+  book = ledger.record(tmp_path, book, 6, counts(6), newer)
+  assert claims.record_of(book, tmp_path)["guarantees"][0]["accountant"]["version"] == "99.0"
+  assert TWO_PASS_GAP in claims.record_of(book, tmp_path)["not_covered"]
+
+
+def test_how_releases_of_broken_lines_were_clipped_is_not_lost_with_them(tmp_path):
+  book = ledger.start(tmp_path, "abc", BOTH)
+  for number, ran in ((1, RAN), (2, RAN._replace(clipping="two_pass"))):
+    book = ledger.record(tmp_path, book, number, counts(number), ran)
+  path = tmp_path / ledger.FILE
+  lines = path.read_bytes().splitlines(keepends=True)
+  path.write_bytes(b"".join([*lines[:3], b"?\n", *lines[3:]]))
+  parts = ledger.split(tmp_path)
+  assert parts is not None
+  assert parts.intact.rounds == 1
+  ledger.set_apart(tmp_path, parts, 2, book.counts)
+  assert ledger.read(tmp_path) == book
+
+
+def test_another_accountant_is_told_and_its_numbers_compared(tmp_path):
+  foreign = RAN._replace(dp_accounting="99.0", fedjax_med="77.0")
+  book = ledger.start(tmp_path, "abc", BOTH)
+  book = ledger.record(tmp_path, book, 5, counts(5), foreign)
+  (tmp_path / claims.FILE).write_text(json.dumps(claims.record_of(book, tmp_path)))
+  assert "ε was told by dp-accounting 99.0; " in command.recompute(tmp_path)["note"]
+  (tmp_path / ledger.FILE).unlink()
+  write(tmp_path)
+  assert command.recompute(tmp_path)["note"] == ""
+
+
+@pytest.mark.parametrize("whose", ["the run", "a baseline"])
+def test_an_epsilon_in_the_ledger_that_its_mechanisms_do_not_give_is_refused(tmp_path, whose):
+  book = ledger.start(tmp_path, "abc", BOTH)
+  book = ledger.record(tmp_path, book, 5, counts(5), RAN._replace(fedjax_med="77.0"))
+  assert book.spent.epsilons is not None
+  smaller = tuple(tuple(0.5 * value for value in row) for row in book.spent.epsilons)
+  if whose == "the run":
+    line = {"rounds": 6, "counts": counts(6), "epsilons": smaller}
+    book = ledger._continued(tmp_path / ledger.FILE, book, [line])
+  else:
+    ended = book._replace(spent=book.spent._replace(epsilons=smaller))
+    book = ledger.record_baselines(tmp_path, book, {"pooled": ended, "alone-1": None})
+    assert book == ledger.read(tmp_path)
+    assert ledger.record_baselines(tmp_path, book, {"pooled": ended, "alone-1": None}) == book
+  record = claims.record_of(book, tmp_path)
+  if whose == "a baseline":
+    assert record["baselines_epsilon"] == {"pooled": max(smaller[0]), "alone-1": None}
+  (tmp_path / claims.FILE).write_text(json.dumps(record))
+  place = r"of the baseline 'pooled', " if whose == "a baseline" else ", "
+  sentence = rf"tells ε .* at 'hospital 1' \(unit patient\) ?{place}its mechanisms give .*77\.0"
+  with pytest.raises(UserError, match=sentence):
+    command.recompute(tmp_path)
+
+
+def test_numbers_may_differ_by_rounding_and_by_no_more():
+  truth = {"a": [1.0, {"b": 3}], "c": None, "d": True}
+  same = [truth, {"a": [1, {"b": 3.0}], "c": None, "d": True}]
+  same.append({"a": [1 + 1e-12, {"b": 3}], "c": None, "d": True})
+  assert all(not claims.difference(said, truth) for said in same)
+  others = {
+    "a[0] is 1.00000001, ": {**truth, "a": [1.00000001, {"b": 3}]},
+    "a[0] is true, ": {**truth, "a": [True, {"b": 3}]},
+    "a[0] is NaN, ": {**truth, "a": [float("nan"), {"b": 3}]},
+    'a[1].b is "3", ': {**truth, "a": [1.0, {"b": "3"}]},
+    "a[1].b is missing": {**truth, "a": [1.0, {}]},
+    "d is 1, ": {**truth, "d": 1},
+    "c is missing": {"a": truth["a"], "d": True},
+    "e is null, which the ledger does not give": {**truth, "e": None},
+    "the file is [], ": [],
+  }
+  for sentence, said in others.items():
+    assert sentence in claims.difference(said, truth)

@@ -312,6 +312,9 @@ def test_baselines_of_a_point_are_those_of_the_run_by_itself(tmp_path):
   again = json.loads((folder / "privacy.json").read_text())["not_covered"]
   assert len(set(again)) == len(again)
   write_report(folder)
+  found = privacy_command.recompute(folder)  # of statement and report too
+  assert found["rounds_of_weights"] is None
+  assert ledger.read(folder).head in (folder / "privacy_statement.md").read_text()
 
 
 @pytest.mark.slow
