@@ -66,9 +66,9 @@ def test_no_run_begins_on_other_hyperparameters_than_are_accounted_for(unit, mon
     hyper = right(*given)
     if unit == "clip_norm":
       return hyper._replace(clip_norm=hyper.clip_norm * 2)
-    return hyper._replace(
-      client_level=hyper.client_level._replace(noise_multiplier=jnp.float32(0.1))
-    )
+    level = hyper.client_level
+    assert level is not None
+    return hyper._replace(client_level=level._replace(noise_multiplier=jnp.float32(0.1)))
 
   monkeypatch.setattr(build, "_hyper", wrong)
   with pytest.raises(RuntimeError, match="on the device and"):

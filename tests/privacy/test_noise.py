@@ -105,8 +105,8 @@ SIZE = 16.0  # expected units of a batch, in the tests of single bits
 def releases(total: np.ndarray, sigma: float, trials: int) -> np.ndarray:
   """[trials, N] releases of one clipped sum [N] at C = 1, each with noise of its own."""
   keys = jax.vmap(lambda trial: key_for(base_key(5), Stream.NOISE, trial))(jnp.arange(trials))
-  total = jnp.asarray(total, jnp.float32)
-  release = jax.jit(jax.vmap(lambda key: private_mean(total, key, sigma, 1.0, SIZE)))
+  given = jnp.asarray(total, jnp.float32)
+  release = jax.jit(jax.vmap(lambda key: private_mean(given, key, sigma, 1.0, SIZE)))
   return np.asarray(release(keys))
 
 
