@@ -2,9 +2,9 @@
 
 ``gaussian``: every unit in every step (q = 1), where ε is known exactly (Balle and Wang 2018,
 theorem 8): the least and the most that the library's distribution alone, and ``epsilon``, are above
-it, by number of steps and δ. ``composition``: random mechanisms, truncated ones among them, composed
-by the library in float64 and by squaring spectra in long double: the largest difference of δ(ε) over
-all ε from 0, a step. ``accounting.STEP_ERROR`` has to exceed it. Nothing is timed, and no
+it, by number of steps and δ. ``composition``: random mechanisms, truncated ones among them,
+composed by the library in float64 and by squaring spectra in long double: the largest difference of
+δ(ε) over all ε from 0, a step. ``accounting.STEP_ERROR`` has to exceed it. Nothing is timed, and no
 accelerator is used.
 
 Example: python -m benchmarks.accounting_error --json

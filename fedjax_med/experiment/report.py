@@ -19,7 +19,14 @@ from fedjax_med.experiment.data_notes import data_notes, patient_note
 from fedjax_med.experiment.labels import stand_ins
 from fedjax_med.experiment.workdir import write_text
 from fedjax_med.privacy.accounting import round_up
-from fedjax_med.privacy.statement import ASSUMPTIONS, audit_sentence, tuning_costs, write_out
+from fedjax_med.privacy.statement import (
+  ASSUMPTIONS,
+  audit_sentence,
+  participation_sentence,
+  tuning_costs,
+  without_counts,
+  write_out,
+)
 
 if TYPE_CHECKING:
   import jinja2
@@ -95,6 +102,9 @@ def write_report(workdir: pathlib.Path, papers: bool = False) -> pathlib.Path:
   run = load(workdir)
   if papers:
     _draw_all(workdir / "figures", run, ".pdf")
+  statement = _statement(workdir, run)
+  if run["privacy"]["mechanism"] != "none":
+    run["privacy"] = without_counts(run["privacy"])
   view = {
     **run,
     "images": _draw(workdir, run),
@@ -104,7 +114,7 @@ def write_report(workdir: pathlib.Path, papers: bool = False) -> pathlib.Path:
       run["config"]["config"]["privacy"]["unit"],
       show_names=run["privacy"]["mechanism"] == "none",
     ),
-    "statement": _statement(workdir, run),
+    "statement": statement,
     "explanation": _explanation(workdir, run),
     "stopped": STOPPED.get(run["summary"]["stopped"], run["summary"]["stopped"]),
     "max_bars": figures.MAX_BARS,
@@ -284,6 +294,9 @@ def _statement(workdir: pathlib.Path, run: dict[str, Any]) -> dict[str, Any]:
     "assumptions": ASSUMPTIONS,
     "audit": audit_sentence(_audit(workdir), run["privacy"]),
     "tuning": [tuning_costs(guarantee) for guarantee in run["privacy"].get("guarantees", [])],
+    "participation": [
+      participation_sentence(guarantee) for guarantee in run["privacy"].get("guarantees", [])
+    ],
   }
 
 

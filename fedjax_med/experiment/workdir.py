@@ -61,6 +61,18 @@ def write_json(path: pathlib.Path, value: Any) -> None:
     write_text(path, as_json(value))
 
 
+def write_private_json(path: pathlib.Path, value: Any) -> None:
+  """The same, in a file that only its owner may read."""
+  if not is_first():
+    return
+
+  def write(place: pathlib.Path) -> None:
+    place.touch(0o600)
+    place.write_text(encodable(as_json(value)), encoding="utf-8")
+
+  write_whole(path, write)
+
+
 def as_json(value: Any) -> str:
   """The text of a JSON file."""
   return json.dumps(value, indent=2, allow_nan=False) + "\n"
