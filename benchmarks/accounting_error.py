@@ -35,22 +35,27 @@ def gaussian_epsilon(mu: float, delta: float) -> float:
   return float(optimize.brentq(excess, 0.0, 400.0, xtol=1e-13))  # pyright: ignore[reportArgumentType]
 
 
-def gaussian_line(steps: int, delta: float, mus: list[float]) -> dict[str, Any]:
-  """Least and largest relative distance from the exact ε over μ = sqrt(steps) / σ."""
-  alone, ours = [], []
+def gaussian_lines(steps: int, mus: list[float]) -> list[dict[str, Any]]:
+  """Least and largest relative distance from the exact ε over μ = sqrt(steps) / σ, for each δ."""
+  alone: dict[float, list[float]] = {delta: [] for delta in DELTAS}
+  ours: dict[float, list[float]] = {delta: [] for delta in DELTAS}
   for mu in mus:
     sigma = math.sqrt(steps) / mu
     mechanism = PoissonGaussian(50, 1.0, 50, sigma * (1 + NORM_SLACK), 1.0)
-    exact = gaussian_epsilon(mu, delta)
     composed = accounting._step_pld(mechanism.event()).self_compose(steps)
-    alone.append(composed.get_epsilon_for_delta(delta) / exact - 1)
-    ours.append(accounting.epsilon(mechanism, steps, delta) / exact - 1)
-  return {
-    "steps": steps,
-    "delta": delta,
-    "library_alone": [round(min(alone), 6), round(max(alone), 6)],
-    "epsilon": [round(min(ours), 6), round(max(ours), 6)],
-  }
+    for delta in DELTAS:
+      exact = gaussian_epsilon(mu, delta)
+      alone[delta].append(composed.get_epsilon_for_delta(delta) / exact - 1)
+      ours[delta].append(accounting.epsilon(mechanism, steps, delta) / exact - 1)
+  return [
+    {
+      "steps": steps,
+      "delta": delta,
+      "library_alone": [round(min(alone[delta]), 6), round(max(alone[delta]), 6)],
+      "epsilon": [round(min(ours[delta]), 6), round(max(ours[delta]), 6)],
+    }
+    for delta in DELTAS
+  ]
 
 
 def composition_error(pmf: Any, steps: int) -> float:
@@ -87,15 +92,14 @@ def main() -> None:
   parser = common.parser(__doc__ or "")
   parser.add_argument("--mus", type=float, nargs="*", default=[0.05, 0.3, 1.0, 2.0, 5.0])
   parser.add_argument(
-    "--steps", type=int, nargs="*", default=[10**3, 10**4, 10**5, 10**6, 2 * 10**6]
+    "--steps", type=int, nargs="*", default=[10**3, 10**4, 10**5, 10**6, 2 * 10**6, 10**7]
   )
   parser.add_argument("--mechanisms", type=int, default=40, help="random ones for each --steps")
   options = parser.parse_args()
   gaussian, composition = [], []
   for steps in options.steps:
-    for delta in DELTAS:
-      gaussian.append(gaussian_line(steps, delta, options.mus))
-      common.say(str(gaussian[-1]))
+    gaussian += gaussian_lines(steps, options.mus)
+    common.say("\n".join(map(str, gaussian[-len(DELTAS) :])))
     errors, generator = [], np.random.default_rng(steps)
     for _ in range(options.mechanisms if steps <= 10**6 else 0):
       pld = accounting._step_pld(random_mechanism(generator, steps).event())
