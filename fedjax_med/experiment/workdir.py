@@ -63,14 +63,8 @@ def write_json(path: pathlib.Path, value: Any) -> None:
 
 def write_private_json(path: pathlib.Path, value: Any) -> None:
   """The same, in a file that only its owner may read."""
-  if not is_first():
-    return
-
-  def write(place: pathlib.Path) -> None:
-    place.touch(0o600)
-    place.write_text(encodable(as_json(value)), encoding="utf-8")
-
-  write_whole(path, write)
+  if is_first():
+    write_text(path, as_json(value), 0o600)
 
 
 def as_json(value: Any) -> str:
@@ -78,10 +72,11 @@ def as_json(value: Any) -> str:
   return json.dumps(value, indent=2, allow_nan=False) + "\n"
 
 
-def write_text(path: pathlib.Path, text: str) -> None:
+def write_text(path: pathlib.Path, text: str, mode: int = 0o666) -> None:
   """Writes UTF-8, whole or not at all; what it cannot hold, such as surrogates, as escapes."""
   content = encodable(text).encode("utf-8")
-  write_whole(path, lambda place: place.write_bytes(content))
+  # The file has its mode before there is something to read.
+  write_whole(path, lambda place: (place.touch(mode), place.write_bytes(content)))
 
 
 def create_whole(path: pathlib.Path, text: str) -> None:
