@@ -67,7 +67,7 @@ def composition_error(pmf: Any, steps: int) -> float:
   power = np.ones_like(spectrum)
   for bit in bin(steps)[2:]:
     power = power * power * (spectrum if bit == "1" else 1)
-  precise = np.roll(np.asarray(fft.ifft(power)).real, -first)[: len(found)]
+  precise = np.roll(np.asarray(fft.ifft(power)).real, -first)[: len(found)]  # pyright: ignore[reportAttributeAccessIssue]
   losses = (np.arange(len(found)) + one._lower_loss * steps + first) * one._discretization
   errors = (found - precise).astype(float)[losses > 0][::-1]
   if not len(errors):
