@@ -189,7 +189,7 @@ class PrivacyConfig:
     unit: record (one image), patient (all images of a patient; every name has to say whose it
       is) or group (all near-duplicates of an image, where patients are not known).
       data.split=grouped keeps both in one hospital; whole hospitals: ``client_privacy``.
-    rows_per_unit: images of a patient or group that a step looks at, at most; 0 means all, up to 8.
+    rows_per_unit: images of a patient or group that a step looks at, at most; 0 means 8.
     augmentation_multiplicity: random changes of each image in a step, whose mean gradient is
       clipped once; needs client.augmentation.
     noise_multiplier: σ; noise standard deviation over clip norm. 0 with a target ε: calibrated.

@@ -5,3 +5,5 @@
 NORM_SLACK = 1e-3
 # Under this clip norm squares of a gradient's numbers vanish in float32, and the norm with them.
 MIN_CLIP_NORM = 1e-12
+# Over this one noise of some multiples of it leaves float32.
+MAX_CLIP_NORM = 1e30

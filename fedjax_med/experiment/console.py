@@ -25,7 +25,8 @@ from fedjax_med.experiment.build import Experiment
 from fedjax_med.experiment.data_notes import data_notes
 from fedjax_med.experiment.loop import Listener, LogPoint, Outcome
 from fedjax_med.experiment.processes import is_first
-from fedjax_med.experiment.records import hospital_record
+from fedjax_med.experiment.records import FILES, hospital_record
+from fedjax_med.experiment.secret import is_private
 from fedjax_med.experiment.synthetic import left_out
 from fedjax_med.privacy.guarantees import SEVERAL_IMAGES, UNITS
 
@@ -92,9 +93,12 @@ def describe(
       f"[yellow]{split.num_test_with_duplicate_in_train} of {len(split.test)} test images have a"
       " near-duplicate in train: the score will be optimistic[/]"
     )
-  held = hospital_record(hospitals)
-  for note in data_notes(held, config.privacy.unit, show_names=True):
+  private = is_private(config)
+  held = hospital_record(hospitals, names=not private)
+  for note in data_notes(held, config.privacy.unit, show_names=not private):
     console.print(f"[yellow]{escape(note.text)}[/]" if note.warning else escape(note.text))
+  if private and (dataset.skipped or split.contradictions.pairs):
+    console.print(f"  which files: {FILES} in the folder of the run; it is for your eyes alone")
   console.print(
     f"Model {config.model.name} (norm {config.model.norm}, {num_parameters:,} parameters);"
     f" {config.server.num_rounds} rounds of {config.server.algorithm}"

@@ -26,7 +26,7 @@ def data_notes(held: dict[str, Any], unit: str, show_names: bool) -> list[Note]:
   Args:
     held: the record; fields that an older version did not write are passed over.
     unit: ``privacy.unit``.
-    show_names: whether a file may be named: reports of private runs name none.
+    show_names: whether a file may be named: of private runs none is.
   """
   split = held["split"]
   notes = [patient_note(held, unit)]
@@ -90,8 +90,10 @@ def _contradictions(held: dict[str, Any], show_names: bool) -> list[Note]:
   if not found or not found["similar"]:
     return []
   more = found["similar"] - found["identical"]
-  first, second = found["pairs"][0]
-  named = f", such as {first} and {second}" if show_names else ""
+  named = ""
+  if show_names:
+    first, second = found["pairs"][0]
+    named = f", such as {first} and {second}"
   notes = []
   if found["identical"]:
     text = f"{number(found['identical'], 'picture')} with an equal one in another class{named}"

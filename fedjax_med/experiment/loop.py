@@ -92,6 +92,12 @@ def evaluated(parts: Parts, state: SimulationState) -> Weights:
   return Weights(server.average or server.params, server.state, kept)
 
 
+def hides_who_takes_part(experiment: Experiment) -> bool:
+  """Whether ε of whole hospitals rests on nobody knowing who took part in a round."""
+  central = experiment.central
+  return central is not None and central.mechanisms[0].sampling_probability < 1
+
+
 def releases(experiment: Experiment, rounds: int, steps: np.ndarray) -> list[list[int]]:
   """What was executed by each party of each guarantee after ``rounds`` and ``steps`` [K]."""
   return [
@@ -208,6 +214,8 @@ def measure(
   """The log point of predictions [n_test, classes], in the order of ``evaluation_rows``."""
   labels = experiment.hospitals.dataset.labels[evaluation_rows(experiment)]
   by_name = dict(zip(experiment.names, epsilons, strict=False))
+  if hides_who_takes_part(experiment):  # a hospital's ε tells how often it took part
+    by_name = {}
   ends = np.cumsum(experiment.hospitals.test.counts)
   clients = []
   for name, part, part_labels in zip(
@@ -247,7 +255,11 @@ def log_lines(
 
 
 def train_line(experiment: Experiment, metrics: BlockMetrics) -> dict[str, Any]:
-  """Means over a block's local steps; null for a client that took no part."""
+  """Means over a block's local steps; null for a client that took no part.
+
+  Only of all clients together where who took part is to stay secret. Under client-level privacy
+  also how many hospitals sent an update that counted 0, as it was not finite.
+  """
   sums = jax.device_get(metrics.clients)
 
   def means(part: RoundMetrics) -> dict[str, Any]:
@@ -269,12 +281,17 @@ def train_line(experiment: Experiment, metrics: BlockMetrics) -> dict[str, Any]:
     {"name": name, **means(RoundMetrics(*(leaf[k] for leaf in sums)))}
     for k, name in enumerate(experiment.names)
   ]
-  return {**means(total), "clients": clients}
+  line = {**means(total), "clients": clients}
+  if hides_who_takes_part(experiment):
+    del line["clients"], line["steps"]
+  if experiment.central:  # the run goes on without them
+    line["updates_not_finite"] = int((np.asarray(metrics.bad_round) != NEVER).sum())
+  return line
 
 
 def _require_finite(experiment: Experiment, metrics: BlockMetrics, saved: int | None) -> None:
-  bad = np.asarray(metrics.first_bad_round)
-  if (bad == NEVER).all():
+  bad = np.asarray(metrics.bad_round)
+  if (bad == NEVER).all() or experiment.central:
     return
   client = int(bad.argmin())
   config = experiment.config

@@ -221,7 +221,7 @@ def make_program(
       mesh=mesh,
       client_level=client_level,
     )
-    return make_block(run_round, num_clients)
+    return make_block(run_round, num_clients, client_level)
 
   @functools.cache
   def block_as(choice: Choice) -> jax.stages.Wrapped:

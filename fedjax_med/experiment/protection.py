@@ -15,6 +15,7 @@ from fedjax_med.privacy.guarantees import SEVERAL_IMAGES, Guarantee
 from fedjax_med.privacy.mechanism import PoissonGaussian, batch_size_bound, smallest_cap
 
 # Rows of a patient in a step where nothing is asked for: a stack of slices is mostly one picture.
+# The same for all data: a number that followed the largest patient would tell of that patient.
 ROWS_PER_UNIT = 8
 
 
@@ -86,7 +87,7 @@ def protect(
   units, rows_per_unit = None, 1
   if private and config.privacy.unit in SEVERAL_IMAGES:
     units = unit_table(rows, groups)
-    rows_per_unit = config.privacy.rows_per_unit or min(ROWS_PER_UNIT, int(units.sizes.max()))
+    rows_per_unit = config.privacy.rows_per_unit or ROWS_PER_UNIT
   counts = (rows.counts if units is None else units.counts).astype(np.int64)
   config = _solved(config, counts)
   steps = local_steps(config, counts) if steps is None else steps

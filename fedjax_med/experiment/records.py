@@ -1,6 +1,7 @@
 """What is written down of a run: its configuration, its hospitals, its results."""
 
 import importlib.metadata
+import pathlib
 import platform
 from typing import Any
 
@@ -11,13 +12,17 @@ from fedjax_med import __version__
 from fedjax_med.core.config import to_dict
 from fedjax_med.core.metrics import confusion_matrix
 from fedjax_med.data.dataset import Hospitals, client_rows
+from fedjax_med.experiment import workdir as files
 from fedjax_med.experiment.build import Experiment
 from fedjax_med.experiment.checkpoints import digest
 from fedjax_med.experiment.loop import Outcome, evaluated, evaluation_rows
+from fedjax_med.experiment.secret import is_private
 from fedjax_med.experiment.synthetic import digest as synthetic_digest
 from fedjax_med.experiment.synthetic import left_out
 from fedjax_med.models.registry import network_record
 
+# Names of files of a private run: left out, or with a twin in another class.
+FILES = "files.json"
 PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "dp-accounting", "numpy")
 
 
@@ -50,10 +55,22 @@ def config_record(experiment: Experiment, command: str) -> dict[str, Any]:
   }
 
 
-def hospital_record(hospitals: Hospitals) -> dict[str, Any]:
+def write_hospitals(folder: pathlib.Path, experiment: Experiment) -> None:
+  """Writes hospitals.json; names of files go into files.json, for the owner, in private runs."""
+  hospitals, private = experiment.hospitals, is_private(experiment.config)
+  files.write_json(folder / "hospitals.json", hospital_record(hospitals, names=not private))
+  if private:
+    full = hospital_record(hospitals)
+    named = {"skipped": full["skipped"], "contradictions": full["contradictions"]["pairs"]}
+    files.write_private_json(folder / FILES, named)
+
+
+def hospital_record(hospitals: Hospitals, names: bool = True) -> dict[str, Any]:
   """hospitals.json: who holds how many examples of each class, and what is known of the split.
 
-  ``train`` counts real images; ``synthetic``, where there are any, stands beside it.
+  ``train`` counts real images; ``synthetic``, where there are any, stands beside it. Without
+  ``names`` no file is named: a left-out one is "", with what is known of it but for its decoder's
+  words, and pictures that contradict each other are only counted.
   """
   dataset, split = hospitals.dataset, hospitals.split
   classes = len(dataset.class_names)
@@ -67,6 +84,9 @@ def hospital_record(hospitals: Hospitals) -> dict[str, Any]:
     counts = {"name": name, "train": per_class(real), "test": per_class(test)}
     return {**counts, "synthetic": per_class(made)} if dataset.num_synthetic else counts
 
+  skipped = [list(item) for item in dataset.skipped]
+  if not names:  # a decoder's words may hold the name as well
+    skipped = sorted(["", _without_detail(reason), *rest] for _, reason, *rest in skipped)
   record: dict[str, Any] = {
     "class_names": list(dataset.class_names),
     "split": {
@@ -84,17 +104,22 @@ def hospital_record(hospitals: Hospitals) -> dict[str, Any]:
     "mixture_shifts": hospitals.mixture_shifts,
     "contradictions": {
       **split.contradictions._asdict(),
-      "pairs": [list(pair) for pair in split.contradictions.pairs],
+      "pairs": [list(pair) for pair in split.contradictions.pairs if names],
     },
     "patients": dataset.patient_counts and dataset.patient_counts._asdict(),
     "grey": dataset.grey._asdict(),
-    "skipped": [list(item) for item in dataset.skipped],
+    "skipped": skipped,
     "hospitals": [holds(k, name) for k, name in enumerate(hospitals.names)],
   }
   if dataset.num_synthetic:
     left = [list(each) for each in left_out(hospitals)]
     record["synthetic"] = {"sha256": synthetic_digest(hospitals), "left_out": left}
   return record
+
+
+def _without_detail(reason: str) -> str:
+  unreadable = "cannot be read"
+  return unreadable if reason.startswith(f"{unreadable} (") else reason
 
 
 def _cost(experiment: Experiment, outcome: Outcome) -> dict[str, Any]:

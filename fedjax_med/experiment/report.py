@@ -22,7 +22,14 @@ from fedjax_med.experiment.labels import stand_ins
 from fedjax_med.experiment.workdir import write_text
 from fedjax_med.privacy import claims
 from fedjax_med.privacy.accounting import round_up
-from fedjax_med.privacy.statement import ASSUMPTIONS, audit_sentence, tuning_costs, write_out
+from fedjax_med.privacy.statement import (
+  ASSUMPTIONS,
+  audit_sentence,
+  participation_sentence,
+  tuning_costs,
+  without_counts,
+  write_out,
+)
 
 if TYPE_CHECKING:
   import jinja2
@@ -149,6 +156,9 @@ def _shortened(text: str, other: str) -> str:
 
 
 def _page(workdir: pathlib.Path, run: dict[str, Any], images: dict[str, dict[str, Any]]) -> str:
+  statement = _statement(workdir, run)
+  if run["privacy"]["mechanism"] != "none":
+    run["privacy"] = without_counts(run["privacy"])
   view = {
     **run,
     "images": images,
@@ -158,7 +168,7 @@ def _page(workdir: pathlib.Path, run: dict[str, Any], images: dict[str, dict[str
       run["config"]["config"]["privacy"]["unit"],
       show_names=run["privacy"]["mechanism"] == "none",
     ),
-    "statement": _statement(workdir, run),
+    "statement": statement,
     "explanation": _explanation(workdir, run),
     "stopped": STOPPED.get(run["summary"]["stopped"], run["summary"]["stopped"]),
     "max_bars": figures.MAX_BARS,
@@ -340,6 +350,9 @@ def _statement(workdir: pathlib.Path, run: dict[str, Any]) -> dict[str, Any]:
     "assumptions": ASSUMPTIONS,
     "audit": audit_sentence(_audit(workdir), run["privacy"]),
     "tuning": [tuning_costs(guarantee) for guarantee in run["privacy"].get("guarantees", [])],
+    "participation": [
+      participation_sentence(guarantee) for guarantee in run["privacy"].get("guarantees", [])
+    ],
   }
 
 

@@ -32,9 +32,9 @@ from fedjax_med.experiment.planning import block_memory, shared_devices
 from fedjax_med.experiment.processes import is_first, least, require_same_run
 from fedjax_med.experiment.records import (
   config_record,
-  hospital_record,
   num_parameters,
   summary_record,
+  write_hospitals,
 )
 from fedjax_med.experiment.report import write_report, write_statement
 from fedjax_med.experiment.trackers import require_installed, track
@@ -173,7 +173,7 @@ def _run(
       for stale in ("summary.json", "report.html", "privacy_statement.md"):
         (folder / stale).unlink(missing_ok=True)
     files.write_json(folder / "config.json", config_record(experiment, command))
-    files.write_json(folder / "hospitals.json", hospital_record(experiment.hospitals))
+    write_hospitals(folder, experiment)
 
   values, run_id = to_dict(experiment.config), experiment.run_id
   with (

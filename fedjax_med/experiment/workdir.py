@@ -61,15 +61,22 @@ def write_json(path: pathlib.Path, value: Any) -> None:
     write_text(path, as_json(value))
 
 
+def write_private_json(path: pathlib.Path, value: Any) -> None:
+  """The same, in a file that only its owner may read."""
+  if is_first():
+    write_text(path, as_json(value), 0o600)
+
+
 def as_json(value: Any) -> str:
   """The text of a JSON file."""
   return json.dumps(value, indent=2, allow_nan=False) + "\n"
 
 
-def write_text(path: pathlib.Path, text: str) -> None:
+def write_text(path: pathlib.Path, text: str, mode: int = 0o666) -> None:
   """Writes UTF-8, whole or not at all; what it cannot hold, such as surrogates, as escapes."""
   content = encodable(text).encode("utf-8")
-  write_whole(path, lambda place: place.write_bytes(content))
+  # The file has its mode before there is something to read.
+  write_whole(path, lambda place: (place.touch(mode), place.write_bytes(content)))
 
 
 def create_whole(path: pathlib.Path, text: str) -> None:

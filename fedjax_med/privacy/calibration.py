@@ -8,12 +8,10 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from fedjax_med.core.errors import UserError, require, require_whole
-from fedjax_med.privacy.accounting import check_delta, epsilon, resolve_deltas
+from fedjax_med.privacy.accounting import MAX_STEPS, check_delta, epsilon, resolve_deltas
 from fedjax_med.privacy.mechanism import PoissonGaussian, batch_size_bound
 from fedjax_med.privacy.strategy import toeplitz_strategy
 
-# affordable_steps answers no more than this.
-MAX_STEPS = 10_000_000
 # calibrate_noise looks for σ in this range.
 NOISE_RANGE = (0.05, 1e5)
 

@@ -194,12 +194,16 @@ def _bounds(
 
 
 def _told(book: ledger.Ledger, epsilons: ledger.Epsilons) -> dict[str, float]:
-  """The ε that results tell."""
+  """The ε that results tell: of no hospital where that would tell how often it took part."""
   found = {"first": max(epsilons[0])}
+  secret = any(
+    guarantee.unit == "client" and guarantee.mechanisms[0].sampling_probability < 1
+    for guarantee in book.guarantees
+  )
   for guarantee, own in zip(book.guarantees, epsilons, strict=True):
     if guarantee.unit == "client":
       found["client"] = own[0]
-    else:
+    elif not secret:
       found |= {f"at {name}": value for name, value in zip(guarantee.names, own, strict=True)}
   return found
 

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from fedjax_med.core.keys import Stream, key_for
+from fedjax_med.core.rounding import MAX_CLIP_NORM, MIN_CLIP_NORM
 from fedjax_med.privacy.clipping import evaluated_once
 from fedjax_med.privacy.noise import private_mean
 
@@ -66,7 +67,7 @@ def noisy_mean(
   key: jax.Array,
   round: Any,
 ) -> tuple[Tree, jax.Array]:
-  """The released mean update of a round, and the clip norm of the next one.
+  """The released mean update of a round, and the clip norm of the next one, 1e-12 to 1e30.
 
   Args:
     total: sum of the cohort's clipped updates; exactly 0 for an empty cohort, noise is added still.
@@ -80,4 +81,4 @@ def noisy_mean(
   mean = private_mean(total, updates, level.noise_multiplier, clip_norm, level.expected_cohort)
   within = private_mean(count, bits, level.count_noise, 1.0, level.expected_cohort) + 0.5
   step = level.clip_learning_rate * (within - level.quantile)
-  return mean, clip_norm * jnp.exp(-step)
+  return mean, jnp.clip(clip_norm * jnp.exp(-step), MIN_CLIP_NORM, MAX_CLIP_NORM)

@@ -93,9 +93,11 @@ NOT_COVERED = (
   "Who was drawn is to stay secret: the log and the number of steps tell which hospitals took part"
   " in a round, and running times hint at how many records a step drew.",
   "Counts are told as they are: images with near-duplicates, images that stand in several classes,"
-  " files left out, patients named. So is the range of grey values, which follows from all images"
-  " unless data.window gives it.",
-  "A run that stops because a loss is not finite tells that much of the data.",
+  " files left out with their class and the reason, patients named. So is the range of grey values,"
+  " which follows from all images unless data.window gives it. Names of files, which may be those"
+  " of patients, stand in files.json of the run's folder and in errors alone: give it to nobody.",
+  "A run that stops because a loss or a prediction is not finite tells that much of the data. One"
+  " that protects whole hospitals goes on and logs how many updates counted 0 for it.",
   "Tuning: the guarantee is of one run, not of the runs tried before it.",
   "The number of hospitals and how many images of each class each one holds are public.",
   "Whoever has the secret of the run (noise.key in its folder) can compute all draws again and take"

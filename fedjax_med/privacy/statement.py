@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from fedjax_med.privacy.accounting import ceil_digits, epsilon, round_up
@@ -59,6 +60,32 @@ def tuning_costs(guarantee: dict[str, Any]) -> list[dict[str, Any]]:
 _tuned = functools.lru_cache(4096)(tuned_epsilon)
 
 
+def without_counts(record: dict[str, Any]) -> dict[str, Any]:
+  """privacy.json for papers that are given away: what a hospital released stays untold if secret.
+
+  ε of whole hospitals may rest on nobody knowing who took part in a round. How often a hospital
+  released something to protect its records tells it, and so does its own ε: these papers then have
+  the largest of the hospitals.
+  """
+  client = [each for each in record["guarantees"] if each["unit"] == "client"]
+  if all(participation_costs(each) is None for each in client):
+    return record
+  return {
+    **record,
+    "guarantees": [
+      each
+      if each["unit"] == "client"
+      else {
+        **each,
+        "parties": [
+          {**party, "steps": None, "epsilon": each["epsilon_max"]} for party in each["parties"]
+        ],
+      }
+      for each in record["guarantees"]
+    ],
+  }
+
+
 def participation_costs(guarantee: dict[str, Any]) -> tuple[float, float] | None:
   """ε of a hospital for whom sees in which rounds it took part; None where all take part in all.
 
@@ -111,8 +138,9 @@ def write_out(
         *(f"- {item}" for item in record.get("not_covered", ())),
       ]
     )
-  for guarantee in record["guarantees"]:
-    lines += _guarantee(guarantee)
+  shown = without_counts(record)["guarantees"]
+  for guarantee, each in zip(record["guarantees"], shown, strict=True):
+    lines += _guarantee(guarantee, each["parties"])
   if patients:
     lines += ["## Who the patients are", "", patients, ""]
   lines += ["## What ε does not cover", ""]
@@ -198,22 +226,24 @@ def _strength(epsilon: float, delta: float, protects: str) -> str:
   )
 
 
-def _participation(guarantee: dict[str, Any]) -> list[str]:
-  """What a guarantee is worth for whom sees who took part."""
+def participation_sentence(guarantee: dict[str, Any]) -> str:
+  """What a guarantee is worth for whom sees who took part; empty where all take part in all."""
   costs = participation_costs(guarantee)
   if costs is None:
-    return []
+    return ""
   mean, every = map(round_up, costs)
-  return [
-    "",
-    "**For whom sees who took part:** this ε counts that nobody knows in which rounds a hospital"
-    " was drawn. The log and the counts of steps tell it. For their readers a hospital that took"
-    f" part in as many rounds as it is drawn on average has ε ≤ {mean}, one that took part in all"
-    f" of them ε ≤ {every}, at the same δ. Give the log to nobody, or claim that.",
-  ]
+  return (
+    "this ε counts that nobody knows in which rounds a hospital was drawn. Ledger, privacy.json,"
+    " summary.json and checkpoints count steps, and running times hint at it. For their readers a"
+    " hospital that took part in as many rounds as it is drawn on average has"
+    f" ε ≤ {mean}, one that took part in all of them ε ≤ {every}, at the same δ. Give these files"
+    " to nobody, or claim that."
+  )
 
 
-def _guarantee(guarantee: dict[str, Any]) -> list[str]:
+def _guarantee(guarantee: dict[str, Any], shown: Sequence[dict[str, Any]]) -> list[str]:
+  """The section on one guarantee; ``shown`` are its parties as the table has them."""
+  sampled = participation_sentence(guarantee)
   unit = UNITS[guarantee["unit"]]
   delta = max(party["delta"] for party in guarantee["parties"])
   lines = [
@@ -222,7 +252,7 @@ def _guarantee(guarantee: dict[str, Any]) -> list[str]:
     f"**What is protected:** {unit.protects}.",
     "",
     f"**How strongly:** {_strength(guarantee['epsilon_max'], delta, unit.protects)}",
-    *_participation(guarantee),
+    *(["", f"**For whom sees who took part:** {sampled}"] if sampled else []),
     "",
     "**Against whom:**",
     "",
@@ -232,12 +262,13 @@ def _guarantee(guarantee: dict[str, Any]) -> list[str]:
     "| party | n | sampling q | cap | noise σ | clip C | releases | δ | ε, rounded up |",
     "|---|---|---|---|---|---|---|---|---|",
   ]
-  for party in guarantee["parties"]:
+  for party in shown:
+    steps = "not told" if party["steps"] is None else party["steps"]
     lines.append(
       f"| {party['name'].replace('|', '&#124;')} | {party['n']}"
       f" | {party['sampling_probability']:.4f}"
       f" | {party['batch_cap']} | {party['noise_multiplier']:.3f} | {party['clip_norm']:.3g}"
-      f" | {party['steps']} | {ceil_digits(party['delta'])} | {round_up(party['epsilon'])} |"
+      f" | {steps} | {ceil_digits(party['delta'])} | {round_up(party['epsilon'])} |"
     )
   accountant = guarantee["accountant"]
   lines += [

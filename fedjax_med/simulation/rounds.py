@@ -49,11 +49,12 @@ class BlockMetrics(NamedTuple):
 
   Attributes:
     clients: RoundMetrics with a leading [K] axis.
-    first_bad_round: [K] int32 round in which a client first sent a non-finite weight, or NEVER.
+    bad_round: [K] int32 round in which a client sent a non-finite weight, or NEVER; the first
+      one, where a block ends after it, else the last one.
   """
 
   clients: RoundMetrics
-  first_bad_round: jax.Array
+  bad_round: jax.Array
 
 
 def init_state(
@@ -248,11 +249,12 @@ def make_round(
   return run_round
 
 
-def make_block(run_round: Callable, num_clients: int) -> Callable:
+def make_block(run_round: Callable, num_clients: int, client_level: bool = False) -> Callable:
   """Builds ``block(state, clients, pool, hyper, key, num_rounds)``, not jitted.
 
   ``num_rounds`` is traced: blocks of any length share one compiled program. The block ends early
-  after a round in which some client sent a non-finite weight.
+  after a round in which some client sent a non-finite weight. Under ``client_level`` it goes on:
+  such an update counts 0, and ending would tell of one hospital what nothing has noised.
   """
 
   def block(state, clients, pool, hyper, key, num_rounds):
@@ -260,13 +262,13 @@ def make_block(run_round: Callable, num_clients: int) -> Callable:
 
     def healthy(carry):
       i, _, metrics = carry
-      return (i < num_rounds) & metrics.clients.finite.all()
+      return (i < num_rounds) & (client_level | metrics.clients.finite.all())
 
     def body(carry):
       i, state, metrics = carry
       round = state.server.round
       state, new = run_round(state, clients, pool, hyper, key)
-      bad = jnp.where(new.finite, metrics.first_bad_round, round)
+      bad = jnp.where(new.finite, metrics.bad_round, round)
       return i + 1, state, BlockMetrics(add_metrics(metrics.clients, new), bad)
 
     start = (jnp.zeros((), jnp.int32), state, metrics)

@@ -22,6 +22,7 @@ from fedjax_med.experiment.console import make_console, number, shown_path
 from fedjax_med.experiment.data_notes import Note, data_notes
 from fedjax_med.experiment.protection import Protection
 from fedjax_med.experiment.records import hospital_record
+from fedjax_med.experiment.secret import is_private
 from fedjax_med.privacy.accounting import round_up
 from fedjax_med.privacy.guarantees import spent
 from fedjax_med.sweep.grid import Point
@@ -50,8 +51,9 @@ def describe_data(console: Console, planned: Sequence[Planned]) -> None:
   notes: dict[Note, None] = {}
   for run in planned:
     if not run.key.baseline:
-      unit = run.case.config.privacy.unit
-      notes |= dict.fromkeys(data_notes(hospital_record(run.case.hospitals), unit, True))
+      config = run.case.config
+      held = hospital_record(run.case.hospitals)
+      notes |= dict.fromkeys(data_notes(held, config.privacy.unit, not is_private(config)))
   for note in list(notes)[:MOST_NOTES]:
     console.print(f"[yellow]{escape(note.text)}[/]" if note.warning else escape(note.text))
   if len(notes) > MOST_NOTES:

@@ -27,7 +27,7 @@ from fedjax_med.experiment.loop import (
   train_line,
   write_privacy,
 )
-from fedjax_med.experiment.records import config_record, hospital_record, summary_record
+from fedjax_med.experiment.records import config_record, summary_record, write_hospitals
 from fedjax_med.experiment.report import write_statement
 from fedjax_med.experiment.synthetic import image_keeper
 from fedjax_med.experiment.trackers import require_installed, track
@@ -231,7 +231,8 @@ def _run_chunk(
         continue
       probabilities = found[k].reshape(-1, found.shape[-1])[places[k]]
       own = jax.tree.map(lambda leaf, k=k: leaf[k], metrics)
-      diverged = bool((own.first_bad_round != NEVER).any() or not np.isfinite(probabilities).all())
+      bad = not run.central and (own.bad_round != NEVER).any()
+      diverged = bool(bad or not np.isfinite(probabilities).all())
       if diverged:  # what it predicts is nothing, not even where it is finite
         probabilities = np.full_like(probabilities, np.nan)
       length = 0 if diverged else next_rounds(run, steps[k], int(rounds[k]))
@@ -281,7 +282,7 @@ def write_point(
   if experiment.guarantees and folder.parent.name != "baselines":
     secrets.keep(folder, experiment.case.secret)
   files.write_json(folder / "config.json", config_record(experiment, command))
-  files.write_json(folder / "hospitals.json", hospital_record(experiment.hospitals))
+  write_hospitals(folder, experiment)
   book = None
   if experiment.guarantees:
     book = ledger.start(folder, experiment.run_id, experiment.guarantees)

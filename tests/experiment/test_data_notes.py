@@ -96,12 +96,14 @@ def test_an_older_record_is_read_as_far_as_it_goes():
   assert any("Left out: 1 file" in note.text for note in data_notes(older, "record", True))
 
 
-def test_notes_stand_on_the_console_in_the_report_and_in_the_statement(tmp_path):
+def test_notes_stand_on_the_console_in_the_report_and_in_the_statement(tmp_path, capsys):
   root = tmp_path / "data"
   for number in range(24):
     name = ("no", "yes")[number % 2]
     save(root / name / f"P{number // 4}_{number}.png", pattern(number, 20, 20))
   (root / "yes" / "notes.txt").write_text("text")
+  (root / "yes" / "P07_SMITH_JOHN_broken.png").write_text("no picture")
+  save(root / "no" / "P3_twin.png", pattern(19, 20, 20))  # P3_19 is of the other class
   folder = tmp_path / "run"
   summary = run(
     folder,
@@ -111,23 +113,33 @@ def test_notes_stand_on_the_console_in_the_report_and_in_the_statement(tmp_path)
     server__num_rounds=1, privacy__unit="patient",
   )  # fmt: skip
   assert summary["rounds"] == 1
-  sentence = "24 of 24 names say which patient they are of (data.patient_pattern): 6 patients."
+  sentence = "25 of 25 names say which patient they are of (data.patient_pattern): 6 patients."
   page = html.unescape((folder / "report.html").read_text())
   notes = page[page.index('<ul id="data">') :].partition("</ul>")[0]
   assert sentence in notes
   assert "Grey values 0 (black) to 255 (white)" in notes
   assert "a .txt file is no picture (1)" in notes
-  assert "notes.txt" not in page  # of a private run
+  # Of a private run: a name may be a patient's.
+  paths = [path for path in folder.rglob("*") if path.is_file() and path.name != "files.json"]
+  texts = [path.read_text(errors="replace") for path in paths]
+  shown = capsys.readouterr().out
+  for name in ("notes.txt", "SMITH", "P3_"):
+    assert all(name not in text for text in (shown, *texts)), name
+  assert "which files: files.json" in shown
+  named = json.loads((folder / "files.json").read_text())
+  assert (folder / "files.json").stat().st_mode & 0o777 == 0o600
+  assert [row[0] for row in named["skipped"]] == ["yes/P07_SMITH_JOHN_broken.png", "yes/notes.txt"]
+  assert "P3_twin.png" in str(named["contradictions"])
   assert sentence in (folder / "privacy_statement.md").read_text()
   held = json.loads((folder / "hospitals.json").read_text())
   assert held["patients"] == {
-    "named": 24, "patients": 6, "source": "data.patient_pattern", "shared": 0,
+    "named": 25, "patients": 6, "source": "data.patient_pattern", "shared": 0,
   }  # fmt: skip
   held["patients"]["named"] = 20
   (folder / "hospitals.json").write_text(json.dumps(held))
   write_statement(folder)
-  assert "20 of 24 names say" in (folder / "privacy_statement.md").read_text()
-  assert "20 of 24 names say" in html.unescape(write_report(folder).read_text())
+  assert "20 of 25 names say" in (folder / "privacy_statement.md").read_text()
+  assert "20 of 25 names say" in html.unescape(write_report(folder).read_text())
 
 
 def test_the_console_tells_the_notes(tmp_path, monkeypatch, capsys):

@@ -140,7 +140,10 @@ def test_patients_are_the_units_of_sampling_noise_and_delta():
   found = protection(groups, privacy__target_epsilon=3.0, privacy__unit="patient")
   assert [m.num_units for m in local(found).mechanisms] == [20, 10, 30]
   assert local(found).unit == "patient"
-  assert found.rows_per_unit == 4
+  assert found.rows_per_unit == 8
+  larger = np.maximum(groups, 2)  # one patient of 12 images
+  found_larger = protection(larger, privacy__target_epsilon=3.0, privacy__unit="patient")
+  assert found_larger.rows_per_unit == 8  # nothing public follows the largest patient
   assert local(found).deltas == (1 / 200, 1 / 100, 1 / 300)
   assert local(found).mechanisms[0].sampling_probability == 16 / 20
   records = protection(privacy__target_epsilon=3.0)

@@ -1,9 +1,11 @@
 """What a run promises and writes down: privacy.json, ledger, statement, budgets, units."""
 
 import dataclasses
+import html
 import importlib.util
 import json
 import pathlib
+import re
 import shutil
 
 import jax
@@ -190,6 +192,52 @@ def test_whole_hospitals_are_protected_beside_their_records_and_both_epsilons_ar
   assert 'id="privacy-client"' in report
   assert "which sees every update" in (tmp_path / "privacy_statement.md").read_text()
   assert command.recompute(tmp_path)["guarantees"][1]["epsilon_max"] == central["epsilon_max"]
+
+
+def test_who_took_part_stands_in_nothing_that_is_given_away(tmp_path):
+  run(
+    tmp_path,
+    server__weighting="uniform",
+    server__participation="poisson",
+    server__participation_rate=0.5,
+    client_privacy__mechanism="dp_fedavg",
+    client_privacy__noise_multiplier=3.0,
+  )
+  steps = [party["steps"] for party in json.loads((tmp_path / "privacy.json").read_text())[
+    "guarantees"][0]["parties"]]  # fmt: skip
+  assert len(set(steps)) > 1  # for the ledger's reader, who recomputes ε
+  for line in map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines()):
+    if line["split"] == "train":
+      assert not {"clients", "steps"} & line.keys()
+    else:
+      assert all("epsilon" not in client for client in line["clients"])
+  statement = (tmp_path / "privacy_statement.md").read_text()
+  rows = [line.split(" | ") for line in statement.splitlines() if line.startswith("| hospital")]
+  assert {row[6] for row in rows} == {"not told"}
+  assert len({row[8] for row in rows}) == 1
+  page = html.unescape((tmp_path / "report.html").read_text())
+  table = page[page.index('id="privacy-record"') :].partition("</tbody>")[0]
+  assert len(re.findall(r"<tr><th scope=.row.>hospital", table)) == 3
+  assert not any(f">{count}</data>" in table.partition("<tbody>")[2] for count in set(steps))
+  sentence = "For whom sees who took part: "
+  told = statement.replace("*", "").partition(sentence)[2].split("\n")[0]
+  assert told in page
+
+
+def test_an_update_that_is_not_finite_ends_no_run_that_protects_whole_hospitals(tmp_path):
+  summary = run(
+    tmp_path,
+    privacy__mechanism="none",
+    privacy__noise_multiplier=0.0,
+    server__weighting="uniform",
+    client__learning_rate=1e38,
+    client_privacy__mechanism="dp_fedavg",
+    client_privacy__noise_multiplier=1.0,
+  )
+  assert summary["stopped"] == "completed"
+  lines = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
+  counted = [line["updates_not_finite"] for line in lines if line["split"] == "train"]
+  assert set(counted) == {3}
 
 
 def test_whole_hospitals_alone_are_protected_and_the_budget_of_theirs_ends_the_run(tmp_path):

@@ -195,7 +195,7 @@ def test_a_client_that_breaks_is_named_and_ends_the_block(name, private):
   pool = POOL
   hyper = make_hyper() if private else make_hyper(client_learning_rate=float("inf"))
   state, metrics = rounds(federation, 5, clients=clients, hyper=hyper, pool=pool)
-  bad = np.asarray(metrics.first_bad_round)
+  bad = np.asarray(metrics.bad_round)
   assert bad[1] == 0
   if private:
     assert bad[0] == bad[2] == np.iinfo(np.int32).max

@@ -117,4 +117,4 @@ def make_federation(
     params, state = model.init(base_key(1), jnp.zeros((1, 4, 4, 1)))
     return init_state(algorithm, params, state, num_clients, 1.0 if client_level else None)
 
-  return initial, jit_block(make_block(run_round, num_clients), mesh), run_round
+  return initial, jit_block(make_block(run_round, num_clients, client_level), mesh), run_round

@@ -47,6 +47,48 @@ def test_full_batches_match_the_analytic_gaussian_mechanism(sigma, steps):
   assert exact <= epsilon(m, steps, 1e-3) <= 1.005 * exact
 
 
+def full_batches(steps, mu):
+  """A mechanism whose ``steps`` together are μ-Gaussian DP."""
+  return PoissonGaussian(50, 1.0, 50, math.sqrt(steps) / mu * (1 + NORM_SLACK), 1.0)
+
+
+@pytest.mark.parametrize(
+  ("steps", "mu", "delta"),
+  [
+    (500_000, 1.0, 1e-10), (500_000, 2.0, 1e-10), (500_000, 2.0, 1e-9), (1_000_000, 0.3, 1e-10),
+    (1_000_000, 0.3, 1e-9), (2_000_000, 2.0, 1e-10), (2_000_000, 2.0, 1e-9),
+  ],
+)  # fmt: skip
+def test_very_many_steps_at_a_tiny_delta_cost_at_least_the_exact_epsilon(steps, mu, delta):
+  exact = gaussian_epsilon(mu, delta)
+  assert exact <= epsilon(full_batches(steps, mu), steps, delta) <= 1.07 * exact
+
+
+def test_random_gaussian_compositions_cost_at_least_the_exact_epsilon():
+  generator = np.random.default_rng(0)
+  for _ in range(60):
+    steps, mu, delta = 10 ** generator.uniform((0, -1.3, -10), (6.3, 0.6, -4))
+    m = full_batches(int(steps), mu)
+    exact = gaussian_epsilon(mu, delta)
+    assert exact <= epsilon(m, int(steps), delta) <= 1.15 * exact, (steps, mu, delta)
+
+
+def test_epsilon_is_monotone_where_the_second_bound_takes_over():
+  for mu in (0.1, 1.0):
+    m = full_batches(50_000, mu)
+    by_steps = [epsilon(m, steps, 1e-10) for steps in (90, 101, 10_000, 49_000, 50_001, 60_000)]
+    assert all(np.diff(by_steps) > 0)
+    by_delta = [epsilon(m, 50_000, delta) for delta in (1e-10, 1.01e-10, 1e-9, 4.9e-8, 5.1e-8)]
+    assert all(np.diff(by_delta) < 0)
+
+
+def test_more_steps_than_the_error_is_known_for_are_refused():
+  m = mechanism(sigma=1e4)
+  assert epsilon(m, 10_000_000, 1e-9) > 0
+  with pytest.raises(UserError, match=r"over the 10000000 up to .* is known; take fewer"):
+    epsilon(m, 10_000_001, 1e-9)
+
+
 def poisson_deltas(eps, q, sigma):
   """Hockey-stick divergences at ε of a Poisson-sampled Gaussian step: a record leaves, or comes.
 

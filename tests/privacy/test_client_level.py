@@ -131,6 +131,16 @@ def test_the_clip_norm_moves_towards_the_quantile_by_the_published_rule(within, 
   assert math.copysign(1, float(after) - 2.0) == direction
 
 
+@pytest.mark.parametrize(("within", "bound"), [(3, 1e-12), (0, 1e30)])
+def test_the_clip_norm_stays_where_its_bound_holds(within, bound):
+  settings = level(quantile=0.5, clip_learning_rate=10.0, expected_cohort=0.01)
+  count = jnp.float32(within - 1.5)
+  clip_norm = jnp.float32(1.0)
+  for round in range(3):
+    _, clip_norm = noisy_mean({"w": jnp.zeros(2)}, count, clip_norm, settings, KEY, round)
+  assert float(clip_norm) == pytest.approx(bound, rel=1e-6, abs=0)
+
+
 def test_an_adaptive_clip_norm_settles_where_half_the_updates_pass():
   initial, block, _ = federation()
   hyper = make_hyper(client_learning_rate=0.01)
