@@ -1,3 +1,3 @@
 """One medical model trained across many hospitals, with exact privacy accounting."""
 
-__version__ = "0.2.0"
+__version__ = "0.3.0.dev0"

@@ -16,7 +16,7 @@ from fedjax_med.privacy import claims, ledger
 from tests.experiment.running import metrics, smoke_config
 
 RAN = ledger.Ran(
-  fedjax_med="0.2.0", dp_accounting="0.6.0", clipping="book_keeping", baselines=False
+  fedjax_med="0.3.0", dp_accounting="0.6.0", clipping="book_keeping", baselines=False
 )
 
 

@@ -26,7 +26,7 @@ FIGURES = ("partition", "rounds", "hospitals", "confusion")
 def made_up_claims(path, guarantee, rounds, epsilons):
   """A ledger in which these ε stand, uncomputed; returns privacy.json of it."""
   book = ledger.start(path, "3f9c01ab77de", [guarantee])
-  ran = ledger.Ran(fedjax_med="0.2.0", dp_accounting="0.6", clipping="two_pass", baselines=False)
+  ran = ledger.Ran(fedjax_med="0.3.0", dp_accounting="0.6", clipping="two_pass", baselines=False)
   counted = {"rounds": rounds, "counts": [[80] * len(epsilons)], "epsilons": [epsilons]}
   lines = [{"ran": ran._asdict()}, counted]
   return claims.record_of(ledger._continued(path / ledger.FILE, book, lines), path)
