@@ -183,7 +183,7 @@ CASES = {
   "plain_paper_split": {
     "private": False, "baselines": False, "split": "paper", "num_log_points": 1,
   },
-  "many_hospitals": {"num_hospitals": 200, "num_log_points": 2},
+  "many_hospitals": {"num_hospitals": 60, "num_log_points": 2},
   "many_hospitals_four_classes": {
     "num_hospitals": 40, "private": False, "baselines": False, "num_log_points": 2,
     "class_names": ("normal", "glioma", "meningioma", "pituitary"),

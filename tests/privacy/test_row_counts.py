@@ -161,7 +161,13 @@ def test_no_rows_are_no_batch():
     coverage.examine(lambda *_: jnp.zeros((0, 2)), {}, {}, jnp.zeros((1, SIZE)), 0)
 
 
-@pytest.mark.parametrize("name", ["linear", "mlp", "cnn_small", "se_resnext_micro", "fedxnet"])
+@pytest.mark.parametrize(
+  "name",
+  [
+    "linear", "mlp", "cnn_small", "se_resnext_micro",
+    pytest.param("fedxnet", marks=pytest.mark.slow),
+  ],
+)  # fmt: skip
 def test_networks_are_covered_whatever_the_number_of_rows(name):
   model = create_model(ModelConfig(name, dropout=0.0 if name == "linear" else 0.1), 2)
   image = jax.ShapeDtypeStruct((1, 32, 32, 1), jnp.float32)
