@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from fedjax_med.data.dataset import ClientTable
 from fedjax_med.experiment.protection import Protection
 from fedjax_med.federated.algorithm import Client, Hyper
 from fedjax_med.privacy.mechanism import PoissonGaussian
@@ -20,15 +21,22 @@ _FIELDS: dict[str, Callable[[PoissonGaussian], Any]] = {
 
 
 def differences(
-  protection: Protection, numbers: np.ndarray, clients: Client, hyper: Hyper
+  protection: Protection,
+  numbers: np.ndarray,
+  rows: ClientTable,
+  clients: Client,
+  hyper: Hyper,
+  start: int = 0,
 ) -> list[str]:
   """Sentences about every array that is not float32 (or int32) of what is accounted for.
 
   Args:
     protection: what is accounted for.
     numbers: [K] what names each client in random keys: no two alike.
+    rows: who holds what.
     clients: stacked over K clients.
     hyper: traced hyperparameters.
+    start: row of the pool that the images begin at.
   """
   clients, hyper = jax.device_get((clients, hyper))
   found: list[str] = []
@@ -45,8 +53,14 @@ def differences(
       found.append(f"clients share the numbers {np.asarray(clients.number).tolist()}, and noise")
     compare("number", clients.number, numbers)
     held = clients.num_examples if clients.units is None else clients.units.number
-    rows = zip(local.names, local.mechanisms, strict=True)
-    for k, (name, mechanism) in enumerate(rows):
+    for k, (name, mechanism) in enumerate(zip(local.names, local.mechanisms, strict=True)):
+      count = int(rows.counts[k])
+      if not np.array_equal(clients.indices[k][:count] - start, rows.indices[k][:count]):
+        found.append(f"'{name}' has other images on the device than in the account")
+      if (clients.units is None) != (protection.units is None) or not _same_units(
+        protection, clients, k
+      ):
+        found.append(f"'{name}' has other units on the device than in the account")
       compare(f"units of '{name}'", held[k], mechanism.num_units)
       for field, value in _FIELDS.items():
         compare(f"{field} of '{name}'", getattr(clients, field)[k], value(mechanism))
@@ -65,11 +79,22 @@ def differences(
   return found
 
 
-def require_accounted(
-  protection: Protection, numbers: np.ndarray, clients: Client, hyper: Hyper
-) -> None:
-  """Raises RuntimeError where a run would execute another mechanism than ε is computed from."""
-  found = differences(protection, numbers, clients, hyper)
+def _same_units(protection: Protection, clients: Client, k: int) -> bool:
+  """Whether client k's units begin and end on the device where they do in the account."""
+  table, held = protection.units, clients.units
+  if table is None or held is None:
+    return True
+  count = int(table.counts[k])
+  pairs = ((held.starts, table.starts), (held.sizes, table.sizes))
+  return all(np.array_equal(one[k][:count], other[k][:count]) for one, other in pairs)
+
+
+def require_accounted(*account_and_arrays: Any) -> None:
+  """Raises RuntimeError where a run would execute another mechanism than ε is computed from.
+
+  Its arguments are those of ``differences``.
+  """
+  found = differences(*account_and_arrays)
   if found:
     raise RuntimeError(
       f"the program would not run what ε is computed from: {'; '.join(found[:4])}. This is a fault"

@@ -138,7 +138,8 @@ def _local(experiment: Experiment, max_trials: int, seed: int, tell: Callable) -
 def _arrays(experiment: Experiment) -> Check:
   """Whether the run's arrays are those of the accounted mechanisms."""
   case = experiment.case
-  found = differences(case.protection, case.numbers, experiment.clients, experiment.hyper)
+  arrays = experiment.clients, experiment.hyper
+  found = differences(case.protection, case.numbers, case.rows, *arrays)
   words = "; ".join(found[:4]) or "the arrays on the device are those that are accounted for"
   return Check(words, float(not found), not found)
 

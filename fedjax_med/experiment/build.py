@@ -258,7 +258,7 @@ def place(
   Its images begin at row ``start`` of the pool.
   """
   clients, hyper = _stack_clients(case, shapes), _hyper(case.config, case.protection)
-  require_accounted(case.protection, case.numbers, clients, hyper)
+  require_accounted(case.protection, case.numbers, case.rows, clients, hyper)
   return Experiment(
     case,
     replicate(clients._replace(indices=clients.indices + start), mesh),

@@ -256,8 +256,8 @@ def _attack(
   return jax.lax.fori_loop(0, steps, body, start).scores
 
 
-def _key(subject: Subject, use: int) -> jax.Array:
-  """Key of the trials, which are no rounds of the run: its own one, folded once more."""
+def key_of(subject: Subject, use: int) -> jax.Array:
+  """The run's key, folded once more: what an audit says must follow from no draw of the run."""
   return jax.random.fold_in(jax.random.fold_in(subject.key, 2**31 + use), subject.seed)
 
 
@@ -287,17 +287,17 @@ def make_trials(subject: Subject, devices: int) -> Callable:
   """Independent runs with one planted record or none, shared out over ``devices``.
 
   Returns:
-    ((client, claim, steps), (numbers [T], present [T])) -> scores [T, attacks].
+    ((client, claim, steps, key), (numbers [T], present [T])) -> scores [T, attacks]. The key is an
+    argument, as in all programs: constants are written into the compiler's cache.
   """
   # All units at once: a loop over parts, which ``plant`` keeps, takes half as long again.
   setting = setting_for(subject._replace(microbatch=0), 4)
   images = _images(4, 1)
   direction = jnp.asarray(_directions(images), jnp.float32)
   shares = jnp.asarray([share for share, _ in ATTACKS], jnp.float32)
-  own_key = _key(subject, 0)
 
   def trial(hospital, each):
-    (client, claim, steps), (number, present) = hospital, each
+    (client, claim, steps, own_key), (number, present) = hospital, each
     key = jax.random.fold_in(own_key, number)
     pool = Pool(jnp.asarray(images) * present.astype(jnp.uint8), jnp.zeros((2,), jnp.int32))
     return _attack(setting, claim, client, pool, key, direction, shares, steps)[0]
@@ -310,7 +310,7 @@ def single_canaries(subject: Subject, trials: Callable, k: int, number: int, noi
   client = _client(subject, k, 1)
   if not noise:
     client = client._replace(noise_multiplier=jnp.float32(0))
-  hospital = client, claim_of(subject, k), jnp.int32(subject.steps[k])
+  hospital = client, claim_of(subject, k), jnp.int32(subject.steps[k]), key_of(subject, 0)
   return attack_scores(lambda *runs: trials(hospital, runs), number)
 
 
@@ -320,11 +320,11 @@ def many_canaries(subject: Subject, k: int) -> tuple[np.ndarray, np.ndarray]:
   canaries = num_canaries(mechanism)
   bits = np.random.default_rng([subject.seed, k]).integers(0, 2, canaries).astype(bool)
   setting, client, pool, directions = plant(subject, k, bits)
-  claim, key = claim_of(subject, k), jax.random.fold_in(_key(subject, 1), k)
+  claim, key = claim_of(subject, k), jax.random.fold_in(key_of(subject, 1), k)
 
   @jax.jit
-  def run(client, pool):
+  def run(client, pool, key):
     whole = jnp.ones(1, jnp.float32)
     return _attack(setting, claim, client, pool, key, directions, whole, subject.steps[k])[:, 0]
 
-  return np.asarray(run(client, pool), np.float64), bits
+  return np.asarray(run(client, pool, key), np.float64), bits

@@ -66,11 +66,11 @@ def hospital_trials(
   ones = jnp.ones(num_clients, jnp.int32)
   real = jnp.ones(num_clients, jnp.float32)
   clients = Client(jnp.arange(num_clients), ones[:, None] * 0, ones, real, ones, real, real, real)
-  expected, own_key = jnp.float32(mechanism.expected_batch_size), key
+  expected = jnp.float32(mechanism.expected_batch_size)
   sigma = mechanism.noise_multiplier * jnp.asarray([share for share, _ in ATTACKS], jnp.float32)
 
-  def trial(hyper, each):
-    run, present = each
+  def trial(given, each):
+    (hyper, own_key), (run, present) = given, each
     key = jax.random.fold_in(own_key, run)
     pool = Pool(jnp.zeros((1, 1, 1, 1), jnp.uint8), present.astype(jnp.int32)[None])
     state = init_state(algorithm, {"w": jnp.zeros(4)}, {}, num_clients, mechanism.clip_norm)
@@ -86,4 +86,4 @@ def hospital_trials(
     return jax.lax.fori_loop(0, rounds, body, start)[1]
 
   trials = map_over_devices(trial, local_devices(), TRIALS_AT_ONCE)
-  return attack_scores(lambda *runs: trials(hyper, runs), number)
+  return attack_scores(lambda *runs: trials((hyper, key), runs), number)

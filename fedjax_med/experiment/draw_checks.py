@@ -11,6 +11,7 @@ from fedjax_med.experiment.canaries import (
   Subject,
   claim_of,
   decorrelate,
+  key_of,
   memory_of,
   num_canaries,
   plant,
@@ -77,10 +78,10 @@ def _watch(subject: Subject, k: int) -> _Watched:
   strategy = claim.coefficients
 
   @jax.jit
-  def run(client):
+  def run(client, key):
     def once(step, carry):
       memory, past = carry
-      signal, noise, memory = release(setting, claim, client, pool, subject.key, step, memory)
+      signal, noise, memory = release(setting, claim, client, pool, key, step, memory)
       noise, past = decorrelate(strategy, past, noise)
       return (memory, past), (signal, noise)
 
@@ -95,11 +96,12 @@ def _watch(subject: Subject, k: int) -> _Watched:
     pairs = jnp.asarray(begins, jnp.int32), jnp.asarray(steps, jnp.int32)
     return jax.lax.scan(watched, (memory_of(setting, client), past), pairs)[1]
 
-  sums = np.asarray(run(silent)[0], np.float64)
+  key = key_of(subject, 2)
+  sums = np.asarray(run(silent, key)[0], np.float64)
   basis = np.asarray(directions, np.float64)
   drawn = np.linalg.solve(basis @ basis.T, basis @ sums.T).T
   rest = np.linalg.norm(sums - drawn @ basis, axis=1)
-  return _Watched(steps, drawn, rest, np.asarray(run(loud)[1]), np.asarray(run(empty)[1]))
+  return _Watched(steps, drawn, rest, np.asarray(run(loud, key)[1]), np.asarray(run(empty, key)[1]))
 
 
 def check_execution(subject: Subject) -> list[Check]:

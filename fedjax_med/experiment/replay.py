@@ -1,10 +1,9 @@
-"""A step of the run's own network, images, arrays and key, replayed: less its noise it is a sum.
+"""Steps of the run's own network, images, arrays and key, replayed: less their noise they are sums.
 
-The program that trains is compiled for one round of one local step at learning rate 1, with the
-plan of the run; so what a hospital released is what the global weights moved by. The noise is
-computed again from the key, and the sum of clipped gradients from the accounted mechanism, with one
-gradient a unit. Any other sampling, clipping, noise, denominator, key or order of clients leaves a
-difference.
+The program that trains is compiled for rounds at learning rate 1, with the plan of the run; so what
+a hospital released is what the global weights moved by. The noise is computed again from the key,
+and the sum of clipped gradients from the accounted mechanism, with one gradient a unit. Any other
+sampling, clipping, noise, denominator, key or order of clients leaves a difference.
 """
 
 import dataclasses
@@ -33,43 +32,62 @@ AT_ONCE = 8
 TOLERANCE = {"float32": 0.01, "bfloat16": 0.2}
 
 
+# (round, steps of it): the last step is looked at. A key without the round, or without the step,
+# shows in the second or the third.
+REPLAYED = ((0, 1), (0, 2), (1, 1))
+
+
 def replay_checks(experiment: Experiment) -> list[Check]:
-  """Whether a replayed step of every hospital, less its noise, is the accounted clipped sum."""
+  """Whether replayed steps of every hospital, less their noise, are the accounted clipped sums."""
   local = experiment.local
   assert local is not None
-  block, initial = _one_step(experiment)
-  weights, network_state = initial.server.params, initial.server.state
+  block, initial = _block(experiment)
   reference = _reference(experiment)
-  tolerance = TOLERANCE[experiment.config.model.dtype]
   checks = []
-  for k, (name, mechanism) in enumerate(zip(local.names, local.mechanisms, strict=True)):
-    size, bound = mechanism.expected_batch_size, mechanism.clip_norm
-    state, _ = block(k)
-    where = key_for(experiment.key, Stream.NOISE, int(experiment.case.numbers[k]), 0, 0)
-    noise = gaussian_noise_like(where, weights, 1.0)
-    deviation = mechanism.noise_multiplier * bound / mechanism.coefficients[0]
-    due = reference(k, weights, network_state)
-    far, large, most = 0.0, 0.0, 0.0
-    leaves = map(jax.tree.leaves, (weights, state.server.params, noise, due))
-    for before, after, z, total in zip(*leaves, strict=True):
-      before, after, z, total = (np.asarray(each, np.float64) for each in (before, after, z, total))
-      far += float(((size * (before - after) - deviation * z - total * size) ** 2).sum())
-      large += float(((total * size) ** 2).sum())
-      most += float((np.maximum(np.abs(before), np.abs(after)) ** 2).sum())
-    # Weights are float32: what they moved by is known to half a unit in the last place.
-    allowed = tolerance * max(bound, math.sqrt(large)) + size * 2.0**-23 * math.sqrt(most)
-    passed = math.sqrt(far) <= allowed
-    words = f"{name}: a step of the run's program, less its noise, is the clipped sum of its draw"
-    checks.append(Check(words, float(passed), passed))
+  for k, name in enumerate(local.names):
+    places = {(round, 0): (initial.server.params, ()) for round, _ in REPLAYED}
+    for round, steps in REPLAYED:
+      before, memory = places[round, steps - 1]
+      after = block(k, round, steps).server.params
+      where = jnp.int32(round), jnp.int32(steps - 1)
+      due, noise, memory = reference(k, where, before, initial.server.state, memory)
+      places[round, steps] = after, memory
+      passed = _agree(experiment, k, (before, after, noise, due))
+      words = f"{name}: step {steps} of round {round + 1} of the run's program, less its noise, is"
+      checks.append(Check(f"{words} the clipped sum of its draw", float(passed), passed))
   return checks
 
 
-def _one_step(experiment: Experiment) -> tuple[Any, Any]:
-  """(k -> (state, metrics) after one local step of hospital k alone, the state before it)."""
-  case, plan = experiment.case, experiment.program.plan
-  config = _config(experiment.config, plan)
+def _agree(experiment: Experiment, k: int, trees: tuple[Any, Any, Any, Any]) -> bool:
+  """Whether weights moved by the accounted mean gradient with its noise, up to rounding.
+
+  Args:
+    experiment: the run.
+    k: hospital.
+    trees: weights before and after, noise of standard deviation 1, mean gradient without noise.
+  """
+  assert experiment.local is not None
+  mechanism = experiment.local.mechanisms[k]
+  size, bound = mechanism.expected_batch_size, mechanism.clip_norm
+  far, large, most = 0.0, 0.0, 0.0
+  for leaves in zip(*map(jax.tree.leaves, trees), strict=True):
+    before, after, z, mean = (np.asarray(leaf, np.float64) for leaf in leaves)
+    released = size * (before - after)
+    far += float(((released - mechanism.noise_multiplier * bound * z - size * mean) ** 2).sum())
+    large += float(((size * mean) ** 2).sum())
+    most += float((np.maximum(np.abs(before), np.abs(after)) ** 2).sum())
+  # Weights are float32: what they moved by is known to half a unit in the last place.
+  tolerance = TOLERANCE[experiment.config.model.dtype]
+  allowed = tolerance * max(bound, math.sqrt(large)) + size * 2.0**-23 * math.sqrt(most)
+  return math.sqrt(far) <= allowed
+
+
+def _block(experiment: Experiment) -> tuple[Any, Any]:
+  """((k, round, steps) -> state after so many local steps of hospital k alone, state before)."""
+  case = experiment.case
+  config = _config(experiment.config, experiment.program.plan)
   shapes = shapes_of([case])._replace(
-    steps=np.ones(len(case.names), np.int64),
+    steps=np.full(len(case.names), max(steps for _, steps in REPLAYED)),
     shared_steps=None,  # so that hospitals may take none
   )
   devices = experiment.program.devices
@@ -83,14 +101,14 @@ def _one_step(experiment: Experiment) -> tuple[Any, Any]:
     client_level=None,
   )
 
-  def block(k: int) -> Any:
+  def block(k: int, round: int, steps: int) -> Any:
     alone = jnp.arange(len(case.names)) == k
     clients = experiment.clients._replace(
-      weight=alone.astype(jnp.float32), num_steps=alone.astype(jnp.int32)
+      weight=alone.astype(jnp.float32), num_steps=steps * alone.astype(jnp.int32)
     )
-    return program.block(
-      program.initial(), clients, experiment.pool, hyper, experiment.key, jnp.int32(1)
-    )
+    state = program.initial()
+    state = state._replace(server=state.server._replace(round=jnp.int32(round)))
+    return program.block(state, clients, experiment.pool, hyper, experiment.key, jnp.int32(1))[0]
 
   return block, program.initial()
 
@@ -131,7 +149,11 @@ def _config(config: Config, plan: Any) -> Config:
 
 
 def _reference(experiment: Experiment) -> Any:
-  """(k, params, state) -> clipped sum of the units drawn, over q·n, of the accounted mechanism."""
+  """(k, (round, step), params, state, memory) -> what the accounted mechanism releases there.
+
+  That is the mean gradient without noise, the noise of standard deviation 1, and the memory that
+  the next step goes on from; () is the memory before the first.
+  """
   case, config = experiment.case, experiment.config
   local, shapes = case.protection.local, shapes_of([case])
   assert local is not None
@@ -151,17 +173,21 @@ def _reference(experiment: Experiment) -> Any:
     microbatch=plan.microbatch if dropout else min(AT_ONCE, shapes.batch_cap),
   )
 
-  @jax.jit
-  def step(client, hyper, params, state):
-    bands = client.coefficients
-    memory = () if bands is None else empty_memory(params, len(bands))
-    first = jnp.int32(0)
-    context = StepContext(client, experiment.pool, hyper, experiment.key, first, first)
-    return gradient(params, state, memory, context)[0]
+  @jax.jit  # key and images are arguments: constants are written into the compiler's cache
+  def step(client, hyper, where, weights, memory, pool, key):
+    context = StepContext(client, pool, hyper, key, *where)
+    mean, _, memory, _ = gradient(*weights, memory, context)
+    if client.coefficients is None:
+      noise_key = key_for(key, Stream.NOISE, client.number, *where)
+      return mean, gaussian_noise_like(noise_key, weights[0], 1.0), memory
+    return mean, jax.tree.map(lambda past: past[0], memory.noise), memory
 
-  def run(k: int, params: Any, state: Any) -> Any:
+  def run(k: int, where: Any, params: Any, state: Any, memory: Any) -> Any:
+    client = accounted_client(case, k)
+    if memory == () and client.coefficients is not None:
+      memory = empty_memory(params, len(client.coefficients))
     hyper = experiment.hyper._replace(clip_norm=jnp.float32(local.mechanisms[k].clip_norm))
-    return step(accounted_client(case, k), hyper, params, state)
+    return step(client, hyper, where, (params, state), memory, experiment.pool, experiment.key)
 
   return run
 

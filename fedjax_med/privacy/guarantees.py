@@ -107,7 +107,7 @@ NOT_COVERED = (
   " rounding; that difference has no noise in it, follows from the records, and grows with the"
   " rounds. ε does not count it: give out one of them only.",
   "Simulation-grade randomness: a normal is the sum of four float32 normals over two, which stops"
-  " at 10.84 standard deviations; releases are whole numbers of a grain of 2^-20 of the noise's"
+  " at 10.84 standard deviations; releases are whole numbers of a grain of 2^-18 of the noise's"
   " standard deviation (more for large batches with little noise); threefry is no certified"
   " cryptographic generator. The values of ε hold for ideal randomness.",
 )

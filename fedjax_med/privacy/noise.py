@@ -22,11 +22,12 @@ Tree = Any  # a pytree of arrays
 _MULTIPLE = 1024
 # Draws whose sum, over the square root of their number, is one normal.
 _DRAWS = 4
-# Of the noise's standard deviation. No finer, or a large normal, of 24 bits, would skip grains.
-GRAIN = 2.0**-20
+# Of the noise's standard deviation. Float32 tells whole grains apart up to 64 deviations; a finer
+# grain would skip every second one of a large number, and correlated noise has numbers of over 8.
+GRAIN = 2.0**-18
 # Of clip norm times expected batch: 31 bits hold a sum of fifteen times as much.
 _COARSER = 2.0**-27
-_MOST = 2.0**31 - 2.0**25  # grains of a sum; noise stays under 2^25 of them
+_MOST = 2.0**31 - 2.0**25  # grains of a sum; noise has far under 2^25 of them
 
 
 def gaussian_noise_like(key: jax.Array, tree: Tree, stddev: jax.Array | float) -> Tree:
@@ -109,7 +110,7 @@ def noised_mean(
 
   The sum is rounded up or down by chance, to itself on average: so the grain is part of the noise,
   whose density is a staircase of steps of one grain, and no rounding adds to the sensitivity. A
-  grain is σ·C·2^-20, or q·n·C·2^-27 if that is more; a number of the sum is held to 2^31 of them.
+  grain is σ·C·2^-18, or q·n·C·2^-27 if that is more; a number of the sum is held to 2^31 of them.
   """
   sigma, bound, size = (
     jnp.asarray(each, jnp.float32) for each in (noise_multiplier, clip_norm, expected_batch_size)
@@ -126,9 +127,12 @@ def noised_mean(
     grains = jnp.clip(leaf / grain, -_MOST, _MOST)
     whole = jnp.floor(grains)
     up = (chance < grains - whole).astype(jnp.int32)
-    # Halves always up: to even, as jnp.round does, even numbers would be a tenth more likely.
-    noise = jnp.floor(z * (stddev / grain) + 0.5).astype(jnp.int32)
-    total = whole.astype(jnp.int32) + up + noise
+    # Halves always up: to even, as jnp.round does, even numbers would be a tenth more likely. The
+    # half is not added: from 2^23 grains on the sum would be rounded, to even again.
+    noise = z * (stddev / grain)
+    least = jnp.floor(noise)
+    more = (noise - least >= 0.5).astype(jnp.int32)
+    total = whole.astype(jnp.int32) + up + least.astype(jnp.int32) + more
     return jnp.where(noisy, total.astype(jnp.float32) * (grain / size), leaf / size)
 
   return jax.tree.unflatten(

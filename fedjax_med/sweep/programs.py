@@ -180,8 +180,9 @@ def stack(runs: Sequence[Experiment], batches: Sequence[Batches]) -> Point:
   hyper = jax.tree.map(stacked, *[run.hyper for run in runs])
   held = jax.device_get((clients, hyper))
   for row, run in enumerate(runs):
-    own = jax.tree.map(lambda leaf, row=row: leaf[row], held)
-    require_accounted(run.case.protection, run.case.numbers, *own)
+    own, case = jax.tree.map(lambda leaf, row=row: leaf[row], held), run.case
+    start = int(run.clients.indices[0, 0]) - int(case.rows.indices[0, 0])  # of its images
+    require_accounted(case.protection, case.numbers, case.rows, *own, start)
   return Point(
     seed=jnp.asarray([init_seed(run.config) for run in runs], jnp.int32),
     key=jnp.stack([run.key for run in runs]),

@@ -45,6 +45,7 @@ WRONG = {
     sampling_probability=clients.sampling_probability[::-1]
   ),
   "another cap": lambda clients: clients._replace(batch_cap=clients.batch_cap + 1),
+  "one record in every slot": lambda clients: clients._replace(indices=clients.indices * 0),
   "a unit less": lambda clients: clients._replace(num_examples=clients.num_examples - 1),
 }
 
@@ -80,7 +81,9 @@ def test_arrays_of_a_run_and_its_baselines_are_those_that_are_accounted_for(expe
   assert len(runs) == 1 + len(experiment.names) + 1
   for run in runs:
     case = run.case
-    assert accounted.differences(case.protection, case.numbers, run.clients, run.hyper) == []
+    assert (
+      accounted.differences(case.protection, case.numbers, case.rows, run.clients, run.hyper) == []
+    )
     mechanisms = case.protection.local.mechanisms
     expected = np.asarray([m.noise_multiplier for m in mechanisms], np.float32)
     np.testing.assert_array_equal(run.clients.noise_multiplier, expected)
@@ -100,7 +103,7 @@ def test_no_point_of_a_sweep_begins_on_the_arrays_of_another(monkeypatch, experi
 
 def test_a_replayed_step_of_every_hospital_is_the_clipped_sum_and_its_noise(experiment):
   checks = replay_checks(experiment)
-  assert len(checks) == len(experiment.names)
+  assert len(checks) == 3 * len(experiment.names)
   assert all(check.passed for check in checks), checks
 
 
@@ -138,6 +141,24 @@ def everybody(key, number, q, **sizes):
 
 
 local_key = local.key_for
+
+
+def first_round(base, stream, client, round, *counters):
+  return local_key(base, stream, client, 0 * round, *counters)
+
+
+def first_step(base, stream, client, round, step, *counters):
+  return local_key(base, stream, client, round, 0 * step, *counters)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mutant", [first_round, first_step])
+def test_draws_that_repeat_over_rounds_or_steps_do_not_pass_the_replay(
+  mutant, experiment, monkeypatch
+):
+  monkeypatch.setattr(local, "key_for", mutant)
+  checks = replay_checks(experiment)
+  assert not all(check.passed for check in checks)
 
 
 @pytest.mark.parametrize(
