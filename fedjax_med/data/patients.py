@@ -124,6 +124,10 @@ def apart_by_site(patients: np.ndarray, sites: np.ndarray) -> np.ndarray:
   return np.unique(pairs, return_inverse=True)[1].astype(np.int32)
 
 
+# Images a patient under which the pattern is asked about: it may end behind the patient's name.
+FEW = 1.1
+
+
 def described(counts: PatientCounts | None, images: int, by_site: bool) -> str:
   """How many of ``images`` names say which patient they are of, in a sentence.
 
@@ -142,6 +146,8 @@ def described(counts: PatientCounts | None, images: int, by_site: bool) -> str:
     parts.append("each of the others counts as a patient of its own, which may be wrong")
   elif counts.patients == images:
     parts.append("none of them has two images")
+  elif images < FEW * counts.patients:
+    parts.append("few of them have two images: if that is not so, the pattern takes in too much")
   if counts.shared and by_site:
     parts.append(
       f"{counts.shared} of these names stand at several hospitals and are taken for different"

@@ -98,10 +98,20 @@ def hides_who_takes_part(experiment: Experiment) -> bool:
   return central is not None and central.mechanisms[0].sampling_probability < 1
 
 
+def counted_steps(experiment: Experiment, rounds: int, steps: np.ndarray) -> np.ndarray:
+  """[K] local steps that ε of records is told for: those executed, ``steps`` [K].
+
+  Where it is to stay secret who took part, it is as many as ``rounds`` can hold: any other count,
+  and any ε of it, the largest over the hospitals too, would tell how often one of them did.
+  """
+  return experiment.steps * rounds if hides_who_takes_part(experiment) else np.asarray(steps)
+
+
 def releases(experiment: Experiment, rounds: int, steps: np.ndarray) -> list[list[int]]:
-  """What was executed by each party of each guarantee after ``rounds`` and ``steps`` [K]."""
+  """What counts for each party of each guarantee after ``rounds`` and ``steps`` [K]."""
+  counted = counted_steps(experiment, rounds, steps)
   return [
-    [rounds] if guarantee is experiment.central else [int(count) for count in steps]
+    [rounds] if guarantee is experiment.central else [int(count) for count in counted]
     for guarantee in experiment.guarantees
   ]
 
@@ -112,7 +122,7 @@ def spent(
   """ε of each training client after ``steps`` local steps (empty without), and of whole clients."""
   local, central = experiment.local, experiment.central
   return (
-    epsilons_of(local, steps) if local else (),
+    epsilons_of(local, counted_steps(experiment, rounds, steps)) if local else (),
     epsilons_of(central, [rounds])[0] if central else None,
   )
 
@@ -126,7 +136,8 @@ def affordable_rounds(experiment: Experiment, steps: np.ndarray, done: int) -> f
   config = experiment.config
   if experiment.local and config.privacy.noise_multiplier and config.privacy.target_epsilon:
     allowed = _affordable(experiment.local, config.privacy.target_epsilon)
-    left.append(int(((allowed - np.asarray(steps)) // experiment.steps).min()))
+    counted = counted_steps(experiment, done, steps)
+    left.append(int(((allowed - counted) // experiment.steps).min()))
   client = config.client_privacy
   if experiment.central and client.noise_multiplier and client.target_epsilon:
     left.append(int(_affordable(experiment.central, client.target_epsilon)[0]) - done)
@@ -214,8 +225,6 @@ def measure(
   """The log point of predictions [n_test, classes], in the order of ``evaluation_rows``."""
   labels = experiment.hospitals.dataset.labels[evaluation_rows(experiment)]
   by_name = dict(zip(experiment.names, epsilons, strict=False))
-  if hides_who_takes_part(experiment):  # a hospital's ε tells how often it took part
-    by_name = {}
   ends = np.cumsum(experiment.hospitals.test.counts)
   clients = []
   for name, part, part_labels in zip(

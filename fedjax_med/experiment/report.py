@@ -27,7 +27,6 @@ from fedjax_med.privacy.statement import (
   audit_sentence,
   participation_sentence,
   tuning_costs,
-  without_counts,
   write_out,
 )
 
@@ -157,8 +156,6 @@ def _shortened(text: str, other: str) -> str:
 
 def _page(workdir: pathlib.Path, run: dict[str, Any], images: dict[str, dict[str, Any]]) -> str:
   statement = _statement(workdir, run)
-  if run["privacy"]["mechanism"] != "none":
-    run["privacy"] = without_counts(run["privacy"])
   view = {
     **run,
     "images": images,
@@ -375,8 +372,17 @@ def _explanation(workdir: pathlib.Path, run: dict[str, Any]) -> dict[str, Any] |
 
 
 def _audit(workdir: pathlib.Path) -> dict[str, Any] | None:
+  """audit.json, if there is one; UserError where it is of another run."""
   path = workdir / "audit.json"
-  return _read(path) if path.exists() else None
+  if not path.exists():
+    return None
+  found, own = _read(path), _read(workdir / "config.json").get("run_id")
+  require(
+    found.get("run_id") == own,
+    f"{path} is of run {found.get('run_id')}, the folder of run {own}",
+    "remove it, or run python -m fedjax_med.audit with this --workdir again",
+  )
+  return found
 
 
 def require_run(workdir: pathlib.Path, run_id: str) -> None:

@@ -190,7 +190,10 @@ def _rdp_epsilon(event: "Event", steps: int, delta: float) -> float:
   uncut = rdp.RdpAccountant(RDP_ORDERS, relation).compose(step).rdp
   orders = np.array(RDP_ORDERS, float)
   cut = _cut_probability(n, q, cap)
-  num_cut = np.arange(int(stats.binom.isf(delta / 1e4, steps, cut)) + 1)
+  most = int(stats.binom.isf(delta / 1e4, steps, cut))
+  while stats.binom.sf(most, steps, cut) > delta / 1e3:  # the inverse may stop too early
+    most = 2 * most + 1
+  num_cut = np.arange(most + 1)
   weights = stats.binom.pmf(num_cut, steps, cut)
   rest = float(stats.binom.sf(num_cut[-1], steps, cut))
   moments = (steps - num_cut)[:, None] * uncut + num_cut[:, None] * (2 * orders / sigma**2)

@@ -194,16 +194,12 @@ def _bounds(
 
 
 def _told(book: ledger.Ledger, epsilons: ledger.Epsilons) -> dict[str, float]:
-  """The ε that results tell: of no hospital where that would tell how often it took part."""
+  """The ε that results tell."""
   found = {"first": max(epsilons[0])}
-  secret = any(
-    guarantee.unit == "client" and guarantee.mechanisms[0].sampling_probability < 1
-    for guarantee in book.guarantees
-  )
   for guarantee, own in zip(book.guarantees, epsilons, strict=True):
     if guarantee.unit == "client":
       found["client"] = own[0]
-    elif not secret:
+    else:
       found |= {f"at {name}": value for name, value in zip(guarantee.names, own, strict=True)}
   return found
 

@@ -90,8 +90,9 @@ NOT_COVERED = (
   "Losses, accuracies and gradient norms shown or stored during training are not noised.",
   "Normalisation statistics taken over more than one image are not noised.",
   "Stopping, or choosing a round, by a validation score uses data outside the guarantee.",
-  "Who was drawn is to stay secret: the log and the number of steps tell which hospitals took part"
-  " in a round, and running times hint at how many records a step drew.",
+  "Who was drawn is to stay secret. Checkpoints tell which hospitals took part in a round, and so"
+  " does the log where no ε rests on that; running times, and losses and shares in the log, hint at"
+  " how many records were drawn.",
   "Counts are told as they are: images with near-duplicates, images that stand in several classes,"
   " files left out with their class and the reason, patients named. So is the range of grey values,"
   " which follows from all images unless data.window gives it. Names of files, which may be those"

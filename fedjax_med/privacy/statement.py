@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
 from typing import Any
 
 from fedjax_med.privacy.accounting import ceil_digits, epsilon, round_up
@@ -60,32 +59,6 @@ def tuning_costs(guarantee: dict[str, Any]) -> list[dict[str, Any]]:
 _tuned = functools.lru_cache(4096)(tuned_epsilon)
 
 
-def without_counts(record: dict[str, Any]) -> dict[str, Any]:
-  """privacy.json for papers that are given away: what a hospital released stays untold if secret.
-
-  ε of whole hospitals may rest on nobody knowing who took part in a round. How often a hospital
-  released something to protect its records tells it, and so does its own ε: these papers then have
-  the largest of the hospitals.
-  """
-  client = [each for each in record["guarantees"] if each["unit"] == "client"]
-  if all(participation_costs(each) is None for each in client):
-    return record
-  return {
-    **record,
-    "guarantees": [
-      each
-      if each["unit"] == "client"
-      else {
-        **each,
-        "parties": [
-          {**party, "steps": None, "epsilon": each["epsilon_max"]} for party in each["parties"]
-        ],
-      }
-      for each in record["guarantees"]
-    ],
-  }
-
-
 def participation_costs(guarantee: dict[str, Any]) -> tuple[float, float] | None:
   """ε of a hospital for whom sees in which rounds it took part; None where all take part in all.
 
@@ -138,9 +111,8 @@ def write_out(
         *(f"- {item}" for item in record.get("not_covered", ())),
       ]
     )
-  shown = without_counts(record)["guarantees"]
-  for guarantee, each in zip(record["guarantees"], shown, strict=True):
-    lines += _guarantee(guarantee, each["parties"])
+  for guarantee in record["guarantees"]:
+    lines += _guarantee(guarantee)
   if patients:
     lines += ["## Who the patients are", "", patients, ""]
   lines += ["## What ε does not cover", ""]
@@ -233,16 +205,15 @@ def participation_sentence(guarantee: dict[str, Any]) -> str:
     return ""
   mean, every = map(round_up, costs)
   return (
-    "this ε counts that nobody knows in which rounds a hospital was drawn. Ledger, privacy.json,"
-    " summary.json and checkpoints count steps, and running times hint at it. For their readers a"
-    " hospital that took part in as many rounds as it is drawn on average has"
-    f" ε ≤ {mean}, one that took part in all of them ε ≤ {every}, at the same δ. Give these files"
+    "this ε counts that nobody knows in which rounds a hospital was drawn. Checkpoints count every"
+    " hospital's steps, summary.json all of them together, and running times hint at it. For whom"
+    " reads it there, a hospital that took part in as many rounds as it is drawn on average has"
+    f" ε ≤ {mean}, one that took part in all of them ε ≤ {every}, at the same δ. Give checkpoints"
     " to nobody, or claim that."
   )
 
 
-def _guarantee(guarantee: dict[str, Any], shown: Sequence[dict[str, Any]]) -> list[str]:
-  """The section on one guarantee; ``shown`` are its parties as the table has them."""
+def _guarantee(guarantee: dict[str, Any]) -> list[str]:
   sampled = participation_sentence(guarantee)
   unit = UNITS[guarantee["unit"]]
   delta = max(party["delta"] for party in guarantee["parties"])
@@ -262,13 +233,12 @@ def _guarantee(guarantee: dict[str, Any], shown: Sequence[dict[str, Any]]) -> li
     "| party | n | sampling q | cap | noise σ | clip C | releases | δ | ε, rounded up |",
     "|---|---|---|---|---|---|---|---|---|",
   ]
-  for party in shown:
-    steps = "not told" if party["steps"] is None else party["steps"]
+  for party in guarantee["parties"]:
     lines.append(
       f"| {party['name'].replace('|', '&#124;')} | {party['n']}"
       f" | {party['sampling_probability']:.4f}"
       f" | {party['batch_cap']} | {party['noise_multiplier']:.3f} | {party['clip_norm']:.3g}"
-      f" | {steps} | {ceil_digits(party['delta'])} | {round_up(party['epsilon'])} |"
+      f" | {party['steps']} | {ceil_digits(party['delta'])} | {round_up(party['epsilon'])} |"
     )
   accountant = guarantee["accountant"]
   lines += [

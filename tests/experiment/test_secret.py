@@ -1,11 +1,13 @@
 """The secret of a private run: kept by its folder alone, and all draws follow from it."""
 
+import contextlib
 import dataclasses
 import importlib.metadata
 import json
 import os
 import pathlib
 import stat
+import zlib
 
 import jax
 import numpy as np
@@ -20,6 +22,7 @@ from fedjax_med.experiment.build import baselines, build, federation, run_key
 from fedjax_med.experiment.exporting import export_model
 from fedjax_med.experiment.loop import block_arguments
 from fedjax_med.experiment.trained import load
+from tests.command import smoke
 from tests.experiment.running import run, smoke_config
 
 ONE, OTHER = bytes(range(16)), bytes(range(1, 17))
@@ -203,3 +206,39 @@ def test_a_run_without_privacy_has_no_secret_and_keeps_its_id(hospitals):
   case = federation(config, hospitals, ONE)
   assert (case.secret, case.identity.words) == (b"", ())
   assert federation(config, hospitals).run_id == case.run_id
+
+
+@pytest.mark.slow
+def test_no_program_that_is_kept_holds_a_key_or_an_image(tmp_path):
+  """Constants of a program are written into the compiler's cache, which others may read."""
+  cache, folder = tmp_path / "cache", tmp_path / "run"
+  for name, more in (("train", ()), ("audit", ("--trials=1000",))):
+    arguments = (f"--workdir={folder}", f"--config.execution.compilation_cache={cache}", *more)
+    done = smoke(("-m", f"fedjax_med.{name}"), *arguments)
+    assert done.returncode == 0, done.stderr
+  config = smoke_config()
+  experiment = build(config, load_hospitals(config), secret.read(folder / secret.FILE))
+  assert experiment.run_id == json.loads((folder / "summary.json").read_text())["run_id"]
+  words = np.asarray(jax.random.key_data(experiment.key), np.uint32)
+  images = [image.tobytes() for image in np.asarray(experiment.pool.inputs)]
+  kept = [path for path in cache.rglob("*") if path.is_file()]
+  assert len(kept) > 20
+  for path in kept:
+    content = decompressed(path.read_bytes())
+    assert not all(varint(word) in content or word.tobytes() in content for word in words), path
+    assert not any(image in content for image in images), path
+
+
+def varint(word: np.uint32) -> bytes:
+  """A number as protocol buffers write it."""
+  number, found = int(word), b""
+  while number > 127:
+    found, number = found + bytes([number & 127 | 128]), number >> 7
+  return found + bytes([number])
+
+
+def decompressed(content: bytes) -> bytes:
+  """A file of the compiler's cache, whichever way it was packed."""
+  with contextlib.suppress(zlib.error):
+    return zlib.decompress(content)
+  return content

@@ -384,3 +384,11 @@ def test_epsilon_is_never_rounded_down(value, shown):
 )
 def test_delta_is_never_rounded_down(value, shown):
   assert accounting.ceil_digits(value) == shown
+
+
+def test_the_second_bound_ends_where_the_inverse_of_the_binomial_stops_too_early(monkeypatch):
+  monkeypatch.setattr(stats.binom, "isf", lambda *_: 0.0)
+  m = PoissonGaussian(200, 0.1, 29, 1.0, 1.0)  # cut in many of so many steps
+  bound = epsilon(m, 5000, 1.3e-5, "rdp")
+  monkeypatch.undo()
+  assert bound == pytest.approx(epsilon(m, 5001, 1.3e-5, "rdp"), rel=1e-3)

@@ -14,7 +14,7 @@ from scipy import linalg, stats
 
 from fedjax_med.core.keys import base_key
 from fedjax_med.privacy.banded import banded_batch, correlated_noise, empty_memory
-from fedjax_med.privacy.noise import gaussian_noise_like
+from fedjax_med.privacy.noise import GRAIN, gaussian_noise_like, noised_mean
 from fedjax_med.privacy.sampling import poisson_batch
 from fedjax_med.privacy.strategy import prefix_errors, toeplitz_strategy
 from tests.privacy.banded_cases import dense, mechanism
@@ -203,3 +203,22 @@ def test_prefix_errors_are_the_variances_of_simulated_sums():
   sums = np.cumsum(np.asarray(run(fresh, c), float), axis=0)
   found = (sums**2).mean(axis=1) / prefix_errors(c, steps)
   assert np.abs(found - 1).max() < 4.5 * math.sqrt(2 / size)
+
+
+def test_large_numbers_of_correlated_noise_take_every_grain():
+  """From 8 deviations on they were even alone where nothing was in the sum; so it was told."""
+  size = 4096
+  large = jnp.asarray(np.random.default_rng(0).uniform(8, 40, size), jnp.float32)
+
+  @jax.jit
+  def released(total, sigma, key):
+    return noised_mean(total, large, key, sigma, jnp.float32(1), jnp.float32(64))
+
+  def odd(total):
+    step = np.float32(np.float32(GRAIN) * np.float32(1.5)) / np.float32(64)
+    grains = np.round(np.asarray(released(total, jnp.float32(1.5), base_key(0)), float) / step)
+    return int((grains % 2).sum())
+
+  absent, present = odd(jnp.zeros(size)), odd(jnp.full(size, 1 / np.sqrt(size), jnp.float32))
+  for count in (absent, present):
+    assert abs(count - size / 2) < 4.5 * np.sqrt(size) / 2
