@@ -17,6 +17,8 @@ from fedjax_med.core.rounding import MIN_CLIP_NORM, NORM_SLACK
 if TYPE_CHECKING:
   import dp_accounting
 
+# Of the expected batch size. Sums are in grains of 2^-27 of it, times C (``privacy.noise``).
+LEAST_NOISE = 2.0**-22
 # jax.random.uniform in float32 returns whole multiples of this.
 UNIFORM_STEP = 2.0**-23
 
@@ -77,6 +79,13 @@ class PoissonGaussian:
     sigma, clip_norm = self.noise_multiplier, self.clip_norm
     require(
       0 <= sigma < math.inf, f"noise_multiplier={sigma} must be finite and at least 0", "use 1"
+    )
+    least = LEAST_NOISE * self.expected_batch_size
+    require(
+      sigma == 0 or sigma >= least,
+      f"noise_multiplier={sigma:g} is under {least:.3g}, a grain of the sums of"
+      f" {self.expected_batch_size:g} units, in which it would be rounded away",
+      "use 0 for no noise, or more of it",
     )
     require(
       MIN_CLIP_NORM <= clip_norm < math.inf,
