@@ -175,7 +175,8 @@ def _reference(experiment: Experiment) -> Any:
 
   @jax.jit  # key and images are arguments: constants are written into the compiler's cache
   def step(client, hyper, where, weights, memory, pool, key):
-    context = StepContext(client, pool, hyper, key, *where)
+    round, place = where
+    context = StepContext(client, pool, hyper, key, round, place)
     mean, _, memory, _ = gradient(*weights, memory, context)
     if client.coefficients is None:
       noise_key = key_for(key, Stream.NOISE, client.number, *where)

@@ -1,6 +1,6 @@
 """What is audited, made from a guarantee alone: the arrays that a run of it should have."""
 
-import numpy as np
+import jax.numpy as jnp
 
 from fedjax_med.core.keys import base_key
 from fedjax_med.experiment.canaries import Subject
@@ -18,25 +18,25 @@ def subject_of(
   """A subject whose arrays are those of its guarantee."""
   mechanisms = guarantee.mechanisms
   parties, slots = len(mechanisms), max(m.num_units for m in mechanisms)
-  numbers = np.array([m.num_units for m in mechanisms], np.int32)
-  rows = np.broadcast_to(np.arange(slots, dtype=np.int32), (parties, slots))
+  numbers = jnp.asarray([m.num_units for m in mechanisms], jnp.int32)
+  rows = jnp.broadcast_to(jnp.arange(slots, dtype=jnp.int32), (parties, slots))
 
   def each(values):
-    return np.array(list(values), np.float32)
+    return jnp.asarray(list(values), jnp.float32)
 
   correlated = any(m.bands > 1 for m in mechanisms)
   clients = Client(
-    number=np.arange(parties, dtype=np.int32),
+    number=jnp.arange(parties, dtype=jnp.int32),
     indices=rows,
     num_examples=numbers,
-    weight=np.full(parties, 1 / parties, np.float32),
-    num_steps=np.array(steps_a_round, np.int32),
+    weight=jnp.full(parties, 1 / parties, jnp.float32),
+    num_steps=jnp.asarray(steps_a_round, jnp.int32),
     sampling_probability=each(m.sampling_probability for m in mechanisms),
     expected_batch_size=each(m.expected_batch_size for m in mechanisms),
     noise_multiplier=each(m.noise_multiplier for m in mechanisms),
-    units=Units(rows, np.ones_like(rows), numbers) if guarantee.unit in SEVERAL_IMAGES else None,
+    units=Units(rows, jnp.ones_like(rows), numbers) if guarantee.unit in SEVERAL_IMAGES else None,
     coefficients=each(m.coefficients for m in mechanisms) if correlated else None,
-    batch_cap=np.array([m.batch_cap for m in mechanisms], np.int32),
+    batch_cap=jnp.asarray([m.batch_cap for m in mechanisms], jnp.int32),
   )
   (clip_norm,) = {m.clip_norm for m in mechanisms}
   return Subject(
