@@ -175,12 +175,12 @@ def _reference(experiment: Experiment) -> Any:
 
   @jax.jit  # key and images are arguments: constants are written into the compiler's cache
   def step(client, hyper, where, weights, memory, pool, key):
-    round, place = where
+    (round, place), (params, state) = where, weights
     context = StepContext(client, pool, hyper, key, round, place)
-    mean, _, memory, _ = gradient(*weights, memory, context)
+    mean, _, memory, _ = gradient(params, state, memory, context)
     if client.coefficients is None:
       noise_key = key_for(key, Stream.NOISE, client.number, *where)
-      return mean, gaussian_noise_like(noise_key, weights[0], 1.0), memory
+      return mean, gaussian_noise_like(noise_key, params, 1.0), memory
     return mean, jax.tree.map(lambda past: past[0], memory.noise), memory
 
   def run(k: int, where: Any, params: Any, state: Any, memory: Any) -> Any:
