@@ -98,6 +98,8 @@ def h200():
 @pytest.mark.skipif(
   not CUDA, reason="jax's compiler for CUDA is not installed: pip install -e '.[gpu]' brings it"
 )
+# The cache keeps the program and cannot read it again where the device is not.
+@pytest.mark.filterwarnings("ignore:Error reading persistent compilation cache")
 @pytest.mark.parametrize("method", ["book_keeping", "reference"])
 def test_the_program_for_an_h200_sums_the_positions_of_each_layer_once(method):
   run, shapes = clipped(method)
@@ -105,11 +107,7 @@ def test_the_program_for_an_h200_sums_the_positions_of_each_layer_once(method):
   placed = jax.tree.map(
     lambda each: jax.ShapeDtypeStruct(each.shape, each.dtype, sharding=sharding), shapes
   )
-  jax.config.update("jax_enable_compilation_cache", False)  # not of devices that are not there
-  try:
-    text = jax.jit(run).trace(*placed).lower().compile().as_text()
-  finally:
-    jax.config.update("jax_enable_compilation_cache", True)
+  text = jax.jit(run).trace(*placed).lower().compile().as_text()
   assert text is not None
   for layer in ("first", "second"):
     sums = re.findall(rf"f32\[{ROWS},{UNITS}\]\S* reduce\(.*transpose.*/{layer}/reduce_sum", text)
