@@ -52,6 +52,7 @@ def differences(
     if len(set(np.asarray(clients.number).tolist())) != len(local.names):
       found.append(f"clients share the numbers {np.asarray(clients.number).tolist()}, and noise")
     compare("number", clients.number, numbers)
+    compare("num_steps", clients.num_steps, protection.steps)
     held = clients.num_examples if clients.units is None else clients.units.number
     for k, (name, mechanism) in enumerate(zip(local.names, local.mechanisms, strict=True)):
       count = int(rows.counts[k])

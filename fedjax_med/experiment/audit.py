@@ -10,7 +10,13 @@ import numpy as np
 from fedjax_med.experiment.accounted import differences
 from fedjax_med.experiment.attacks import CONFIDENCE, best_threshold, thresholds_of, wanted_trials
 from fedjax_med.experiment.build import Experiment
-from fedjax_med.experiment.canaries import Subject, make_trials, many_canaries, single_canaries
+from fedjax_med.experiment.canaries import (
+  Subject,
+  key_of,
+  make_trials,
+  many_canaries,
+  single_canaries,
+)
 from fedjax_med.experiment.client_audit import hospital_trials
 from fedjax_med.experiment.draw_checks import Check, check_execution
 from fedjax_med.experiment.loop import planned_rounds
@@ -123,16 +129,22 @@ def _local(experiment: Experiment, max_trials: int, seed: int, tell: Callable) -
     steps=tuple(int(each) * rounds for each in experiment.steps),
     clients=clients,
     hyper=hyper,
-    key=experiment.key,
+    key=_on_host(experiment.key),
     clipping=experiment.program.plan.clipping,
     microbatch=experiment.program.plan.microbatch,
     rows_per_unit=experiment.case.protection.rows_per_unit,
     seed=seed,
   )
   found, checks, power = audit_units(subject, max_trials, tell)
-  tell("Replaying a step of every hospital ...")
+  tell("Replaying steps of every hospital ...")
   checks = [_arrays(experiment), *checks, *replay_checks(experiment)]
   return _result(local.unit, found, checks, power)
+
+
+def _on_host(key: jax.Array) -> jax.Array:
+  """The key, bound to no device: an audit spreads its trials over others than a run its clients."""
+  data = jax.device_get(jax.random.key_data(key))
+  return jax.random.wrap_key_data(data, impl=jax.random.key_impl(key))
 
 
 def _arrays(experiment: Experiment) -> Check:
@@ -152,7 +164,7 @@ def _central(
   level = 1 - CONFIDENCE
   number = wanted_trials(epsilon, level, max_trials)
   places = thresholds_of(epsilon, delta)
-  hyper, key = experiment.hyper, jax.random.fold_in(experiment.key, seed)
+  hyper, key = jax.device_get(experiment.hyper), key_of(_on_host(experiment.key), 3, seed)
 
   def bound(hyper: Hyper) -> float:
     return best_threshold(

@@ -78,6 +78,7 @@ class Experiment(NamedTuple):
     pool: all examples on the device.
     key: base key of every random draw but the initial weights.
     program: compiled functions.
+    start: row of the pool that its images begin at.
   """
 
   case: Case
@@ -86,6 +87,7 @@ class Experiment(NamedTuple):
   pool: Pool
   key: jax.Array
   program: Program
+  start: int = 0
 
   @property
   def config(self) -> Config:
@@ -266,6 +268,7 @@ def place(
     pool,
     replicate(_run_key(case.config.seed, case.identity), mesh),
     program,
+    start,
   )
 
 

@@ -256,9 +256,9 @@ def _attack(
   return jax.lax.fori_loop(0, steps, body, start).scores
 
 
-def key_of(subject: Subject, use: int) -> jax.Array:
+def key_of(key: jax.Array, use: int, seed: int) -> jax.Array:
   """The run's key, folded once more: what an audit says must follow from no draw of the run."""
-  return jax.random.fold_in(jax.random.fold_in(subject.key, 2**31 + use), subject.seed)
+  return jax.random.fold_in(jax.random.fold_in(key, 2**31 + use), seed)
 
 
 def num_canaries(mechanism: PoissonGaussian) -> int:
@@ -310,7 +310,12 @@ def single_canaries(subject: Subject, trials: Callable, k: int, number: int, noi
   client = _client(subject, k, 1)
   if not noise:
     client = client._replace(noise_multiplier=jnp.float32(0))
-  hospital = client, claim_of(subject, k), jnp.int32(subject.steps[k]), key_of(subject, 0)
+  hospital = (
+    client,
+    claim_of(subject, k),
+    jnp.int32(subject.steps[k]),
+    key_of(subject.key, 0, subject.seed),
+  )
   return attack_scores(lambda *runs: trials(hospital, runs), number)
 
 
@@ -320,7 +325,7 @@ def many_canaries(subject: Subject, k: int) -> tuple[np.ndarray, np.ndarray]:
   canaries = num_canaries(mechanism)
   bits = np.random.default_rng([subject.seed, k]).integers(0, 2, canaries).astype(bool)
   setting, client, pool, directions = plant(subject, k, bits)
-  claim, key = claim_of(subject, k), jax.random.fold_in(key_of(subject, 1), k)
+  claim, key = claim_of(subject, k), jax.random.fold_in(key_of(subject.key, 1, subject.seed), k)
 
   @jax.jit
   def run(client, pool, key):

@@ -96,7 +96,7 @@ def _watch(subject: Subject, k: int) -> _Watched:
     pairs = jnp.asarray(begins, jnp.int32), jnp.asarray(steps, jnp.int32)
     return jax.lax.scan(watched, (memory_of(setting, client), past), pairs)[1]
 
-  key = key_of(subject, 2)
+  key = key_of(subject.key, 2, subject.seed)
   sums = np.asarray(run(silent, key)[0], np.float64)
   basis = np.asarray(directions, np.float64)
   drawn = np.linalg.solve(basis @ basis.T, basis @ sums.T).T

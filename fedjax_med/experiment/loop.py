@@ -267,7 +267,7 @@ def train_line(experiment: Experiment, metrics: BlockMetrics) -> dict[str, Any]:
   """Means over a block's local steps; null for a client that took no part.
 
   Only of all clients together where who took part is to stay secret. Under client-level privacy
-  also how many hospitals sent an update that counted 0, as it was not finite.
+  also how many hospitals sent any update that counted 0, as it was not finite.
   """
   sums = jax.device_get(metrics.clients)
 
@@ -294,7 +294,7 @@ def train_line(experiment: Experiment, metrics: BlockMetrics) -> dict[str, Any]:
   if hides_who_takes_part(experiment):
     del line["clients"], line["steps"]
   if experiment.central:  # the run goes on without them
-    line["updates_not_finite"] = int((np.asarray(metrics.bad_round) != NEVER).sum())
+    line["hospitals_not_finite"] = int((np.asarray(metrics.bad_round) != NEVER).sum())
   return line
 
 

@@ -24,7 +24,7 @@ from fedjax_med.federated.local import StepContext, private_gradient
 from fedjax_med.federated.losses import cross_entropy
 from fedjax_med.models.registry import create_model
 from fedjax_med.privacy.banded import empty_memory
-from fedjax_med.privacy.noise import gaussian_noise_like
+from fedjax_med.privacy.noise import gaussian_noise_like, grain_of
 
 # Units whose gradients the reference holds at once.
 AT_ONCE = 8
@@ -69,17 +69,20 @@ def _agree(experiment: Experiment, k: int, trees: tuple[Any, Any, Any, Any]) -> 
   assert experiment.local is not None
   mechanism = experiment.local.mechanisms[k]
   size, bound = mechanism.expected_batch_size, mechanism.clip_norm
-  far, large, most = 0.0, 0.0, 0.0
+  far, large, most, numbers = 0.0, 0.0, 0.0, 0
   for leaves in zip(*map(jax.tree.leaves, trees), strict=True):
     before, after, z, mean = (np.asarray(leaf, np.float64) for leaf in leaves)
     released = size * (before - after)
     far += float(((released - mechanism.noise_multiplier * bound * z - size * mean) ** 2).sum())
     large += float(((size * mean) ** 2).sum())
+    numbers += before.size
     most += float((np.maximum(np.abs(before), np.abs(after)) ** 2).sum())
-  # Weights are float32: what they moved by is known to half a unit in the last place.
+  # Weights are float32: what they moved by is known to half a unit in the last place. And a release
+  # is a whole number of grains.
   tolerance = TOLERANCE[experiment.config.model.dtype]
-  allowed = tolerance * max(bound, math.sqrt(large)) + size * 2.0**-23 * math.sqrt(most)
-  return math.sqrt(far) <= allowed
+  grain = bound * float(grain_of(mechanism.noise_multiplier, size))
+  rounding = size * 2.0**-23 * math.sqrt(most) + grain * math.sqrt(numbers)
+  return math.sqrt(far) <= tolerance * max(bound, math.sqrt(large)) + rounding
 
 
 def _block(experiment: Experiment) -> tuple[Any, Any]:

@@ -130,8 +130,9 @@ def require_told(workdir: pathlib.Path) -> None:
 
 
 def _told(page: str) -> list[str]:
-  """Lines of a report up to the end of its section on privacy, without figures."""
-  head = re.sub(r"<figure.*?</figure>", "", page.partition(END_OF_PRIVACY)[0], flags=re.DOTALL)
+  """Lines of a report up to the end of its section on privacy, without what follows from fonts."""
+  drawn = r"<figure.*?</figure>|<p [^>]*id=.labels.*?</p>"
+  head = re.sub(drawn, "", page.partition(END_OF_PRIVACY)[0], flags=re.DOTALL)
   return [line.strip() for line in head.splitlines() if line.strip()]
 
 

@@ -102,7 +102,8 @@ def examine(
   origins: Origins = {var: (name, 1) for var, name in zip(traces[0].invars, names, strict=False)}
   walk = _Walk(sizes)
   walk.program(traces[0], traces[1], origins)
-  if walk.axes(traces[0].outvars[0], traces[1].outvars[0]) != [0]:
+  pairs = list(zip(*(trace.outvars for trace in traces), strict=True))
+  if any(walk.axes(one, other) != [0] for one, other in pairs):
     walk.found["the logits do not have one row an example"] = None
   for name, count in walk.uses.items():
     if count > 1:

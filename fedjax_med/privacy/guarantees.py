@@ -98,7 +98,7 @@ NOT_COVERED = (
   " which follows from all images unless data.window gives it. Names of files, which may be those"
   " of patients, stand in files.json of the run's folder and in errors alone: give it to nobody.",
   "A run that stops because a loss or a prediction is not finite tells that much of the data. One"
-  " that protects whole hospitals goes on and logs how many updates counted 0 for it.",
+  " that protects whole hospitals goes on and logs how many of them sent one that counted 0.",
   "Tuning: the guarantee is of one run, not of the runs tried before it.",
   "The number of hospitals and how many images of each class each one holds are public.",
   "Whoever has the secret of the run (noise.key in its folder) can compute all draws again and take"

@@ -83,7 +83,7 @@ class PoissonGaussian:
     least = LEAST_NOISE * self.expected_batch_size
     require(
       sigma == 0 or sigma >= least,
-      f"noise_multiplier={sigma:g} is under {least:.3g}, a grain of the sums of"
+      f"noise_multiplier={sigma:g} is under {least:.3g}, 32 grains of sums of"
       f" {self.expected_batch_size:g} units, in which it would be rounded away",
       "use 0 for no noise, or more of it",
     )

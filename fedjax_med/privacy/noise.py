@@ -98,6 +98,12 @@ def private_mean(
   return noised_mean(clipped_sum, noise, key, noise_multiplier, clip_norm, expected_batch_size)
 
 
+def grain_of(noise_multiplier: Any, expected_batch_size: Any) -> jax.Array:
+  """The grain of sum and noise, in units of the clip norm."""
+  sigma, size = (jnp.asarray(x, jnp.float32) for x in (noise_multiplier, expected_batch_size))
+  return jnp.maximum(GRAIN * sigma, _COARSER * size)
+
+
 def noised_mean(
   clipped_sum: Tree,
   noise: Tree,
@@ -117,7 +123,7 @@ def noised_mean(
   )
   stddev = sigma * bound
   noisy = stddev > 0
-  grain = jnp.where(noisy, jnp.maximum(GRAIN * stddev, _COARSER * size * bound), 1)
+  grain = jnp.where(noisy, bound * grain_of(sigma, size), 1)
   leaves, structure = jax.tree.flatten(clipped_sum)
   chances = jax.random.uniform(jax.random.fold_in(key, _DRAWS), (_padded(leaves),), jnp.float32)
   chances = _stretches(jax.lax.optimization_barrier(chances), leaves)

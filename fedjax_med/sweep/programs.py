@@ -181,8 +181,7 @@ def stack(runs: Sequence[Experiment], batches: Sequence[Batches]) -> Point:
   held = jax.device_get((clients, hyper))
   for row, run in enumerate(runs):
     own, case = jax.tree.map(lambda leaf, row=row: leaf[row], held), run.case
-    start = int(run.clients.indices[0, 0]) - int(case.rows.indices[0, 0])  # of its images
-    require_accounted(case.protection, case.numbers, case.rows, *own, start)
+    require_accounted(case.protection, case.numbers, case.rows, *own, run.start)
   return Point(
     seed=jnp.asarray([init_seed(run.config) for run in runs], jnp.int32),
     key=jnp.stack([run.key for run in runs]),

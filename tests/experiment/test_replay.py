@@ -1,4 +1,4 @@
-"""Arrays and a step of a run are what is accounted for, or the audit and the run itself fail."""
+"""Arrays and steps of a run are what is accounted for, or the audit and the run itself fail."""
 
 import jax
 import jax.numpy as jnp
@@ -45,6 +45,7 @@ WRONG = {
     sampling_probability=clients.sampling_probability[::-1]
   ),
   "another cap": lambda clients: clients._replace(batch_cap=clients.batch_cap + 1),
+  "steps twice": lambda clients: clients._replace(num_steps=clients.num_steps * 2),
   "one record in every slot": lambda clients: clients._replace(indices=clients.indices * 0),
   "a unit less": lambda clients: clients._replace(num_examples=clients.num_examples - 1),
 }
@@ -117,7 +118,7 @@ def test_a_replayed_step_of_every_hospital_is_the_clipped_sum_and_its_noise(expe
     {"execution__microbatch": 4, "execution__layout": "vmap"},
     {"model__name": "cnn_small", "model__dropout": 0.3},
     {"model__name": "cnn_small", "model__dtype": "bfloat16"},
-    {"server__algorithm": "scaffold", "client__optimizer": "momentum"},
+    {"privacy__noise_multiplier": 100.0},
   ],
   ids=lambda changes: " ".join(changes),
 )
@@ -171,6 +172,12 @@ def test_a_program_that_does_something_else_does_not_pass_the_replay(
 ):
   monkeypatch.setattr(local, name, mutant)
   assert not any(check.passed for check in replay_checks(experiment))
+
+
+@pytest.mark.slow
+def test_an_audit_uses_other_devices_than_the_run_and_agrees_with_it():
+  result = audit_run(built(execution__devices=2), 1000, 1, lambda text: None)
+  assert result["passed"]
 
 
 @pytest.mark.slow

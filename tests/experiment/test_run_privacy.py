@@ -231,7 +231,7 @@ def test_an_update_that_is_not_finite_ends_no_run_that_protects_whole_hospitals(
   )
   assert summary["stopped"] == "completed"
   lines = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
-  counted = [line["updates_not_finite"] for line in lines if line["split"] == "train"]
+  counted = [line["hospitals_not_finite"] for line in lines if line["split"] == "train"]
   assert set(counted) == {3}
 
 

@@ -159,5 +159,5 @@ def test_plan_refuses(changes, message):
 
 def test_noise_that_the_grain_of_the_sum_would_swallow_is_refused():
   PoissonGaussian(1000, 0.064, 100, 64 * 2.0**-22, 1.0)
-  with pytest.raises(UserError, match=r"noise_multiplier=1e-05 is under 1.53e-05, a grain of"):
+  with pytest.raises(UserError, match=r"noise_multiplier=1e-05 is under 1.53e-05, 32 grains of"):
     PoissonGaussian(1000, 0.064, 104, 1e-5, 1.0)

@@ -16,7 +16,8 @@ from fedjax_med.privacy.client_level import clip_update
 from fedjax_med.privacy.clipping import clipped_sum
 
 H200 = pathlib.Path(__file__).parents[1] / "devices" / "h200.txtpb"
-CUDA = importlib.util.find_spec("jax_plugins")
+PLUGINS = importlib.util.find_spec("jax_plugins")
+CUDA = PLUGINS and any(importlib.util.find_spec(f"jax_plugins.xla_cuda{n}") for n in (12, 13))
 ROWS, POSITIONS, UNITS = 4, 8, 32
 
 
