@@ -60,8 +60,8 @@ def test_without_noise_the_bound_exceeds_the_claim():
   [
     subject("patient"),
     subject(method="reference"),
-    subject(method="two_pass"),
-    subject(q=1.0, cap=60),
+    pytest.param(subject(method="two_pass"), marks=pytest.mark.slow),
+    pytest.param(subject(q=1.0, cap=60), marks=pytest.mark.slow),
     subject(bands=4),
     subject("patient", bands=3, q=1.0),
   ],
@@ -203,7 +203,14 @@ MUTANTS = {
 }
 
 
-@pytest.mark.parametrize("mutant", MUTANTS)
+# One of each part of a step; the others are slow.
+QUICK = ("no noise", "clip after sum", "q doubled", "hospitals share a noise key")
+
+
+@pytest.mark.parametrize(
+  "mutant",
+  [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in MUTANTS],
+)
 def test_a_mutant_is_caught(mutant, monkeypatch):
   name, replacement, words = MUTANTS[mutant]
   monkeypatch.setattr(local, name, replacement)
