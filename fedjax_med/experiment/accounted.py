@@ -90,12 +90,12 @@ def _same_units(protection: Protection, clients: Client, k: int) -> bool:
   return all(np.array_equal(one[k][:count], other[k][:count]) for one, other in pairs)
 
 
-def require_accounted(*account_and_arrays: Any) -> None:
+def require_accounted(found: list[str]) -> None:
   """Raises RuntimeError where a run would execute another mechanism than ε is computed from.
 
-  Its arguments are those of ``differences``.
+  Args:
+    found: of ``differences``.
   """
-  found = differences(*account_and_arrays)
   if found:
     raise RuntimeError(
       f"the program would not run what ε is computed from: {'; '.join(found[:4])}. This is a fault"

@@ -22,7 +22,7 @@ from fedjax_med.data.dataset import (
 )
 from fedjax_med.data.patients import described
 from fedjax_med.experiment import secret as secrets
-from fedjax_med.experiment.accounted import require_accounted
+from fedjax_med.experiment.accounted import differences, require_accounted
 from fedjax_med.experiment.identity import Identity, identify
 from fedjax_med.experiment.program import Program, Shapes, make_program
 from fedjax_med.experiment.protection import Protection, cohort_cap, protect, require_a_round
@@ -260,7 +260,7 @@ def place(
   Its images begin at row ``start`` of the pool.
   """
   clients, hyper = _stack_clients(case, shapes), _hyper(case.config, case.protection)
-  require_accounted(case.protection, case.numbers, case.rows, clients, hyper)
+  require_accounted(differences(case.protection, case.numbers, case.rows, clients, hyper))
   return Experiment(
     case,
     replicate(clients._replace(indices=clients.indices + start), mesh),
@@ -361,8 +361,11 @@ def _batch_cap(local: Guarantee | None) -> int:
   return max((mechanism.batch_cap for mechanism in local.mechanisms), default=0) if local else 0
 
 
-def _baseline_config(config: Config) -> Config:
-  """A single client needs no server optimiser, no noise of a server, and is in every round."""
+def with_plain_server(config: Config) -> Config:
+  """The config without a server optimiser and a server's noise, every client in every round.
+
+  A client by itself needs none of them.
+  """
   server = dataclasses.replace(
     config.server,
     algorithm="fedavg",
@@ -383,7 +386,7 @@ def baselines(federation: Case) -> dict[str, Case]:
   Each hospital by itself, with the same steps and the same mechanism; and one model on everyone's
   data in one place, with as many local steps a round as all together.
   """
-  hospitals, config = federation.hospitals, _baseline_config(federation.config)
+  hospitals, config = federation.hospitals, with_plain_server(federation.config)
   names, numbers = hospitals.names, np.array([len(hospitals.names)])
   found = {f"alone-{k + 1}": _alone(federation, config, k) for k in range(len(names))}
   rows = client_table([np.concatenate(client_rows(hospitals.train))])

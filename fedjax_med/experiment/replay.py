@@ -14,9 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedjax_med.core.config import ClientPrivacyConfig, Config
+from fedjax_med.core.config import Config
 from fedjax_med.core.keys import Stream, key_for
-from fedjax_med.experiment.build import Case, Experiment, shapes_of
+from fedjax_med.experiment.build import Case, Experiment, shapes_of, with_plain_server
 from fedjax_med.experiment.draw_checks import Check
 from fedjax_med.experiment.program import make_program
 from fedjax_med.federated.algorithm import Client, Units
@@ -25,13 +25,12 @@ from fedjax_med.federated.losses import cross_entropy
 from fedjax_med.models.registry import create_model
 from fedjax_med.privacy.banded import empty_memory
 from fedjax_med.privacy.noise import gaussian_noise_like, grain_of
+from fedjax_med.simulation.plan import Plan
 
 # Units whose gradients the reference holds at once.
 AT_ONCE = 8
 # Of the larger of the sum and the clip norm: what rounding of two orders of adding may differ by.
 TOLERANCE = {"float32": 0.01, "bfloat16": 0.2}
-
-
 # (round, steps of it): the last step is looked at. A key without the round, or without the step,
 # shows in the second or the third.
 REPLAYED = ((0, 1), (0, 2), (1, 1))
@@ -116,10 +115,11 @@ def _block(experiment: Experiment) -> tuple[Any, Any]:
   return block, program.initial()
 
 
-def _config(config: Config, plan: Any) -> Config:
+def _config(config: Config, plan: Plan) -> Config:
   """The run's config with plain FedAvg around its private step, laid out as the run is."""
+  plain = with_plain_server(config)
   return dataclasses.replace(
-    config,
+    plain,
     client=dataclasses.replace(
       config.client,
       optimizer="sgd",
@@ -127,17 +127,8 @@ def _config(config: Config, plan: Any) -> Config:
       weight_decay=0.0,
       schedule="constant",
       warmup_rounds=0,
-      num_local_steps=1,
     ),
-    server=dataclasses.replace(
-      config.server,
-      algorithm="fedavg",
-      optimizer="sgd",
-      momentum=0.0,
-      participation="full",
-      ema_decay=0.0,
-    ),
-    client_privacy=ClientPrivacyConfig(),
+    server=dataclasses.replace(plain.server, momentum=0.0, ema_decay=0.0),
     privacy=dataclasses.replace(config.privacy, clipping=plan.clipping),
     execution=dataclasses.replace(
       config.execution,

@@ -25,7 +25,6 @@ from fedjax_med.privacy.guarantees import (
 
 FILE = "privacy.json"
 TOLERANCE = 1e-9  # relative, between numbers of two files
-AGAIN = 1e-6  # relative, between ε told and ε computed again, perhaps on another processor
 REMEDY = "one of the two was edited or is of another run: restore it"
 
 
@@ -124,12 +123,12 @@ def difference(said: Any, truth: Any, path: str = "") -> str:
   return f"{name} is {_short(said)}, the ledger gives {_short(truth)}"
 
 
-def _near(said: Any, truth: Any, tolerance: float = TOLERANCE) -> bool:
+def _near(said: Any, truth: Any) -> bool:
   """Whether two values are numbers that differ by no more than rounding."""
   if not (isinstance(said, int | float) and isinstance(truth, int | float)):
     return False
   near = math.isfinite(said) and math.isfinite(truth)
-  return said == truth or (near and abs(said - truth) <= tolerance * abs(truth))
+  return said == truth or (near and abs(said - truth) <= TOLERANCE * abs(truth))
 
 
 def _short(value: Any) -> str:
@@ -236,7 +235,7 @@ def require_epsilons(folder: pathlib.Path, book: ledger.Ledger) -> None:
         guarantee.names, epsilons, spent(guarantee, counts), strict=True
       ):
         require(
-          _near(said, truth, AGAIN),
+          _near(said, truth),
           f"{folder / ledger.FILE} tells ε {said:.12g} at '{party}' (unit {guarantee.unit}){whose},"
           f" its mechanisms give {truth:.12g}",
           f"restore the file; where it was not edited, use {_versions(book)}",

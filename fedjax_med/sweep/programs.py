@@ -15,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from fedjax_med.core.config import init_seed
 from fedjax_med.core.errors import UserError
 from fedjax_med.data.dataset import Dataset
-from fedjax_med.experiment.accounted import require_accounted
+from fedjax_med.experiment.accounted import differences, require_accounted
 from fedjax_med.experiment.build import Experiment, place, plan_together
 from fedjax_med.experiment.loop import evaluated, evaluation_groups
 from fedjax_med.experiment.many import AT_ONCE
@@ -180,8 +180,10 @@ def stack(runs: Sequence[Experiment], batches: Sequence[Batches]) -> Point:
   hyper = jax.tree.map(stacked, *[run.hyper for run in runs])
   held = jax.device_get((clients, hyper))
   for row, run in enumerate(runs):
-    own, case = jax.tree.map(lambda leaf, row=row: leaf[row], held), run.case
-    require_accounted(case.protection, case.numbers, case.rows, *own, run.start)
+    case = run.case
+    its_clients, its_hyper = jax.tree.map(lambda leaf, row=row: leaf[row], held)
+    found = differences(case.protection, case.numbers, case.rows, its_clients, its_hyper, run.start)
+    require_accounted(found)
   return Point(
     seed=jnp.asarray([init_seed(run.config) for run in runs], jnp.int32),
     key=jnp.stack([run.key for run in runs]),
