@@ -19,8 +19,8 @@ from fedjax_med.core.config import (
 )
 from fedjax_med.core.keys import base_key
 from fedjax_med.data.dataset import Dataset
-from fedjax_med.experiment.program import Shapes, make_program
 from fedjax_med.federated.algorithm import Client, Hyper, Pool
+from fedjax_med.prepare.program import Shapes, make_program
 from fedjax_med.simulation.mesh import choose_devices, replicate
 
 POOL = 512  # images; clients share them, so that memory shows the program and not the data

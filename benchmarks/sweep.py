@@ -60,12 +60,12 @@ def main() -> None:
   parser.add_argument("--skip_processes", action="store_true")
   options = parser.parse_args()
 
-  from fedjax_med.experiment import run as runs
-  from fedjax_med.experiment.build import place, plan_together
-  from fedjax_med.experiment.cache import use_compilation_cache
-  from fedjax_med.experiment.loop import train_rounds
   from fedjax_med.federated.algorithm import Pool
   from fedjax_med.flags import config_fields
+  from fedjax_med.prepare.experiment import place, plan_together
+  from fedjax_med.run import training as runs
+  from fedjax_med.run.compilation_cache import use_compilation_cache
+  from fedjax_med.run.loop import train_rounds
   from fedjax_med.simulation.mesh import replicate
   from fedjax_med.sweep import grid, programs, runner, table
   from fedjax_med.sweep.points import Key, configure, groups, plan_points

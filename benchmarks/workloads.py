@@ -20,15 +20,15 @@ from fedjax_med.federated.optimizers import client_optimizer, schedule, server_o
 from fedjax_med.federated.registry import create_algorithm
 from fedjax_med.models import ops, registry
 from fedjax_med.models.model import Model, from_flax
-from fedjax_med.privacy.clipping import clipped_sum, resolve_method, uncovered
-from fedjax_med.privacy.mechanism import batch_size_bound
-from fedjax_med.simulation.mesh import choose_devices, cpu_cores, replicate
-from fedjax_med.simulation.plan import (
+from fedjax_med.prepare.layout import (
   MICROBATCH_OVERHEAD,
   best_microbatch,
   choose_layout,
   choose_lowering,
 )
+from fedjax_med.privacy.clipping import clipped_sum, resolve_method, uncovered
+from fedjax_med.privacy.mechanism import batch_size_bound
+from fedjax_med.simulation.mesh import choose_devices, cpu_cores, replicate
 from fedjax_med.simulation.rounds import init_state, jit_block, make_block, make_round
 
 

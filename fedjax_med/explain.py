@@ -63,12 +63,16 @@ def main(argv: list[str]) -> None:
     )
   folder = pathlib.Path(values.workdir).expanduser()
   images = pathlib.Path(values.images).expanduser() if values.images else None
-  from fedjax_med.experiment import explain, report, trained  # after the flags: jax takes a while
-  from fedjax_med.experiment.cache import use_compilation_cache
+  from fedjax_med.report import run_page
+  from fedjax_med.run.compilation_cache import use_compilation_cache
+  from fedjax_med.trained import (
+    heat_page,
+    loading,  # after the flags: jax takes a while
+  )
 
-  model = trained.load(folder, values.network, encodable(values.hospital))
+  model = loading.load(folder, values.network, encodable(values.hospital))
   use_compilation_cache(model.config.execution.compilation_cache)
-  page = explain.explain(
+  page = heat_page.explain(
     model,
     images=images,
     num_images=values.num_images,
@@ -80,7 +84,7 @@ def main(argv: list[str]) -> None:
   )
   print(visible(str(page)))
   if (folder / "summary.json").exists():  # an unfinished run has no report yet
-    print(visible(str(report.write_report(folder))))
+    print(visible(str(run_page.write_report(folder))))
 
 
 if __name__ == "__main__":

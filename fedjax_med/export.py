@@ -54,10 +54,13 @@ def main(argv: list[str]) -> None:
   if values.output:
     output = pathlib.Path(values.output).expanduser()
   require(not output.is_dir(), f"--output={output} is a folder", "name a file")
-  from fedjax_med.experiment import exporting, trained  # after the flags: jax takes a while
+  from fedjax_med.trained import (
+    exporting,
+    loading,  # after the flags: jax takes a while
+  )
 
   # Native convolutions: what runs it later is not known, and every platform has them.
-  model = trained.load(folder, values.network, hospital, lowering="native")
+  model = loading.load(folder, values.network, hospital, lowering="native")
   print(f"{visible(str(output))}: {exporting.export_model(model, values.format, output)}")
 
 

@@ -50,12 +50,15 @@ def main(argv: list[str]) -> None:
   images = pathlib.Path(values.images).expanduser()
   output = pathlib.Path(values.output).expanduser()
   require(not output.is_dir(), f"--output={output} is a folder", "name a file such as table.csv")
-  from fedjax_med.experiment import predictions, trained  # after the flags: jax takes a while
-  from fedjax_med.experiment.cache import use_compilation_cache
+  from fedjax_med.run.compilation_cache import use_compilation_cache
+  from fedjax_med.trained import (
+    loading,  # after the flags: jax takes a while
+    predictions,
+  )
 
   predictions.files_in(images)  # a typo need not wait for the model
   folder = pathlib.Path(values.workdir).expanduser()
-  model = trained.load(folder, values.network, encodable(values.hospital))
+  model = loading.load(folder, values.network, encodable(values.hospital))
   use_compilation_cache(model.config.execution.compilation_cache)
   layer = predictions.choose_layer(model, values.layer) if values.maps else None
   counts = predictions.predict_files(model, images, output, layer, _tell)

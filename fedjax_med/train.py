@@ -58,15 +58,16 @@ def main(_: list[str]) -> None:
   places = (values.coordinator_address, values.num_processes, values.process_id)
   together = values.distributed or any(place is not None for place in places)
   if together:
-    from fedjax_med.experiment.processes import join
+    from fedjax_med.simulation.processes import join
 
     join(*places)
   # Without jax, whose imports take as long. tensorflow-datasets changes how the whole process
   # imports while it is imported itself: it must not do so beside jax.
   load: Callable[[], Any] = functools.partial(load_hospitals, config)
   hospitals = _meanwhile(load) if config.data.source in ("phantoms", "folder") else load
-  from fedjax_med.experiment import run  # after the flags: a typo must not wait for jax
-  from fedjax_med.experiment.cache import use_compilation_cache
+  from fedjax_med.report import reported_run  # after the flags: a typo must not wait for jax
+  from fedjax_med.run.compilation_cache import use_compilation_cache
+  from fedjax_med.run.training import dry_run
   from fedjax_med.simulation.mesh import split_cpu
 
   if not together:  # processes of one run have a core each, or are told how many devices they have
@@ -75,9 +76,9 @@ def main(_: list[str]) -> None:
   name = pathlib.Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
   command = command_line(["python", "-m", "fedjax_med.train", *sys.argv[1:]])
   if values.dry_run:
-    run.dry_run(config, hospitals)
+    dry_run(config, hospitals)
   else:
-    run.run(
+    reported_run.run(
       config, pathlib.Path(values.workdir).expanduser(), name, command, hospitals, noise_key()
     )
 

@@ -39,7 +39,7 @@ def few_memory_maps():
 @pytest.fixture(autouse=True, scope="session")
 def one_secret():
   """Gives every private run of this process the same secret, so that runs can be compared."""
-  from fedjax_med.experiment import secret
+  from fedjax_med.folder import secret
 
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(secret, "draw", lambda: bytes(range(secret.BYTES)))
@@ -53,4 +53,37 @@ def real_data() -> pathlib.Path:
   folder = pathlib.Path(os.environ.get("FEDJAX_MED_DATA", default)).expanduser()
   if not folder.is_dir():
     pytest.skip(f"real data: {folder} is absent; set FEDJAX_MED_DATA to the downloaded folder")
+  return folder
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory):
+  """A finished run, for tests that only read it."""
+  folder = tmp_path_factory.mktemp("finished")
+  from tests.running import run
+
+  run(folder)
+  return folder
+
+
+@pytest.fixture(scope="session")
+def learned(tmp_path_factory):
+  """A CNN that finds most tumours, and an average of whose weights is measured."""
+  folder = tmp_path_factory.mktemp("learned")
+  from tests.learning import learn, learning_config
+
+  learn(folder, learning_config())
+  return folder
+
+
+@pytest.fixture(scope="session")
+def gated(tmp_path_factory):
+  """A network with squeeze-and-excitation whose norms stay at the hospitals."""
+  from tests.learning import learn, learning_config
+
+  folder, config = tmp_path_factory.mktemp("gated"), learning_config()
+  config.model.name, config.server.algorithm = "se_resnext_micro", "fedbn"
+  config.server.num_rounds = config.eval.every = 1
+  config.client.num_local_steps, config.server.ema_decay = 2, 0.0
+  learn(folder, config)
   return folder

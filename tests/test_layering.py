@@ -13,9 +13,14 @@ LAYERS = (
   "privacy",
   "federated",
   "simulation",
-  "experiment",
+  "folder",
+  "prepare",
+  "run",
   "study",
   "sweep",
+  "report",
+  "trained",
+  "audit",
 )
 PACKAGE = "fedjax_med"
 
@@ -85,13 +90,13 @@ def test_every_folder_of_the_package_is_a_layer():
   ("module", "source"),
   [
     ("fedjax_med.core.x", "from fedjax_med.data.dataset import Dataset"),
-    ("fedjax_med.core.x", "import fedjax_med.experiment"),
+    ("fedjax_med.core.x", "import fedjax_med.prepare"),
     ("fedjax_med.core.x", "from fedjax_med import data"),
     ("fedjax_med.core.x", "from .. import privacy"),
     ("fedjax_med.core.x", "from ..models import ops"),
     ("fedjax_med.data.__init__", "from ..models import ops"),
     ("fedjax_med.privacy.x", "def f():\n  from fedjax_med.simulation import rounds"),
-    ("fedjax_med.experiment.x", "from fedjax_med.flags import run_main"),
+    ("fedjax_med.prepare.x", "from fedjax_med.flags import run_main"),
     ("fedjax_med.privacy.x", "import flax.linen as nn"),
     ("fedjax_med.train", "from flax import linen"),
   ],
@@ -106,8 +111,8 @@ def test_a_violation_is_found(module, source):
     ("fedjax_med.data.x", "from fedjax_med.core.errors import require"),
     ("fedjax_med.data.x", "from . import dataset\nfrom .dataset import Dataset"),
     ("fedjax_med.models.x", "import flax.linen as nn"),
-    ("fedjax_med.experiment.x", "import fedjax_med\nfrom fedjax_med import __version__"),
-    ("fedjax_med.train", "from fedjax_med.experiment import run\nfrom fedjax_med import flags"),
+    ("fedjax_med.prepare.x", "import fedjax_med\nfrom fedjax_med import __version__"),
+    ("fedjax_med.train", "from fedjax_med.run import training\nfrom fedjax_med import flags"),
   ],
 )
 def test_an_allowed_import_is_not_a_violation(module, source):

@@ -52,7 +52,7 @@ def test_a_purpose_with_details_is_accepted():
 
 
 def our_own(function: ast.expr) -> bool:
-  """Whether ``write_text`` is that of ``experiment.workdir``, and no method of a path."""
+  """Whether ``write_text`` is that of ``folder.writing``, and no method of a path."""
   return ast.unparse(function) in ("write_text", "files.write_text")
 
 
@@ -128,7 +128,7 @@ def torn_writes(source: str) -> list[int]:
 
 def test_results_are_written_by_write_whole_only():
   # The probe of an empty file, and the neighbour that create_whole links to its place.
-  allowed = {"fedjax_med/experiment/workdir.py": 2}
+  allowed = {"fedjax_med/folder/writing.py": 2}
   found = {
     str(path.relative_to(ROOT)): torn_writes(path.read_text(encoding="utf-8"))
     for path in (ROOT / "fedjax_med").rglob("*.py")

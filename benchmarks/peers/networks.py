@@ -11,7 +11,7 @@ EPSILON = 1e-5
 
 
 def num_norm_groups(channels: int) -> int:
-  """The rule of fedjax_med.models.layers, which this interpreter may not have.
+  """The rule of fedjax_med.models.networks.norms, which this interpreter may not have.
 
   That of maps with pixels, or layers with channels, enough for any group, as the workloads have.
   """

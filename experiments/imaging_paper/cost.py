@@ -76,7 +76,7 @@ def config_of(case: Case) -> Config:
 
 def seconds_of(case: Case) -> float:
   """Seconds of training: two evaluations too, no compiling."""
-  from fedjax_med.experiment.run import run
+  from fedjax_med.run.training import run
 
   with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
     run(config_of(case), pathlib.Path(folder), "cost", "")
@@ -112,7 +112,7 @@ def compare(seconds: Mapping[Case, Sequence[float]]) -> list[dict[str, Any]]:
 
 def main(_: list[str]) -> None:
   from benchmarks import common
-  from fedjax_med.experiment.cache import use_compilation_cache
+  from fedjax_med.run.compilation_cache import use_compilation_cache
   from fedjax_med.simulation.mesh import split_cpu
 
   repeats, out = flags.FLAGS.repeats, pathlib.Path(flags.FLAGS.out or os.devnull)

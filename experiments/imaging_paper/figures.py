@@ -18,8 +18,8 @@ from experiments.imaging_paper import training
 from experiments.imaging_paper.systems import PROPOSED, SPLITS, SYSTEMS
 from experiments.imaging_paper.tables import caption, mark, markdown, summarise
 from fedjax_med.core.errors import require
-from fedjax_med.experiment.figures import CLASS_COLOURS, add_legend, draw_partition, new_figure
 from fedjax_med.flags import run_main
+from fedjax_med.report.figures import CLASS_COLOURS, add_legend, draw_partition, new_figure
 
 NAMES = {
   "paper": "random split, as the paper's",

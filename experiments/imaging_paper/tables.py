@@ -16,8 +16,8 @@ from absl import flags
 
 from experiments.imaging_paper import training
 from experiments.imaging_paper.systems import SCALES, SPLITS, SYSTEMS
-from fedjax_med.experiment.workdir import write_text, write_whole
 from fedjax_med.flags import run_main
+from fedjax_med.folder.writing import write_text, write_whole
 from fedjax_med.study import mean_interval
 
 HIGH = 0.9  # accuracy that near-duplicates are asked to explain

@@ -92,8 +92,8 @@ def _base() -> Config:
 
 def train(folder: pathlib.Path, base: Config, every: Sequence[Row], own: Sequence[int]) -> None:
   """Trains what is missing of ``own`` in ``folder``."""
-  from fedjax_med.experiment import lock
-  from fedjax_med.experiment.cache import use_compilation_cache
+  from fedjax_med.folder import lock
+  from fedjax_med.run.compilation_cache import use_compilation_cache
   from fedjax_med.simulation.mesh import split_cpu
   from fedjax_med.sweep import table
   from fedjax_med.sweep.missing import run_missing

@@ -67,12 +67,13 @@ def run_arm(config: Config, seeds: int) -> dict[str, Any]:
   """Trains all seeds as one program; test metrics of each, ε and seconds."""
   import jax
 
-  from fedjax_med.experiment import build, loop
-  from fedjax_med.experiment.many import Runs, train_many
+  from fedjax_med.prepare.experiment import build, run_key
+  from fedjax_med.run import loop
+  from fedjax_med.run.replicas import Runs, train_many
 
-  experiment = build.build(config, load_hospitals(config))
+  experiment = build(config, load_hospitals(config))
   numbers = np.arange(seeds, dtype=np.int32)
-  keys = jax.numpy.stack([build.run_key(experiment, seed) for seed in range(seeds)])
+  keys = jax.numpy.stack([run_key(experiment, seed) for seed in range(seeds)])
   indices = np.asarray(experiment.clients.indices)
   started = time.monotonic()
   trained = train_many(experiment, Runs(numbers, keys, np.stack([indices] * seeds)))
@@ -117,7 +118,7 @@ def table(results: dict[str, Any]) -> str:
 
 
 def main(_: list[str]) -> None:
-  from fedjax_med.experiment.cache import use_compilation_cache
+  from fedjax_med.run.compilation_cache import use_compilation_cache
   from fedjax_med.simulation.mesh import split_cpu
 
   for name in _ONLY.value:

@@ -14,19 +14,19 @@ import jax.numpy as jnp
 
 from fedjax_med.core.config import ModelConfig
 from fedjax_med.core.errors import require, require_choice
-from fedjax_med.models import (
+from fedjax_med.models import ops
+from fedjax_med.models.model import Model, from_flax
+from fedjax_med.models.networks import (
   cnn,
   densenet,
   fedxnet,
   googlenet,
   mobile,
-  ops,
   pretrained,
   se_resnext,
   vgg,
 )
-from fedjax_med.models.layers import NORMS
-from fedjax_med.models.model import Model, from_flax
+from fedjax_med.models.networks.norms import NORMS
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 # Settings that a network may have or not, each with a value unlike the default.

@@ -84,7 +84,7 @@ def _require_covered(folder: pathlib.Path, book: ledger.Ledger) -> int | None:
 
   UserError where the ledger does not count the rounds of its weights.
   """
-  from fedjax_med.experiment import checkpoints  # orbax takes a while
+  from fedjax_med.run import checkpoints  # orbax takes a while
 
   found = checkpoints.covered(folder, book.run_id)
   if found is None:
@@ -98,7 +98,8 @@ def _require_files(folder: pathlib.Path, book: ledger.Ledger, weights: int | Non
 
   ``weights`` are the rounds of the newest checkpoint, None where there is none.
   """
-  from fedjax_med.experiment import report, workdir
+  from fedjax_med.folder import writing
+  from fedjax_med.report import run_page
 
   summary, config = folder / "summary.json", folder / "config.json"
   if summary.exists():
@@ -111,11 +112,11 @@ def _require_files(folder: pathlib.Path, book: ledger.Ledger, weights: int | Non
       claims.REMEDY,
     )
     claims.require_told(summary, said, rounds, book)
-  claims.require_logged(folder / "metrics.jsonl", workdir.read_metrics(folder), book)
+  claims.require_logged(folder / "metrics.jsonl", writing.read_metrics(folder), book)
   if config.exists():  # the folder of a baseline has none, nor a statement
     said, own = {"run_id": _read(config).get("run_id")}, {"run_id": book.run_id}
     claims.require_same(config, said, own)
-    report.require_told(folder)
+    run_page.require_told(folder)
 
 
 def _read(path: pathlib.Path) -> dict[str, Any]:

@@ -9,7 +9,7 @@ against mistakes and not against whoever recomputes all digests.
 A round that a resumed run repeats is the same release (same sample, same noise) and gets no line.
 
 Lines that do not follow from those before them make a ledger that nobody reads any more. A run that
-is resumed may set them apart where that hides no release: see ``experiment/broken_ledger.py``.
+is resumed may set them apart where that hides no release: see ``run/ledger_repair.py``.
 """
 
 import contextlib

@@ -15,6 +15,9 @@ from fedjax_med.core.errors import require
 CLIENTS = "clients"  # the mesh axis
 MAX_CPU_DEVICES = 16  # where nobody said how many: each holds weights and activations of a client
 
+# Whole runs side by side on an accelerator; a core of a CPU is full with one.
+RUNS_AT_ONCE = 8
+
 
 class Devices(NamedTuple):
   """Devices that the clients of a run are dealt over.

@@ -148,9 +148,9 @@ def main(_: list[str]) -> None:
   index, number = _shard(values.shard)
   points = _points(base)
 
-  from fedjax_med.experiment import lock
-  from fedjax_med.experiment import workdir as files
-  from fedjax_med.experiment.cache import use_compilation_cache  # jax takes seconds to import
+  from fedjax_med.folder import lock
+  from fedjax_med.folder import writing as files
+  from fedjax_med.run.compilation_cache import use_compilation_cache  # jax takes seconds to import
   from fedjax_med.simulation.mesh import split_cpu
   from fedjax_med.sweep import progress, table
   from fedjax_med.sweep.points import configure, groups, plan_points, require_read
@@ -183,7 +183,7 @@ def main(_: list[str]) -> None:
 
 def _secret(workdir: pathlib.Path, configs: Sequence[Config]) -> bytes:
   """The secret of a sweep with private points, which its folder keeps; b"" without any."""
-  from fedjax_med.experiment import secret as secrets
+  from fedjax_med.folder import secret as secrets
   from fedjax_med.sweep import table
 
   if not any(secrets.is_private(config) for config in configs):

@@ -11,7 +11,7 @@ import numpy as np
 from fedjax_med.core.config import fingerprint
 from fedjax_med.core.errors import UserError, require
 from fedjax_med.data.dataset import Dataset
-from fedjax_med.experiment import workdir as files
+from fedjax_med.folder import writing as files
 from fedjax_med.sweep.points import Planned, image_fields
 
 FOLDER = "data"

@@ -11,9 +11,9 @@ from absl import flags
 
 from fedjax_med.core.errors import require
 from fedjax_med.core.text import visible
-from fedjax_med.experiment import lock
-from fedjax_med.experiment import secret as secrets
-from fedjax_med.experiment import workdir as files
+from fedjax_med.folder import lock
+from fedjax_med.folder import secret as secrets
+from fedjax_med.folder import writing as files
 from fedjax_med.sweep import image_sets, table
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Sequence
 from rich.console import Console
 
 from fedjax_med.core.config import Config
-from fedjax_med.experiment import secret as secrets
+from fedjax_med.folder import secret as secrets
 from fedjax_med.sweep import image_sets, progress, table
 from fedjax_med.sweep.grid import Point
 from fedjax_med.sweep.points import Planned, plan_points

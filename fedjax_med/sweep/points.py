@@ -24,10 +24,10 @@ from fedjax_med.core.validation import validate
 from fedjax_med.data.dataset import Dataset, Hospitals
 from fedjax_med.data.hospitals import build_hospitals
 from fedjax_med.data.sources import load_dataset
-from fedjax_med.experiment.build import Case, baselines, federation
-from fedjax_med.experiment.protection import cohort_cap
-from fedjax_med.experiment.synthetic import image_key, with_places
 from fedjax_med.models import registry
+from fedjax_med.prepare.case import Case, baselines, federation
+from fedjax_med.prepare.protection import cohort_cap
+from fedjax_med.prepare.synthetic_images import image_key, with_places
 from fedjax_med.sweep.grid import Point
 
 SEED_AXES = ("partition", "init", "sampling")

@@ -15,16 +15,15 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from fedjax_med.core.config import init_seed
 from fedjax_med.core.errors import UserError
 from fedjax_med.data.dataset import Dataset
-from fedjax_med.experiment.accounted import differences, require_accounted
-from fedjax_med.experiment.build import Experiment, place, plan_together
-from fedjax_med.experiment.loop import evaluated, evaluation_groups
-from fedjax_med.experiment.many import AT_ONCE
-from fedjax_med.experiment.planning import shared_devices
-from fedjax_med.experiment.program import Program, Shapes
 from fedjax_med.federated.algorithm import Pool
+from fedjax_med.prepare.accounted_arrays import differences, require_accounted
+from fedjax_med.prepare.experiment import Experiment, place, plan_together
+from fedjax_med.prepare.memory import shared_devices
+from fedjax_med.prepare.program import Program, Shapes
+from fedjax_med.run.loop import evaluated, evaluation_groups
 from fedjax_med.simulation.evaluation import Batches, batches_of, shape_of
-from fedjax_med.simulation.mesh import CLIENTS, client_mesh, local_devices, replicated
-from fedjax_med.simulation.sweep import Point, blank_states, make_sweep
+from fedjax_med.simulation.mesh import CLIENTS, RUNS_AT_ONCE, client_mesh, local_devices, replicated
+from fedjax_med.simulation.runs_axis import Point, blank_states, make_sweep
 from fedjax_med.sweep.points import Planned, chunks, images_of, shown
 
 # A kill loses a chunk, so it stays small where memory would allow more.
@@ -143,12 +142,12 @@ def _layout(program: Program, group: Sequence[Planned], asked: int) -> Layout:
   shapes = jax.eval_shape(program.initial)
   state = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))
   shared = shared_devices(devices)
-  side_by_side, most, limit = 1 if cpu else AT_ONCE, MAX_AT_ONCE, math.inf
+  side_by_side, most, limit = 1 if cpu else RUNS_AT_ONCE, MAX_AT_ONCE, math.inf
   images = [each.inputs.nbytes for each in _sets(group)]
   if program.budget.size is not None:
     room = program.budget.size
     if not cpu:
-      side_by_side = max(1, min(AT_ONCE, int(room / 2 / program.needs)))
+      side_by_side = max(1, min(RUNS_AT_ONCE, int(room / 2 / program.needs)))
     room -= shared * side_by_side * program.needs  # with the largest set of images
     limit = max(images) + POOL_SHARE * max(0, room) / shared
     room -= shared * (min(limit, sum(images)) - max(images))

@@ -18,13 +18,13 @@ from rich.progress import Progress as Bar
 from rich.table import Table
 
 from fedjax_med.core.metrics import NO_CLASS, about_points
-from fedjax_med.experiment.console import make_console, number, shown_path
-from fedjax_med.experiment.data_notes import Note, data_notes
-from fedjax_med.experiment.protection import Protection
-from fedjax_med.experiment.records import hospital_record
-from fedjax_med.experiment.secret import is_private
+from fedjax_med.folder.data_notes import Note, data_notes
+from fedjax_med.folder.secret import is_private
+from fedjax_med.prepare.protection import Protection
 from fedjax_med.privacy.accounting import round_up
 from fedjax_med.privacy.guarantees import spent
+from fedjax_med.run.console import make_console, number, shown_path
+from fedjax_med.run.summaries import hospital_record
 from fedjax_med.sweep.grid import Point
 from fedjax_med.sweep.points import Planned, shown
 from fedjax_med.sweep.runner import Listener, Progress

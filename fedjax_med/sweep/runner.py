@@ -12,11 +12,13 @@ import numpy as np
 from fedjax_med.core.config import Config, to_dict
 from fedjax_med.core.errors import UserError
 from fedjax_med.data.dataset import Dataset, Hospitals
-from fedjax_med.experiment import secret as secrets
-from fedjax_med.experiment import workdir as files
-from fedjax_med.experiment.baselines import write_baselines
-from fedjax_med.experiment.build import Experiment, place
-from fedjax_med.experiment.loop import (
+from fedjax_med.folder import secret as secrets
+from fedjax_med.folder import writing as files
+from fedjax_med.prepare.experiment import Experiment, place
+from fedjax_med.prepare.synthetic_images import image_keeper
+from fedjax_med.privacy import ledger
+from fedjax_med.run.baselines import write_baselines
+from fedjax_med.run.loop import (
   LogPoint,
   Outcome,
   evaluation_groups,
@@ -27,14 +29,12 @@ from fedjax_med.experiment.loop import (
   train_line,
   write_privacy,
 )
-from fedjax_med.experiment.records import config_record, summary_record, write_hospitals
-from fedjax_med.experiment.report import write_statement
-from fedjax_med.experiment.synthetic import image_keeper
-from fedjax_med.experiment.trackers import require_installed, track
-from fedjax_med.privacy import ledger
+from fedjax_med.run.statement import write_statement
+from fedjax_med.run.summaries import config_record, summary_record, write_hospitals
+from fedjax_med.run.trackers import require_installed, track
 from fedjax_med.simulation.evaluation import batches_of
 from fedjax_med.simulation.rounds import NEVER
-from fedjax_med.simulation.sweep import blank_states
+from fedjax_med.simulation.runs_axis import blank_states
 from fedjax_med.sweep.points import Key, Planned, groups, images_of, shown
 from fedjax_med.sweep.programs import Layout, Prepared, compiled_ahead, plan, pool_of, put, stack
 

@@ -11,7 +11,7 @@ from fedjax_med.core.config import Config, fingerprint, flat, to_dict
 from fedjax_med.core.errors import UserError, require
 from fedjax_med.core.metrics import METRICS, positive_class
 from fedjax_med.core.text import encodable
-from fedjax_med.experiment import workdir as files
+from fedjax_med.folder import writing as files
 from fedjax_med.privacy import claims
 from fedjax_med.sweep.grid import Point
 

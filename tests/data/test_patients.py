@@ -12,7 +12,7 @@ from fedjax_med.data.patients import (
   number_patients,
   patients_by_pattern,
 )
-from fedjax_med.experiment.build import federation
+from fedjax_med.prepare.case import federation
 from fedjax_med.privacy.guarantees import UNITS
 from tests.data.folders import fill, load
 

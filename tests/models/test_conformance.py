@@ -12,10 +12,10 @@ import pytest
 
 from fedjax_med.core.config import Config, DataConfig
 from fedjax_med.data.grey import EIGHT_BITS
-from fedjax_med.experiment.checkpoints import open_checkpoints
-from fedjax_med.experiment.exporting import PLATFORMS, export_program
-from fedjax_med.experiment.trained import Trained
 from fedjax_med.privacy.clipping import clipped_sum
+from fedjax_med.run.checkpoints import open_checkpoints
+from fedjax_med.trained.exporting import PLATFORMS, export_program
+from fedjax_med.trained.loading import Trained
 from tests.models.networks import (
   CLASSES,
   CLIENTS,

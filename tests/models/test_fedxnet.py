@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from fedjax_med.core.config import ModelConfig
-from fedjax_med.models import attention
-from fedjax_med.models.fedxnet import (
+from fedjax_med.models import grad_cam
+from fedjax_med.models.networks.fedxnet import (
   CHARBONNIER,
   TEMPERATURE,
   WINDOW,
@@ -193,8 +193,8 @@ def test_grad_cam_finds_a_map_of_the_classifier_and_no_head_of_a_penalty(side, n
   model = create_model(ModelConfig(name="fedxnet", width=0.25), 2)
   images = jax.ShapeDtypeStruct((1, side, side, 1), jnp.float32)
   params, state = jax.eval_shape(model.init, jax.random.key(0), images)
-  layers = attention.find_layers(model, params, state, images)
+  layers = grad_cam.find_layers(model, params, state, images)
   assert not {"edge", "perceptual", "contrastive_deep"} & {layer.name for layer in layers}
   assert {"stage1", "stage2", "stage3", "norm"} <= {layer.name for layer in layers}
-  chosen = attention.choose_layer(layers)
+  chosen = grad_cam.choose_layer(layers)
   assert (chosen.name, min(chosen.shape[:2])) == (name, map_side)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from fedjax_med.core.keys import base_key
-from fedjax_med.models.gan import BASE, LATENT, levels, make_gan
+from fedjax_med.models.networks.gan import BASE, LATENT, levels, make_gan
 
 
 @pytest.mark.parametrize("size", [(1, 1), (7, 7), (8, 8), (28, 28), (33, 20), (192, 192)])

@@ -12,16 +12,16 @@ import pytest
 from fedjax_med.core.config import ModelConfig
 from fedjax_med.core.errors import UserError
 from fedjax_med.models import registry
-from fedjax_med.models.blocks import (
+from fedjax_med.models.model import from_flax
+from fedjax_med.models.networks.blocks import (
   adaptive_mean_pool,
   around_max_pool,
   ceil_max_pool,
   mean_pool,
 )
-from fedjax_med.models.layers import normalise, num_norm_groups
-from fedjax_med.models.model import from_flax
+from fedjax_med.models.networks.norms import normalise, num_norm_groups
+from fedjax_med.models.networks.se_resnext import Bottleneck
 from fedjax_med.models.registry import MODELS, create_model, create_module, has_remat
-from fedjax_med.models.se_resnext import Bottleneck
 from fedjax_med.privacy.clipping import clipped_sum
 from tests.models.networks import (
   CLASSES,

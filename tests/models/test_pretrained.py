@@ -11,8 +11,8 @@ from safetensors.numpy import save_file
 
 from fedjax_med.core.config import ModelConfig
 from fedjax_med.core.errors import UserError
-from fedjax_med.models.cnn import cnn_small
-from fedjax_med.models.pretrained import (
+from fedjax_med.models.networks.cnn import cnn_small
+from fedjax_med.models.networks.pretrained import (
   NAMINGS,
   convert_state_dict,
   load_safetensors,
@@ -20,8 +20,8 @@ from fedjax_med.models.pretrained import (
   overlay,
   to_state_dict,
 )
+from fedjax_med.models.networks.se_resnext import SEResNeXt, se_resnext_micro
 from fedjax_med.models.registry import create_module
-from fedjax_med.models.se_resnext import SEResNeXt, se_resnext_micro
 from tests.models.state_dicts import MICRO, entries, numbered
 
 # Every number of channels is another one, so that no transposition goes unnoticed.

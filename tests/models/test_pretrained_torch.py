@@ -9,9 +9,9 @@ from safetensors.numpy import save_file
 
 from fedjax_med.core.config import ModelConfig
 from fedjax_med.models.model import from_flax
-from fedjax_med.models.pretrained import overlay
+from fedjax_med.models.networks.pretrained import overlay
+from fedjax_med.models.networks.se_resnext import SEResNeXt
 from fedjax_med.models.registry import create_model, create_module
-from fedjax_med.models.se_resnext import SEResNeXt
 
 torch = pytest.importorskip("torch", reason="PyTorch is an extra: pip install -e '.[torch]'")
 nn = torch.nn

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from fedjax_med.models.blocks import halvings, scaled
 from fedjax_med.models.model import from_flax
+from fedjax_med.models.networks.blocks import halvings, scaled
 from fedjax_med.models.registry import MODELS
 from tests.models.networks import LARGE, count, full_module, shapes, small_module
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from skimage.feature import graycomatrix, graycoprops, local_binary_pattern
 
-from fedjax_med.models import texture
+from fedjax_med.models.networks import texture
 
 LEVELS = 16
 RNG = np.random.default_rng(0)

@@ -16,26 +16,26 @@ from dp_accounting import pld
 from scipy import stats
 
 from configs.smoke import get_config
+from fedjax_med.audit.execution_checks import check_execution
+from fedjax_med.audit.planted_records import setting_for
 from fedjax_med.core.config import ModelConfig
 from fedjax_med.core.errors import UserError
 from fedjax_med.core.keys import base_key
 from fedjax_med.core.validation import validate
 from fedjax_med.data.dataset import client_table
-from fedjax_med.experiment.canaries import setting_for
-from fedjax_med.experiment.draw_checks import check_execution
-from fedjax_med.experiment.protection import protect
 from fedjax_med.federated import local, losses, registry
 from fedjax_med.federated.fedavg import fedavg
 from fedjax_med.federated.optimizers import client_optimizer, schedule
-from fedjax_med.models.canary import canary_model
+from fedjax_med.models.networks.canary import canary_model
 from fedjax_med.models.registry import create_model
+from fedjax_med.prepare.protection import protect
 from fedjax_med.privacy import accounting, clipping, noise
 from fedjax_med.privacy.guarantees import Guarantee, privacy_record, spent
 from fedjax_med.privacy.ledger import KEYS, SAMPLER
 from fedjax_med.privacy.mechanism import PoissonGaussian
 from fedjax_med.privacy.sampling import poisson_batch
 from fedjax_med.privacy.statement import write_out
-from tests.experiment.audited import subject_of
+from tests.audit.audited import subject_of
 from tests.federated.toy import KEY, make_clients, make_federation, make_hyper, make_pool
 from tests.privacy.draws import every_normal
 

@@ -15,12 +15,12 @@ from fedjax_med.core.config import ModelConfig
 from fedjax_med.core.errors import UserError
 from fedjax_med.core.keys import Stream, base_key, key_for
 from fedjax_med.data.hospitals import load_hospitals
-from fedjax_med.experiment.build import build
 from fedjax_med.federated.local import StepContext, local_training, private_gradient
 from fedjax_med.federated.losses import cross_entropy
 from fedjax_med.federated.optimizers import client_optimizer, schedule
 from fedjax_med.models.model import from_flax
 from fedjax_med.models.registry import create_model
+from fedjax_med.prepare.experiment import build
 from fedjax_med.privacy import clipping, noise
 from fedjax_med.privacy.sampling import poisson_batch
 from tests.federated.toy import COUNTS, KEY, make_clients, make_hyper, make_pool

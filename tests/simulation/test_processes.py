@@ -11,7 +11,7 @@ import time
 
 import pytest
 
-from fedjax_med.experiment import lock
+from fedjax_med.folder import lock
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 

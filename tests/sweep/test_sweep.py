@@ -11,14 +11,14 @@ import pytest
 from fedjax_med.core.config import PrivacyConfig, flat, to_dict
 from fedjax_med.core.errors import UserError, require
 from fedjax_med.data.hospitals import load_hospitals
-from fedjax_med.experiment import run as runs
-from fedjax_med.experiment import synthetic
-from fedjax_med.experiment.build import build
-from fedjax_med.experiment.loop import train_rounds
-from fedjax_med.experiment.records import summary_record
-from fedjax_med.experiment.report import write_report
+from fedjax_med.prepare import synthetic_images
+from fedjax_med.prepare.experiment import build
 from fedjax_med.privacy import __main__ as privacy_command
 from fedjax_med.privacy import ledger
+from fedjax_med.report import reported_run as runs
+from fedjax_med.report.run_page import write_report
+from fedjax_med.run.loop import train_rounds
+from fedjax_med.run.summaries import summary_record
 from fedjax_med.sweep import merge, programs, runner, table
 from fedjax_med.sweep.points import configure, groups, shown
 from tests.sweep.sweeping import AXES, base, plan, sweep
@@ -326,7 +326,7 @@ def test_points_of_one_seed_share_the_images_of_their_gans(tmp_path, monkeypatch
     shape = (hospitals.dataset.num_synthetic, *hospitals.dataset.inputs.shape[1:])
     return np.random.default_rng(config.seed).integers(0, 256, shape).astype(np.uint8)
 
-  monkeypatch.setattr(synthetic, "make_images", make_images)
+  monkeypatch.setattr(synthetic_images, "make_images", make_images)
   changes = {"client__synthetic": "gan", "privacy__mechanism": "none"}
   config = base(**changes, privacy__noise_multiplier=0.0, eval__local_baselines=True)
   rates = [
@@ -343,10 +343,10 @@ def test_points_of_one_seed_share_the_images_of_their_gans(tmp_path, monkeypatch
     require(config.seed == 1, "the GAN did not stay finite", "lower client.gan_steps")
     return make_images(config, hospitals)
 
-  monkeypatch.setattr(synthetic, "make_images", broken)
+  monkeypatch.setattr(synthetic_images, "make_images", broken)
   with pytest.raises(UserError, match=r"point seed=0, .* finite"):
     sweep(tmp_path / "sweep", rates, config)
-  monkeypatch.setattr(synthetic, "make_images", make_images)
+  monkeypatch.setattr(synthetic_images, "make_images", make_images)
   assert [table.has_run(tmp_path / "sweep", number) for number in range(5)] == [0, 0, 1, 1, 1]
   calls.clear()
   sweep(tmp_path / "sweep", rates, config)

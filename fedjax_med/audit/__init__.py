@@ -1,0 +1,1 @@
+"""Attacks on what a run promises: bounds on ε from below, membership, checks of execution."""

@@ -1,0 +1,89 @@
+"""An audit of client-level privacy as executed: one hospital takes part, or sends nothing.
+
+The rounds that train are run as they are, on an algorithm whose updates are known.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from fedjax_med.audit.likelihood_ratio import ATTACKS, TRIALS_AT_ONCE, Scores, attack_scores, ratio
+from fedjax_med.federated.algorithm import (
+  Client,
+  ClientDelta,
+  FederatedAlgorithm,
+  Hyper,
+  Pool,
+  ServerState,
+  no_metrics,
+)
+from fedjax_med.privacy.mechanism import PoissonGaussian
+from fedjax_med.simulation.mesh import local_devices, map_over_devices
+from fedjax_med.simulation.rounds import init_state, make_round
+
+
+def _algorithm(clip_norm: float) -> FederatedAlgorithm:
+  """Client 0 sends four times the clip norm if the pool's label says so; nobody else anything."""
+
+  def client_update(server, kept, client, pool, hyper, key):
+    speaks = (client.number == 0) & (pool.labels[0] > 0)
+    size = jnp.where(speaks, jnp.float32(4 * clip_norm), jnp.float32(0))
+    update = {"w": jnp.zeros_like(server.params["w"]).at[0].set(size)}
+    return ClientDelta(update, {}), kept, no_metrics()
+
+  def server_update(server, delta, share, hyper):
+    params = jax.tree.map(jnp.add, server.params, delta.params)
+    return server._replace(params=params, round=server.round + 1)
+
+  def init_server(params, state):
+    return ServerState(params, state, (), {}, jnp.zeros((), jnp.int32))
+
+  return FederatedAlgorithm(init_server, lambda params, state: (), client_update, server_update)
+
+
+def hospital_trials(
+  mechanism: PoissonGaussian, hyper: Hyper, rounds: int, number: int, key: jax.Array
+) -> Scores:
+  """Attack scores of independent runs in which one hospital speaks, or sends nothing.
+
+  The attacker sees the model after every round, and the clip norm of the round.
+
+  Args:
+    mechanism: of a round: K hospitals; what the attacker knows.
+    hyper: what the run is executed with; a noise multiplier of 0 leaves the noise out.
+    rounds: rounds of a run.
+    number: runs without the hospital; a tenth as many are run with it.
+    key: of the trials.
+  """
+  num_clients, q = mechanism.num_units, mechanism.sampling_probability
+  algorithm = _algorithm(mechanism.clip_norm)
+  run_round = make_round(
+    algorithm,
+    num_clients=num_clients,
+    cohort_cap=None if q == 1 else mechanism.batch_cap,
+    chunk=min(num_clients, mechanism.batch_cap),
+    client_level=True,
+  )
+  ones = jnp.ones(num_clients, jnp.int32)
+  real = jnp.ones(num_clients, jnp.float32)
+  clients = Client(jnp.arange(num_clients), ones[:, None] * 0, ones, real, ones, real, real, real)
+  expected = jnp.float32(mechanism.expected_batch_size)
+  sigma = mechanism.noise_multiplier * jnp.asarray([share for share, _ in ATTACKS], jnp.float32)
+
+  def trial(given, each):
+    (hyper, own_key), (run, present) = given, each
+    key = jax.random.fold_in(own_key, run)
+    pool = Pool(jnp.zeros((1, 1, 1, 1), jnp.uint8), present.astype(jnp.int32)[None])
+    state = init_state(algorithm, {"w": jnp.zeros(4)}, {}, num_clients, mechanism.clip_norm)
+
+    def body(_, carry):
+      state, scores = carry
+      after, _ = run_round(state, clients, pool, hyper, key)
+      moved = (after.server.params["w"] - state.server.params["w"])[0]
+      seen = moved * expected / state.clip_norm
+      return after, scores + ratio(seen, q, sigma)
+
+    start = (state, jnp.zeros(len(ATTACKS), jnp.float32))
+    return jax.lax.fori_loop(0, rounds, body, start)[1]
+
+  trials = map_over_devices(trial, local_devices(), TRIALS_AT_ONCE)
+  return attack_scores(lambda *runs: trials((hyper, key), runs), number)

@@ -1,0 +1,200 @@
+"""The audit of a run: every guarantee it gives is attacked, and audit.json says what was found."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fedjax_med.audit.epsilon_bounds import one_run_epsilon
+from fedjax_med.audit.execution_checks import Check, check_execution
+from fedjax_med.audit.likelihood_ratio import (
+  CONFIDENCE,
+  best_threshold,
+  thresholds_of,
+  wanted_trials,
+)
+from fedjax_med.audit.planted_hospital import hospital_trials
+from fedjax_med.audit.planted_records import (
+  Subject,
+  key_of,
+  make_trials,
+  many_canaries,
+  single_canaries,
+)
+from fedjax_med.audit.replay import replay_checks
+from fedjax_med.federated.algorithm import Hyper
+from fedjax_med.prepare.accounted_arrays import differences
+from fedjax_med.prepare.experiment import Experiment
+from fedjax_med.privacy.guarantees import Guarantee, spent
+from fedjax_med.run.loop import planned_rounds
+from fedjax_med.simulation.mesh import local_devices
+
+
+class Found(NamedTuple):
+  """What an attack on one hospital found.
+
+  Attributes:
+    name: the hospital.
+    epsilon: claimed at ``delta``.
+    delta: δ.
+    epsilon_lower: bound from below at the confidence of the audit.
+    attack: which attack it comes from.
+    trials: runs without the planted record; a tenth as many have it.
+    canaries: planted records of the run with many.
+  """
+
+  name: str
+  epsilon: float
+  delta: float
+  epsilon_lower: float
+  attack: str
+  trials: int
+  canaries: int
+
+
+def audit_run(
+  experiment: Experiment, max_trials: int, seed: int, tell: Callable[[str], None]
+) -> dict[str, Any]:
+  """Audits a run that was built; what audit.json holds.
+
+  The numbers at the top are of the first guarantee: records or patients where they are protected.
+  """
+  results = []
+  if experiment.local:
+    results.append(_local(experiment, max_trials, seed, tell))
+  if experiment.central:
+    results.append(_central(experiment, experiment.central, max_trials, seed, tell))
+  first = results[0]
+  return {
+    "run_id": experiment.run_id,
+    "confidence": CONFIDENCE,
+    "unit": first["unit"],
+    "epsilon": first["epsilon"],
+    "epsilon_lower": first["epsilon_lower"],
+    "epsilon_lower_without_noise": first["epsilon_lower_without_noise"],
+    "passed": all(result["passed"] for result in results),
+    "audits": results,
+  }
+
+
+def audit_units(
+  subject: Subject,
+  max_trials: int,
+  tell: Callable[[str], None] = lambda text: None,
+) -> tuple[list[Found], list[Check], float]:
+  """Attacks every hospital and checks the execution; all bounds hold together at CONFIDENCE.
+
+  Args:
+    subject: what is audited.
+    max_trials: runs without the planted record at a hospital, at most.
+    tell: hears of progress.
+
+  Returns:
+    What was found at each hospital, the checks, and the bound that the same attack gives at the
+    hospital of the largest ε if its noise is left out: how much the audit is able to find.
+  """
+  checks = check_execution(subject)
+  hospitals = len(subject.guarantee.names)
+  claims = spent(subject.guarantee, subject.steps)
+  # Half of what may go wrong to each of the two kinds of attack.
+  level = (1 - CONFIDENCE) / (2 * hospitals)
+  trials = make_trials(subject, local_devices())
+  found = []
+  for k, epsilon in enumerate(claims):
+    mechanism, delta = subject.guarantee.mechanisms[k], subject.guarantee.deltas[k]
+    number = wanted_trials(epsilon, level, max_trials)
+    thresholds = thresholds_of(epsilon, delta)
+    noisy = single_canaries(subject, trials, k, number, noise=True)
+    bounds = {"likelihood ratio of one record": best_threshold(noisy, thresholds, delta, level)}
+    scores, bits = many_canaries(subject, k)
+    one_run = one_run_epsilon(scores, bits, delta, 1 - level)
+    bounds["many records in one run"] = one_run.epsilon_lower
+    attack = max(bounds, key=lambda name: bounds[name])
+    name = subject.guarantee.names[k]
+    found.append(Found(name, epsilon, delta, bounds[attack], attack, number, len(bits)))
+    tell(
+      f"{name}: {bounds[attack]:.3f} ≤ ε ≤ {epsilon:.3f} (n {mechanism.num_units}, {number} trials)"
+    )
+  worst = int(np.argmax(claims))
+  silent = single_canaries(subject, trials, worst, found[worst].trials, noise=False)
+  delta = subject.guarantee.deltas[worst]
+  power = best_threshold(silent, thresholds_of(claims[worst], delta), delta, level)
+  return found, checks, power
+
+
+def _local(experiment: Experiment, max_trials: int, seed: int, tell: Callable) -> dict[str, Any]:
+  local = experiment.local
+  assert local is not None
+  rounds = planned_rounds(experiment)
+  clients, hyper = jax.device_get((experiment.clients, experiment.hyper))
+  subject = Subject(
+    guarantee=local,
+    steps=tuple(int(each) * rounds for each in experiment.steps),
+    clients=clients,
+    hyper=hyper,
+    key=_on_host(experiment.key),
+    clipping=experiment.program.plan.clipping,
+    microbatch=experiment.program.plan.microbatch,
+    rows_per_unit=experiment.case.protection.rows_per_unit,
+    seed=seed,
+  )
+  found, checks, power = audit_units(subject, max_trials, tell)
+  tell("Replaying steps of every hospital ...")
+  checks = [_arrays(experiment), *checks, *replay_checks(experiment)]
+  return _result(local.unit, found, checks, power)
+
+
+def _on_host(key: jax.Array) -> jax.Array:
+  """The key, bound to no device: an audit spreads its trials over others than a run its clients."""
+  data = jax.device_get(jax.random.key_data(key))
+  return jax.random.wrap_key_data(data, impl=jax.random.key_impl(key))
+
+
+def _arrays(experiment: Experiment) -> Check:
+  """Whether the run's arrays are those of the accounted mechanisms."""
+  case = experiment.case
+  arrays = experiment.clients, experiment.hyper
+  found = differences(case.protection, case.numbers, case.rows, *arrays)
+  words = "; ".join(found[:4]) or "the arrays on the device are those that are accounted for"
+  return Check(words, float(not found), not found)
+
+
+def _central(
+  experiment: Experiment, central: Guarantee, max_trials: int, seed: int, tell: Callable
+) -> dict[str, Any]:
+  rounds = planned_rounds(experiment)
+  (mechanism,), (delta,), (epsilon,) = central.mechanisms, central.deltas, spent(central, [rounds])
+  level = 1 - CONFIDENCE
+  number = wanted_trials(epsilon, level, max_trials)
+  places = thresholds_of(epsilon, delta)
+  hyper, key = jax.device_get(experiment.hyper), key_of(_on_host(experiment.key), 3, seed)
+
+  def bound(hyper: Hyper) -> float:
+    return best_threshold(
+      hospital_trials(mechanism, hyper, rounds, number, key), places, delta, level
+    )
+
+  assert hyper.client_level is not None
+  lower = bound(hyper)
+  power = bound(
+    hyper._replace(client_level=hyper.client_level._replace(noise_multiplier=jnp.float32(0)))
+  )
+  tell(f"a whole hospital: {lower:.3f} ≤ ε ≤ {epsilon:.3f} ({number} trials)")
+  name = "likelihood ratio of one hospital"
+  found = [Found(central.names[0], epsilon, delta, lower, name, number, 0)]
+  return _result(central.unit, found, [_arrays(experiment)], power)
+
+
+def _result(unit: str, found: list[Found], checks: list[Check], power: float) -> dict[str, Any]:
+  return {
+    "unit": unit,
+    "epsilon": max(each.epsilon for each in found),
+    "epsilon_lower": max(each.epsilon_lower for each in found),
+    "epsilon_lower_without_noise": power,
+    "passed": all(each.epsilon_lower <= each.epsilon for each in found)
+    and all(check.passed for check in checks),
+    "parties": [each._asdict() for each in found],
+    "checks": [check._asdict() for check in checks],
+  }

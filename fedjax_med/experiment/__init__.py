@@ -1,1 +1,0 @@
-"""Host side of a run: build, train loop, checkpoints, progress, report."""

@@ -1,0 +1,1 @@
+"""The files of a workdir: written whole, read and checked, locked."""

@@ -1,0 +1,177 @@
+"""MobileNetV2 (Sandler et al. 2018) and EfficientNet-B0 (Tan and Le 2019): inverted residuals."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from fedjax_med.models.networks.blocks import (
+  SqueezeExcite,
+  block_class,
+  classify,
+  conv_norm,
+  halvings,
+  scaled,
+)
+from fedjax_med.models.networks.texture import texture_features
+
+
+class Stage(NamedTuple):
+  """Equal blocks in a row.
+
+  Attributes:
+    expand: factor on the channels inside a block.
+    kernel: side of the depthwise convolution, odd.
+    features: channels handed on.
+    blocks: their number.
+    stride: of the first of them.
+  """
+
+  expand: int
+  kernel: int
+  features: int
+  blocks: int
+  stride: int
+
+
+class InvertedResidual(nn.Module):
+  """1x1 to more channels, depthwise, gates if any, 1x1 to ``features``; residual if it fits."""
+
+  expand: int
+  kernel: int
+  features: int
+  stride: int
+  reduction: int
+  act: Callable[[jax.Array], jax.Array]
+  norm: str
+  dtype: Any
+
+  @nn.compact
+  def __call__(self, x: jax.Array, train: bool) -> jax.Array:  # [B, H, W, C] -> [B, H', W', C']
+    layer = functools.partial(conv_norm, norm=self.norm, train=train, dtype=self.dtype)
+    channels = x.shape[-1]
+    inner = self.expand * channels
+    y = layer(x, inner, act=self.act, name="expand") if self.expand > 1 else x
+    y = layer(y, inner, self.kernel, self.stride, groups=inner, act=self.act, name="depthwise")
+    if self.reduction:
+      squeezed = max(1, channels // self.reduction)  # of the block's input, not of y
+      y = SqueezeExcite(squeezed, self.dtype, self.act, name="se")(y)
+    y = layer(y, self.features, act=None, name="project")
+    return x + y if x.shape == y.shape else y
+
+
+class MobileNet(nn.Module):
+  """A strided 3x3 stem, stages of inverted residuals, and a last 1x1 convolution.
+
+  Attributes:
+    num_classes: logits.
+    stages: of blocks.
+    stem_features: channels of the stem.
+    last_features: channels of the last convolution.
+    act: nonlinearity.
+    reduction: squeeze factor of the gates, relative to a block's input; 0 has none.
+    texture: size of a dense layer on texture features, beside the network's own; 0 has none.
+    norm: group, batch or frozen_batch.
+    dropout: rate before the head.
+    dtype: of activations; parameters are float32.
+    remat: whether the backward pass computes each block again instead of keeping it.
+  """
+
+  num_classes: int
+  stages: tuple[Stage, ...]
+  stem_features: int
+  last_features: int
+  act: Callable[[jax.Array], jax.Array]
+  reduction: int = 0
+  texture: int = 0
+  norm: str = "group"
+  dropout: float = 0.0
+  dtype: Any = jnp.float32
+  remat: bool = False
+
+  @nn.compact
+  def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
+    """Images [B, H, W, C] to logits [B, num_classes], float32 or wider."""
+    layer = functools.partial(
+      conv_norm, act=self.act, norm=self.norm, train=train, dtype=self.dtype
+    )
+    block = functools.partial(
+      block_class(InvertedResidual, self.remat),
+      reduction=self.reduction,
+      act=self.act,
+      norm=self.norm,
+      dtype=self.dtype,
+    )
+    strides = iter(halvings(images, 1 + sum(stage.stride == 2 for stage in self.stages)))
+    x = layer(images.astype(self.dtype), self.stem_features, 3, next(strides), name="stem")
+    for number, stage in enumerate(self.stages, start=1):
+      stride = next(strides) if stage.stride == 2 else 1
+      for index in range(1, stage.blocks + 1):
+        x = block(
+          expand=stage.expand,
+          kernel=stage.kernel,
+          features=stage.features,
+          stride=stride if index == 1 else 1,
+          name=f"stage{number}_block{index}",
+        )(x, train)
+    x = layer(x, self.last_features, name="last")
+    x = x.mean(axis=(1, 2))
+    if self.texture:
+      described = texture_features(images).astype(x.dtype)
+      described = nn.Dense(self.texture, dtype=self.dtype, name="texture")(described)
+      x = jnp.concatenate([x, nn.relu(described)], axis=-1)
+    return classify(x, self.num_classes, dropout=self.dropout, train=train, dtype=self.dtype)
+
+
+# Sandler et al. (2018), table 2: expand, kernel, features, blocks, stride.
+MOBILENET_V2 = (
+  Stage(1, 3, 16, 1, 1),
+  Stage(6, 3, 24, 2, 2),
+  Stage(6, 3, 32, 3, 2),
+  Stage(6, 3, 64, 4, 2),
+  Stage(6, 3, 96, 3, 1),
+  Stage(6, 3, 160, 3, 2),
+  Stage(6, 3, 320, 1, 1),
+)
+# Tan and Le (2019), table 1.
+EFFICIENTNET_B0 = (
+  Stage(1, 3, 16, 1, 1),
+  Stage(6, 3, 24, 2, 2),
+  Stage(6, 5, 40, 2, 2),
+  Stage(6, 3, 80, 3, 2),
+  Stage(6, 5, 112, 3, 1),
+  Stage(6, 5, 192, 4, 2),
+  Stage(6, 3, 320, 1, 1),
+)
+
+
+def _mobile(num_classes: int, stages: tuple[Stage, ...], width: float, **kwargs: Any) -> MobileNet:
+  wide = tuple(stage._replace(features=scaled(stage.features, width)) for stage in stages)
+  return MobileNet(num_classes, wide, scaled(32, width), scaled(1280, width), **kwargs)
+
+
+def mobilenet_v2(num_classes: int, *, width: float = 1.0, **kwargs: Any) -> MobileNet:
+  """The published network, 3,504,872 parameters at 3 x 1000 (batch norm).
+
+  ``kwargs`` are norm, dropout and dtype.
+  """
+  return _mobile(num_classes, MOBILENET_V2, width, act=nn.relu6, **kwargs)
+
+
+def efficientnet_b0(num_classes: int, *, width: float = 1.0, **kwargs: Any) -> MobileNet:
+  """The published network, 5,288,548 parameters at 3 x 1000 (batch norm), no stochastic depth.
+
+  ``kwargs`` are norm, dropout and dtype.
+  """
+  return _mobile(num_classes, EFFICIENTNET_B0, width, act=nn.silu, reduction=4, **kwargs)
+
+
+def efficientnet_b0_texture(num_classes: int, *, width: float = 1.0, **kwargs: Any) -> MobileNet:
+  """EfficientNet-B0 that is told the image's co-occurrence properties and local binary patterns.
+
+  ``kwargs`` are norm, dropout and dtype.
+  """
+  return efficientnet_b0(num_classes, width=width, texture=scaled(64, width), **kwargs)

@@ -1,0 +1,1 @@
+"""From a validated config to a run that is ready to start."""

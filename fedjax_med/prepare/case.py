@@ -1,0 +1,184 @@
+"""Everything that defines one run, and its baselines, before anything is compiled."""
+
+import dataclasses
+from typing import NamedTuple
+
+import numpy as np
+
+from fedjax_med.core.config import ClientPrivacyConfig, Config
+from fedjax_med.core.errors import require
+from fedjax_med.data.dataset import (
+  ClientTable,
+  Hospitals,
+  UnitTable,
+  client_rows,
+  client_table,
+)
+from fedjax_med.data.patients import described
+from fedjax_med.folder import secret as secrets
+from fedjax_med.prepare.protection import Protection, protect
+from fedjax_med.prepare.run_id import Identity, identify
+from fedjax_med.privacy.guarantees import Guarantee
+
+
+class Case(NamedTuple):
+  """What a run is before there is a program for it: the federation, or one of its baselines.
+
+  Attributes:
+    config: the validated config, with what ``privacy.solve_for`` leaves open filled in.
+    hospitals: the data; its test table is what every run is measured on.
+    names: names of the K training clients.
+    rows: who holds what, in the order of ``protection.units``.
+    numbers: [K] what names each client in random keys.
+    protection: the mechanisms, and the local steps a round.
+    identity: its id, and what its random keys follow from; a checkpoint of another id is refused.
+    secret: of a private run, as secret.py says; b"" without privacy.
+    table: arrays that say who holds what, for the identity.
+  """
+
+  config: Config
+  hospitals: Hospitals
+  names: tuple[str, ...]
+  rows: ClientTable
+  numbers: np.ndarray
+  protection: Protection
+  identity: Identity
+  secret: bytes
+  table: list[np.ndarray]
+
+  @property
+  def run_id(self) -> str:
+    """What names the run."""
+    return self.identity.run_id
+
+  @property
+  def guarantees(self) -> tuple[Guarantee, ...]:
+    """What the run promises, the local guarantee first."""
+    return self.protection.guarantees
+
+
+def federation(config: Config, hospitals: Hospitals, secret: bytes | None = None) -> Case:
+  """The case in which every hospital is a client.
+
+  ``secret`` is that of a private run; with None it draws one, and no other run has its noise.
+  UserError if patients are to be protected and a name does not say which patient it is of.
+  """
+  counts, images = hospitals.dataset.patient_counts, hospitals.dataset.num_real
+  require(
+    config.privacy.unit != "patient" or (counts is not None and counts.named == images),
+    "privacy.unit='patient' needs to know who is on every image:"
+    f" {described(counts, images, by_site=hospitals.by_site)}".removesuffix("."),
+    "name the patients with data.patient_pattern or {patient} in data.layout, or use"
+    " privacy.unit=group, which protects groups of near-duplicates",
+  )
+  require(
+    config.privacy.unit != "patient" or counts is None or counts.patients < images,
+    f"privacy.unit='patient': the names ({counts and counts.source}) make each of {images} images a"
+    " patient of its own",
+    "mend the pattern, or use privacy.unit=record if no patient has two images",
+  )
+  private = secrets.is_private(config)
+  secret = (secrets.draw() if secret is None else secret) if private else b""
+  numbers = np.arange(len(hospitals.names))
+  return _case(config, hospitals, hospitals.names, hospitals.train, numbers, secret)
+
+
+def _case(
+  config: Config,
+  hospitals: Hospitals,
+  names: tuple[str, ...],
+  rows: ClientTable,
+  numbers: np.ndarray,
+  secret: bytes,
+  steps: np.ndarray | None = None,  # None: as configured
+  place: str = "federation",
+) -> Case:
+  protection = protect(config, names, rows, hospitals.split.units, steps, place)
+  rows = rows if protection.units is None else protection.units.rows
+  return _identified(hospitals, names, rows, numbers, protection, secret)
+
+
+def _identified(
+  hospitals: Hospitals,
+  names: tuple[str, ...],
+  rows: ClientTable,
+  numbers: np.ndarray,
+  protection: Protection,
+  secret: bytes,
+) -> Case:
+  config, table = protection.config, _tables(rows, protection)
+  identity = identify(config, hospitals, names, table, protection.guarantees, secret)
+  return Case(
+    config=config,
+    hospitals=hospitals,
+    names=names,
+    rows=rows,
+    numbers=numbers,
+    protection=protection,
+    identity=identity,
+    secret=secret,
+    table=table,
+  )
+
+
+def _tables(rows: ClientTable, protection: Protection) -> list[np.ndarray]:
+  units = protection.units
+  return [rows.indices, rows.counts, *([] if units is None else [units.starts, units.sizes])]
+
+
+def baselines(federation: Case) -> dict[str, Case]:
+  """What federation is measured against: alone-1, alone-2, ... and pooled.
+
+  Each hospital by itself, with the same steps and the same mechanism; and one model on everyone's
+  data in one place, with as many local steps a round as all together.
+  """
+  hospitals, config = federation.hospitals, with_plain_server(federation.config)
+  names, numbers = hospitals.names, np.array([len(hospitals.names)])
+  found = {f"alone-{k + 1}": _alone(federation, config, k) for k in range(len(names))}
+  rows = client_table([np.concatenate(client_rows(hospitals.train))])
+  steps = federation.protection.steps.sum(keepdims=True)
+  pooled = _case(config, hospitals, ("pooled",), rows, numbers, federation.secret, steps, "pooled")
+  return found | {"pooled": pooled}
+
+
+def _alone(federation: Case, config: Config, k: int) -> Case:
+  one, units = slice(k, k + 1), federation.protection.units
+  rows = ClientTable(federation.rows.indices[one], federation.rows.counts[one])
+  if units is not None:
+    units = UnitTable(rows, units.starts[one], units.sizes[one], units.counts[one])
+  local = federation.protection.local
+  # The mechanism that the hospital has in the federation: the same σ, the same cap.
+  protection = federation.protection._replace(
+    config=config,
+    steps=federation.protection.steps[one],
+    units=units,
+    local=local and local.only(k)._replace(place="alone"),
+    central=None,
+  )
+  return _identified(
+    federation.hospitals,
+    federation.names[one],
+    rows,
+    federation.numbers[one],
+    protection,
+    federation.secret,
+  )
+
+
+def with_plain_server(config: Config) -> Config:
+  """The config without a server optimiser and a server's noise, every client in every round.
+
+  A client by itself needs none of them.
+  """
+  server = dataclasses.replace(
+    config.server,
+    algorithm="fedavg",
+    optimizer="sgd",
+    learning_rate=1.0,
+    participation="full",
+    proximal_weight=0.0,
+  )
+  measured = dataclasses.replace(config.eval, local_baselines=False)
+  return dataclasses.replace(
+    config, server=server, eval=measured, client_privacy=ClientPrivacyConfig()
+  )

@@ -1,0 +1,127 @@
+"""What names a run, and what its random draws follow from."""
+
+import dataclasses
+import functools
+import hashlib
+import hmac
+import importlib.metadata
+import json
+import pathlib
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from fedjax_med import __version__
+from fedjax_med.core.config import Config, fingerprint, init_seed, to_dict
+from fedjax_med.data.dataset import Hospitals
+from fedjax_med.models.networks.pretrained import load_safetensors
+from fedjax_med.models.registry import code_of
+from fedjax_med.privacy.guarantees import Guarantee
+
+# Packages whose version may move a mechanism, a draw or a rounding.
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "scipy", "dp-accounting")
+
+
+class Identity(NamedTuple):
+  """What names a run.
+
+  Attributes:
+    run_id: 12 hexadecimal digits; equal ones mean equal weights after equal rounds. To rounding;
+      bit for bit with the same layout, package versions and machine. That of a private run follows
+      from its secret: without that it tells nothing of data or configuration.
+    words: [4] 32-bit numbers for the keys of a private run, as secret as its secret; () without.
+  """
+
+  run_id: str
+  words: tuple[int, ...]
+
+
+def identify(
+  config: Config,
+  hospitals: Hospitals,
+  names: tuple[str, ...],
+  table: Sequence[np.ndarray],
+  guarantees: Sequence[Guarantee],
+  secret: bytes,
+) -> Identity:
+  """The identity of a run.
+
+  Args:
+    config: validated config.
+    hospitals: the data.
+    names: of the training clients.
+    table: arrays that say who holds what.
+    guarantees: the mechanisms that protect units; () of a run without privacy.
+    secret: of a private run, and of its baselines; b"" without one.
+  """
+  content = {
+    "config": _shaping(config),
+    "data": _data_digest(hospitals, table),
+    "names": names,
+  }
+  if not secret:
+    return Identity(fingerprint(content), ())
+  # Two runs that share a secret must share no noise, unless they release the same: not where a
+  # mechanism, a package or a line of code differs.
+  content["mechanisms"] = [
+    [dataclasses.asdict(mechanism), delta]
+    for guarantee in guarantees
+    for mechanism, delta in zip(guarantee.mechanisms, guarantee.deltas, strict=True)
+  ]
+  content["versions"] = [importlib.metadata.version(name) for name in PACKAGES]
+  content["sources"] = sources_digest()
+  text = json.dumps(content, sort_keys=True).encode()
+
+  def keyed(use: bytes) -> bytes:
+    return hmac.new(secret, use + text, hashlib.sha256).digest()
+
+  words = np.frombuffer(keyed(b"random keys\0")[:16], np.uint32)
+  return Identity(keyed(b"run id\0").hex()[:12], tuple(words.tolist()))
+
+
+@functools.cache
+def sources_digest() -> str:
+  """SHA-256 of the sources of this package: other code is another training."""
+  root = pathlib.Path(__file__).resolve().parents[1]
+  sha = hashlib.sha256()
+  for path in sorted(root.rglob("*.py")):
+    sha.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+  return sha.hexdigest()
+
+
+def _shaping(config: Config) -> dict[str, Any]:
+  """The part of a config that shapes the trajectory."""
+  values: dict[str, Any] = to_dict(config)
+  # Neither what is measured, nor the layout, nor where files lie changes the trajectory; how they
+  # are read does so only by the images, labels and table below.
+  for name in ("path", "cache_dir", "strict", "layout", "window", "positive"):
+    del values["data"][name]
+  del values["execution"], values["eval"]
+  values["model"]["init_seed"] = init_seed(config)
+  if config.client.synthetic == "none":
+    for name in ("synthetic", "synthetic_share", "gan_steps"):
+      del values["client"][name]
+  # Other code is another training, and must have other noise.
+  values["code"] = [__version__, code_of(config.model.name)]
+  path = values["model"].pop("pretrained")  # its content counts, not its name
+  if path:
+    values["model"]["pretrained_sha256"] = load_safetensors(path).sha256
+  levels = config.privacy, config.client_privacy
+  calibrated = [p.target_epsilon > 0 and p.noise_multiplier == 0 for p in levels]
+  independent = config.privacy.bands == 1  # else the noise's correlation is made for the rounds
+  if config.client.schedule == "constant" and independent and not any(calibrated):
+    del values["server"]["num_rounds"]  # so that 5 rounds and 5 more equal 10
+  for section, is_calibrated in zip(("privacy", "client_privacy"), calibrated, strict=True):
+    if not is_calibrated:
+      del values[section]["target_epsilon"]  # a budget: it ends a run, it does not change it
+  return values
+
+
+def _data_digest(hospitals: Hospitals, table: Sequence[np.ndarray]) -> str:
+  sha = hashlib.sha256()
+  # Synthetic images follow from the rest, and the id is known before they are made.
+  inputs = hospitals.dataset.inputs[: hospitals.dataset.num_real]
+  for array in (inputs, hospitals.dataset.labels, *table):
+    sha.update(np.ascontiguousarray(array).tobytes())
+  return sha.hexdigest()

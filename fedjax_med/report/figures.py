@@ -1,0 +1,380 @@
+"""Figures of a run, drawn from the plain data its workdir holds (dictionaries and lists).
+
+Every function writes one PNG or PDF to ``path``, the same bytes for the same data. None, an
+undefined value, leaves a gap. Colours are those of Okabe and Ito, which colour-blind readers can
+tell apart.
+"""
+
+import contextlib
+import pathlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from fedjax_med.folder.writing import write_whole
+from fedjax_med.privacy.accounting import round_up
+from fedjax_med.report.figure_labels import families, inches, labels
+
+GLOBAL, ALONE, POOLED, QUIET = "#0072B2", "#E69F00", "#009E73", "#8C8C8C"
+CLASS_COLOURS = ("#56B4E9", "#D55E00", "#009E73", "#CC79A7", "#F0E442", "#0072B2", "#E69F00")
+DPI = 150  # of the files; a report shows them at 100 pixels an inch
+WIDTH = 9.6  # inches, of all but the square ones
+MAX_BARS = 30  # hospitals that get a bar each
+MAX_LINES = 20  # hospitals that get a line each
+
+STYLE: dict[Any, Any] = {
+  "font.size": 10,
+  "axes.titlesize": 10.5,
+  "axes.titlelocation": "left",
+  "axes.spines.top": False,
+  "axes.spines.right": False,
+  "axes.edgecolor": "#666666",
+  "axes.grid": True,
+  "axes.axisbelow": True,
+  "grid.color": "#E5E5E5",
+  "legend.frameon": False,
+  "figure.titlesize": 11.5,
+  "figure.titleweight": "bold",
+  "hatch.linewidth": 0.6,
+}
+
+
+def context_line(split_scheme: str, epsilon: float | None) -> str:
+  """What every title says: the split, and the largest ε of the hospitals or that there is none."""
+  privacy = "no differential privacy" if epsilon is None else f"ε ≤ {round_up(epsilon)}"
+  return f"{split_scheme} split · {privacy}"
+
+
+def draw_partition(path: pathlib.Path, hospitals: dict[str, Any]) -> None:
+  """Who holds what: class counts of each hospital, train and test, from hospitals.json."""
+  rows, class_names = hospitals["hospitals"], labels(hospitals["class_names"], "class")
+  sides = [
+    np.array([row[side] for row in rows]).reshape(len(rows), -1) for side in ("train", "test")
+  ]
+  title = f"Who holds what · {hospitals['split']['scheme']} split"
+  colours = _class_colours(len(class_names))
+  if len(rows) > MAX_BARS:
+    _partition_of_many(path, sides, class_names, colours, title)
+    return
+  with new_figure(path, (WIDTH, 1.9 + 0.32 * len(rows)), title) as figure:
+    axes = figure.subplots(1, 2, sharey=True, width_ratios=[3, 2])
+    for axis, counts, side in zip(axes, sides, ("Train", "Test"), strict=True):
+      left = np.zeros(len(rows))
+      for label, values, colour in zip(class_names, counts.T, colours, strict=True):
+        hatch = "////" if side == "Test" else None
+        axis.barh(
+          range(len(rows)), values, left=left, color=colour, hatch=hatch, edgecolor="white",
+          linewidth=0.6, height=0.72, label=label,
+        )  # fmt: skip
+        left += values
+      for y, total in enumerate(left):
+        axis.text(total, y, f" {total:.0f}", va="center", fontsize=9, color="#444444")
+      axis.set(title=f"{side}: {left.sum():.0f} images", xlabel="images")
+      axis.margins(x=0.12)
+      axis.grid(visible=False, axis="y")
+    axes[0].set_yticks(range(len(rows)), labels([row["name"] for row in rows], "hospital"))
+    axes[0].invert_yaxis()
+    add_legend(figure, axes[0])
+
+
+def _partition_of_many(
+  path: pathlib.Path,
+  sides: list[np.ndarray],  # train and test, each [K, classes] images
+  class_names: list[str],
+  colours: list[Any],
+  title: str,
+) -> None:
+  """Sizes in descending order above the class shares of the same hospitals."""
+  train, test = sides
+  order = np.argsort(-train.sum(axis=1), kind="stable")
+  sizes, places = train.sum(axis=1)[order], np.arange(len(order)) + 1
+  with new_figure(path, (WIDTH, 5.2), f"{title} · {len(order)} hospitals, largest first") as figure:
+    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[3, 2])
+    upper.fill_between(places, sizes, step="mid", color=GLOBAL, alpha=0.25, linewidth=0)
+    upper.step(places, sizes, where="mid", color=GLOBAL, label=f"train, {sizes.sum()} in all")
+    upper.step(
+      places, test.sum(axis=1)[order], where="mid", color=ALONE, linewidth=1,
+      label=f"test, {test.sum()} in all",
+    )  # fmt: skip
+    upper.set(ylabel="images of a hospital", ylim=(0, None))
+    upper.legend(loc="upper right")
+    shares = train[order] / np.maximum(train[order].sum(axis=1, keepdims=True), 1)
+    base = np.zeros(len(order))
+    for label, values, colour in zip(class_names, shares.T, colours, strict=True):
+      lower.bar(places, values, bottom=base, width=1.0, color=colour, label=label)
+      base += values
+    lower.set(ylabel="share of\ntrain images", ylim=(0, 1), xlabel="hospital, by size")
+    lower.set_xlim(0.5, len(order) + 0.5)
+    lower.grid(visible=False)
+    add_legend(figure, lower)
+
+
+def draw_rounds(
+  path: pathlib.Path,
+  log: list[dict[str, Any]],
+  baselines: dict[str, Any] | None,
+  split_scheme: str,
+  who: str,
+) -> None:
+  """Accuracy, AUROC and loss at the log points of metrics.jsonl, and the ε spent by then."""
+  test = [line for line in log if line["split"] == "test"]
+  train = [line for line in log if line["split"] == "train"]
+  private = any(line["epsilon_max"] is not None for line in test)
+  epsilon = test[-1]["epsilon_max"]
+  title = f"{who.capitalize()} on the test images · {context_line(split_scheme, epsilon)}"
+  with new_figure(path, (WIDTH, 6.2) if private else (WIDTH, 3.6), title) as figure:
+    axes = (figure.subplots(2, 2) if private else figure.subplots(1, 3)).ravel()
+    panels = [("accuracy", "accuracy"), ("auroc", "AUROC"), ("loss", "loss (nats)")]
+    for axis, (key, label) in zip(axes, panels, strict=False):
+      _draw_hospital_lines(axis, test, key)
+      if baselines is not None:
+        for name, colour, style, curve in _baseline_curves(baselines, key):
+          axis.plot(*curve, color=colour, linestyle=style, linewidth=1.6, label=name)
+      axis.plot(
+        *_curve(test, key), color=GLOBAL, linewidth=2.2, marker=_marker(test),
+        markersize=4, label=f"{who}, all test images",
+      )  # fmt: skip
+      if key == "loss" and train:
+        axis.plot(*_curve(train, key), color="#444444", linestyle=":", label="local training")
+      axis.set(title=label, xlabel="round")
+      if key != "loss":
+        axis.set_ylim(min(axis.get_ylim()[0], 0.9), 1.01)
+    if private:
+      axis = axes[3]
+      axis.plot(*_curve(test, "epsilon_max"), color="#D55E00", linewidth=2, marker=_marker(test))
+      axis.set(title="privacy spent: largest ε of the hospitals", xlabel="round", ylim=(0, None))
+      axis.annotate(
+        f"ε ≤ {round_up(epsilon)}", (test[-1]["round"], epsilon), xytext=(0, -18),
+        textcoords="offset points", ha="right", va="top",
+      )  # fmt: skip
+    for axis in figure.axes:
+      axis.xaxis.get_major_locator().set_params(integer=True)
+      axis.yaxis.get_major_formatter().set_useOffset(False)
+      if len(test) == 1:
+        axis.set_xlim(test[0]["round"] - 1, test[0]["round"] + 1)
+    add_legend(figure, figure.axes[2])
+
+
+def _draw_hospital_lines(axis: Any, test: list[dict[str, Any]], key: str) -> None:
+  """A thin line for each hospital, or for many the band that holds their middle 80%."""
+  rounds = [line["round"] for line in test]
+  values = _array([[client[key] for client in line["clients"]] for line in test])
+  if values.shape[1] <= MAX_LINES:
+    for number, curve in enumerate(values.T):
+      label = "each hospital's test images" if number == 0 else None
+      axis.plot(rounds, curve, color=QUIET, linewidth=0.8, alpha=0.7, label=label,
+                marker="." if len(rounds) == 1 else None)  # fmt: skip
+    return
+  bands = [np.quantile(row[~np.isnan(row)], [0.1, 0.9]) for row in values if not _all_nan(row)]
+  where = [at for at, row in zip(rounds, values, strict=True) if not _all_nan(row)]
+  if bands:
+    low, high = np.array(bands).T
+    label = "middle 80% of the hospitals"
+    axis.fill_between(where, low, high, color=QUIET, alpha=0.25, linewidth=0, label=label)
+
+
+def _baseline_curves(
+  baselines: dict[str, Any], key: str
+) -> Iterator[tuple[str, str, str, tuple[np.ndarray, np.ndarray]]]:
+  """(name, colour, line style, curve) of pooled training and of the mean of training alone."""
+  pooled = baselines["pooled"]["curve"]
+  rounds = np.array([point["round"] for point in pooled])
+  yield "pooled data", POOLED, "--", (rounds, _array([point["all"][key] for point in pooled]))
+  # Budgets may end each of them after another round: it stays where it ended.
+  known = [
+    {point["round"]: point["all"][key] for point in hospital["curve"]}
+    for hospital in baselines["alone"]
+  ]
+  every = sorted({round for curve in known for round in curve})
+  values = _array([[curve[max(r for r in curve if r <= at)] for at in every] for curve in known])
+  keep = [column for column in range(values.shape[1]) if not _all_nan(values[:, column])]
+  rounds = np.array([every[column] for column in keep])
+  yield "alone (mean)", ALONE, "-.", (rounds, np.nanmean(values[:, keep], axis=0))
+
+
+def draw_hospitals(
+  path: pathlib.Path,
+  summary: dict[str, Any],
+  hospitals: dict[str, Any],
+  baselines: dict[str, Any] | None,
+) -> None:
+  """Accuracy and AUROC of the model on each hospital's test images; alone next to it."""
+  clients, scheme, who = summary["clients"], hospitals["split"]["scheme"], summary["predicts"]
+  alone = None
+  if baselines is not None:
+    last = {hospital["name"]: hospital["curve"][-1]["own"] for hospital in baselines["alone"]}
+    alone = [last[client["name"]] for client in clients]
+  title = f"Each hospital's own test images · {context_line(scheme, summary['epsilon_max'])}"
+  panels = (("accuracy", "accuracy"), ("auroc", "AUROC"))
+  if len(clients) > MAX_BARS:
+    sizes = [sum(row["train"]) for row in hospitals["hospitals"]]
+    with new_figure(path, (WIDTH, 4.6), f"{title} · {len(clients)} hospitals") as figure:
+      for axis, (key, label) in zip(figure.subplots(1, 2), panels, strict=True):
+        _draw_hospital_dots(axis, key, label, who, clients, alone, sizes)
+    return
+  height = 0.62 if alone else 0.36
+  with new_figure(path, (WIDTH, 1.9 + height * len(clients)), title) as figure:
+    axes = figure.subplots(1, 2, sharey=True)
+    for axis, (key, label) in zip(axes, panels, strict=True):
+      groups = [(who, GLOBAL, clients)]
+      groups += [("trained alone", ALONE, alone)] if alone else []
+      thickness = 0.76 / len(groups)
+      for place, (name, colour, rows) in enumerate(groups):
+        values = _array([row[key] for row in rows])
+        y = np.arange(len(rows)) + (place - (len(groups) - 1) / 2) * thickness
+        axis.barh(y, values, height=thickness * 0.94, color=colour, label=name)
+        for at, value in zip(y, values, strict=True):
+          text = "–" if np.isnan(value) else f"{value:.3f}"
+          axis.text(1.025, at, text, va="center", fontsize=9, color="#444444")
+      overall = summary["test"][key]
+      if overall is not None:
+        axis.axvline(overall, color=GLOBAL, linestyle="--", linewidth=1.2, zorder=0.5,
+                     label=f"{who}, all test images")  # fmt: skip
+      axis.set(title=label, xlim=(0, 1.13), xticks=np.linspace(0, 1, 6))
+      axis.grid(visible=False, axis="y")
+    names = labels([client["name"] for client in clients], "hospital")
+    axes[0].set_yticks(range(len(clients)), names)
+    axes[0].invert_yaxis()
+    add_legend(figure, axes[0])
+
+
+def _draw_hospital_dots(
+  axis: Any,
+  key: str,
+  label: str,
+  who: str,
+  clients: list[dict[str, Any]],
+  alone: list[dict[str, Any]] | None,
+  sizes: list[int],
+) -> None:
+  """A dot for each of many hospitals: against the one trained alone, or against its size."""
+  values = _array([client[key] for client in clients])
+  if alone is None:
+    axis.scatter(sizes, values, s=16, color=GLOBAL, alpha=0.6, linewidth=0)
+    axis.set(title=label, xlabel="train images of the hospital", ylabel=who)
+    axis.set(xscale="log", ylim=(min(axis.get_ylim()[0], 0.9), 1.01))
+    axis.xaxis.set_major_formatter("{x:.0f}")
+    return
+  local = _array([row[key] for row in alone])
+  axis.plot([0, 1], [0, 1], color=QUIET, linewidth=1, linestyle="--")
+  axis.scatter(local, values, s=16, color=GLOBAL, alpha=0.6, linewidth=0)
+  both = ~(np.isnan(values) | np.isnan(local))
+  better = int(np.sum(values[both] > local[both]))
+  low = min([0.9, *local[both], *values[both]]) - 0.02
+  axis.set(
+    title=f"{label}: {who} better in {better} of {int(both.sum())}",
+    xlabel="trained alone", ylabel=who, xlim=(low, 1.01), ylim=(low, 1.01),
+  )  # fmt: skip
+
+
+def draw_confusion(path: pathlib.Path, summary: dict[str, Any], hospitals: dict[str, Any]) -> None:
+  """Confusion matrix of the last round over all test images: counts and share of the true class."""
+  names, counts = labels(hospitals["class_names"], "class"), np.array(summary["confusion"])
+  shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+  side, turned = 2.2 + 0.85 * len(names), len(names) >= 4 or inches(names) > 0.9
+  side += max(0.0, inches(names) - 0.9)
+  context = context_line(hospitals["split"]["scheme"], summary["epsilon_max"])
+  with new_figure(path, (side + 0.9, side), f"Round {summary['rounds']}\n{context}") as figure:
+    axis = figure.subplots()
+    axis.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    for row, column in np.ndindex(counts.shape):
+      colour = "white" if shares[row, column] > 0.55 else "#222222"
+      text = f"{counts[row, column]}\n{shares[row, column]:.1%}"
+      axis.text(column, row, text, ha="center", va="center", color=colour)
+    axis.set(title="images, and share of the true class", xlabel="predicted", ylabel="true class")
+    axis.set_xticks(range(len(names)), names, rotation=45 if turned else 0)
+    axis.set_yticks(range(len(names)), names)
+    axis.grid(visible=False)
+
+
+def draw_examples(
+  path: pathlib.Path,
+  images: Sequence[Sequence[np.ndarray | None]],  # [hospital][column] of [H, W] uint8
+  hospital_names: Sequence[str],
+  column_titles: Sequence[str],
+  title: str = "Train images",
+) -> None:
+  """A grid of example images, a row for each hospital; None where it holds no such image.
+
+  Names and titles are drawn as they are: see ``labels``.
+  """
+  rows, columns = len(hospital_names), len(column_titles)
+  width = max(1.9, 0.9 + inches(hospital_names)) + max(1.15, inches(column_titles)) * columns
+  with new_figure(path, (width, 0.7 + 1.15 * rows), title) as figure:
+    grid = figure.subplots(rows, columns, squeeze=False)
+    for row, name in enumerate(hospital_names):
+      for axis, image in zip(grid[row], images[row], strict=True):
+        axis.set(xticks=[], yticks=[])
+        axis.grid(visible=False)
+        axis.spines[:].set_visible(False)
+        axis.set_box_aspect(1)
+        if image is None:
+          axis.text(0.5, 0.5, "none", ha="center", va="center", color=QUIET)
+          continue
+        axis.imshow(image, cmap="gray", vmin=0, vmax=255)
+      grid[row][0].set_ylabel(name, rotation=0, ha="right", va="center")
+    for axis, title in zip(grid[0], column_titles, strict=True):
+      axis.set_title(title, loc="center", fontsize=9.5)
+
+
+@contextlib.contextmanager
+def new_figure(path: pathlib.Path, size: tuple[float, float], title: str) -> Iterator[Any]:
+  """A figure in the house style, ``size`` in inches, written to ``path`` (.png, .pdf) at the end.
+
+  The file is whole or not there. It never touches pyplot, so it needs no display and leaves no
+  global state behind.
+  """
+  import matplotlib
+  from matplotlib.figure import Figure
+
+  with matplotlib.rc_context({**STYLE, "font.family": families()}):
+    figure = Figure(figsize=size, layout="constrained")
+    figure.suptitle(title, x=0.01, ha="left")
+    yield figure
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Neither software nor date: the bytes depend on the data only.
+    unsaid = {"Software": None} if path.suffix == ".png" else {"CreationDate": None}
+    kind = path.suffix.removeprefix(".")
+    write_whole(path, lambda place: figure.savefig(place, format=kind, dpi=DPI, metadata=unsaid))
+
+
+def add_legend(figure: Any, axis: Any) -> None:
+  """One legend for the whole figure, under it, from the entries of ``axis``."""
+  handles, entries = axis.get_legend_handles_labels()
+  widths = [0.65 + 0.075 * len(entry) for entry in entries]  # inches, at 10 points
+
+  def needed(columns: int) -> float:
+    rows = -(-len(widths) // columns)  # a column is filled before the next
+    return sum(max(widths[start : start + rows]) for start in range(0, len(widths), rows))
+
+  fitting = (n for n in range(len(widths), 1, -1) if needed(n) <= figure.get_figwidth())
+  figure.legend(handles, entries, loc="outside lower center", ncols=next(fitting, 1))
+
+
+def _class_colours(num_classes: int) -> list[Any]:
+  """One colour a class: the palette while it lasts, then steps along a colour map."""
+  if num_classes <= len(CLASS_COLOURS):
+    return list(CLASS_COLOURS[:num_classes])
+  import matplotlib
+
+  return list(matplotlib.colormaps["viridis"](np.linspace(0, 1, num_classes)))
+
+
+def _array(values: Any) -> np.ndarray:
+  """f64 array of a nested list in which None stands for an undefined value (NaN)."""
+  return np.array(values, dtype=object).astype(np.float64)
+
+
+def _all_nan(values: np.ndarray) -> bool:
+  return bool(np.isnan(values).all())
+
+
+def _curve(lines: list[dict[str, Any]], key: str) -> tuple[np.ndarray, np.ndarray]:
+  """Rounds and values of one key of the log lines."""
+  return np.array([line["round"] for line in lines]), _array([line[key] for line in lines])
+
+
+def _marker(lines: list[dict[str, Any]]) -> str | None:
+  """Dots on short curves, so that a run of one log point is still visible."""
+  return "o" if len(lines) <= 30 else None

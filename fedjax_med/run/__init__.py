@@ -1,0 +1,1 @@
+"""Trains a run in its workdir: rounds, log points, checkpoints, baselines, files."""

@@ -1,0 +1,244 @@
+"""What a run says on the terminal: what will happen, live progress, the result per hospital."""
+
+import contextlib
+import pathlib
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import (
+  BarColumn,
+  MofNCompleteColumn,
+  Progress,
+  TextColumn,
+  TimeRemainingColumn,
+)
+from rich.table import Table
+from rich.text import Text
+
+from fedjax_med.core.metrics import about_classes, positive_class
+from fedjax_med.core.text import encodable, visible
+from fedjax_med.folder.data_notes import data_notes
+from fedjax_med.folder.secret import is_private
+from fedjax_med.prepare.experiment import Experiment
+from fedjax_med.prepare.synthetic_images import left_out
+from fedjax_med.privacy.guarantees import SEVERAL_IMAGES, UNITS
+from fedjax_med.run.loop import Listener, LogPoint, Outcome
+from fedjax_med.run.summaries import FILES, hospital_record
+from fedjax_med.simulation.processes import is_first
+
+MOST_ROWS = 20  # hospitals in a table on the terminal; files and report hold all of them
+
+
+class Terminal(Console):
+  """A console that spells out what its encoding lacks before columns are laid out, not after."""
+
+  def render_str(self, text: str, **options: Any) -> Text:
+    return super().render_str(encodable(text, self.encoding), **options)
+
+
+def make_console() -> Console:
+  """Colours and a live bar on a terminal, plain lines of fixed width elsewhere.
+
+  Only the first of several processes prints. A name with colons is no emoji.
+  """
+  if not is_first():
+    return Console(quiet=True, force_terminal=False)
+  console = Terminal(highlight=False, emoji=False)
+  return console if console.is_terminal else Terminal(highlight=False, emoji=False, width=110)
+
+
+def shown_path(path: pathlib.Path) -> str:
+  """A path as markup: brackets, ends of line and bytes that are no text are part of it."""
+  return escape(visible(str(path)))
+
+
+def number(value: float | None, digits: int = 3) -> str:
+  """A metric for people: a dash where it is undefined."""
+  return "–" if value is None else f"{value:.{digits}f}"
+
+
+def describe(
+  console: Console,
+  experiment: Experiment,
+  rounds: int,
+  planned: tuple[float, ...],
+  client_epsilon: float | None,
+  num_parameters: int,
+) -> None:
+  """Prints what will run: data, hospitals, model, plan, and the ε spent after ``rounds`` rounds."""
+  config, hospitals = experiment.config, experiment.hospitals
+  dataset, split = hospitals.dataset, hospitals.split
+  height, width = dataset.inputs.shape[1:3]
+  positive = positive_class(dataset.class_names)
+  classes = ", ".join(dataset.class_names) + (f"; positive class: '{positive}'" if positive else "")
+  console.print(
+    f"[bold]{len(hospitals.names)} hospitals[/] share {dataset.num_real} images"
+    f" ({config.data.source}, {height}x{width}, classes {escape(classes)});"
+    f" {len(split.train)} train, {len(split.test)} test, split '{split.scheme}',"
+    f" partition '{config.partition.scheme}'"
+  )
+  if dataset.num_synthetic:
+    told = ", ".join(f"{name}: {label}" for name, label in left_out(hospitals))
+    console.print(
+      f"GANs of the hospitals add {dataset.num_synthetic} synthetic train images"
+      f" (client.synthetic_share={config.client.synthetic_share:g})"
+      + (f"; too few images to learn from, so that none are made: {escape(told)}" if told else "")
+    )
+  if split.num_test_with_duplicate_in_train:
+    console.print(
+      f"[yellow]{split.num_test_with_duplicate_in_train} of {len(split.test)} test images have a"
+      " near-duplicate in train: the score will be optimistic[/]"
+    )
+  private = is_private(config)
+  held = hospital_record(hospitals, names=not private)
+  for note in data_notes(held, config.privacy.unit, show_names=not private):
+    console.print(f"[yellow]{escape(note.text)}[/]" if note.warning else escape(note.text))
+  if private and (dataset.skipped or split.contradictions.pairs):
+    console.print(f"  which files: {FILES} in the folder of the run; it is for your eyes alone")
+  console.print(
+    f"Model {config.model.name} (norm {config.model.norm}, {num_parameters:,} parameters);"
+    f" {config.server.num_rounds} rounds of {config.server.algorithm}"
+  )
+  if experiment.program.origin:
+    console.print(f"  starts from {escape(experiment.program.origin)}")
+  for reason in experiment.program.plan.reasons:
+    console.print(f"  plan: {escape(reason)}")
+  console.print(_hospital_table(experiment, planned))
+  total = config.server.num_rounds
+  end = "" if rounds == total else f"; the budget stops the run before round {rounds + 1}"
+  if experiment.local:
+    console.print(
+      f"Privacy of {UNITS[experiment.local.unit].protects}, zero-out adjacency, DP-SGD:"
+      f" {rounds} of {total} rounds would spend ε = {max(planned):.3f} at the worst hospital{end}"
+    )
+  if experiment.central:
+    (mechanism,) = experiment.central.mechanisms
+    console.print(
+      f"Privacy of {UNITS['client'].protects}, with a trusted server, DP-FedAvg:"
+      f" q {mechanism.sampling_probability:g}, σ {mechanism.noise_multiplier:.3f}, clip norm"
+      f" {mechanism.clip_norm:g}, δ {experiment.central.deltas[0]:.1e}; {rounds} of {total} rounds"
+      f" would spend ε = {client_epsilon:.3f}{end}"
+    )
+  if not experiment.guarantees:
+    console.print("Privacy: none (privacy.mechanism=none)")
+
+
+def _hospital_table(experiment: Experiment, planned: tuple[float, ...]) -> Table:
+  hospitals = experiment.hospitals
+  table = Table(title="Who trains", title_justify="left")
+  table.add_column("hospital")
+  made = hospitals.train.counts - hospitals.real_counts
+  columns = ["train", *(["synthetic"] if made.any() else []), "test", "steps/round"]
+  local = experiment.local
+  several = local is not None and local.unit in SEVERAL_IMAGES
+  if local and several:
+    columns.append(f"{local.unit}s")
+  columns += ["q", "batch cap", "σ", "δ", "ε planned"] if local else []
+  for column in columns:
+    table.add_column(column, justify="right")
+  for k, name in enumerate(hospitals.names[:MOST_ROWS]):
+    row = [escape(name), str(hospitals.real_counts[k]), *([str(made[k])] if made.any() else [])]
+    row += [str(hospitals.test.counts[k]), str(experiment.steps[k])]
+    if local:
+      mechanism = local.mechanisms[k]
+      row += [str(mechanism.num_units)] if several else []
+      row += [f"{mechanism.sampling_probability:.4f}", str(mechanism.batch_cap)]
+      row += [f"{mechanism.noise_multiplier:.3f}", f"{local.deltas[k]:.1e}"]
+      row.append(f"{planned[k]:.3f}")
+    table.add_row(*row)
+  table.caption = _rest(len(hospitals.names))
+  return table
+
+
+def _rest(total: int) -> str | None:
+  return (
+    f"and {total - MOST_ROWS} more hospitals (all in the report)" if total > MOST_ROWS else None
+  )
+
+
+@contextlib.contextmanager
+def progress(console: Console, name: str, num_rounds: int) -> Iterator[Listener]:
+  """A listener for ``train_rounds``: a live bar on a terminal, a line a log point elsewhere."""
+  started: list[tuple[float, int]] = []  # (time, round) of the first log point of this process
+
+  def status(point: LogPoint) -> str:
+    parts = [f"accuracy {number(point.test['accuracy'])}", f"AUROC {number(point.test['auroc'])}"]
+    if point.epsilons:
+      parts.append(f"ε {max(point.epsilons):.3f}")
+    if point.client_epsilon is not None:
+      parts.append(f"ε of a hospital {point.client_epsilon:.3f}")
+    return "  ".join(parts)
+
+  def time_left(done: int) -> str:
+    if not started:
+      started.append((time.monotonic(), done))
+    begin, first = started[0]
+    if done <= first:
+      return ""
+    left = (time.monotonic() - begin) / (done - first) * (num_rounds - done)
+    return f"  {left:.0f} s left"
+
+  if not console.is_terminal:
+
+    def line(point: LogPoint) -> None:
+      left = time_left(point.rounds)
+      console.print(f"{escape(name)}: round {point.rounds}/{num_rounds}  {status(point)}{left}")
+
+    yield line
+    return
+
+  columns = (
+    TextColumn("{task.description}", markup=False),
+    BarColumn(),
+    MofNCompleteColumn(),
+    TextColumn("{task.fields[status]}", markup=False),
+    TimeRemainingColumn(),
+  )
+  with Progress(*columns, console=console) as bar:
+    task = bar.add_task(name, total=num_rounds, status="compiling")
+
+    def update(point: LogPoint) -> None:
+      bar.update(task, completed=point.rounds, status=status(point))
+
+    yield update
+
+
+def results(console: Console, experiment: Experiment, outcome: Outcome) -> None:
+  """Prints the final table: a line a hospital and one for all test images together."""
+  point = outcome.last
+  table = Table(title=f"Test results after {point.rounds} rounds", title_justify="left")
+  table.add_column("hospital")
+  names = ["n test", "accuracy", "AUROC", "sensitivity", "specificity", "F1"]
+  for column in [*names, *(["ε"] if point.epsilons else [])]:
+    table.add_column(column, justify="right")
+
+  def add(name: str, line: dict[str, Any], spent: float | None) -> None:
+    values = [line[key] for key in ("accuracy", "auroc", "recall", "specificity", "f1")]
+    row = [escape(name), str(line["n"]), *map(number, values)]
+    table.add_row(*row, *([number(spent)] if point.epsilons else []))
+
+  for k, line in enumerate(point.clients[:MOST_ROWS]):
+    add(line["name"], line, point.epsilons[k] if point.epsilons else None)
+  table.add_section()
+  add(
+    "all",
+    point.test,
+    float(np.max(point.epsilons)) if point.epsilons else None,
+  )
+  about = escape(about_classes(positive_class(experiment.hospitals.dataset.class_names)))
+  table.caption = "\n".join(filter(None, [_rest(len(point.clients)), about]))
+  console.print(table)
+  if outcome.stopped == "budget":
+    config = experiment.config
+    budgets = {
+      "privacy.target_epsilon": config.privacy.target_epsilon,
+      "client_privacy.target_epsilon": config.client_privacy.target_epsilon,
+    }
+    told = " or ".join(f"{name}={value:g}" for name, value in budgets.items() if value)
+    console.print(
+      f"[yellow]Stopped after round {point.rounds}: the next round would cross {told}[/]"
+    )

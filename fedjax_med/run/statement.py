@@ -1,0 +1,50 @@
+"""The privacy statement of a run, written from the files of its workdir."""
+
+import pathlib
+from typing import TYPE_CHECKING, Any
+
+from fedjax_med.core.errors import require
+from fedjax_med.folder.data_notes import patient_note
+from fedjax_med.folder.writing import write_text
+from fedjax_med.privacy import claims
+from fedjax_med.privacy.statement import (
+  write_out,
+)
+
+if TYPE_CHECKING:
+  pass
+from fedjax_med.folder.reading import read_json
+
+
+def read_audit(workdir: pathlib.Path) -> dict[str, Any] | None:
+  """audit.json, if there is one; UserError where it is of another run."""
+  path = workdir / "audit.json"
+  if not path.exists():
+    return None
+  found, own = read_json(path), read_json(workdir / "config.json").get("run_id")
+  require(
+    found.get("run_id") == own,
+    f"{path} is of run {found.get('run_id')}, the folder of run {own}",
+    "remove it, or run python -m fedjax_med.audit with this --workdir again",
+  )
+  return found
+
+
+def write_statement(workdir: pathlib.Path) -> pathlib.Path:
+  """Writes WORKDIR/privacy_statement.md from privacy.json, and audit.json if there is one.
+
+  Raises:
+    UserError: a file is missing or is not what a run writes, or privacy.json does not follow from
+      the ledger.
+  """
+  path = workdir / "privacy_statement.md"
+  write_text(path, statement_text(workdir))
+  return path
+
+
+def statement_text(workdir: pathlib.Path) -> str:
+  """What the privacy statement has to say; see ``write_statement``."""
+  record, config = claims.read(workdir), read_json(workdir / "config.json")
+  held, unit = read_json(workdir / "hospitals.json"), config["config"]["privacy"]["unit"]
+  patients = patient_note(held, unit).text
+  return write_out(record, config["run_id"], read_audit(workdir), patients)

@@ -1,0 +1,160 @@
+"""What is written down of a run: its configuration, its hospitals, its results."""
+
+import importlib.metadata
+import pathlib
+import platform
+from typing import Any
+
+import jax
+import numpy as np
+
+from fedjax_med import __version__
+from fedjax_med.core.config import to_dict
+from fedjax_med.core.metrics import confusion_matrix
+from fedjax_med.data.dataset import Hospitals, client_rows
+from fedjax_med.folder import writing as files
+from fedjax_med.folder.secret import is_private
+from fedjax_med.models.registry import network_record
+from fedjax_med.prepare.experiment import Experiment
+from fedjax_med.prepare.synthetic_images import digest as synthetic_digest
+from fedjax_med.prepare.synthetic_images import left_out
+from fedjax_med.run.checkpoints import digest
+from fedjax_med.run.loop import Outcome, evaluated, evaluation_rows
+
+# Names of files of a private run: left out, or with a twin in another class.
+FILES = "files.json"
+PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "dp-accounting", "numpy")
+
+
+def num_parameters(experiment: Experiment) -> int:
+  """Trained weights of the model."""
+  params = jax.eval_shape(experiment.program.initial).server.params
+  return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(params))
+
+
+def config_record(experiment: Experiment, command: str) -> dict[str, Any]:
+  """config.json: what was asked, with what, and what must stand beside every result."""
+  versions = {name: importlib.metadata.version(name) for name in PACKAGES}
+  versions |= {"fedjax_med": __version__, "python": platform.python_version()}
+  notes = list(experiment.hospitals.dataset.notes)
+  if experiment.program.origin:
+    notes.append(
+      f"Training starts from {experiment.program.origin}: what those weights were trained on is"
+      " outside the privacy statement."
+    )
+  return {
+    "run_id": experiment.run_id,
+    "command": command,
+    "device": f"{jax.devices()[0].device_kind} x {jax.device_count()}",
+    "versions": versions,
+    "notes": notes,
+    "network": network_record(
+      experiment.config.model, len(experiment.hospitals.dataset.class_names)
+    ),
+    "config": to_dict(experiment.config),
+  }
+
+
+def write_hospitals(folder: pathlib.Path, experiment: Experiment) -> None:
+  """Writes hospitals.json; names of files go into files.json, for the owner, in private runs."""
+  hospitals, private = experiment.hospitals, is_private(experiment.config)
+  files.write_json(folder / "hospitals.json", hospital_record(hospitals, names=not private))
+  if private:
+    full = hospital_record(hospitals)
+    named = {"skipped": full["skipped"], "contradictions": full["contradictions"]["pairs"]}
+    files.write_private_json(folder / FILES, named)
+
+
+def hospital_record(hospitals: Hospitals, names: bool = True) -> dict[str, Any]:
+  """hospitals.json: who holds how many examples of each class, and what is known of the split.
+
+  ``train`` counts real images; ``synthetic``, where there are any, stands beside it. Without
+  ``names`` no file is named: a left-out one is "", with what is known of it but for its decoder's
+  words, and pictures that contradict each other are only counted.
+  """
+  dataset, split = hospitals.dataset, hospitals.split
+  classes = len(dataset.class_names)
+
+  def per_class(rows: np.ndarray) -> list[int]:
+    return np.bincount(dataset.labels[rows], minlength=classes).tolist()
+
+  def holds(k: int, name: str) -> dict[str, Any]:
+    real, made = np.split(client_rows(hospitals.train)[k], [hospitals.real_counts[k]])
+    test = client_rows(hospitals.test)[k]
+    counts = {"name": name, "train": per_class(real), "test": per_class(test)}
+    return {**counts, "synthetic": per_class(made)} if dataset.num_synthetic else counts
+
+  skipped = [list(item) for item in dataset.skipped]
+  if not names:  # a decoder's words may hold the name as well
+    skipped = sorted(["", _without_detail(reason), *rest] for _, reason, *rest in skipped)
+  record: dict[str, Any] = {
+    "class_names": list(dataset.class_names),
+    "split": {
+      "scheme": split.scheme,
+      "num_train": len(split.train),
+      "num_test": len(split.test),
+      "num_duplicate_groups": split.num_duplicate_groups,
+      "num_in_duplicate_groups": split.num_in_duplicate_groups,
+      "num_test_with_duplicate_in_train": split.num_test_with_duplicate_in_train,
+      "num_test_of_train_patients": split.num_test_of_train_patients,
+    },
+    "num_moved": hospitals.num_moved,
+    "num_elsewhere": hospitals.num_elsewhere,
+    "sites": {"count": len(dataset.site_names), "are_hospitals": hospitals.by_site},
+    "mixture_shifts": hospitals.mixture_shifts,
+    "contradictions": {
+      **split.contradictions._asdict(),
+      "pairs": [list(pair) for pair in split.contradictions.pairs if names],
+    },
+    "patients": dataset.patient_counts and dataset.patient_counts._asdict(),
+    "grey": dataset.grey._asdict(),
+    "skipped": skipped,
+    "hospitals": [holds(k, name) for k, name in enumerate(hospitals.names)],
+  }
+  if dataset.num_synthetic:
+    left = [list(each) for each in left_out(hospitals)]
+    record["synthetic"] = {"sha256": synthetic_digest(hospitals), "left_out": left}
+  return record
+
+
+def _without_detail(reason: str) -> str:
+  unreadable = "cannot be read"
+  return unreadable if reason.startswith(f"{unreadable} (") else reason
+
+
+def _cost(experiment: Experiment, outcome: Outcome) -> dict[str, Any]:
+  """Local steps of all hospitals, and megabytes of float32 values that would have been sent."""
+  steps = np.asarray(outcome.state.steps)
+  visits = (steps // experiment.steps).sum()
+  size = 4 * sum(experiment.program.parts.message)
+  return {"steps": int(steps.sum()), "megabytes": round(float(visits * size) / 1e6, 6)}
+
+
+def summary_record(experiment: Experiment, outcome: Outcome, name: str) -> dict[str, Any]:
+  """Results only, no times: an interrupted and an unbroken run write the same bytes."""
+  hospitals = experiment.hospitals
+  labels = hospitals.dataset.labels[evaluation_rows(experiment)]
+  plan = experiment.program.plan
+  weights = evaluated(experiment.program.parts, outcome.state)
+  images = {}
+  if hospitals.dataset.num_synthetic:
+    real = hospitals.real_counts
+    images = {"real": real.tolist(), "synthetic": (hospitals.train.counts - real).tolist()}
+  return {
+    "run_id": experiment.run_id,
+    "config_name": name,
+    "rounds": outcome.last.rounds,
+    "stopped": outcome.stopped,
+    "predicts": "own models" if experiment.program.parts.personal else "global model",
+    "epsilon_max": max(outcome.last.epsilons, default=outcome.last.client_epsilon),
+    "client_epsilon": outcome.last.client_epsilon,
+    "test": outcome.last.test,
+    "clients": outcome.last.clients,
+    "confusion": confusion_matrix(outcome.last.probabilities, labels).tolist(),
+    "num_parameters": num_parameters(experiment),
+    **_cost(experiment, outcome),
+    "split": hospitals.split.scheme,
+    **({"train_images": images} if images else {}),
+    "plan": {**plan._asdict(), "reasons": list(plan.reasons)},
+    "weights_sha256": digest(weights if experiment.program.parts.personal else weights.params),
+  }

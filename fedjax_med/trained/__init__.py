@@ -1,0 +1,1 @@
+"""Uses of a trained model: predictions, exports, pictures of where it looks."""

@@ -1,0 +1,106 @@
+"""A trained model as a file that others can load: a compiled program, or weights by name."""
+
+import json
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import export
+
+from fedjax_med.core.metrics import positive_class
+from fedjax_med.core.text import encodable
+from fedjax_med.folder.writing import write_text, write_whole
+from fedjax_med.models.networks.norms import EPSILON
+from fedjax_med.models.networks.pretrained import to_state_dict
+from fedjax_med.privacy import claims
+from fedjax_med.simulation.evaluation import make_classify
+from fedjax_med.trained.loading import Trained
+
+PLATFORMS = ("cpu", "cuda", "tpu")
+
+
+def export_program(trained: Trained) -> bytes:
+  """A serialised program of images [b, H, W, C] -> float32 probabilities [b, classes].
+
+  Images are uint8, or uint16 for a run on pictures of more than 8 bits.
+
+  Weights and normalisation are inside, b is any number, and it runs on each of ``PLATFORMS``:
+  ``jax.export.deserialize(data).call(images)`` needs jax and nothing of this package. ``trained``
+  should be lowered natively, which every platform knows best.
+  """
+  classify = make_classify(trained.model, trained.config.data.normalisation)
+  params, state = jax.tree.map(jnp.asarray, (trained.params, trained.state))
+  (batch,) = export.symbolic_shape("b")
+  images = jax.ShapeDtypeStruct((batch, *trained.image_shape), trained.grey.dtype)
+  program = jax.jit(lambda images: classify(params, state, images))
+  return bytes(export.export(program, platforms=PLATFORMS)(images).serialize())
+
+
+def describe(trained: Trained, privacy: dict[str, Any]) -> dict[str, Any]:
+  """What a user of the exported model has to know."""
+  guarantees = [
+    {
+      "unit": each["unit"],
+      "epsilon": each["epsilon_max"],
+      "delta": max((party["delta"] for party in each["parties"]), default=None),
+    }
+    for each in privacy.get("guarantees", [])
+  ]
+  data, grey = trained.config.data, trained.grey
+  top = np.iinfo(grey.dtype).max
+  positive = positive_class(trained.class_names)
+  how = {
+    "image": "each image minus its mean, divided by its standard deviation or by 1 if that is less",
+    "fixed": f"pixel / {top / 2:g} - 1",
+  }
+  return {
+    "run_id": trained.run_id,
+    "rounds": trained.rounds,
+    **({"hospital": encodable(trained.hospital)} if trained.hospital else {}),
+    "network": trained.config.model.name,
+    "norm": trained.config.model.norm,
+    "classes": [encodable(name) for name in trained.class_names],
+    **({"positive_class": encodable(positive)} if positive else {}),
+    "image_size": data.image_size,
+    "channels": trained.image_shape[2],
+    "pixels": f"{np.dtype(grey.dtype)}, one grey channel, resized to a square with bicubic"
+    f" antialiasing; 0 is the value {grey.low:g} of the files and {top} the value {grey.high:g}",
+    "normalisation": f"{data.normalisation}: {how.get(data.normalisation, '')}",
+    "norm_epsilon": EPSILON,
+    "privacy": guarantees or "none",
+  }
+
+
+def export_model(trained: Trained, how: str, output: pathlib.Path) -> str:
+  """Writes ``output``, a program (jax) or weights (safetensors); returns what it holds, in words.
+
+  A .safetensors file has the description in its metadata, a program beside it as OUTPUT.json.
+
+  Raises:
+    UserError: privacy.json does not follow from the ledger.
+  """
+  about = describe(trained, claims.read(trained.folder))
+  output.parent.mkdir(parents=True, exist_ok=True)
+  if how == "jax":
+    program = export_program(trained)
+    write_whole(output, lambda place: place.write_bytes(program))
+    beside = output.with_name(f"{output.name}.json")
+    text = json.dumps({**about, "platforms": list(PLATFORMS)}, indent=2, ensure_ascii=False)
+    write_text(beside, f"{text}\n")
+    size = trained.image_shape[0]
+    return (
+      f"a program of {np.dtype(trained.grey.dtype)} images [b, {size}, {size}, 1] to probabilities"
+      f" [b, {len(trained.class_names)}] for {', '.join(PLATFORMS)}; {beside.name} describes it"
+    )
+  from safetensors.numpy import save_file
+
+  arrays, naming = to_state_dict(trained.params, trained.state, trained.stem_pool_padding)
+  metadata = {"format": "pt", "naming": naming}
+  for name, value in about.items():
+    metadata[name] = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+  write_whole(output, lambda place: save_file(arrays, place, metadata))
+  count = sum(int(np.prod(array.shape)) for array in arrays.values())
+  known = {"flax": "named by their place in Flax"}.get(naming, f"named as in {naming}")
+  return f"{len(arrays)} arrays with {count:,} numbers in PyTorch's layout, {known}"

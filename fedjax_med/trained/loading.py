@@ -1,0 +1,283 @@
+"""The model that a run has trained, from its workdir alone: neither data nor pretrained file."""
+
+import functools
+import json
+import pathlib
+import runpy
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from fedjax_med import __version__
+from fedjax_med.core.config import Config, from_dict
+from fedjax_med.core.errors import UserError, require, require_choice
+from fedjax_med.core.keys import base_key
+from fedjax_med.data.grey import EIGHT_BITS, Grey
+from fedjax_med.federated.algorithm import FederatedAlgorithm
+from fedjax_med.federated.registry import ALGORITHMS, create_algorithm
+from fedjax_med.folder.writing import require_text
+from fedjax_med.models.model import Model, from_flax
+from fedjax_med.models.ops import Lowering
+from fedjax_med.models.registry import MODELS, recreate_module
+from fedjax_med.prepare.layout import choose_lowering
+from fedjax_med.privacy import ledger
+from fedjax_med.privacy.banded import empty_memory
+from fedjax_med.run.checkpoints import Restored, restore_model
+from fedjax_med.simulation.mesh import cpu_cores
+
+CHANNELS = 1  # data/images.py makes one grey channel of every picture
+
+
+class Trained(NamedTuple):
+  """A run's global model, or that of one of its hospitals, ready to be used.
+
+  Attributes:
+    folder: the workdir.
+    run_id: fingerprint of the run.
+    config: of the run.
+    class_names: in the order of the model's outputs.
+    rounds: that the weights were trained for.
+    model: the network.
+    params: weights that the run is measured by: the average over rounds where it keeps one.
+    state: stored statistics, {} for most networks.
+    grey: how the run made pixels of grey values.
+    stem_pool_padding: of the network's stem, empty where it has no such choice.
+    hospital: whose model it is; empty for the global one.
+  """
+
+  folder: pathlib.Path
+  run_id: str
+  config: Config
+  class_names: tuple[str, ...]
+  rounds: int
+  model: Model
+  params: Any
+  state: Any
+  grey: Grey
+  stem_pool_padding: str
+  hospital: str
+
+  @property
+  def described(self) -> str:
+    """Where the model is from, for people."""
+    whose = f", the model of {self.hospital}" if self.hospital else ""
+    return f"run {self.run_id} after round {self.rounds}{whose}"
+
+  @property
+  def image_shape(self) -> tuple[int, int, int]:
+    """(H, W, C) of what the network sees."""
+    return self.config.data.image_size, self.config.data.image_size, CHANNELS
+
+  @property
+  def private(self) -> bool:
+    """Whether the run promises differential privacy."""
+    levels = self.config.privacy, self.config.client_privacy
+    return any(level.mechanism != "none" for level in levels)
+
+
+def load(
+  folder: pathlib.Path, network: str = "", hospital: str = "", lowering: Lowering | None = None
+) -> Trained:
+  """Loads the newest checkpoint of a finished or interrupted run.
+
+  Args:
+    folder: the workdir.
+    network: Python file that registers a network of the user's own; empty without one.
+    hospital: name of the hospital whose model is meant, where the algorithm leaves each one of its
+      own; empty for the global model.
+    lowering: how convolutions run; None as the run would choose it here.
+
+  Raises:
+    UserError: the folder holds no run or no weights, another version of this package or another
+      network was trained, or the run has no global model, or no model of that hospital, or its
+      ledger does not count the rounds of the weights.
+  """
+  run = _read_run(folder)
+  config, saved = run.config, run.network
+  algorithm = _whose(folder, run, hospital)
+  if network:
+    require(
+      saved.get("source_sha256") != "" or config.model.name not in MODELS,
+      f"--network={network} registers a network of your own, and {folder} trained"
+      f" model.name='{config.model.name}' of this package",
+      "leave out --network",
+    )
+    _register(network)
+  cores = cpu_cores()
+  lowering = lowering or choose_lowering(config.execution.lowering, cores)[0]
+  module = recreate_module(config.model, len(run.class_names), saved)
+  model = from_flax(module, lowering=lowering)
+  size = config.data.image_size
+  image = jnp.zeros((1, size, size, CHANNELS), jnp.float32)
+  like = jax.eval_shape(model.init, base_key(0), image)
+  kept = jax.eval_shape(algorithm.init_client, *like) if algorithm else None
+  client = run.hospitals.index(hospital) if hospital else 0
+  found = restore_model(folder, run.run_id, like, kept, client)
+  if found is None:
+    raise UserError(
+      f"{folder} holds no checkpoint, because the run ended before its first log point or is a"
+      " point of a sweep, which keeps no weights; train it by itself with the command in its"
+      " config.json"
+    )
+  _require_counted(folder, run, found)
+  params, state = found.params, found.state
+  if algorithm and algorithm.personal:
+    params, state = algorithm.personal(params, state, found.kept)
+  padding = getattr(module, "stem_pool_padding", "")
+  return Trained(
+    folder=folder,
+    run_id=run.run_id,
+    config=config,
+    class_names=run.class_names,
+    rounds=found.rounds,
+    model=model,
+    params=params,
+    state=state,
+    grey=run.grey,
+    stem_pool_padding=padding,
+    hospital=hospital,
+  )
+
+
+def _require_counted(folder: pathlib.Path, run: "_Run", found: Restored) -> None:
+  """Raises UserError unless the ledger of a private run counts the rounds of its weights."""
+  levels = run.config.privacy, run.config.client_privacy
+  if all(level.mechanism == "none" for level in levels):
+    return
+  book = ledger.read(folder)
+  require(
+    book.run_id == run.run_id,
+    f"{folder / ledger.FILE} is the ledger of run {book.run_id}, config.json is of {run.run_id}",
+    "give a folder that holds the files of one run",
+  )
+  ledger.require_covers(book, folder, found.head, found.rounds)
+
+
+class _Run(NamedTuple):
+  """What the files of a run say of it.
+
+  Attributes:
+    config: of the run.
+    class_names: in the order of the model's outputs.
+    hospitals: their names.
+    run_id: fingerprint of the run.
+    network: what the registry wrote down of the network.
+    grey: how the run made pixels of grey values.
+  """
+
+  config: Config
+  class_names: tuple[str, ...]
+  hospitals: list[str]
+  run_id: str
+  network: dict[str, Any]
+  grey: Grey
+
+
+def _read_run(folder: pathlib.Path) -> _Run:
+  """Reads config.json and hospitals.json; UserError where they are not this version's of a run."""
+  require(
+    folder.is_dir(),
+    f"--workdir={folder} is not a folder",
+    "give the folder of a run that fedjax_med.train has written",
+  )
+  require(
+    not (folder / "sweep.json").exists(),
+    f"--workdir={folder} is a sweep, whose points keep results but no weights",
+    "train the point by itself, with the command in points/NUMBER/config.json",
+  )
+  require_text(folder)
+  record, held = _read(folder / "config.json"), _read(folder / "hospitals.json")
+  try:
+    run = _Run(
+      config=from_dict(record["config"]),
+      class_names=tuple(held["class_names"]),
+      hospitals=[str(hospital["name"]) for hospital in held["hospitals"]],
+      run_id=str(record["run_id"]),
+      network=dict(record.get("network", {})),
+      grey=Grey(**held["grey"]) if "grey" in held else EIGHT_BITS,
+    )
+    version = str(record["versions"]["fedjax_med"])
+  except (KeyError, TypeError, ValueError) as error:
+    raise UserError(
+      f"{folder} holds a run of another version of fedjax_med ({error}); use the version that"
+      " its config.json names"
+    ) from error
+  require(
+    version == __version__,
+    f"{folder} was trained by fedjax_med {version} and this is {__version__}, whose networks may"
+    " make something else of the same weights",
+    "use the version that trained it, or train again",
+  )
+  return run
+
+
+def _whose(folder: pathlib.Path, run: _Run, hospital: str) -> FederatedAlgorithm | None:
+  """The algorithm if a hospital's own model is meant, None for the global one.
+
+  UserError where there is no such model.
+  """
+  config = run.config
+  algorithm = _algorithm(config) if hospital else None
+  if algorithm:
+    require(
+      algorithm.personal is not None,
+      f"--hospital={hospital}: under server.algorithm='{config.server.algorithm}' all hospitals"
+      " have the same model",
+      "leave out --hospital",
+    )
+    require_choice("--hospital", hospital, run.hospitals)
+  else:
+    entry = ALGORITHMS.get(config.server.algorithm)
+    require(
+      entry is None or entry.whole,
+      f"{folder} was trained with server.algorithm='{config.server.algorithm}', whose global model"
+      " lacks the layers that stay at the hospitals",
+      f"say whose model is meant, such as --hospital='{run.hospitals[0]}'",
+    )
+  return algorithm
+
+
+def _algorithm(config: Config) -> FederatedAlgorithm:
+  """The run's algorithm, to tell its models apart: it cannot train.
+
+  UserError if this version has none of that name.
+  """
+  bands = config.privacy.bands if config.privacy.mechanism != "none" else 1
+  no_training: Any = None
+  return create_algorithm(
+    config.server.algorithm,
+    no_training,
+    optax.identity(),
+    average=config.server.ema_decay > 0,
+    init_memory=functools.partial(empty_memory, bands=bands) if bands > 1 else lambda params: (),
+    personal_layers=config.server.personal_layers,
+  )
+
+
+def _read(path: pathlib.Path) -> dict[str, Any]:
+  try:
+    return dict(json.loads(path.read_text(encoding="utf-8")))
+  except FileNotFoundError as error:
+    raise UserError(
+      f"{path.parent} has no {path.name}; give the folder of a run that fedjax_med.train wrote"
+    ) from error
+  except (ValueError, TypeError) as error:  # UnicodeDecodeError is one
+    raise UserError(f"{path} is not what a run writes ({error}); restore it") from error
+
+
+def _register(file: str) -> None:
+  """Runs a user's Python file, which calls ``models.registry.register``."""
+  require(
+    pathlib.Path(file).expanduser().is_file(),
+    f"--network={file} is not a file",
+    "give the Python file that registers the run's network",
+  )
+  try:
+    runpy.run_path(str(pathlib.Path(file).expanduser()), run_name="fedjax_med_network")
+  except UserError:
+    raise
+  except Exception as error:  # whatever the user's file raises
+    reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+    raise UserError(f"--network={file} cannot be run ({reason}); correct the file") from error

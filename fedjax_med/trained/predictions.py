@@ -1,0 +1,267 @@
+"""Predictions of a trained model on pictures of any kind, as a table and as overlays."""
+
+import concurrent.futures
+import csv
+import hashlib
+import os
+import pathlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from PIL import Image
+
+from fedjax_med.core.errors import UserError, require
+from fedjax_med.core.text import REPLACING, readable
+from fedjax_med.data.files import EXTENSIONS, SYSTEM, File, counted, walk
+from fedjax_med.data.grey import Grey, to_eight_bits, to_pixels
+from fedjax_med.data.images import read_values
+from fedjax_med.data.normalisation import normalise
+from fedjax_med.folder.writing import write_whole
+from fedjax_med.models import grad_cam
+from fedjax_med.simulation.evaluation import make_classify
+from fedjax_med.trained.heat_pictures import overlay
+from fedjax_med.trained.loading import Trained
+
+LARGEST_SIDE = 1024  # of an overlay, pixels
+
+
+class Picture(NamedTuple):
+  """A file that was to be read.
+
+  Attributes:
+    path: where it is.
+    name: relative to the folder that was asked for, as ``core.text.readable`` writes it.
+    pixels: [H, W, C] uint8 or uint16 as the network sees it, None where it cannot be read.
+    error: why not; empty where it can.
+  """
+
+  path: pathlib.Path
+  name: str
+  pixels: np.ndarray | None
+  error: str
+
+
+class Looked(NamedTuple):
+  """What a model makes of B images, on the host.
+
+  Attributes:
+    probabilities: [B, classes] float32.
+    maps: [B, H', W'] float32 Grad-CAM of the class asked for.
+    gated: {block: Gated}; {} for a network without squeeze-and-excitation.
+  """
+
+  probabilities: np.ndarray
+  maps: np.ndarray
+  gated: dict[str, grad_cam.Gated]
+
+
+class Counts(NamedTuple):
+  """How many files were predicted, and (name, error) of those that were not."""
+
+  read: int
+  errors: list[tuple[str, str]]
+
+
+def make_probabilities(trained: Trained) -> Callable[[np.ndarray], np.ndarray]:
+  """Compiles images [B, H, W, C] -> class probabilities [B, classes], on the host."""
+  classify = jax.jit(make_classify(trained.model, trained.config.data.normalisation))
+  return lambda images: np.asarray(classify(trained.params, trained.state, images))
+
+
+def choose_layer(trained: Trained, name: str = "") -> grad_cam.Layer:
+  """The layer that Grad-CAM is made at; see ``attention.choose_layer``."""
+  image = jax.ShapeDtypeStruct((1, *trained.image_shape), jnp.float32)
+  layers = grad_cam.find_layers(trained.model, trained.params, trained.state, image)
+  return grad_cam.choose_layer(layers, name)
+
+
+def make_look(
+  trained: Trained, layer: grad_cam.Layer
+) -> Callable[[np.ndarray, int | None], Looked]:
+  """Compiles (images [B, H, W, C], target) -> Looked; None explains the predicted class.
+
+  It raises UserError where the layer is inside a loop.
+  """
+  model, normalisation = trained.model, trained.config.data.normalisation
+  classify = make_classify(model, normalisation)
+
+  @jax.jit
+  def look(params: Any, state: Any, images: jax.Array, target: Any) -> tuple[Any, ...]:
+    probabilities = classify(params, state, images)
+    classes = jnp.where(target < 0, probabilities.argmax(1), target)
+    inputs = normalise(images, normalisation)
+    maps = grad_cam.grad_cam(model, params, state, inputs, classes, layer)
+    return probabilities, maps, grad_cam.gated(model, params, state, inputs)
+
+  def run(images: np.ndarray, target: int | None) -> Looked:
+    number = np.int32(-1 if target is None else target)  # traced: one program for every target
+    try:
+      return Looked(*jax.device_get(look(trained.params, trained.state, images, number)))
+    except jax.errors.UnexpectedTracerError as error:
+      raise UserError(
+        f"layer '{layer.name}' runs inside a loop (nn.scan), which its map does not leave; name a"
+        " layer before it with --layer"
+      ) from error
+
+  return run
+
+
+def files_in(place: pathlib.Path) -> list[File]:
+  """The files of a folder and below it, or a single one; those of the operating system left out.
+
+  Raises:
+    UserError: there is no such folder or file, or no picture in it.
+  """
+  require(place.exists(), f"--images={place} does not exist", "give a folder or a picture file")
+  if not place.is_dir():
+    require(place.is_file(), f"--images={place} is no regular file", "give a folder or a picture")
+    return [File(place, (readable(place.name),), "")]
+  files = [file for file in walk(place).files if file.reason != SYSTEM]
+  reasons = [file.reason for file in files]
+  require(
+    not all(reasons),
+    f"--images={place} holds no pictures, in it or below it"
+    + (f", but {counted(reasons)}" if reasons else ""),
+    f"give a folder with files ending in {', '.join(sorted(EXTENSIONS))}",
+  )
+  return files
+
+
+def read_pictures(trained: Trained, files: Sequence[File]) -> Iterator[Picture]:
+  """Reads files as the training did: one grey channel, the same size, window and least size."""
+  data, grey = trained.config.data, trained.grey
+  least = 1 if data.source == "phantoms" else data.min_size  # no phantom was left out
+
+  def read(file: File) -> Picture:
+    pixels = file.reason or _read(file.path, least, data.image_size, grey, bool(data.window))
+    if isinstance(pixels, str):
+      return Picture(file.path, file.name, None, pixels)
+    return Picture(file.path, file.name, pixels[..., None], "")
+
+  with concurrent.futures.ThreadPoolExecutor(2) as threads:
+    yield from threads.map(read, files)
+
+
+def _read(
+  path: pathlib.Path, min_size: int, size: int, grey: Grey, window: bool
+) -> np.ndarray | str:
+  """[H, W] pixels of a picture by the rule of a run, or why they cannot be had."""
+  values = read_values(path, min_size, size, exact=window)
+  if isinstance(values, str):
+    return values
+  if values.deep != grey.deep and not window:
+    kinds = ("more than 8", "8") if values.deep else ("8", "more than 8")
+    return (
+      f"{kinds[0]} bits, and the run was trained on pictures of {kinds[1]}; export it as those were"
+    )
+  if not window and (values.low < grey.low or values.high > grey.high):
+    return (
+      f"grey values {values.low:g} to {values.high:g}, and the run was trained on {grey.low:g} to"
+      f" {grey.high:g}; export it as those were"
+    )
+  return to_pixels(values, grey)
+
+
+def predict_files(
+  trained: Trained,
+  images: pathlib.Path,
+  output: pathlib.Path,
+  layer: grad_cam.Layer | None,
+  tell: Callable[[str], None],
+) -> Counts:
+  """Writes a row for each picture of ``images`` to ``output``, a CSV file.
+
+  Columns: file, predicted, the probability of each class under 'probability of CLASS', with
+  ``layer`` map (the overlay, from the table's folder), error. Files that cannot be read have a row
+  with an error and no numbers.
+
+  Args:
+    trained: the model.
+    images: a folder, which is searched with all below it, or a file.
+    output: the table; its folder is made. With ``layer`` a folder beside it, of its name and
+      '_maps', gets an overlay of each picture.
+    layer: where Grad-CAM of the predicted class is made; None makes none.
+    tell: hears of progress.
+
+  Raises:
+    UserError: there is nothing to read.
+  """
+  beside = output.with_name(f"{output.stem}_maps")
+  made = {output.resolve(), beside.resolve()}  # by an earlier call
+
+  def is_ours(file: File) -> bool:
+    place = pathlib.Path(os.path.realpath(file.path))  # resolve() raises for a link to itself
+    return bool(made & {place, *place.parents})
+
+  files = [file for file in files_in(images) if not is_ours(file)]
+  require(
+    not all(file.reason for file in files),
+    f"--images={images} holds overlays only",
+    "give a folder with pictures",
+  )
+  size = min(trained.config.eval.batch_size, len(files))
+  predict = make_probabilities(trained) if layer is None else None
+  look = None if layer is None else make_look(trained, layer)
+  names = trained.class_names
+  rows: list[list[str]] = []
+  errors: list[tuple[str, str]] = []
+  for start in range(0, len(files), size):
+    pictures = list(read_pictures(trained, files[start : start + size]))
+    # One shape, so that one program is compiled.
+    batch = np.zeros((size, *trained.image_shape), trained.grey.dtype)
+    for row, picture in enumerate(pictures):
+      if picture.pixels is not None:
+        batch[row] = picture.pixels
+    looked = look(batch, None) if look else None
+    probabilities = looked.probabilities if looked else predict(batch) if predict else batch
+    for row, picture in enumerate(pictures):
+      if picture.error:
+        errors.append((picture.name, picture.error))
+        rows.append([picture.name, "", *[""] * len(names), *[""] * bool(layer), picture.error])
+        continue
+      own, shown = probabilities[row], []
+      if looked:
+        place = _write_overlay(trained, picture, looked.maps[row], beside)
+        shown = [place.relative_to(output.parent).as_posix()]
+      rows.append([picture.name, names[int(own.argmax())], *[f"{p:.7g}" for p in own], *shown, ""])
+    if len(files) > size:
+      tell(f"{min(start + size, len(files))} of {len(files)} files")
+
+  def write(place: pathlib.Path) -> None:
+    with place.open("w", newline="", encoding="utf-8", errors=REPLACING) as file:
+      table = csv.writer(file, lineterminator="\n")
+      title = ["file", "predicted", *[f"probability of {c}" for c in names]]
+      table.writerow([*title, *["map"] * bool(layer), "error"])
+      table.writerows(rows)
+
+  output.parent.mkdir(parents=True, exist_ok=True)
+  write_whole(output, write)
+  return Counts(len(rows) - len(errors), errors)
+
+
+def _write_overlay(
+  trained: Trained, picture: Picture, heat: np.ndarray, folder: pathlib.Path
+) -> pathlib.Path:
+  """Writes FOLDER/NAME.png: the picture at its own size, Grad-CAM over it."""
+  pixels = _read(picture.path, 1, 0, trained.grey, bool(trained.config.data.window))
+  assert not isinstance(pixels, str)  # it was read a moment ago
+  image = Image.fromarray(to_eight_bits(pixels))
+  image.thumbnail((LARGEST_SIDE, LARGEST_SIDE))
+  # The whole name: a.png and a.jpg are two pictures.
+  place = folder.joinpath(*map(_fitting, f"{picture.name}.png".split("/")))
+  place.parent.mkdir(parents=True, exist_ok=True)
+  drawn = overlay(np.asarray(image), heat)
+  write_whole(place, lambda part: drawn.save(part, format="PNG"))
+  return place
+
+
+def _fitting(name: str) -> str:
+  """A file's name of at most 240 bytes, those that are longer with a digest in their middle."""
+  if len(name.encode()) <= 240:
+    return name
+  digest = hashlib.sha256(name.encode()).hexdigest()[:16]
+  start, end = name.encode()[:180].decode(errors="ignore"), name[-8:]
+  return f"{start}.{digest}.{end}"

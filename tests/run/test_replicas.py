@@ -1,0 +1,32 @@
+"""Many runs as one program: each is the run by itself."""
+
+import dataclasses
+
+import chex
+import jax
+import numpy as np
+
+from configs.smoke import get_config
+from fedjax_med.data.hospitals import load_hospitals
+from fedjax_med.prepare.experiment import build, run_key
+from fedjax_med.run.loop import evaluated, train_rounds
+from fedjax_med.run.replicas import Runs, train_many
+
+
+def test_seeds_in_one_program_equal_the_single_runs(tmp_path):
+  config = get_config()
+  config.model.name, config.server.num_rounds = "linear", 4
+  hospitals = load_hospitals(config)
+  experiment = build(config, hospitals)
+  seeds = (0, 3, 5)
+  keys = jax.numpy.stack([run_key(experiment, seed) for seed in seeds])
+  indices = np.asarray(experiment.clients.indices)
+  runs = Runs(np.array(seeds, np.int32), keys, np.stack([indices] * len(seeds)))
+  for seed, weights in zip(seeds, train_many(experiment, runs), strict=True):
+    single = build(dataclasses.replace(config, seed=seed), hospitals)
+    folder = tmp_path / str(seed)
+    folder.mkdir()
+    outcome = train_rounds(single, folder, lambda point: None)
+    expected = evaluated(single.program.parts, outcome.state)
+    assert expected.state == {}
+    chex.assert_trees_all_close(weights, jax.device_get(expected), rtol=2e-5, atol=1e-6)
