@@ -28,7 +28,7 @@ from fedjax_med.privacy.guarantees import (
 )
 from fedjax_med.privacy.guarantees import spent as epsilons_of
 from fedjax_med.run import checkpoints, ledger_repair
-from fedjax_med.simulation.evaluation import Weights
+from fedjax_med.simulation.evaluation import EvaluatedModel
 from fedjax_med.simulation.mesh import replicate, replicated
 from fedjax_med.simulation.processes import is_first
 from fedjax_med.simulation.rounds import NEVER, BlockMetrics, SimulationState
@@ -85,11 +85,11 @@ def evaluation_groups(parts: Parts, hospitals: Hospitals) -> list[np.ndarray]:
   return groups if parts.personal else [np.concatenate(groups)]
 
 
-def evaluated(parts: Parts, state: SimulationState) -> Weights:
+def evaluated(parts: Parts, state: SimulationState) -> EvaluatedModel:
   """The weights that are measured: the average over rounds where one is kept."""
   server = state.server
   kept = state.kept if parts.personal else ()
-  return Weights(server.average or server.params, server.state, kept)
+  return EvaluatedModel(server.average or server.params, server.state, kept)
 
 
 def hides_who_takes_part(experiment: Experiment) -> bool:

@@ -7,7 +7,7 @@ import numpy as np
 
 from fedjax_med.prepare.experiment import Experiment
 from fedjax_med.run.loop import evaluated
-from fedjax_med.simulation.evaluation import Weights
+from fedjax_med.simulation.evaluation import EvaluatedModel
 from fedjax_med.simulation.mesh import RUNS_AT_ONCE, local_devices, map_over_devices
 
 
@@ -25,7 +25,7 @@ class Runs(NamedTuple):
   indices: np.ndarray
 
 
-def train_many(experiment: Experiment, runs: Runs) -> list[Weights]:
+def train_many(experiment: Experiment, runs: Runs) -> list[EvaluatedModel]:
   """The evaluated weights of every run after all rounds, on the host.
 
   A run equals the same run by itself to rounding, and ends early where a weight is not finite. Runs

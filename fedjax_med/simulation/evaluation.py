@@ -27,7 +27,7 @@ def make_classify(model: Model, normalisation: str) -> Callable[..., jax.Array]:
   return classify
 
 
-class Weights(NamedTuple):
+class EvaluatedModel(NamedTuple):
   """What predicts after some rounds.
 
   Attributes:
@@ -66,7 +66,7 @@ def make_evaluate(
   """
   classify = make_classify(model, normalisation)
 
-  def evaluate(weights: Weights, pool: Pool, batches: Batches) -> jax.Array:
+  def evaluate(weights: EvaluatedModel, pool: Pool, batches: Batches) -> jax.Array:
     def one(batch: Batches):
       params, state = weights.params, weights.state
       if personal is not None:
@@ -129,13 +129,13 @@ def make_predict(
     )
     compiled = jax.jit(sharded, out_shardings=replicated(mesh))
 
-  def predict(weights: Weights, pool: Pool, groups: Sequence[np.ndarray]) -> np.ndarray:
+  def predict(weights: EvaluatedModel, pool: Pool, groups: Sequence[np.ndarray]) -> np.ndarray:
     batches, places = batches_of(groups, shape_of([groups], batch_size, devices))
     probabilities = np.asarray(compiled(weights, pool, batches))
     return probabilities.reshape(-1, probabilities.shape[-1])[places]
 
   def lower_predict(
-    weights: Weights, pool: Pool, groups: Sequence[np.ndarray]
+    weights: EvaluatedModel, pool: Pool, groups: Sequence[np.ndarray]
   ) -> jax.stages.Lowered:
     batches, _ = batches_of(groups, shape_of([groups], batch_size, devices))
     return compiled.lower(weights, pool, batches)

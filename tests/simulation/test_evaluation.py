@@ -9,7 +9,7 @@ from fedjax_med.core.config import ModelConfig
 from fedjax_med.core.keys import base_key
 from fedjax_med.data.normalisation import normalise
 from fedjax_med.models.registry import create_model
-from fedjax_med.simulation.evaluation import Weights, make_evaluate, make_predict
+from fedjax_med.simulation.evaluation import EvaluatedModel, make_evaluate, make_predict
 from tests.federated.toy import make_pool
 
 
@@ -23,7 +23,7 @@ def test_probabilities_are_those_of_each_row_whatever_the_batch(rows):
   images = np.asarray(pool.inputs, np.float64)[rows].reshape(len(rows), 16) / 127.5 - 1
   logits = images @ leaves[2] + leaves[1]
   expected = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
-  found = predict(Weights(params, state), pool, [np.array(rows, np.int32)])
+  found = predict(EvaluatedModel(params, state), pool, [np.array(rows, np.int32)])
   np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
