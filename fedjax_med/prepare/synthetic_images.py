@@ -1,7 +1,7 @@
 """Synthetic training images of a run: how many of which class, made once and kept in its workdir.
 
 They are examples at the end of the dataset and of their hospital's training row. First
-``with_places`` adds them without their pixels, from which follow the run's id, its plan and its
+``reserve_synthetic`` adds them without their pixels, from which follow the run's id, its plan and its
 program; then ``completed`` trains the GANs, or reads what an earlier start has made.
 """
 
@@ -31,7 +31,7 @@ FILE = "synthetic.npz"
 MIN_IMAGES = 2  # of a class that a hospital's GAN learns: of one image it could only make copies
 
 
-def with_places(config: Config, hospitals: Hospitals) -> Hospitals:
+def reserve_synthetic(config: Config, hospitals: Hospitals) -> Hospitals:
   """The hospitals with their synthetic images to come, still black; as they are without any.
 
   A hospital gets ``client.synthetic_share`` images for each training image of the classes that it
@@ -89,13 +89,13 @@ def digest(hospitals: Hospitals) -> str:
 def completed(
   config: Config, hospitals: Hospitals, folder: pathlib.Path, tell: Callable[[str], Any]
 ) -> Hospitals:
-  """The hospitals of ``with_places`` with their images, of ``folder`` or made and kept there.
+  """The hospitals of ``reserve_synthetic`` with their images, of ``folder`` or made and kept there.
 
   A file that is damaged, or was made from other data or settings, is made again.
 
   Args:
     config: validated config.
-    hospitals: from ``with_places``.
+    hospitals: from ``reserve_synthetic``.
     folder: the workdir, claimed by this run.
     tell: called with what takes time.
 

@@ -43,7 +43,7 @@ def planned(experiment: Experiment) -> tuple[int, tuple[float, ...], float | Non
 def dry_run(config: Config, hospitals: Callable[[], Hospitals] | None = None) -> None:
   """Prints config, hospitals, plan, memory estimate and planned ε; trains nothing."""
   data = hospitals() if hospitals else load_hospitals(config)  # its readers may silence stdout
-  data = synthetic_images.with_places(config, data)
+  data = synthetic_images.reserve_synthetic(config, data)
   console = terminal.make_console()
   experiment = build(config, data)
   console.print_json(data=to_dict(experiment.config))  # with what privacy.solve_for found
@@ -152,7 +152,9 @@ def _run(
   """Trains in a folder that is locked; see ``run``."""
   started = time.monotonic()
   seconds: dict[str, float] = {}
-  data = synthetic_images.with_places(config, hospitals() if hospitals else load_hospitals(config))
+  data = synthetic_images.reserve_synthetic(
+    config, hospitals() if hospitals else load_hospitals(config)
+  )
   if data.dataset.num_synthetic:  # GANs take long: a folder of another run is refused before
     files.claim(folder, federation(config, data, secret).run_id)
     begun = time.monotonic()

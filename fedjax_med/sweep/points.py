@@ -27,7 +27,7 @@ from fedjax_med.data.sources import load_dataset
 from fedjax_med.models import registry
 from fedjax_med.prepare.case import Case, baselines, federation
 from fedjax_med.prepare.protection import cohort_cap
-from fedjax_med.prepare.synthetic_images import image_key, with_places
+from fedjax_med.prepare.synthetic_images import image_key, reserve_synthetic
 from fedjax_med.sweep.grid import Point
 
 SEED_AXES = ("partition", "init", "sampling")
@@ -238,7 +238,7 @@ def hospital_loader() -> Callable[[Config], Hospitals]:
       return dealt[key]
     more = key + _text([config.client.synthetic, config.client.synthetic_share])
     if more not in dealt:
-      dealt[more] = with_places(config, dealt[key])
+      dealt[more] = reserve_synthetic(config, dealt[key])
     return dealt[more]
 
   return load

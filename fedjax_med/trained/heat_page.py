@@ -18,7 +18,7 @@ from fedjax_med.data.dataset import Hospitals, client_rows
 from fedjax_med.data.hospitals import load_hospitals
 from fedjax_med.folder import writing as files
 from fedjax_med.models import grad_cam
-from fedjax_med.prepare.synthetic_images import with_places
+from fedjax_med.prepare.synthetic_images import reserve_synthetic
 from fedjax_med.report.figure_labels import drawable, labels, stand_ins
 from fedjax_med.report.run_page import environment
 from fedjax_med.run.summaries import hospital_record
@@ -253,7 +253,7 @@ def _load_data(trained: Trained, data_path: str) -> Hospitals:
   if data_path:
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, path=data_path))
   try:
-    hospitals = with_places(config, load_hospitals(config))
+    hospitals = reserve_synthetic(config, load_hospitals(config))
   except UserError as error:
     raise UserError(
       f"the data of the run cannot be read ({str(error).partition(';')[0]}); say where they lie"

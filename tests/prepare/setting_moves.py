@@ -17,7 +17,7 @@ from fedjax_med.models.networks.pretrained import overlay
 from fedjax_med.prepare.case import federation
 from fedjax_med.prepare.experiment import Experiment, build, place, plan_together
 from fedjax_med.prepare.probe import wants_probe
-from fedjax_med.prepare.synthetic_images import make_images, with_places
+from fedjax_med.prepare.synthetic_images import make_images, reserve_synthetic
 from fedjax_med.run import trackers
 from fedjax_med.run.checkpoints import digest
 from fedjax_med.run.compilation_cache import use_compilation_cache
@@ -49,7 +49,7 @@ def differ(one: Any, other: Any) -> bool:
 
 @kept
 def dealt(config: Config) -> Any:
-  return with_places(config, load_hospitals(config))
+  return reserve_synthetic(config, load_hospitals(config))
 
 
 @kept

@@ -62,7 +62,7 @@ def by_hand(*held: tuple[int, int]) -> Hospitals:
 @pytest.mark.parametrize(("share", "counts"), [(0.5, [10, 5]), (1.0, [20, 10]), (0.33, [7, 3])])
 def test_a_hospital_gets_its_share_in_its_own_proportions(share, counts):
   hospitals = by_hand((20, 10), (4, 40))
-  found = synthetic_images.with_places(gan_config(client__synthetic_share=share), hospitals)
+  found = synthetic_images.reserve_synthetic(gan_config(client__synthetic_share=share), hospitals)
   first, second = client_rows(found.train)
   made = first[found.real_counts[0] :]
   assert np.bincount(found.dataset.labels[made]).tolist() == counts
@@ -77,20 +77,20 @@ def test_a_hospital_gets_its_share_in_its_own_proportions(share, counts):
 
 
 def test_a_class_with_too_few_images_is_not_made_and_that_is_told():
-  found = synthetic_images.with_places(gan_config(), by_hand((20, 1), (0, 8), (1, 1)))
+  found = synthetic_images.reserve_synthetic(gan_config(), by_hand((20, 1), (0, 8), (1, 1)))
   record = summaries.hospital_record(found)
   assert [each["synthetic"] for each in record["hospitals"]] == [[10, 0], [0, 4], [0, 0]]
   assert [each["train"] for each in record["hospitals"]] == [[20, 1], [0, 8], [1, 1]]
   told = [["hospital 1", "tumour"], ["hospital 3", "healthy"], ["hospital 3", "tumour"]]
   assert record["synthetic"]["left_out"] == told
   with pytest.raises(UserError, match=r"synthetic_share=0.5 makes not one .*; raise it"):
-    synthetic_images.with_places(gan_config(), by_hand((1, 1), (1, 0)))
+    synthetic_images.reserve_synthetic(gan_config(), by_hand((1, 1), (1, 0)))
 
 
 @pytest.mark.slow
 def test_images_are_those_of_their_hospital_and_class(dealt):
   config = gan_config(client__gan_steps=40)
-  hospitals = synthetic_images.with_places(config, dealt)
+  hospitals = synthetic_images.reserve_synthetic(config, dealt)
   images = synthetic_images.make_images(config, hospitals)
   assert images.shape == (hospitals.dataset.num_synthetic, 16, 16, 1)
   np.testing.assert_array_equal(synthetic_images.make_images(config, hospitals), images)
@@ -112,7 +112,7 @@ def test_images_are_those_of_their_hospital_and_class(dealt):
 
 
 def test_only_real_images_give_a_hospital_weight_and_both_are_trained_on(dealt):
-  hospitals = synthetic_images.with_places(gan_config(), dealt)
+  hospitals = synthetic_images.reserve_synthetic(gan_config(), dealt)
   experiment = build(gan_config(), hospitals)
   real = dealt.train.counts
   np.testing.assert_allclose(experiment.clients.weight, real / real.sum(), rtol=1e-6)
@@ -136,14 +136,14 @@ def test_the_id_of_a_run_follows_from_what_is_asked_and_not_from_the_images(deal
 
   plain = gan_config(client__synthetic="none")
   other = gan_config(client__synthetic="none", client__gan_steps=7, client__synthetic_share=0.1)
-  assert synthetic_images.with_places(plain, dealt) is dealt
+  assert synthetic_images.reserve_synthetic(plain, dealt) is dealt
   assert run_id(dealt, plain) == run_id(dealt, other)
   ids = [run_id(dealt, plain)]
   for changes in ({}, {"client__gan_steps": 3}, {"client__synthetic_share": 0.25}):
     config = gan_config(**changes)
-    ids.append(run_id(synthetic_images.with_places(config, dealt), config))
+    ids.append(run_id(synthetic_images.reserve_synthetic(config, dealt), config))
   assert len(set(ids)) == 4
-  hospitals = synthetic_images.with_places(gan_config(), dealt)
+  hospitals = synthetic_images.reserve_synthetic(gan_config(), dealt)
   shown = np.full((hospitals.dataset.num_synthetic, 16, 16, 1), 9, np.uint8)
   assert run_id(synthetic_images._with_images(hospitals, shown), gan_config()) == ids[1]
 
@@ -175,7 +175,7 @@ def test_gans_are_refused_with_privacy_of_any_unit(changes):
 
 def completed(folder, config, hospitals):
   return synthetic_images.completed(
-    config, synthetic_images.with_places(config, hospitals), folder, print
+    config, synthetic_images.reserve_synthetic(config, hospitals), folder, print
   )
 
 

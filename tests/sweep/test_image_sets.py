@@ -64,9 +64,9 @@ def test_every_part_of_the_images_is_bound_and_their_place_is_not(planned, other
       image_sets.bind(tmp_path, with_dataset(planned, **{name: value}))
   (record,) = image_sets.records(tmp_path).values()
   assert record["sha256"] == image_sets.digest(dataset)
-  with_places = plan([{"client.synthetic": "gan"}], base_without_privacy())
-  assert with_places[0].case.hospitals.dataset.num_synthetic
-  image_sets.bind(tmp_path, with_places)  # of the same real images
+  with_synthetic = plan([{"client.synthetic": "gan"}], base_without_privacy())
+  assert with_synthetic[0].case.hospitals.dataset.num_synthetic
+  image_sets.bind(tmp_path, with_synthetic)  # of the same real images
 
 
 def base_without_privacy():
