@@ -105,10 +105,10 @@ def client_mesh(number: int) -> Mesh | None:
   )
 
 
-def one_by_one(one: Callable[[Any], Any], rows: Any, at_once: int) -> Any:
-  """``one(row)`` of every row, ``at_once`` side by side."""
+def map_rows(fn: Callable[[Any], Any], rows: Any, batch_size: int) -> Any:
+  """Applies ``fn`` to every row, ``batch_size`` rows side by side."""
   # A batch of one would be a vmap, which costs convolutions dearly.
-  return jax.lax.map(one, rows, batch_size=None if at_once == 1 else at_once)
+  return jax.lax.map(fn, rows, batch_size=None if batch_size == 1 else batch_size)
 
 
 def map_over_devices(one: Callable[[Any, Any], Any], devices: int, at_once: int) -> Callable:
@@ -122,7 +122,7 @@ def map_over_devices(one: Callable[[Any, Any], Any], devices: int, at_once: int)
   """
 
   def run(shared, rows):
-    return one_by_one(lambda row: one(shared, row), rows, at_once)
+    return map_rows(lambda row: one(shared, row), rows, at_once)
 
   if devices > 1:
     whole, dealt = PartitionSpec(), PartitionSpec(CLIENTS)

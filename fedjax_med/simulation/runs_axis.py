@@ -9,7 +9,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from fedjax_med.federated.algorithm import Client, Hyper
 from fedjax_med.simulation.evaluation import Batches
-from fedjax_med.simulation.mesh import CLIENTS, one_by_one, replicated
+from fedjax_med.simulation.mesh import CLIENTS, map_rows, replicated
 from fedjax_med.simulation.rounds import SimulationState
 
 
@@ -61,7 +61,7 @@ def make_sweep(
       state, metrics = block(state, point.clients, pool, point.hyper, point.key, rounds)
       return state, metrics, evaluate(state, pool, point.batches)
 
-    return one_by_one(one, (states, num_rounds, points), at_once)
+    return map_rows(one, (states, num_rounds, points), at_once)
 
   if mesh is None:
     return jax.jit(run, donate_argnums=0)
