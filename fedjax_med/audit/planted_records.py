@@ -202,8 +202,8 @@ def decorrelate(
   return (weights * recent).sum(0), recent[:-1]
 
 
-class _Ear(NamedTuple):
-  """What an attacker goes on from, along D directions.
+class AttackerState(NamedTuple):
+  """State of an attack between two steps, along D directions.
 
   Attributes:
     memory: of the mechanism.
@@ -237,17 +237,17 @@ def _attack(
   strategy, count = claim.coefficients, len(directions)
   bands, sigmas = strategy.shape[0], claim.noise_multiplier * shares
 
-  def body(step, ear):
-    signal, _, memory = release(setting, claim, client, pool, key, step, ear.memory)
-    row, past = decorrelate(strategy, ear.past, directions @ signal)
-    rows = jnp.concatenate([ear.rows[1:], row[None]])
+  def body(step, attacker):
+    signal, _, memory = release(setting, claim, client, pool, key, step, attacker.memory)
+    row, past = decorrelate(strategy, attacker.past, directions @ signal)
+    rows = jnp.concatenate([attacker.rows[1:], row[None]])
     seen = (strategy[:, None] * rows).sum(0)[:, None]
     begin = step - (bands - 1)
     whole = (begin >= 0) & (begin % bands == jnp.arange(count) % bands)
     found = ratio(seen, claim.sampling_probability, sigmas[None])
-    return _Ear(memory, past, rows, ear.scores + jnp.where(whole[:, None], found, 0))
+    return AttackerState(memory, past, rows, attacker.scores + jnp.where(whole[:, None], found, 0))
 
-  start = _Ear(
+  start = AttackerState(
     memory_of(setting, client),
     jnp.zeros((bands - 1, count)),
     jnp.zeros((bands, count)),
