@@ -31,14 +31,15 @@ class Entry(NamedTuple):
       once a step, and what they send is made of that.
     clients: whether DP-FedAvg covers it: a client sends weights only, all of which are clipped, and
       every model that is used is made of what was sent.
-    whole: whether the server's model is one by itself, and not without layers that stay at home.
+    has_global_model: False if some layers never leave the clients, so that the server has no whole
+      model.
     names_layers: whether ``make`` also takes ``chosen``, the layers of server.personal_layers.
   """
 
   make: Callable[..., FederatedAlgorithm]
   records: bool
   clients: bool
-  whole: bool = True
+  has_global_model: bool = True
   names_layers: bool = False
 
 
@@ -52,13 +53,13 @@ ALGORITHMS: dict[str, Entry] = {
     functools.partial(layers_at_home, chosen=norm_layers, statistics=True),
     records=True,
     clients=False,
-    whole=False,
+    has_global_model=False,
   ),
   "fedper": Entry(
     functools.partial(layers_at_home, statistics=False),
     records=True,
     clients=False,
-    whole=False,
+    has_global_model=False,
     names_layers=True,
   ),
   # Its weights are read off the examples.

@@ -231,7 +231,7 @@ def _whose(folder: pathlib.Path, run: _Run, hospital: str) -> FederatedAlgorithm
   else:
     entry = ALGORITHMS.get(config.server.algorithm)
     require(
-      entry is None or entry.whole,
+      entry is None or entry.has_global_model,
       f"{folder} was trained with server.algorithm='{config.server.algorithm}', whose global model"
       " lacks the layers that stay at the hospitals",
       f"say whose model is meant, such as --hospital='{run.hospitals[0]}'",
