@@ -1,8 +1,8 @@
 """Synthetic training images of a run: how many of which class, made once and kept in its workdir.
 
 They are examples at the end of the dataset and of their hospital's training row. First
-``reserve_synthetic`` adds them without their pixels, from which follow the run's id, its plan and its
-program; then ``completed`` trains the GANs, or reads what an earlier start has made.
+``reserve_synthetic`` adds them without their pixels. From that follow the run's id, its layout and
+its program. Then ``completed`` trains the GANs, or reads the images of an earlier start.
 """
 
 import dataclasses

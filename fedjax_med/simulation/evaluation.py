@@ -28,7 +28,7 @@ def make_classify(model: Model, normalisation: str) -> Callable[..., jax.Array]:
 
 
 class EvaluatedModel(NamedTuple):
-  """What predicts after some rounds.
+  """A model to predict with: the weights after some rounds.
 
   Attributes:
     params: the global model's.
