@@ -24,11 +24,11 @@ from fedjax_med.simulation.rounds import init_state, make_round
 def _algorithm(clip_norm: float) -> FederatedAlgorithm:
   """Client 0 sends four times the clip norm if the pool's label says so; nobody else anything."""
 
-  def client_update(server, kept, client, pool, hyper, key):
+  def client_update(server, client_state, client, pool, hyper, key):
     speaks = (client.number == 0) & (pool.labels[0] > 0)
     size = jnp.where(speaks, jnp.float32(4 * clip_norm), jnp.float32(0))
     update = {"w": jnp.zeros_like(server.params["w"]).at[0].set(size)}
-    return ClientDelta(update, {}), kept, no_metrics()
+    return ClientDelta(update, {}), client_state, no_metrics()
 
   def server_update(server, delta, share, hyper):
     params = jax.tree.map(jnp.add, server.params, delta.params)

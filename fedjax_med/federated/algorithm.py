@@ -168,16 +168,17 @@ class FederatedAlgorithm(NamedTuple):
 
   Attributes:
     init_server: (params, state) -> ServerState.
-    init_client: (params, state) -> what one client keeps between rounds, with the memory of its
-      local training, which correlated noise goes on from; () for most runs.
-    client_update: (server, kept, client, pool, hyper, key) -> (ClientDelta, kept, RoundMetrics).
-      Runs under vmap over clients; random keys come from (client.number, server.round, step).
+    init_client: (params, state) -> a client's persistent state. Includes the noise buffer if
+      privacy.bands > 1; () if the algorithm is stateless.
+    client_update: (server, client_state, client, pool, hyper, key) -> (ClientDelta, client_state,
+      RoundMetrics). Runs under vmap over clients; random keys come from (client.number,
+      server.round, step).
     server_update: (server, mean ClientDelta, share, hyper) -> ServerState. ``share`` is the part of
       all clients' weight that took part in the round, 1 under full participation.
     at_home: params -> the same tree of Python booleans: weights that never leave a client.
     blank_extra: params -> zeros in the shape of ``ClientDelta.extra``.
-    personal: (params, state, kept) -> (params, state) that a client predicts with, made of the
-      global model and what it keeps; None where that is the global model.
+    personal: (params, state, client_state) -> (params, state) that a client predicts with, made of
+      the global model and its persistent state; None where that is the global model.
   """
 
   init_server: Callable[[Tree, Tree], ServerState]

@@ -43,14 +43,14 @@ def fedavg(
 
   def init_server(params: Tree, state: Tree) -> ServerState:
     # A copy: the state is donated, and one buffer must not be donated twice.
-    kept = jax.tree.map(jnp.copy, params) if average else {}
-    return ServerState(params, state, optimizer.init(params), kept, jnp.zeros((), jnp.int32))
+    mean = jax.tree.map(jnp.copy, params) if average else {}
+    return ServerState(params, state, optimizer.init(params), mean, jnp.zeros((), jnp.int32))
 
-  def client_update(server, kept, client, pool, hyper, key):
-    params, state, kept, metrics = local.train(
-      server.params, server.state, kept, client, pool, hyper, key, server.round
+  def client_update(server, client_state, client, pool, hyper, key):
+    params, state, client_state, metrics = local.train(
+      server.params, server.state, client_state, client, pool, hyper, key, server.round
     )
-    return difference(params, state, server), kept, metrics
+    return difference(params, state, server), client_state, metrics
 
   def server_update(
     server: ServerState, delta: ClientDelta, share: jax.Array, hyper: Hyper
@@ -65,11 +65,11 @@ def fedavg(
     # Early rounds weigh more, else the initial weights dominate a short run.
     count = done.astype(jnp.float32)
     decay = jnp.minimum(hyper.ema_decay, (1 + count) / (10 + count))
-    kept = jax.tree.map(
+    mean = jax.tree.map(
       lambda old, new: decay * old + (1 - decay) * new, server.average, params if average else {}
     )
     state = jax.tree.map(jnp.add, server.state, delta.state)
-    return ServerState(params, state, opt_state, kept, done, server.extra)
+    return ServerState(params, state, opt_state, mean, done, server.extra)
 
   def init_client(params: Tree, state: Tree) -> Tree:
     return init_memory(params)

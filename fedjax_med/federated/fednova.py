@@ -40,11 +40,13 @@ def fednova(
   """
   plain = fedavg(local, optimizer, average=average, init_memory=init_memory)
 
-  def client_update(server, kept, client, pool, hyper, key):
-    delta, kept, metrics = plain.client_update(server, kept, client, pool, hyper, key)
+  def client_update(server, client_state, client, pool, hyper, key):
+    delta, client_state, metrics = plain.client_update(
+      server, client_state, client, pool, hyper, key
+    )
     steps = effective_steps(local.optimizer, metrics.steps)
     per_step = jax.tree.map(lambda leaf: leaf / jnp.maximum(steps, 1e-6), delta.params)
-    return delta._replace(params=per_step, extra=steps), kept, metrics
+    return delta._replace(params=per_step, extra=steps), client_state, metrics
 
   def server_update(server, delta, share, hyper):
     params = jax.tree.map(lambda leaf: leaf * delta.extra, delta.params)

@@ -24,11 +24,13 @@ def performance_weighted(
   """
   plain = fedavg(local, optimizer, average=average, init_memory=init_memory)
 
-  def client_update(server, kept, client, pool, hyper, key):
-    delta, kept, metrics = plain.client_update(server, kept, client, pool, hyper, key)
+  def client_update(server, client_state, client, pool, hyper, key):
+    delta, client_state, metrics = plain.client_update(
+      server, client_state, client, pool, hyper, key
+    )
     accuracy = metrics.correct / jnp.maximum(metrics.examples, 1)
     params, state = jax.tree.map(lambda leaf: leaf * accuracy, (delta.params, delta.state))
-    return delta._replace(params=params, state=state, extra=accuracy), kept, metrics
+    return delta._replace(params=params, state=state, extra=accuracy), client_state, metrics
 
   def server_update(server, delta, share, hyper):
     accuracy = jnp.maximum(delta.extra, 1e-6)  # the cohort's mean

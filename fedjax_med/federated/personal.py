@@ -99,18 +99,18 @@ def layers_at_home(
   """
   plain = fedavg(local, optimizer, average=average, init_memory=init_memory)
 
-  def personal(params: Tree, state: Tree, kept: Tree) -> tuple[Tree, Tree]:
-    _, own, own_state = kept
+  def personal(params: Tree, state: Tree, client_state: Tree) -> tuple[Tree, Tree]:
+    _, own, own_state = client_state
     return _merged(params, own, chosen(params)), own_state if statistics else state
 
   def init_client(params: Tree, state: Tree) -> Tree:
     own = _own(params, chosen(params))
     return plain.init_client(params, state), own, state if statistics else {}
 
-  def client_update(server, kept, client, pool, hyper, key):
-    start, state = personal(server.params, server.state, kept)
+  def client_update(server, client_state, client, pool, hyper, key):
+    start, state = personal(server.params, server.state, client_state)
     params, state, memory, metrics = local.train(
-      start, state, kept[0], client, pool, hyper, key, server.round
+      start, state, client_state[0], client, pool, hyper, key, server.round
     )
     delta = difference(params, state, server._replace(params=start))
     marks = chosen(params)
@@ -119,8 +119,8 @@ def layers_at_home(
     )
     if statistics:
       delta = delta._replace(state=jax.tree.map(jnp.zeros_like, delta.state))
-    kept = memory, _own(params, marks), state if statistics else {}
-    return delta._replace(params=sent), kept, metrics
+    client_state = memory, _own(params, marks), state if statistics else {}
+    return delta._replace(params=sent), client_state, metrics
 
   return plain._replace(
     init_client=init_client, client_update=client_update, at_home=chosen, personal=personal
@@ -142,15 +142,15 @@ def tuned_at_home(
   """
   plain = fedavg(local, optimizer, average=average, init_memory=init_memory)
 
-  def personal(params: Tree, state: Tree, kept: Tree) -> tuple[Tree, Tree]:
-    return _merged(params, kept[1], chosen(params)), state
+  def personal(params: Tree, state: Tree, client_state: Tree) -> tuple[Tree, Tree]:
+    return _merged(params, client_state[1], chosen(params)), state
 
   def init_client(params: Tree, state: Tree) -> Tree:
     return plain.init_client(params, state), _own(params, chosen(params))
 
-  def client_update(server, kept, client, pool, hyper, key):
-    delta, memory, metrics = plain.client_update(server, kept[0], client, pool, hyper, key)
-    start, marks = personal(server.params, server.state, kept)[0], chosen(server.params)
+  def client_update(server, client_state, client, pool, hyper, key):
+    delta, memory, metrics = plain.client_update(server, client_state[0], client, pool, hyper, key)
+    start, marks = personal(server.params, server.state, client_state)[0], chosen(server.params)
     tuned, _, _, extra = local.train(
       start, server.state, (), client, pool, hyper, key, server.round, trainable=marks
     )
@@ -174,14 +174,14 @@ def ditto(
   """
   plain = fedavg(local, optimizer, average=average, init_memory=init_memory)
 
-  def personal(params: Tree, state: Tree, kept: Tree) -> tuple[Tree, Tree]:
-    return kept[1], kept[2]
+  def personal(params: Tree, state: Tree, client_state: Tree) -> tuple[Tree, Tree]:
+    return client_state[1], client_state[2]
 
   def init_client(params: Tree, state: Tree) -> Tree:
     return plain.init_client(params, state), params, state
 
-  def client_update(server, kept, client, pool, hyper, key):
-    delta, memory, metrics = plain.client_update(server, kept[0], client, pool, hyper, key)
+  def client_update(server, client_state, client, pool, hyper, key):
+    delta, memory, metrics = plain.client_update(server, client_state[0], client, pool, hyper, key)
 
     def adjust(gradient: Tree, weights: Tree) -> Tree:
       return jax.tree.map(
@@ -190,7 +190,7 @@ def ditto(
 
     alone = hyper._replace(proximal_weight=jnp.zeros_like(hyper.proximal_weight))
     own, state, _, extra = local.train(
-      kept[1], kept[2], (), client, pool, alone, key, server.round, adjust=adjust
+      client_state[1], client_state[2], (), client, pool, alone, key, server.round, adjust=adjust
     )
     metrics = metrics._replace(finite=metrics.finite & extra.finite)
     return delta, (memory, own, state), metrics

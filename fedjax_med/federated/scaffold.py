@@ -38,8 +38,8 @@ def scaffold(
   def init_client(params: Tree, state: Tree) -> Tree:
     return plain.init_client(params, state), blank(params)
 
-  def client_update(server, kept, client, pool, hyper, key):
-    memory, own = kept
+  def client_update(server, client_state, client, pool, hyper, key):
+    memory, own = client_state
 
     def adjust(gradient: Tree, weights: Tree) -> Tree:
       del weights

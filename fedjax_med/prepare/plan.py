@@ -70,7 +70,8 @@ def decide(
   num_clients = len(subject.steps)
   data = sum(leaf.size * leaf.dtype.itemsize for leaf in subject.arguments[2])
   data += 4 * subject.arguments[1].indices.size
-  kept = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(subject.arguments[0].kept))
+  states = jax.tree.leaves(subject.arguments[0].client_states)
+  kept = sum(leaf.size * leaf.dtype.itemsize for leaf in states)
 
   def method(choice: Choice) -> tuple[str, str]:
     problems = subject.uncovered(choice.remat, choice.microbatch)

@@ -84,14 +84,14 @@ class Restored(NamedTuple):
   Attributes:
     params: of the network: the average over rounds where the run keeps one, else the last round's.
     state: of the network.
-    kept: what one client keeps; None where it was not asked for.
+    client_state: persistent state of one client; None where it was not asked for.
     rounds: that they were trained for.
     head: of the privacy ledger that they were saved after.
   """
 
   params: Any
   state: Any
-  kept: Any
+  client_state: Any
   rounds: int
   head: str | None
 
@@ -100,7 +100,7 @@ def restore_model(
   workdir: pathlib.Path,
   run_id: str,
   like: tuple[Any, Any],
-  like_kept: Any = None,
+  like_client: Any = None,
   client: int = 0,
 ) -> Restored | None:
   """The evaluated weights of a workdir's newest checkpoint; None where it holds none.
@@ -111,8 +111,8 @@ def restore_model(
     workdir: folder of the run.
     run_id: of the run that the workdir says it holds.
     like: params and state of the network, arrays or shapes.
-    like_kept: what a client keeps, arrays or shapes; None leaves it where it is.
-    client: whose that is.
+    like_client: persistent state of a client, arrays or shapes; None reads none.
+    client: number of that client.
 
   Raises:
     UserError: see ``restore``.
@@ -128,17 +128,18 @@ def restore_model(
     for part in (".average" if averaged else ".params", ".state")
   )
   weights = _filled(like[0], params, place, remedy), _filled(like[1], state, place, remedy)
-  kept = None
-  if like_kept is not None:
-    stacked = {n.removeprefix(".kept"): leaf for n, leaf in leaves.items() if n[:5] == ".kept"}
+  client_state = None
+  if like_client is not None:
+    part = ".client_states"
+    stacked = {n.removeprefix(part): leaf for n, leaf in leaves.items() if n.startswith(part)}
     require(
       all(client < len(leaf) for leaf in stacked.values()),
       f"checkpoint {place} holds fewer hospitals than hospitals.json",
       "restore hospitals.json",
     )
     own = {name: leaf[client] for name, leaf in stacked.items()}
-    kept = _filled(like_kept, own, place, remedy)
-  return Restored(*weights, kept, int(server[".round"]), head)
+    client_state = _filled(like_client, own, place, remedy)
+  return Restored(*weights, client_state, int(server[".round"]), head)
 
 
 def covered(workdir: pathlib.Path, run_id: str) -> tuple[str | None, int] | None:

@@ -88,8 +88,8 @@ def evaluation_groups(parts: Parts, hospitals: Hospitals) -> list[np.ndarray]:
 def evaluated(parts: Parts, state: SimulationState) -> EvaluatedModel:
   """The weights that are measured: the average over rounds where one is kept."""
   server = state.server
-  kept = state.kept if parts.personal else ()
-  return EvaluatedModel(server.average or server.params, server.state, kept)
+  client_states = state.client_states if parts.personal else ()
+  return EvaluatedModel(server.average or server.params, server.state, client_states)
 
 
 def hides_who_takes_part(experiment: Experiment) -> bool:

@@ -33,13 +33,13 @@ class EvaluatedModel(NamedTuple):
   Attributes:
     params: the global model's.
     state: its non-trained state.
-    kept: what each client keeps, leading axis K, where a client predicts with a model of its own;
-      () where all use the global one.
+    client_states: persistent state of each client, leading axis K, where a client predicts with a
+      model of its own; () where all use the global one.
   """
 
   params: Tree
   state: Tree
-  kept: Tree = ()
+  client_states: Tree = ()
 
 
 class Batches(NamedTuple):
@@ -70,8 +70,8 @@ def make_evaluate(
     def one(batch: Batches):
       params, state = weights.params, weights.state
       if personal is not None:
-        kept = jax.tree.map(lambda leaf: leaf[batch.owners], weights.kept)
-        params, state = personal(params, state, kept)
+        owner = jax.tree.map(lambda leaf: leaf[batch.owners], weights.client_states)
+        params, state = personal(params, state, owner)
       return classify(params, state, pool.inputs[batch.rows])
 
     return jax.lax.map(one, batches)

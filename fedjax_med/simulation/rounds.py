@@ -33,13 +33,13 @@ class SimulationState(NamedTuple):
 
   Attributes:
     server: the server's state.
-    kept: what each client keeps, leading axis K.
+    client_states: persistent state of each client, leading axis K.
     steps: [K] int32 local steps executed so far by each client: the privacy ledger's counts.
     clip_norm: [] float32 bound on an update's norm under client-level privacy, else {}.
   """
 
   server: ServerState
-  kept: Tree
+  client_states: Tree
   steps: jax.Array
   clip_norm: Tree
 
@@ -73,12 +73,12 @@ def init_state(
     num_clients: K.
     clip_norm: bound on an update's norm in round 0 (client-level privacy).
   """
-  kept = jax.tree.map(
+  client_states = jax.tree.map(
     lambda leaf: jnp.repeat(leaf[None], num_clients, axis=0), algorithm.init_client(params, state)
   )
   return SimulationState(
     algorithm.init_server(params, state),
-    kept,
+    client_states,
     jnp.zeros((num_clients,), jnp.int32),
     {} if clip_norm is None else jnp.asarray(clip_norm, jnp.float32),
   )
@@ -165,36 +165,38 @@ def make_round(
     return numbers[seats]
 
   def train_chunks(
-    server: ServerState, clip_norm, kept: Tree, clients: Client, pool, hyper, key, numbers
+    server: ServerState, clip_norm, client_states: Tree, clients: Client, pool, hyper, key, numbers
   ):
-    """Runs a device's chunks [chunks, chunk]: (Σ delta, Σ weight, Σ bit), (kept, metrics)."""
+    """Runs a device's chunks [chunks, chunk]: (Σ delta, Σ weight, Σ bit), (states, metrics)."""
 
-    def update(kept, client):
-      delta, kept, metrics = algorithm.client_update(server, kept, client, pool, hyper, key)
+    def update(client_state, client):
+      delta, client_state, metrics = algorithm.client_update(
+        server, client_state, client, pool, hyper, key
+      )
       if not client_level:
-        return delta, kept, metrics, jnp.zeros((), jnp.float32)
+        return delta, client_state, metrics, jnp.zeros((), jnp.float32)
       update, within = clip_update(delta.params, clip_norm)
-      return delta._replace(params=update), kept, metrics, within - 0.5
+      return delta._replace(params=update), client_state, metrics, within - 0.5
 
     def take(numbers):
       def rows(leaf):
         return jnp.take(leaf, numbers, axis=0, mode="clip")
 
-      return jax.tree.map(rows, clients), jax.tree.map(rows, kept)
+      return jax.tree.map(rows, clients), jax.tree.map(rows, client_states)
 
     def run_chunk(total, numbers):
-      client, kept = take(numbers)
+      client, client_state = take(numbers)
       present = numbers < num_clients
       client = client._replace(num_steps=jnp.where(present, client.num_steps, 0))
       if chunk == 1:  # no vmap at all: a batch axis of one costs convolutions dearly
-        first = jax.tree.map(lambda leaf: leaf[0], (kept, client))
+        first = jax.tree.map(lambda leaf: leaf[0], (client_state, client))
         result = jax.tree.map(lambda leaf: leaf[None], update(*first))
       else:
-        result = jax.vmap(update)(kept, client)
-      delta, kept, metrics, bits = result
+        result = jax.vmap(update)(client_state, client)
+      delta, client_state, metrics, bits = result
       weights = jnp.where(present, 1.0 if client_level else client.weight, 0)
       sums = weights.sum(), jnp.where(present, bits, 0).sum()
-      return _reduce(total, delta, weights), (kept, metrics, sums)
+      return _reduce(total, delta, weights), (client_state, metrics, sums)
 
     def skip_chunk(total, numbers):
       nothing = jnp.zeros((), jnp.float32)
@@ -208,10 +210,10 @@ def make_round(
       jax.tree.map(jnp.zeros_like, server.state),
       algorithm.blank_extra(server.params),
     )
-    total, (kept, metrics, (weight, bits)) = jax.lax.scan(
+    total, (client_states, metrics, (weight, bits)) = jax.lax.scan(
       run_if_any if some_absent else run_chunk, zeros, numbers
     )
-    return (total, weight.sum(), bits.sum()), (kept, metrics)
+    return (total, weight.sum(), bits.sum()), (client_states, metrics)
 
   train = train_chunks if mesh is None else _over_devices(train_chunks, mesh)
 
@@ -219,14 +221,14 @@ def make_round(
     server = state.server
     numbers, present = draw_cohort(key, server.round, hyper.participation_rate)
     numbers = seat(clients, numbers, present)
-    (total, weight, bits), (kept, metrics) = train(
-      server, state.clip_norm, state.kept, clients, pool, hyper, key, numbers
+    (total, weight, bits), (client_states, metrics) = train(
+      server, state.clip_norm, state.client_states, clients, pool, hyper, key, numbers
     )
 
     def scatter(old, new):
       return old.at[numbers].set(new, mode="drop")
 
-    kept = jax.tree.map(scatter, state.kept, kept)
+    client_states = jax.tree.map(scatter, state.client_states, client_states)
     metrics = jax.tree.map(scatter, no_metrics((num_clients,)), metrics)
     clip_norm, someone = state.clip_norm, weight > 0
     if client_level:
@@ -244,7 +246,7 @@ def make_round(
     if cohort_cap is not None and not client_level:
       absent = server._replace(round=updated.round)
       updated = jax.tree.map(lambda new, old: jnp.where(someone, new, old), updated, absent)
-    return SimulationState(updated, kept, state.steps + metrics.steps, clip_norm), metrics
+    return SimulationState(updated, client_states, state.steps + metrics.steps, clip_norm), metrics
 
   return run_round
 

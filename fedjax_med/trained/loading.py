@@ -112,9 +112,9 @@ def load(
   size = config.data.image_size
   image = jnp.zeros((1, size, size, CHANNELS), jnp.float32)
   like = jax.eval_shape(model.init, base_key(0), image)
-  kept = jax.eval_shape(algorithm.init_client, *like) if algorithm else None
+  like_client = jax.eval_shape(algorithm.init_client, *like) if algorithm else None
   client = run.hospitals.index(hospital) if hospital else 0
-  found = restore_model(folder, run.run_id, like, kept, client)
+  found = restore_model(folder, run.run_id, like, like_client, client)
   if found is None:
     raise UserError(
       f"{folder} holds no checkpoint, because the run ended before its first log point or is a"
@@ -124,7 +124,7 @@ def load(
   _require_counted(folder, run, found)
   params, state = found.params, found.state
   if algorithm and algorithm.personal:
-    params, state = algorithm.personal(params, state, found.kept)
+    params, state = algorithm.personal(params, state, found.client_state)
   padding = getattr(module, "stem_pool_padding", "")
   return Trained(
     folder=folder,

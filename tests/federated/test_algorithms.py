@@ -118,7 +118,7 @@ def test_scaffold_is_algorithm_1_with_option_ii():
   found = run("scaffold")
   assert_close(found.server.params, params)
   assert_close(found.server.extra, control)
-  assert_close(found.kept[1], tree(lambda *leaves: jnp.stack(leaves), *own))
+  assert_close(found.client_states[1], tree(lambda *leaves: jnp.stack(leaves), *own))
 
 
 def test_scaffold_keeps_its_control_the_mean_of_all_variates_when_clients_are_absent():
@@ -126,7 +126,9 @@ def test_scaffold_keeps_its_control_the_mean_of_all_variates_when_clients_are_ab
   hyper = make_hyper(participation_rate=0.5)
   state, _ = block(initial(), make_clients(STEPS), POOL, hyper, KEY, jnp.asarray(6))
   assert len({int(count) for count in state.steps // np.array(STEPS)}) > 1  # some were absent
-  mean = tree(lambda leaf: jnp.tensordot(jnp.asarray(SHARES, jnp.float32), leaf, 1), state.kept[1])
+  mean = tree(
+    lambda leaf: jnp.tensordot(jnp.asarray(SHARES, jnp.float32), leaf, 1), state.client_states[1]
+  )
   assert_close(state.server.extra, mean)
 
 
@@ -204,7 +206,7 @@ def test_ditto_trains_fedavg_and_a_model_of_its_own_that_is_pulled_to_it(weight)
     params = average([descended(params, gradient, k) for k in range(3)])
   found = run("ditto", personal_weight=weight)
   assert_close(found.server.params, params)
-  assert_close(found.kept[1], tree(lambda *leaves: jnp.stack(leaves), *own))
+  assert_close(found.client_states[1], tree(lambda *leaves: jnp.stack(leaves), *own))
 
 
 def test_fedper_averages_the_body_and_leaves_every_head_where_it_was_trained():
@@ -218,8 +220,8 @@ def test_fedper_averages_the_body_and_leaves_every_head_where_it_was_trained():
   personal = create_algorithm("fedper", None, optax.identity(), average=False).personal  # pyright: ignore
   assert personal is not None
   for k in range(3):
-    kept = tree(lambda leaf, k=k: leaf[k], found.kept)
-    own, _ = personal(found.server.params, {}, kept)
+    client_state = tree(lambda leaf, k=k: leaf[k], found.client_states)
+    own, _ = personal(found.server.params, {}, client_state)
     assert_close(own, {"hidden1": body, "head": heads[k]})
 
 
@@ -237,7 +239,7 @@ def test_finetune_is_fedavg_with_heads_tuned_on_the_body_as_received():
   found = run("finetune")
   assert_close(found.server.params, params)
   stacked = tree(lambda *leaves: jnp.stack(leaves), *heads)
-  assert_close(found.kept[1], jax.tree.leaves(stacked))
+  assert_close(found.client_states[1], jax.tree.leaves(stacked))
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "momentum"])
@@ -266,7 +268,7 @@ def test_fedbn_sends_no_norm_and_averages_the_rest():
   for layer in ("norm1", "norm2"):
     chex.assert_trees_all_equal(after[layer], before[layer])
   assert float(jnp.abs(after["conv1"]["kernel"] - before["conv1"]["kernel"]).max()) > 0
-  own = state.kept[1]
+  own = state.client_states[1]
   assert len(own) == 4
   assert all(float(jnp.ptp(leaf, axis=0).max()) > 0 for leaf in own)  # hospitals differ
 

@@ -144,7 +144,7 @@ def test_an_absent_cohort_changes_nothing(name, private):
   initial = federation[0]()
   state, metrics = rounds(federation, 3, hyper=make_hyper(participation_rate=0.0))
   chex.assert_trees_all_equal(state.server.params, initial.server.params)
-  chex.assert_trees_all_equal(state.kept, initial.kept)
+  chex.assert_trees_all_equal(state.client_states, initial.client_states)
   assert int(state.steps.sum()) == 0
   assert int(metrics.clients.steps.sum()) == 0
 

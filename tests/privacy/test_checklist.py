@@ -256,7 +256,7 @@ def without_the_data(monkeypatch, name, settings):
     with jax.numpy_dtype_promotion("standard"):  # optax's schedules mix int32 counts and floats
       hyper = make_hyper(proximal_weight=0.3, ema_decay=0.5)
       state, metrics = block(initial(), make_clients(), pool, hyper, KEY, jnp.asarray(3))
-    ends.append(flat((state.server, state.kept)))
+    ends.append(flat((state.server, state.client_states)))
     losses.append(float(metrics.clients.loss.sum()))
   assert losses[0] != losses[1]  # the data were looked at
   return np.array_equal(*ends)
@@ -274,11 +274,13 @@ def test_item_07_an_algorithm_that_reads_the_data_itself_is_found_and_refused(mo
   def option_i(local, optimizer, **settings):
     made = fedavg(local, optimizer, **settings)
 
-    def client_update(server, kept, client, pool, hyper, key):
-      delta, kept, metrics = made.client_update(server, kept, client, pool, hyper, key)
+    def client_update(server, client_state, client, pool, hyper, key):
+      delta, client_state, metrics = made.client_update(
+        server, client_state, client, pool, hyper, key
+      )
       variate = pool.inputs[client.indices].astype(jnp.float32).mean() / 255
       params = jax.tree.map(lambda leaf: leaf + variate, delta.params)
-      return delta._replace(params=params), kept, metrics
+      return delta._replace(params=params), client_state, metrics
 
     return made._replace(client_update=client_update)
 

@@ -44,8 +44,8 @@ def config_for(name, **changes):
 
 def own_weights(name, state, k):
   """The model of hospital ``k``, put together by hand from what the run keeps."""
-  params, kept = dict(state.server.params), state.kept
-  own = jax.tree.map(lambda leaf: leaf[k], kept)
+  params, states = dict(state.server.params), state.client_states
+  own = jax.tree.map(lambda leaf: leaf[k], states)
   if name == "ditto":
     return own[1]
   if name in ("fedper", "finetune"):

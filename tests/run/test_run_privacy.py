@@ -317,7 +317,9 @@ def test_correlated_noise_goes_on_from_every_step_that_was_taken(tmp_path):
     np.array([m.coefficients for m in experiment.local.mechanisms], np.float32),
   )
   state = train_rounds(experiment, tmp_path, lambda _: None).state
-  (memory,) = [leaf for leaf in jax.tree.leaves(state.kept, is_leaf=is_memory) if is_memory(leaf)]
+  (memory,) = [
+    leaf for leaf in jax.tree.leaves(state.client_states, is_leaf=is_memory) if is_memory(leaf)
+  ]
   np.testing.assert_array_equal(memory.step, state.steps)
   everything = config.server.num_rounds * config.client.num_local_steps
   assert np.asarray(state.steps).min() < everything  # somebody was absent

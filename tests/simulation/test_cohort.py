@@ -101,14 +101,14 @@ def counting(counted: list[int]) -> FederatedAlgorithm:
   def init_server(params, state):
     return ServerState(params, state, (), {}, jnp.zeros((), jnp.int32))
 
-  def client_update(server, kept, client, pool, hyper, key):
+  def client_update(server, client_state, client, pool, hyper, key):
     def step(_, params):
       jax.debug.callback(lambda number: counted.append(int(number)), client.number)
       return params + 1
 
     params = jax.lax.fori_loop(0, client.num_steps, step, server.params)
     metrics = no_metrics()._replace(steps=client.num_steps)
-    return ClientDelta(params - server.params, server.state), kept, metrics
+    return ClientDelta(params - server.params, server.state), client_state, metrics
 
   def server_update(server, delta, share, hyper):
     return server._replace(params=server.params + delta.params, round=server.round + 1)

@@ -77,9 +77,9 @@ def test_weights_are_named_after_the_family_of_the_runs_network(
   record["config"]["model"]["name"] = name
   (folder / "config.json").write_text(json.dumps(record))
 
-  def zeros(folder, run_id, like, kept, client):
+  def zeros(folder, run_id, like, like_client, client):
     params, state = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), like)
-    return Restored(params, state, kept, 1, ledger.read(folder).head)
+    return Restored(params, state, like_client, 1, ledger.read(folder).head)
 
   monkeypatch.setattr(loading, "restore_model", zeros)
   export_model(loading.load(folder), "safetensors", tmp_path / "it.safetensors")
