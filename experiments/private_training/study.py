@@ -69,14 +69,14 @@ def run_arm(config: Config, seeds: int) -> dict[str, Any]:
 
   from fedjax_med.prepare.experiment import build, run_key
   from fedjax_med.run import loop
-  from fedjax_med.run.replicas import Runs, train_many
+  from fedjax_med.run.replicas import Runs, train_replicas
 
   experiment = build(config, load_hospitals(config))
   numbers = np.arange(seeds, dtype=np.int32)
   keys = jax.numpy.stack([run_key(experiment, seed) for seed in range(seeds)])
   indices = np.asarray(experiment.clients.indices)
   started = time.monotonic()
-  trained = train_many(experiment, Runs(numbers, keys, np.stack([indices] * seeds)))
+  trained = train_replicas(experiment, Runs(numbers, keys, np.stack([indices] * seeds)))
   seconds = time.monotonic() - started
   rows = loop.evaluation_rows(experiment)
   labels = experiment.hospitals.dataset.labels[rows]

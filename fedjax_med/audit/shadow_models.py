@@ -13,7 +13,7 @@ from fedjax_med.core.errors import UserError, require
 from fedjax_med.core.keys import base_key
 from fedjax_med.data.dataset import Hospitals, client_rows, client_table
 from fedjax_med.prepare.experiment import Experiment, build
-from fedjax_med.run.replicas import Runs, train_many
+from fedjax_med.run.replicas import Replicas, train_replicas
 
 FALSE_POSITIVES = 1e-3
 LEAST_RUNS = 4  # each example in two of them and out of two, on average
@@ -112,7 +112,7 @@ def _train(experiment: Experiment, halves: list[list[np.ndarray]], seed: int) ->
   keys = jax.vmap(functools.partial(jax.random.fold_in, base_key(seed)))(numbers)
   tables = np.stack([client_table(half).indices for half in halves])
   seeds = np.full(len(halves), experiment.config.seed, np.int32)
-  return train_many(experiment, Runs(seeds, keys, tables))
+  return train_replicas(experiment, Replicas(seeds, keys, tables))
 
 
 def _confidence(probabilities: np.ndarray, labels: np.ndarray) -> np.ndarray:

@@ -11,8 +11,8 @@ from fedjax_med.simulation.evaluation import EvaluatedModel
 from fedjax_med.simulation.mesh import RUNS_AT_ONCE, local_devices, map_over_devices
 
 
-class Runs(NamedTuple):
-  """What differs between R runs of an experiment, each with a leading axis of R.
+class Replicas(NamedTuple):
+  """Seeds, keys and rows of R runs of one experiment, each field with a leading axis of R.
 
   Attributes:
     seeds: [R] int32, of the initial weights.
@@ -25,7 +25,7 @@ class Runs(NamedTuple):
   indices: np.ndarray
 
 
-def train_many(experiment: Experiment, runs: Runs) -> list[EvaluatedModel]:
+def train_replicas(experiment: Experiment, runs: Replicas) -> list[EvaluatedModel]:
   """The evaluated weights of every run after all rounds, on the host.
 
   A run equals the same run by itself to rounding, and ends early where a weight is not finite. Runs
@@ -36,7 +36,7 @@ def train_many(experiment: Experiment, runs: Runs) -> list[EvaluatedModel]:
   devices = min(local_devices(), len(runs.seeds))
   at_once = 1 if jax.default_backend() == "cpu" else RUNS_AT_ONCE
 
-  def one(shared, run: Runs):
+  def one(shared, run: Replicas):
     (clients, pool, hyper), given = shared
     own = clients._replace(indices=run.indices)
     state = parts.initial(run.seeds, *given)

@@ -13,8 +13,8 @@ from fedjax_med.simulation.mesh import CLIENTS, map_rows, replicated
 from fedjax_med.simulation.rounds import SimulationState
 
 
-class Point(NamedTuple):
-  """What is a run's own, stacked over S runs; images are shared.
+class RunInputs(NamedTuple):
+  """The inputs of a program that differ between runs, stacked over S runs; images are shared.
 
   Attributes:
     seed: int32, of the initial weights.

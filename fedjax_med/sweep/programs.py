@@ -23,7 +23,7 @@ from fedjax_med.prepare.program import Program, Shapes
 from fedjax_med.run.loop import evaluated, evaluation_groups
 from fedjax_med.simulation.evaluation import Batches, batches_of, shape_of
 from fedjax_med.simulation.mesh import CLIENTS, RUNS_AT_ONCE, client_mesh, local_devices, replicated
-from fedjax_med.simulation.runs_axis import Point, blank_states, make_sweep
+from fedjax_med.simulation.runs_axis import RunInputs, blank_states, make_sweep
 from fedjax_med.sweep.points import Planned, chunks, images_of, shown
 
 # A kill loses a chunk, so it stays small where memory would allow more.
@@ -166,7 +166,7 @@ def _layout(program: Program, group: Sequence[Planned], asked: int) -> Layout:
   return Layout(chunks(group, size, fill, limit), size, side_by_side, mesh)
 
 
-def stack(runs: Sequence[Experiment], batches: Sequence[Batches]) -> Point:
+def stack(runs: Sequence[Experiment], batches: Sequence[Batches]) -> RunInputs:
   """What the runs do not share; the batches are of their test sets.
 
   RuntimeError where the arrays of a point are not those of its accounted mechanisms.
@@ -183,7 +183,7 @@ def stack(runs: Sequence[Experiment], batches: Sequence[Batches]) -> Point:
     its_clients, its_hyper = jax.tree.map(lambda leaf, row=row: leaf[row], held)
     found = differences(case.protection, case.numbers, case.rows, its_clients, its_hyper, run.start)
     require_accounted(found)
-  return Point(
+  return RunInputs(
     seed=jnp.asarray([init_seed(run.config) for run in runs], jnp.int32),
     key=jnp.stack([run.key for run in runs]),
     clients=clients,

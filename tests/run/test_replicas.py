@@ -10,7 +10,7 @@ from configs.smoke import get_config
 from fedjax_med.data.hospitals import load_hospitals
 from fedjax_med.prepare.experiment import build, run_key
 from fedjax_med.run.loop import evaluated, train_rounds
-from fedjax_med.run.replicas import Runs, train_many
+from fedjax_med.run.replicas import Replicas, train_replicas
 
 
 def test_seeds_in_one_program_equal_the_single_runs(tmp_path):
@@ -21,8 +21,8 @@ def test_seeds_in_one_program_equal_the_single_runs(tmp_path):
   seeds = (0, 3, 5)
   keys = jax.numpy.stack([run_key(experiment, seed) for seed in seeds])
   indices = np.asarray(experiment.clients.indices)
-  runs = Runs(np.array(seeds, np.int32), keys, np.stack([indices] * len(seeds)))
-  for seed, weights in zip(seeds, train_many(experiment, runs), strict=True):
+  runs = Replicas(np.array(seeds, np.int32), keys, np.stack([indices] * len(seeds)))
+  for seed, weights in zip(seeds, train_replicas(experiment, runs), strict=True):
     single = build(dataclasses.replace(config, seed=seed), hospitals)
     folder = tmp_path / str(seed)
     folder.mkdir()
