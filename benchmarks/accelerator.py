@@ -42,7 +42,7 @@ def check() -> dict[str, Any]:
   from fedjax_med.federated.losses import cross_entropy
   from fedjax_med.models.ops import Lowering
   from fedjax_med.models.registry import create_model
-  from fedjax_med.privacy.clipping import METHODS, clipped_sum
+  from fedjax_med.privacy.clipping import Rows, METHODS, clipped_sum
 
   images = jax.random.normal(jax.random.key(0), (6, 32, 32, 1))
   labels = jnp.arange(6) % 2
@@ -54,9 +54,8 @@ def check() -> dict[str, Any]:
 
     def one(params):
       with jax.default_matmul_precision("highest"):
-        return clipped_sum(
-          method, model, loss, params, state, images, labels, mask, jnp.float32(0.5), None
-        )[0]
+        rows = Rows(images, labels, mask)
+        return clipped_sum(method, model, loss, params, state, rows, jnp.float32(0.5), None)[0]
 
     if clients == 1:
       return jax.jit(one)(params)

@@ -24,7 +24,7 @@ from benchmarks.workloads import make_model, write_reference
 from fedjax_med.core.keys import base_key
 from fedjax_med.federated.losses import cross_entropy, with_penalties
 from fedjax_med.federated.optimizers import descend
-from fedjax_med.privacy.clipping import METHODS, clipped_sum
+from fedjax_med.privacy.clipping import Rows, METHODS, clipped_sum
 from fedjax_med.privacy.noise import private_mean
 
 RATE = 0.01
@@ -46,9 +46,8 @@ def step(method: str, model: Any, batch: int, *, noisy: bool = True) -> Callable
   def private(params, state, inputs, labels, key):
     mask = jnp.ones(batch, bool)
     with jax.default_matmul_precision("highest"):
-      total, _ = clipped_sum(
-        method, model, loss, params, state, inputs, labels, mask, jnp.float32(1), None
-      )
+      rows = Rows(inputs, labels, mask)
+      total, _ = clipped_sum(method, model, loss, params, state, rows, jnp.float32(1), None)
     if noisy:
       gradient = private_mean(total, key, specs.NOISE_MULTIPLIER, specs.CLIP_NORM, batch)
     else:

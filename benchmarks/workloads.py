@@ -26,7 +26,7 @@ from fedjax_med.prepare.layout import (
   choose_layout,
   choose_lowering,
 )
-from fedjax_med.privacy.clipping import clipped_sum, resolve_method, uncovered
+from fedjax_med.privacy.clipping import Rows, clipped_sum, resolve_method, uncovered
 from fedjax_med.privacy.mechanism import batch_size_bound
 from fedjax_med.simulation.mesh import choose_devices, cpu_cores, replicate
 from fedjax_med.simulation.rounds import init_state, jit_block, make_block, make_round
@@ -250,7 +250,7 @@ def _reference(workload: specs.Workload) -> dict[str, Any]:
     def clipped(params, clip_norm):
       problems = uncovered(model, params, state, inputs, len(labels))
       how = (resolve_method("auto", problems)[0], model, loss, params, state)
-      return clipped_sum(*how, inputs, jnp.asarray(labels), mask, clip_norm, base_key(2))
+      return clipped_sum(*how, Rows(inputs, jnp.asarray(labels), mask), clip_norm, base_key(2))
 
     clipped = jax.jit(clipped)
     norms = clipped(params, jnp.float64(1))[1].norm

@@ -92,16 +92,16 @@ class Hyper(NamedTuple):
 
 
 class ClientDelta(NamedTuple):
-  """What a client sends.
+  """What a client sends: one vector of weights, and little besides.
 
   Attributes:
-    params: local minus received weights.
-    state: the same for non-trained state.
+    params: [P] float32 local minus received weights, of the layers that leave the client.
+    state: [S] float32, the same for non-trained state; [0] for most networks.
     extra: what the algorithm needs besides, averaged with the same weights; () for most.
   """
 
-  params: Tree
-  state: Tree
+  params: jax.Array
+  state: jax.Array
   extra: Tree = ()
 
 
@@ -109,16 +109,16 @@ class ServerState(NamedTuple):
   """The global model and what the server keeps between rounds.
 
   Attributes:
-    params: trained weights, float32.
-    state: non-trained model state (batch statistics), {} for most models.
+    params: [P] float32 trained weights.
+    state: [S] float32 non-trained state of the network (batch statistics); [0] for most.
     opt_state: state of the server optimiser.
-    average: exponential moving average of params over rounds, {} when it is off.
+    average: [P] exponential moving average of params over rounds, {} when it is off.
     round: int32 finished rounds.
     extra: what the algorithm keeps besides; () for most.
   """
 
-  params: Tree
-  state: Tree
+  params: jax.Array
+  state: jax.Array
   opt_state: Tree
   average: Tree
   round: jax.Array
@@ -166,27 +166,27 @@ def add_metrics(a: RoundMetrics, b: RoundMetrics) -> RoundMetrics:
 class FederatedAlgorithm(NamedTuple):
   """A federated algorithm as pure functions; every one passes tests/federated/test_conformance.py.
 
+  Weights and non-trained state are vectors (federated/vector.py).
+
   Attributes:
     init_server: (params, state) -> ServerState.
-    init_client: (params, state) -> a client's persistent state. Includes the noise buffer if
-      privacy.bands > 1; () if the algorithm is stateless.
+    init_client: (params, state) -> a client's persistent state. Includes the memory of its local
+      training, which correlated noise goes on from; () for most runs.
     client_update: (server, client_state, client, pool, hyper, key) -> (ClientDelta, client_state,
       RoundMetrics). Runs under vmap over clients; random keys come from (client.number,
       server.round, step).
     server_update: (server, mean ClientDelta, share, hyper) -> ServerState. ``share`` is the part of
       all clients' weight that took part in the round, 1 under full participation.
-    at_home: params -> the same tree of Python booleans: weights that never leave a client.
-    blank_extra: params -> zeros in the shape of ``ClientDelta.extra``.
+    blank_delta: server -> the ClientDelta that changes nothing: zeros of the shapes that are sent.
     personal: (params, state, client_state) -> (params, state) that a client predicts with, made of
       the global model and its persistent state; None where that is the global model.
   """
 
-  init_server: Callable[[Tree, Tree], ServerState]
-  init_client: Callable[[Tree, Tree], Tree]
+  init_server: Callable[[jax.Array, jax.Array], ServerState]
+  init_client: Callable[[jax.Array, jax.Array], Tree]
   client_update: Callable[
     [ServerState, Tree, Client, Pool, Hyper, jax.Array], tuple[ClientDelta, Tree, RoundMetrics]
   ]
   server_update: Callable[[ServerState, ClientDelta, jax.Array, Hyper], ServerState]
-  at_home: Callable[[Tree], Tree] = lambda params: jax.tree.map(lambda leaf: False, params)
-  blank_extra: Callable[[Tree], Tree] = lambda params: ()
-  personal: Callable[[Tree, Tree, Tree], tuple[Tree, Tree]] | None = None
+  blank_delta: Callable[[ServerState], ClientDelta]
+  personal: Callable[[jax.Array, jax.Array, Tree], tuple[jax.Array, jax.Array]] | None = None

@@ -1,12 +1,10 @@
 """FedNova (Wang et al. 2020): unequal numbers of local steps no longer tilt the objective."""
 
-from collections.abc import Callable
-
 import jax
 import jax.numpy as jnp
 import optax
 
-from fedjax_med.federated.algorithm import FederatedAlgorithm, Tree
+from fedjax_med.federated.algorithm import FederatedAlgorithm
 from fedjax_med.federated.fedavg import fedavg
 from fedjax_med.federated.local import LocalTraining
 
@@ -28,32 +26,29 @@ def effective_steps(optimizer: optax.GradientTransformation, steps: jax.Array) -
 
 
 def fednova(
-  local: LocalTraining,
-  optimizer: optax.GradientTransformation,
-  *,
-  average: bool,
-  init_memory: Callable[[Tree], Tree],
+  local: LocalTraining, optimizer: optax.GradientTransformation, *, average: bool
 ) -> FederatedAlgorithm:
   """FedAvg of deltas over their own effective steps, times the mean of those (equation 6).
 
   Arguments as of ``fedavg``. Where all clients take as many steps it is FedAvg.
   """
-  plain = fedavg(local, optimizer, average=average, init_memory=init_memory)
+  plain = fedavg(local, optimizer, average=average)
 
   def client_update(server, client_state, client, pool, hyper, key):
     delta, client_state, metrics = plain.client_update(
       server, client_state, client, pool, hyper, key
     )
     steps = effective_steps(local.optimizer, metrics.steps)
-    per_step = jax.tree.map(lambda leaf: leaf / jnp.maximum(steps, 1e-6), delta.params)
+    per_step = delta.params / jnp.maximum(steps, 1e-6)
     return delta._replace(params=per_step, extra=steps), client_state, metrics
 
   def server_update(server, delta, share, hyper):
-    params = jax.tree.map(lambda leaf: leaf * delta.extra, delta.params)
-    return plain.server_update(server, delta._replace(params=params), share, hyper)
+    whole = delta._replace(params=delta.params * delta.extra)
+    return plain.server_update(server, whole, share, hyper)
+
+  def blank_delta(server):
+    return plain.blank_delta(server)._replace(extra=jnp.zeros((), jnp.float32))
 
   return plain._replace(
-    client_update=client_update,
-    server_update=server_update,
-    blank_extra=lambda params: jnp.zeros((), jnp.float32),
+    client_update=client_update, server_update=server_update, blank_delta=blank_delta
   )

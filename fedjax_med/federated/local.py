@@ -1,7 +1,7 @@
 """Local training at one client: draw a batch, take a (private) gradient, step the optimiser."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -22,26 +22,59 @@ from fedjax_med.federated.algorithm import (
 )
 from fedjax_med.federated.losses import Loss, class_logits, with_penalties
 from fedjax_med.federated.optimizers import descend
+from fedjax_med.federated.vector import Layout, merge, ravel, select, unravel
 from fedjax_med.models.model import Model
-from fedjax_med.privacy.banded import banded_batch, correlated_mean
-from fedjax_med.privacy.clipping import clipped_sum
+from fedjax_med.privacy.banded import banded_batch, correlated_mean, empty_memory
+from fedjax_med.privacy.clipping import Rows, clipped_sum
 from fedjax_med.privacy.noise import private_mean
 from fedjax_med.privacy.sampling import epoch_batch, poisson_batch
 
 
 class StepContext(NamedTuple):
-  """What a gradient may depend on besides the weights: the client, the data, where we are."""
+  """What a local step may depend on besides the weights.
+
+  Attributes:
+    client: the client.
+    pool: all examples.
+    hyper: traced hyperparameters.
+    key: base key of the run.
+    round: [] int32.
+    step: [] int32, of the round.
+  """
 
   client: Client
   pool: Pool
   hyper: Hyper
-  key: jax.Array  # base key of the run
+  key: jax.Array
   round: jax.Array
   step: jax.Array
 
 
-# (params, state, memory, context) -> (gradient, new state, new memory, RoundMetrics of this step)
+# (params, state, memory, context) -> (gradient, new state, new memory, RoundMetrics of this step).
+# params and state are the network's trees. The gradient is a tree like params, or its vector.
 Gradient = Callable[[Tree, Tree, Tree, StepContext], tuple[Tree, Tree, Tree, RoundMetrics]]
+
+
+class BatchShape(NamedTuple):
+  """Sizes of a local step's batch, and how its images are prepared.
+
+  Attributes:
+    slots: places for examples or units; of a private step the cap of the Poisson batch.
+    max_examples: slots of a client's index row.
+    normalisation: of data.normalisation.
+    augmentation: of client.augmentation.
+    microbatch: slots in memory at once; 0 takes all.
+    rows_per_unit: rows of a unit that a private step looks at.
+    copies: random changes of each image in a private step (augmentation multiplicity).
+  """
+
+  slots: int
+  max_examples: int
+  normalisation: str
+  augmentation: str = "none"
+  microbatch: int = 0
+  rows_per_unit: int = 1
+  copies: int = 1
 
 
 class _Drawn(NamedTuple):
@@ -83,51 +116,26 @@ def _masked_sum(values: jax.Array, mask: jax.Array) -> jax.Array:
   return jnp.where(mask, values.astype(jnp.float32), 0).sum()
 
 
-def plain_gradient(
-  model: Model,
-  loss: Loss,
-  *,
-  batch_size: int,
-  max_examples: int,
-  normalisation: str,
-  augmentation: str = "none",
-  microbatch: int = 0,
-) -> Gradient:
+def plain_gradient(model: Model, loss: Loss, shape: BatchShape) -> Gradient:
   """Gradient of the mean loss over the next batch of a client's shuffled epoch.
 
   ``loss`` is of the class logits; what the network adds to it comes on top (``with_penalties``).
 
   Epochs run on across rounds (global step = round · steps a round + step), so a round shorter
   than an epoch still visits every example (of the rounds that the client takes part in). The last
-  batch of an epoch may be partial. ``microbatch`` examples are in memory at once (0: the batch);
-  batch norm sees, and averages over, one microbatch after the other.
+  batch of an epoch may be partial. Batch norm sees, and averages over, one microbatch after the
+  other.
   """
   whole_loss = with_penalties(loss, model.penalties)
 
   def gradient(params, state, memory, context):
     client = context.client
-    slots, mask = epoch_batch(
-      key_for(context.key, Stream.SHUFFLE, client.number),
-      context.round * client.num_steps + context.step,
-      client.num_examples,
-      batch_size=batch_size,
-      max_examples=max_examples,
-    )
-    # Padding repeats the batch's own examples: it counts in no loss, but batch norm looks at it.
-    slots = slots[jnp.arange(batch_size) % jnp.maximum(mask.sum(), 1)]
-    where = (client.number, context.round, context.step)
-    key = key_for(context.key, Stream.DROPOUT, *where)
-    changes = None
-    if augmentation != "none":
-      changes = draw_changes(
-        key_for(context.key, Stream.AUGMENT, *where), (batch_size,), augmentation
-      )
-    drawn = _Drawn(slots, mask, jnp.zeros((batch_size,), jnp.float32), changes)
-    count = jnp.maximum(mask.sum(dtype=jnp.float32), 1)
+    drawn = _next_batch(context, shape)
+    count = jnp.maximum(drawn.mask.sum(dtype=jnp.float32), 1)
 
     def part(state, drawn, key):
       rows, mask = client.indices[drawn.slots], drawn.mask
-      inputs = _images(context.pool, rows, drawn.changes, normalisation)
+      inputs = _images(context.pool, rows, drawn.changes, shape.normalisation)
       labels = context.pool.labels[rows]
 
       def mean_loss(params):
@@ -144,92 +152,71 @@ def plain_gradient(
       )
       return grad, new_state, metrics
 
-    grad, state, metrics = _in_parts(part, microbatch, params, state, drawn, key)
+    key = key_for(context.key, Stream.DROPOUT, client.number, context.round, context.step)
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    grad, state, metrics = _in_parts(part, shape, zeros, state, drawn, key)
     return grad, state, memory, metrics._replace(steps=jnp.ones((), jnp.int32))
 
   return gradient
 
 
-def private_gradient(
-  model: Model,
-  loss: Loss,
-  *,
-  clipping: str,
-  batch_cap: int,
-  max_examples: int,
-  normalisation: str,
-  augmentation: str = "none",
-  rows_per_unit: int = 1,
-  copies: int = 1,
-  microbatch: int = 0,
-) -> Gradient:
-  """DP-SGD gradient (Abadi et al. 2016) of a truncated Poisson batch of privacy units.
+def _next_batch(context: StepContext, shape: BatchShape) -> _Drawn:
+  """The next batch of a client's shuffled epoch."""
+  client, size = context.client, shape.slots
+  slots, mask = epoch_batch(
+    key_for(context.key, Stream.SHUFFLE, client.number),
+    context.round * client.num_steps + context.step,
+    client.num_examples,
+    batch_size=size,
+    max_examples=shape.max_examples,
+  )
+  # Padding repeats the batch's own examples: it counts in no loss, but batch norm looks at it.
+  slots = slots[jnp.arange(size) % jnp.maximum(mask.sum(), 1)]
+  changes = None
+  if shape.augmentation != "none":
+    key = key_for(context.key, Stream.AUGMENT, client.number, context.round, context.step)
+    changes = draw_changes(key, (size,), shape.augmentation)
+  return _Drawn(slots=slots, mask=mask, turn=jnp.zeros((size,), jnp.float32), changes=changes)
+
+
+def private_gradient(model: Model, loss: Loss, clipping: str, shape: BatchShape) -> Gradient:
+  """DP-SGD gradient (Abadi et al. 2016) of a truncated Poisson batch of privacy units, as a vector.
 
   Sum of clipped gradients, one of each unit, plus noise of standard deviation σC on the sum,
   divided by the fixed expected batch size q·n. ``loss`` as in ``plain_gradient``. Batch
   and noise are functions of (client, round, step) alone: a replayed step is the same release.
-  ``microbatch`` units are clipped at once (0: the cap), and no more microbatches run than hold a
-  unit that was drawn.
+  One microbatch is clipped at once, and no more of them run than hold a unit that was drawn.
 
   A unit is one example, or where ``client.units`` says so a patient: of those with more than
-  ``rows_per_unit`` rows a step looks at that many. Each row is seen in ``copies`` random changes
-  (augmentation multiplicity, De et al. 2022, arXiv 2204.13650); the loss of a unit is the mean over
-  all of that, so that its gradient is clipped once.
+  ``shape.rows_per_unit`` rows a step looks at that many. Each row is seen in ``shape.copies``
+  random changes (augmentation multiplicity, De et al. 2022, arXiv 2204.13650); the loss of a unit
+  is the mean over all of that, so that its gradient is clipped once.
 
   Where ``client.coefficients`` says so, noise is correlated over steps and ``memory`` is a
   ``banded.Memory``.
   """
-  images = rows_per_unit * copies
   whole_loss = with_penalties(loss, model.penalties)
 
   def gradient(params, state, memory, context):
-    client, hyper = context.client, context.hyper
-    where = (client.number, context.round, context.step)
-    units, bands = client.units, client.coefficients
-    sampler = poisson_batch
+    hyper, bands = context.hyper, context.client.coefficients
     # ε of one kind of noise must not stand beside releases with the other.
-    kept = 0 if memory == () else len(jax.tree.leaves(memory.noise)[0]) + 1
-    if kept != (0 if bands is None else len(bands)):
-      raise ValueError(f"coefficients {bands} do not go with a memory of {kept} bands")
-    if bands is not None:
-      sampler = functools.partial(banded_batch, step=memory.step, bands=bands.shape[0])
-    slots, mask = sampler(
-      key_for(context.key, Stream.SAMPLE, *where),
-      client.num_examples if units is None else units.number,
-      client.sampling_probability,
-      max_examples=max_examples if units is None else units.starts.shape[0],
-      batch_cap=batch_cap,
-      limit=client.batch_cap,
-    )
-    turn, changes = jnp.zeros((batch_cap,), jnp.float32), None
-    if units is not None:
-      turn = jax.random.uniform(key_for(context.key, Stream.AUGMENT, *where, 0), (batch_cap,))
-    if augmentation != "none":
-      changes = draw_changes(
-        key_for(context.key, Stream.AUGMENT, *where, 1), (batch_cap, images), augmentation
-      )
+    remembered = 0 if memory == () else memory.noise.shape[0] + 1
+    if remembered != (0 if bands is None else len(bands)):
+      raise ValueError(f"coefficients {bands} do not go with a memory of {remembered} bands")
 
     def part(state, drawn, key):
       rows, mask = (
-        jnp.repeat(each, copies, axis=1).reshape(-1) for each in _rows(client, drawn, rows_per_unit)
+        jnp.repeat(slot, shape.copies, axis=1).reshape(-1)
+        for slot in _rows(context.client, drawn, shape.rows_per_unit)
       )
       changes = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), drawn.changes)
-      inputs = _images(context.pool, rows, changes, normalisation)
+      inputs = _images(context.pool, rows, changes, shape.normalisation)
       labels = context.pool.labels[rows]
+      batch = Rows(inputs, labels, mask, per_unit=shape.rows_per_unit * shape.copies)
       # Norms and sums must round alike: TF32 products would not hold the bound C.
       with jax.default_matmul_precision("highest"):
         total, clip = clipped_sum(
-          clipping,
-          model,
-          whole_loss,
-          params,
-          state,
-          inputs,
-          labels,
-          mask,
-          hyper.clip_norm,
-          key,
-          rows_per_unit=images,
+          clipping, model, whole_loss, params, state, batch, hyper.clip_norm, key
         )
       present, logits = drawn.mask, class_logits(clip.outputs, model.penalties)
       metrics = no_metrics()._replace(
@@ -240,17 +227,19 @@ def private_gradient(
         examples=mask.sum(dtype=jnp.float32),
         units=present.sum(dtype=jnp.float32),
       )
-      return total, state, metrics
+      return ravel(total), state, metrics
 
+    where = (context.client.number, context.round, context.step)
+    drawn = _poisson_batch(context, memory, shape)
+    zeros = jnp.zeros((sum(leaf.size for leaf in jax.tree.leaves(params)),), jnp.float32)
     key = key_for(context.key, Stream.DROPOUT, *where)
-    drawn = _Drawn(slots, mask, turn, changes)
-    total, state, metrics = _in_parts(part, microbatch, params, state, drawn, key)
+    total, state, metrics = _in_parts(part, shape, zeros, state, drawn, key)
     release = (
       total,
       key_for(context.key, Stream.NOISE, *where),
-      client.noise_multiplier,
+      context.client.noise_multiplier,
       hyper.clip_norm,
-      client.expected_batch_size,
+      context.client.expected_batch_size,
     )
     if bands is None:
       grad = private_mean(*release)
@@ -261,18 +250,44 @@ def private_gradient(
   return gradient
 
 
+def _poisson_batch(context: StepContext, memory: Tree, shape: BatchShape) -> _Drawn:
+  """The truncated Poisson batch of a private step."""
+  client, slots = context.client, shape.slots
+  where, units = (client.number, context.round, context.step), client.units
+  sampler = poisson_batch
+  if client.coefficients is not None:
+    bands = client.coefficients.shape[0]
+    sampler = functools.partial(banded_batch, step=memory.step, bands=bands)
+  numbers, mask = sampler(
+    key_for(context.key, Stream.SAMPLE, *where),
+    client.num_examples if units is None else units.number,
+    client.sampling_probability,
+    max_examples=shape.max_examples if units is None else units.starts.shape[0],
+    batch_cap=slots,
+    limit=client.batch_cap,
+  )
+  turn, changes = jnp.zeros((slots,), jnp.float32), None
+  if units is not None:
+    turn = jax.random.uniform(key_for(context.key, Stream.AUGMENT, *where, 0), (slots,))
+  if shape.augmentation != "none":
+    key = key_for(context.key, Stream.AUGMENT, *where, 1)
+    images = shape.rows_per_unit * shape.copies
+    changes = draw_changes(key, (slots, images), shape.augmentation)
+  return _Drawn(slots=numbers, mask=mask, turn=turn, changes=changes)
+
+
 def slots_at_once(microbatch: int, slots: int) -> int:
   """Slots of a batch that ``part`` of a gradient gets; the last part is padded to as many."""
   return microbatch if 0 < microbatch < slots else slots
 
 
-def _in_parts(part, microbatch: int, params, state, drawn: _Drawn, key):
+def _in_parts(part, shape: BatchShape, zeros: Tree, state: Tree, drawn: _Drawn, key: jax.Array):
   """Sums ``part(state, drawn, key) -> (gradient, state, metrics)`` over microbatches of slots.
 
   Drawn slots come first, so the loop ends where they do: a batch's padding costs less than a
-  microbatch, and an empty batch nothing.
+  microbatch, and an empty batch nothing. ``zeros`` is a gradient of nothing.
   """
-  size = drawn.slots.shape[0]
+  size, microbatch = shape.slots, shape.microbatch
   if slots_at_once(microbatch, size) == size:
     return part(state, drawn, key)
   again = jnp.arange(size + -size % microbatch) % size
@@ -289,33 +304,58 @@ def _in_parts(part, microbatch: int, params, state, drawn: _Drawn, key):
     return jax.tree.map(jnp.add, total, grad), state, add_metrics(metrics, new)
 
   parts = (drawn.mask.sum(dtype=jnp.int32) + (microbatch - 1)) // microbatch
-  zeros = jax.tree.map(jnp.zeros_like, params)
   return jax.lax.fori_loop(0, parts, body, (zeros, state, no_metrics()))
 
 
-def _all_finite(leaves: list[jax.Array]) -> jax.Array:
-  """Whether every number is finite; vectors are looked at as one, for fewer kernels to compile."""
-  short = [jnp.isfinite(leaf).reshape(-1) for leaf in leaves if leaf.ndim < 2]
-  arrays = [jnp.isfinite(leaf) for leaf in leaves if leaf.ndim >= 2]
-  return jnp.stack([each.all() for each in [*arrays, jnp.concatenate(short)]]).all()
+class Weights(NamedTuple):
+  """What a client trains.
+
+  Attributes:
+    params: [P] float32 trained weights.
+    state: [S] float32 non-trained state of the network, such as batch statistics; [0] for most.
+    memory: what the gradient goes on from: a banded.Memory, or () where there is none.
+  """
+
+  params: jax.Array
+  state: jax.Array
+  memory: Tree = ()
+
+
+class NetworkLayout(NamedTuple):
+  """How a network's trees lie in vectors.
+
+  Attributes:
+    params: of the trained weights.
+    state: of the non-trained state.
+  """
+
+  params: Layout
+  state: Layout
 
 
 class LocalTraining(NamedTuple):
   """How a client trains in a round.
 
   Attributes:
-    train: (params, state, memory, client, pool, hyper, key, round, *, adjust=None,
-      trainable=None) -> (params, state, memory, RoundMetrics). ``memory`` is what the gradient goes
-      on from: a banded.Memory, or () where there is none. ``adjust(gradient, weights)`` changes a
-      step's gradient after clipping and noise, by nothing that was read from an example otherwise.
-      ``trainable`` is a tree of Python booleans: weights that are False stay as they are.
+    train: (Weights, StepContext of step 0, *, shift=None, pull=None, trainable=None) ->
+      (Weights, RoundMetrics). ``shift`` [P] is added to every gradient. ``pull`` is
+      (λ, anchor [P]): λ (w − anchor) is added. Both come after clipping and noise, and read no
+      example. ``trainable`` is a boolean for each leaf of the network: the others stay as they are.
     optimizer: optax direction of a step.
     rate: (hyper, round) -> local learning rate.
+    layout: of the network's vectors.
+    bands: steps that noise is correlated over; 1 for independent noise and without privacy.
   """
 
-  train: Callable[..., tuple[Tree, Tree, Tree, RoundMetrics]]
+  train: Callable[..., tuple[Weights, RoundMetrics]]
   optimizer: optax.GradientTransformation
   rate: Callable[[Hyper, jax.Array], jax.Array]
+  layout: NetworkLayout
+  bands: int = 1
+
+  def init_memory(self) -> Tree:
+    """What training goes on from in a client's first round."""
+    return empty_memory(self.layout.params.size, self.bands) if self.bands > 1 else ()
 
 
 def local_training(
@@ -323,6 +363,10 @@ def local_training(
   optimizer: optax.GradientTransformation,
   rate_factor: Callable[[jax.Array], jax.Array],
   num_local_steps: int | None,
+  layout: NetworkLayout,
+  *,
+  steps_on_vector: bool,
+  bands: int = 1,
 ) -> LocalTraining:
   """Builds a client's round of local steps.
 
@@ -332,50 +376,64 @@ def local_training(
     rate_factor: schedule factor of the round.
     num_local_steps: local steps where they are the same for every client, else None and
       ``client.num_steps`` decides (under vmap the clients that are done wait, unchanged).
+    layout: of the network.
+    steps_on_vector: whether weights, gradient and optimiser state are one vector in every step, and
+      not the network's arrays. It changes speed and memory only (docs/performance.md).
+    bands: steps that noise is correlated over.
 
   The FedProx term μ(w − w_round) is added after clipping and noise: it depends on no example.
   """
 
+  def inside(vector: jax.Array) -> Tree:
+    return vector if steps_on_vector else unravel(vector, layout.params)
+
   def rate_of(hyper: Hyper, round: jax.Array) -> jax.Array:
     return hyper.client_learning_rate * rate_factor(round)
 
-  def train(
-    params,
-    state,
-    memory,
-    client: Client,
-    pool: Pool,
-    hyper: Hyper,
-    key,
-    round,
-    *,
-    adjust: Callable[[Tree, Tree], Tree] | None = None,
-    trainable: Tree | None = None,
-  ):
-    rate = rate_of(hyper, round)
+  def train(start: Weights, context: StepContext, *, shift=None, pull=None, trainable=None):
+    hyper, rate = context.hyper, rate_of(context.hyper, context.round)
+    first = inside(start.params)
+    strength, anchor = (hyper.proximal_weight, first) if pull is None else (pull[0], inside(pull[1]))
+    shift = None if shift is None else inside(shift)
+
+    def direction_of(local, grad):
+      grad = jax.tree.map(lambda g, w, w0: g + strength * (w - w0), grad, local, anchor)
+      return grad if shift is None else jax.tree.map(jnp.add, grad, shift)
 
     def body(step, carry):
-      local, local_state, memory, opt_state, sums = carry
-      grad, local_state, memory, metrics = gradient(
-        local, local_state, memory, StepContext(client, pool, hyper, key, round, step)
-      )
-      grad = jax.tree.map(
-        lambda g, w, w0: g + hyper.proximal_weight * (w - w0), grad, local, params
-      )
-      if adjust is not None:
-        grad = adjust(grad, local)
-      direction, opt_state = optimizer.update(grad, opt_state, local)
+      local, state, memory, opt_state, sums = carry
+      params = unravel(local, layout.params) if steps_on_vector else local
+      grad, state, memory, metrics = gradient(params, state, memory, context._replace(step=step))
+      grad = ravel(grad) if steps_on_vector else _as_tree(grad, layout.params)
+      direction, opt_state = optimizer.update(direction_of(local, grad), opt_state, local)
       moved = descend(local, direction, rate)
       if trainable is not None:
-        moved = jax.tree.map(lambda may, new, old: new if may else old, trainable, moved, local)
-      local = moved
-      return local, local_state, memory, opt_state, add_metrics(sums, metrics)
+        moved = _only(trainable, moved, local, layout.params)
+      return moved, state, memory, opt_state, add_metrics(sums, metrics)
 
-    bound = client.num_steps if num_local_steps is None else num_local_steps
-    carry = (params, state, memory, optimizer.init(params), no_metrics())
-    local, local_state, memory, _, sums = jax.lax.fori_loop(0, bound, body, carry)
+    bound = context.client.num_steps if num_local_steps is None else num_local_steps
+    state = unravel(start.state, layout.state)
+    carry = (first, state, start.memory, optimizer.init(first), no_metrics())
+    local, state, memory, _, sums = jax.lax.fori_loop(0, bound, body, carry)
+    params = ravel(local)
     # The loss too: private gradients stay finite whatever the model does.
-    finite = _all_finite([*jax.tree.leaves(local), sums.loss])
-    return local, local_state, memory, sums._replace(finite=finite)
+    finite = jnp.isfinite(params).all() & jnp.isfinite(sums.loss)
+    return Weights(params, ravel(state), memory), sums._replace(finite=finite)
 
-  return LocalTraining(train, optimizer, rate_of)
+  return LocalTraining(
+    train=train, optimizer=optimizer, rate=rate_of, layout=layout, bands=bands
+  )
+
+
+def _only(marks: Sequence[bool], moved: Tree, before: Tree, layout: Layout) -> Tree:
+  """``moved`` in the marked leaves and ``before`` in the others, of trees or of their vectors."""
+  if isinstance(moved, jax.Array):
+    others = [not mark for mark in marks]
+    return merge(select(moved, layout, marks), select(before, layout, others), layout, marks)
+  chosen = jax.tree.unflatten(layout.structure, marks)
+  return jax.tree.map(lambda mark, new, old: new if mark else old, chosen, moved, before)
+
+
+def _as_tree(gradient: Tree, layout: Layout) -> Tree:
+  """A gradient as a tree, be it one already or a vector."""
+  return unravel(gradient, layout) if isinstance(gradient, jax.Array) else gradient

@@ -9,28 +9,25 @@ import optax
 
 from fedjax_med.core.errors import require
 from fedjax_med.federated.algorithm import FederatedAlgorithm, Tree
-from fedjax_med.federated.fedavg import difference, fedavg
-from fedjax_med.federated.local import LocalTraining
+from fedjax_med.federated.fedavg import fedavg, first_step
+from fedjax_med.federated.local import LocalTraining, Weights
+from fedjax_med.federated.vector import Layout, merge, select
 
-# params -> the same tree of Python booleans: what is a client's own
-Chosen = Callable[[Tree], Tree]
+# The layout of the weights -> which leaves are a client's own.
+Chosen = Callable[[Layout], tuple[bool, ...]]
 
 
-def norm_layers(params: Tree) -> Tree:
+def norm_layers(layout: Layout) -> tuple[bool, ...]:
   """Marks the parameters of normalisation layers: those that hold a 'scale'.
 
   Raises:
     UserError: there are none.
   """
-
-  def mark(node: Tree, inside: bool) -> Tree:
-    if not isinstance(node, dict):
-      return inside
-    return {name: mark(child, "scale" in node) for name, child in node.items()}
-
-  marks = mark(params, False)
+  places = [name.rpartition("/") for name in layout.names]
+  layers = {layer for layer, _, leaf in places if leaf == "scale"}
+  marks = tuple(layer in layers for layer, _, _ in places)
   require(
-    any(jax.tree.leaves(marks)),
+    any(marks),
     "server.algorithm='fedbn' keeps norm layers at home, and the model has none",
     "use another model, or server.algorithm=fedper",
   )
@@ -44,11 +41,11 @@ def layers_named(pattern: str) -> Chosen:
     UserError: when called, if no layer does, or all do.
   """
 
-  def choose(params: Tree) -> Tree:
-    leaves, structure = jax.tree_util.tree_flatten_with_path(params)
-    paths = ["/".join(str(key.key) for key in path) for path, _ in leaves]
-    marks = [re.match(f"(?:{pattern})(?:/|$)", path) is not None for path in paths]
-    names = ", ".join(dict.fromkeys(path.split("/")[0] for path in paths))
+  def choose(layout: Layout) -> tuple[bool, ...]:
+    marks = tuple(
+      re.match(f"(?:{pattern})(?:/|$)", name) is not None for name in layout.names
+    )
+    names = ", ".join(dict.fromkeys(name.split("/")[0] for name in layout.names))
     require(
       any(marks),
       f"server.personal_layers='{pattern}' matches no layer of the model, which has {names}",
@@ -60,20 +57,9 @@ def layers_named(pattern: str) -> Chosen:
       " would be learned together",
       "name some of them, or use another model",
     )
-    return jax.tree.unflatten(structure, marks)
+    return marks
 
   return choose
-
-
-def _own(params: Tree, marks: Tree) -> list[jax.Array]:
-  pairs = zip(jax.tree.leaves(params), jax.tree.leaves(marks), strict=True)
-  return [leaf for leaf, mine in pairs if mine]
-
-
-def _merged(params: Tree, own: list[jax.Array], marks: Tree) -> Tree:
-  """``params`` with the marked leaves from ``own``."""
-  rest = iter(own)
-  return jax.tree.map(lambda leaf, mine: next(rest) if mine else leaf, params, marks)
 
 
 def layers_at_home(
@@ -81,7 +67,6 @@ def layers_at_home(
   optimizer: optax.GradientTransformation,
   *,
   average: bool,
-  init_memory: Callable[[Tree], Tree],
   chosen: Chosen,
   statistics: bool,
 ) -> FederatedAlgorithm:
@@ -93,37 +78,50 @@ def layers_at_home(
     local: how clients train.
     optimizer: of the server.
     average: also keep an exponential moving average of the shared weights.
-    init_memory: params -> what training goes on from in a client's first round.
     chosen: the layers.
     statistics: whether non-trained state (batch statistics) stays at home too.
   """
-  plain = fedavg(local, optimizer, average=average, init_memory=init_memory)
+  plain, layout = fedavg(local, optimizer, average=average), local.layout.params
+  own = chosen(layout)
+  shared = tuple(not mark for mark in own)
 
-  def personal(params: Tree, state: Tree, client_state: Tree) -> tuple[Tree, Tree]:
-    _, own, own_state = client_state
-    return _merged(params, own, chosen(params)), own_state if statistics else state
+  def personal(params: jax.Array, state: jax.Array, client_state: Tree):
+    _, own_params, own_state = client_state
+    others = select(params, layout, shared)
+    return merge(own_params, others, layout, own), own_state if statistics else state
 
-  def init_client(params: Tree, state: Tree) -> Tree:
-    own = _own(params, chosen(params))
-    return plain.init_client(params, state), own, state if statistics else {}
+  def init_client(params: jax.Array, state: jax.Array):
+    own_state = state if statistics else state[:0]
+    return plain.init_client(params, state), select(params, layout, own), own_state
 
   def client_update(server, client_state, client, pool, hyper, key):
-    start, state = personal(server.params, server.state, client_state)
-    params, state, memory, metrics = local.train(
-      start, state, client_state[0], client, pool, hyper, key, server.round
-    )
-    delta = difference(params, state, server._replace(params=start))
-    marks = chosen(params)
-    sent = jax.tree.map(
-      lambda leaf, mine: jnp.zeros_like(leaf) if mine else leaf, delta.params, marks
-    )
+    params, state = personal(server.params, server.state, client_state)
+    start = Weights(params=params, state=state, memory=client_state[0])
+    end, metrics = local.train(start, first_step(server, client, pool, hyper, key))
+    delta = blank_delta(server)._replace(params=select(end.params - params, layout, shared))
+    if not statistics:
+      delta = delta._replace(state=end.state - server.state)
+    own_state = end.state if statistics else end.state[:0]
+    return delta, (end.memory, select(end.params, layout, own), own_state), metrics
+
+  def server_update(server, delta, share, hyper):
+    still = jnp.zeros((layout.size - delta.params.size,), jnp.float32)
+    whole = delta._replace(params=merge(still, delta.params, layout, own))
     if statistics:
-      delta = delta._replace(state=jax.tree.map(jnp.zeros_like, delta.state))
-    client_state = memory, _own(params, marks), state if statistics else {}
-    return delta._replace(params=sent), client_state, metrics
+      whole = whole._replace(state=jnp.zeros_like(server.state))
+    return plain.server_update(server, whole, share, hyper)
+
+  def blank_delta(server):
+    sent = plain.blank_delta(server)
+    state = sent.state[:0] if statistics else sent.state
+    return sent._replace(params=select(sent.params, layout, shared), state=state)
 
   return plain._replace(
-    init_client=init_client, client_update=client_update, at_home=chosen, personal=personal
+    init_client=init_client,
+    client_update=client_update,
+    server_update=server_update,
+    blank_delta=blank_delta,
+    personal=personal,
   )
 
 
@@ -132,7 +130,6 @@ def tuned_at_home(
   optimizer: optax.GradientTransformation,
   *,
   average: bool,
-  init_memory: Callable[[Tree], Tree],
   chosen: Chosen,
 ) -> FederatedAlgorithm:
   """FedAvg, and beside it every client tunes the chosen layers on top of the global model.
@@ -140,59 +137,54 @@ def tuned_at_home(
   As many local steps again go into the client's own layers in each round, the rest frozen as
   received (a linear probe that is kept up to date). Arguments as of ``layers_at_home``.
   """
-  plain = fedavg(local, optimizer, average=average, init_memory=init_memory)
+  plain, layout = fedavg(local, optimizer, average=average), local.layout.params
+  own = chosen(layout)
+  shared = tuple(not mark for mark in own)
 
-  def personal(params: Tree, state: Tree, client_state: Tree) -> tuple[Tree, Tree]:
-    return _merged(params, client_state[1], chosen(params)), state
+  def personal(params: jax.Array, state: jax.Array, client_state: Tree):
+    return merge(client_state[1], select(params, layout, shared), layout, own), state
 
-  def init_client(params: Tree, state: Tree) -> Tree:
-    return plain.init_client(params, state), _own(params, chosen(params))
+  def init_client(params: jax.Array, state: jax.Array):
+    return plain.init_client(params, state), select(params, layout, own)
 
   def client_update(server, client_state, client, pool, hyper, key):
     delta, memory, metrics = plain.client_update(server, client_state[0], client, pool, hyper, key)
-    start, marks = personal(server.params, server.state, client_state)[0], chosen(server.params)
-    tuned, _, _, extra = local.train(
-      start, server.state, (), client, pool, hyper, key, server.round, trainable=marks
+    params, state = personal(server.params, server.state, client_state)
+    tuned, extra = local.train(
+      Weights(params=params, state=state),
+      first_step(server, client, pool, hyper, key),
+      trainable=own,
     )
     metrics = metrics._replace(finite=metrics.finite & extra.finite)
-    return delta, (memory, _own(tuned, marks)), metrics
+    return delta, (memory, select(tuned.params, layout, own)), metrics
 
   return plain._replace(init_client=init_client, client_update=client_update, personal=personal)
 
 
 def ditto(
-  local: LocalTraining,
-  optimizer: optax.GradientTransformation,
-  *,
-  average: bool,
-  init_memory: Callable[[Tree], Tree],
+  local: LocalTraining, optimizer: optax.GradientTransformation, *, average: bool
 ) -> FederatedAlgorithm:
   """Ditto (Li et al. 2021, algorithm 1): FedAvg, and a whole model of its own at every client.
 
   The client's model takes as many local steps of its own, pulled to the received weights w by
   λ(v − w), λ being ``hyper.personal_weight``. Arguments as of ``fedavg``.
   """
-  plain = fedavg(local, optimizer, average=average, init_memory=init_memory)
+  plain = fedavg(local, optimizer, average=average)
 
-  def personal(params: Tree, state: Tree, client_state: Tree) -> tuple[Tree, Tree]:
+  def personal(params: jax.Array, state: jax.Array, client_state: Tree):
     return client_state[1], client_state[2]
 
-  def init_client(params: Tree, state: Tree) -> Tree:
+  def init_client(params: jax.Array, state: jax.Array):
     return plain.init_client(params, state), params, state
 
   def client_update(server, client_state, client, pool, hyper, key):
     delta, memory, metrics = plain.client_update(server, client_state[0], client, pool, hyper, key)
-
-    def adjust(gradient: Tree, weights: Tree) -> Tree:
-      return jax.tree.map(
-        lambda g, v, w: g + hyper.personal_weight * (v - w), gradient, weights, server.params
-      )
-
-    alone = hyper._replace(proximal_weight=jnp.zeros_like(hyper.proximal_weight))
-    own, state, _, extra = local.train(
-      client_state[1], client_state[2], (), client, pool, alone, key, server.round, adjust=adjust
+    end, extra = local.train(
+      Weights(params=client_state[1], state=client_state[2]),
+      first_step(server, client, pool, hyper, key),
+      pull=(hyper.personal_weight, server.params),
     )
     metrics = metrics._replace(finite=metrics.finite & extra.finite)
-    return delta, (memory, own, state), metrics
+    return delta, (memory, end.params, end.state), metrics
 
   return plain._replace(init_client=init_client, client_update=client_update, personal=personal)

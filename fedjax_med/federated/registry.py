@@ -7,7 +7,7 @@ from typing import NamedTuple
 import optax
 
 from fedjax_med.core.errors import require, require_choice
-from fedjax_med.federated.algorithm import FederatedAlgorithm, Tree
+from fedjax_med.federated.algorithm import FederatedAlgorithm
 from fedjax_med.federated.fedavg import fedavg
 from fedjax_med.federated.fednova import fednova
 from fedjax_med.federated.local import LocalTraining
@@ -26,7 +26,7 @@ class Entry(NamedTuple):
   """An algorithm and what protects it.
 
   Attributes:
-    make: (LocalTraining, server optimiser, average=, init_memory=) -> FederatedAlgorithm.
+    make: (LocalTraining, server optimiser, average=) -> FederatedAlgorithm.
     records: whether DP-SGD covers it: its clients read examples in ``LocalTraining.train`` alone,
       once a step, and what they send is made of that.
     clients: whether DP-FedAvg covers it: a client sends weights only, all of which are clipped, and
@@ -78,7 +78,6 @@ def create_algorithm(
   average: bool,
   records: bool = False,
   clients: bool = False,
-  init_memory: Callable[[Tree], Tree] = lambda params: (),
   personal_layers: str = "head",
 ) -> FederatedAlgorithm:
   """The algorithm of that name, for a run with privacy or without.
@@ -90,7 +89,6 @@ def create_algorithm(
     average: also keep an exponential moving average of the weights over rounds.
     records: whether the run protects records or patients (DP-SGD).
     clients: whether the run protects whole hospitals (DP-FedAvg).
-    init_memory: params -> what training goes on from in a client's first round; () is nothing.
     personal_layers: pattern of the layers that are a client's own, where the algorithm asks.
 
   Raises:
@@ -114,4 +112,4 @@ def create_algorithm(
       " client_privacy.mechanism=none",
     )
   layers = {"chosen": layers_named(personal_layers)} if entry.names_layers else {}
-  return entry.make(local, optimizer, average=average, init_memory=init_memory, **layers)
+  return entry.make(local, optimizer, average=average, **layers)

@@ -93,18 +93,17 @@ class Memory(NamedTuple):
 
   Attributes:
     step: [] int32 private steps taken so far.
-    noise: pytree of [b - 1, ...] float32, the x of the steps before, newest first.
+    noise: [b - 1, P] float32, the x of the steps before, newest first.
   """
 
   step: jax.Array
-  noise: Tree
+  noise: jax.Array
 
 
-def empty_memory(params: Tree, bands: int) -> Memory:
-  """Memory before the first step, for weights of ``params``' shapes."""
+def empty_memory(size: int, bands: int) -> Memory:
+  """Memory before the first step, for weights of ``size`` numbers."""
   return Memory(
-    jnp.zeros((), jnp.int32),
-    jax.tree.map(lambda leaf: jnp.zeros((bands - 1, *jnp.shape(leaf)), jnp.float32), params),
+    step=jnp.zeros((), jnp.int32), noise=jnp.zeros((bands - 1, size), jnp.float32)
   )
 
 

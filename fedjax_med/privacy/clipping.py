@@ -83,23 +83,35 @@ def _shortened(reasons: tuple[str, ...]) -> str:
   return ", ".join(reasons[:4]) + (f" and {len(reasons) - 4} more" * (len(reasons) > 4))
 
 
+class Rows(NamedTuple):
+  """Examples of one step, in the order of their units.
+
+  Attributes:
+    inputs: [B, ...] float32.
+    labels: [B, ...].
+    mask: [B] bool, rows that are examples.
+    per_unit: rows of a unit, a divisor of B.
+  """
+
+  inputs: jax.Array
+  labels: jax.Array
+  mask: jax.Array
+  per_unit: int = 1
+
+
 def clipped_sum(
   method: str,
   model: Model,
   loss: Loss,
   params: Any,
   state: Any,
-  inputs: jax.Array,  # [B, ...] float32
-  labels: jax.Array,  # [B, ...]
-  mask: jax.Array,  # [B] bool
+  rows: Rows,
   clip_norm: jax.Array,  # scalar float32, C
   key: jax.Array | None,
-  *,
-  rows_per_unit: int = 1,
 ) -> tuple[Any, ClipMetrics]:
   """Returns sum over units of gradient_u * min(1, C / |gradient_u|), and metrics.
 
-  The unit of privacy is ``rows_per_unit`` consecutive rows (an image; the images of a patient; m
+  The unit of privacy is ``rows.per_unit`` consecutive rows (an image; the images of a patient; m
   augmentations of one image); its loss is the mean over its rows in the mask. Removing a unit moves
   the sum by at most C, up to the rounding of the norm. A row outside the mask counts exactly 0 and
   what stands in it changes no bit; an empty mask gives exactly 0; a unit whose gradient norm is not
@@ -120,21 +132,19 @@ def clipped_sum(
     loss: (outputs of the network [B, columns], labels [B, ...]) -> [B], row by row.
     params: trainable weights.
     state: other collections of the model.
-    inputs: rows.
-    labels: labels of the rows.
-    mask: which rows are examples.
+    rows: examples.
     clip_norm: C, above 0.
     key: draws dropout; None if the model has none.
-    rows_per_unit: rows of a unit, a divisor of B.
 
   Returns:
     (pytree like params, ClipMetrics).
   """
   require_choice("method", method, METHODS)
-  if inputs.shape[0] % rows_per_unit:
-    raise ValueError(f"{inputs.shape[0]} rows are not whole units of {rows_per_unit}")
-  inputs, labels = _zero_outside(mask, inputs), _zero_outside(mask, labels)
-  by_unit = mask.reshape(-1, rows_per_unit)
+  mask, number = rows.mask, rows.inputs.shape[0]
+  if number % rows.per_unit:
+    raise ValueError(f"{number} rows are not whole units of {rows.per_unit}")
+  inputs, labels = _zero_outside(mask, rows.inputs), _zero_outside(mask, rows.labels)
+  by_unit = mask.reshape(-1, rows.per_unit)
   present = by_unit.any(1)
   share = by_unit.astype(jnp.float32)
   share = share / jnp.maximum(share.sum(1, keepdims=True), 1)

@@ -147,22 +147,16 @@ def without(stream, *positions):
   return key_for
 
 
-def one_layer_unclipped(method, model, loss, params, state, inputs, labels, mask, clip, key, **kw):
-  total, metrics = clipping.clipped_sum(
-    method, model, loss, params, state, inputs, labels, mask, clip, key, **kw
-  )
-  free, _ = clipping.clipped_sum(
-    method, model, loss, params, state, inputs, labels, mask, jnp.float32(1e6), key, **kw
-  )
+def one_layer_unclipped(method, model, loss, params, state, rows, clip, key):
+  total, metrics = clipping.clipped_sum(method, model, loss, params, state, rows, clip, key)
+  wide = jnp.float32(1e6)
+  free, _ = clipping.clipped_sum(method, model, loss, params, state, rows, wide, key)
   return {**total, "second": free["second"]}, metrics
 
 
-def clipped_after_the_sum(
-  method, model, loss, params, state, inputs, labels, mask, clip, key, **kw
-):
-  total, metrics = clipping.clipped_sum(
-    method, model, loss, params, state, inputs, labels, mask, jnp.float32(1e6), key, **kw
-  )
+def clipped_after_the_sum(method, model, loss, params, state, rows, clip, key):
+  wide = jnp.float32(1e6)
+  total, metrics = clipping.clipped_sum(method, model, loss, params, state, rows, wide, key)
   norm = jnp.sqrt(sum(jnp.square(leaf).sum() for leaf in jax.tree.leaves(total)))
   scale = jnp.minimum(1, clip / jnp.maximum(norm, 1e-9))
   return jax.tree.map(lambda leaf: leaf * scale, total), metrics

@@ -12,7 +12,7 @@ import pytest
 
 from fedjax_med.core.config import Config, DataConfig
 from fedjax_med.data.grey import EIGHT_BITS
-from fedjax_med.privacy.clipping import clipped_sum
+from fedjax_med.privacy.clipping import Rows, clipped_sum
 from fedjax_med.run.checkpoints import open_checkpoints
 from fedjax_med.trained.exporting import PLATFORMS, export_program
 from fedjax_med.trained.loading import Trained
@@ -57,7 +57,7 @@ def clipped_sums(name: str, method: str) -> Any:
   found = network(name)
 
   def run(params, inputs, labels, mask, clip_norm):
-    arguments = (params, found.state, inputs, labels, mask, clip_norm, None)
+    arguments = (params, found.state, Rows(inputs, labels, mask), clip_norm, None)
     return clipped_sum(method, found.model, loss, *arguments)
 
   clients = jax.vmap(run, (0, 0, 0, 0, None))

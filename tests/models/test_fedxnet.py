@@ -24,7 +24,7 @@ from fedjax_med.models.networks.fedxnet import (
   window_attention,
 )
 from fedjax_med.models.registry import create_model
-from fedjax_med.privacy.clipping import clipped_sum
+from fedjax_med.privacy.clipping import Rows, clipped_sum
 from tests.models.networks import CLASSES, IMAGES, INPUTS, MASK, TARGETS, loss, network
 from tests.privacy.clipping_cases import norms_of, quick_jit
 
@@ -176,7 +176,8 @@ def test_penalties_move_every_head_and_blank_images_clip_to_finite_sums():
   found = network("fedxnet")
 
   def run(inputs):
-    arguments = (found.params, {}, inputs, TARGETS[0], MASK[0], jnp.float32(1e6), None)
+    rows = Rows(inputs, TARGETS[0], MASK[0])
+    arguments = (found.params, {}, rows, jnp.float32(1e6), None)
     return clipped_sum("book_keeping", found.model, loss, *arguments)[0]
 
   run = quick_jit(run)

@@ -22,7 +22,7 @@ from fedjax_med.models.networks.blocks import (
 from fedjax_med.models.networks.norms import normalise, num_norm_groups
 from fedjax_med.models.networks.se_resnext import Bottleneck
 from fedjax_med.models.registry import MODELS, create_model, create_module, has_remat
-from fedjax_med.privacy.clipping import clipped_sum
+from fedjax_med.privacy.clipping import Rows, clipped_sum
 from tests.models.networks import (
   CLASSES,
   IMAGES,
@@ -280,7 +280,8 @@ def test_blocks_computed_again_change_no_clipped_sum_and_stay_covered(name, meth
   assert not any(again.uncovered(params, state, IMAGES, len(INPUTS[0])).values())
 
   def run(params):
-    arguments = (params, state, INPUTS[0], TARGETS[0], MASK[0], jnp.float32(0.5), None)
+    rows = Rows(INPUTS[0], TARGETS[0], MASK[0])
+    arguments = (params, state, rows, jnp.float32(0.5), None)
     return clipped_sum(method, again, loss, *arguments)[0]
 
   assert_close(quick_jit(run)(params), loop(gradients_of(name, 0), 0.5), 1e-5)

@@ -12,7 +12,7 @@ import pytest
 
 from fedjax_med.models.model import from_flax
 from fedjax_med.models.ops import Lowering
-from fedjax_med.privacy.clipping import METHODS, clipped_sum
+from fedjax_med.privacy.clipping import Rows, METHODS, clipped_sum
 
 NUM_CLASSES = 3
 # Compiles in half the time; for programs that are compared to a tolerance and run a few times.
@@ -173,8 +173,8 @@ def program(method: str, name: str, lowering: Lowering = "auto", rows_per_unit: 
   model = from_flax(CASES[name][0], lowering)
 
   def run(params, state, inputs, labels, mask, clip_norm):
-    arguments = (params, state, inputs, labels, mask, clip_norm, None)
-    return clipped_sum(method, model, squared_loss, *arguments, rows_per_unit=rows_per_unit)
+    rows = Rows(inputs, labels, mask, per_unit=rows_per_unit)
+    return clipped_sum(method, model, squared_loss, params, state, rows, clip_norm, None)
 
   return jax.jit(run)
 

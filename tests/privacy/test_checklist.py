@@ -72,7 +72,7 @@ PARAMS = LINEAR.init(base_key(1), PADDED[:1])[0]
 def clipped(inputs):
   """Clipped sum of the first two of four inputs by the method that 'auto' takes."""
   labels, mask = jnp.zeros(4, jnp.int32), jnp.arange(4) < 2
-  batch = (PARAMS, {}, inputs, labels, mask, jnp.float32(0.5), None)
+  batch = (PARAMS, {}, clipping.Rows(inputs, labels, mask), jnp.float32(0.5), None)
   return clipping.clipped_sum("book_keeping", LINEAR, losses.cross_entropy(0.0), *batch)[0]
 
 
@@ -188,9 +188,7 @@ def test_item_06_one_units_contribution_is_at_most_c_and_nothing_if_not_finite(s
     losses.cross_entropy(0.0),
     setting.params,
     {},
-    inputs,
-    jnp.zeros(2, jnp.int32),
-    jnp.ones(2, bool),
+    clipping.Rows(inputs, jnp.zeros(2, jnp.int32), jnp.ones(2, bool)),
     jnp.float32(0.5),
     None,
   )

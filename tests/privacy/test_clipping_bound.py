@@ -13,7 +13,7 @@ import pytest
 from fedjax_med.core.rounding import NORM_SLACK
 from fedjax_med.models.gradients import keeps_factors
 from fedjax_med.models.model import from_flax
-from fedjax_med.privacy.clipping import METHODS, clipped_sum
+from fedjax_med.privacy.clipping import Rows, METHODS, clipped_sum
 
 SMALL = np.sqrt(0.49 * 2.0**-23)  # added to 1, its square is rounded away
 
@@ -63,8 +63,8 @@ def program(method: str, name: str) -> Any:
 
   @jax.jit
   def run(inputs, cotangent, clip_norm):
-    batch = (inputs[None], cotangent[None], jnp.ones(1, bool))
-    total, metrics = clipped_sum(method, model, linear, params, state, *batch, clip_norm, None)
+    batch = Rows(inputs[None], cotangent[None], jnp.ones(1, bool))
+    total, metrics = clipped_sum(method, model, linear, params, state, batch, clip_norm, None)
     return jax.tree.leaves(total)[0], metrics.norm[0]
 
   return run

@@ -8,7 +8,7 @@ import pytest
 from fedjax_med.core.errors import UserError
 from fedjax_med.models.gradients import keeps_factors
 from fedjax_med.models.model import from_flax
-from fedjax_med.privacy.clipping import METHODS, clipped_sum, resolve_method
+from fedjax_med.privacy.clipping import Rows, METHODS, clipped_sum, resolve_method
 from tests.privacy.clipping_cases import CASES, NUM_CLASSES, loss, setting
 
 
@@ -56,9 +56,8 @@ def test_one_trace_serves_every_mask_and_clip_norm():
   def run(mask, clip_norm):
     traces.append(None)
     inputs, labels = jnp.ones((2, 4)), jnp.zeros(2, jnp.int32)
-    return clipped_sum(
-      "two_pass", model, loss, params, state, inputs, labels, mask, clip_norm, None
-    )
+    rows = Rows(inputs, labels, mask)
+    return clipped_sum("two_pass", model, loss, params, state, rows, clip_norm, None)
 
   for mask in ([True, True], [False, True], [False, False]):
     for clip_norm in (0.1, 10.0):
@@ -91,9 +90,8 @@ def test_only_the_reference_holds_the_gradient_of_every_example_of_a_wide_layer(
   params, state = model.init(jax.random.key(0), inputs[:1])
 
   def run(params):
-    return clipped_sum(
-      method, model, loss, params, state, inputs, labels, mask, jnp.float32(1), None
-    )
+    rows = Rows(inputs, labels, mask)
+    return clipped_sum(method, model, loss, params, state, rows, jnp.float32(1), None)
 
   program = jax.jit(run).lower(params).compile().as_text()
   assert program is not None

@@ -10,7 +10,7 @@ import pytest
 from jax_privacy import clipped_grad
 
 from fedjax_med.models.model import from_flax
-from fedjax_med.privacy.clipping import METHODS, clipped_sum
+from fedjax_med.privacy.clipping import Rows, METHODS, clipped_sum
 from tests.privacy.clipping_cases import CASES, assert_close, quick_jit, setting, squared_loss
 
 # jax-privacy 2.0 asks optax for norms by a name that optax 0.2.8 has moved.
@@ -65,8 +65,8 @@ def program(method: str, name: str, rows: int) -> Any:
   model = from_flax(CASES[name][0])
 
   def run(params, state, inputs, labels, clip_norm):
-    batch = (inputs, labels, jnp.ones(len(inputs), bool), clip_norm, None)
-    total, metrics = clipped_sum(method, model, loss, params, state, *batch, rows_per_unit=rows)
+    batch = Rows(inputs, labels, jnp.ones(len(inputs), bool), per_unit=rows)
+    total, metrics = clipped_sum(method, model, loss, params, state, batch, clip_norm, None)
     return total, metrics.norm
 
   return quick_jit(run)

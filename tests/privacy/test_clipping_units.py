@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from fedjax_med.models.model import from_flax
-from fedjax_med.privacy.clipping import clipped_sum
+from fedjax_med.privacy.clipping import Rows, clipped_sum
 from tests.privacy.clipping_cases import (
   CASES,
   EVERY,
@@ -44,6 +44,6 @@ def test_units_of_two_rows_equal_a_loop_over_patients(name, method, mask):
 def test_rows_that_are_no_whole_units_are_refused():
   params, state, inputs, labels = setting("dense")
   model, mask = from_flax(CASES["dense"][0]), jnp.asarray(EVERY)
-  arguments = (params, state, inputs, labels, mask, jnp.float32(1), None)
+  rows = Rows(inputs, labels, mask, per_unit=4)
   with pytest.raises(ValueError, match="6 rows are not whole units of 4"):
-    clipped_sum("reference", model, loss, *arguments, rows_per_unit=4)
+    clipped_sum("reference", model, loss, params, state, rows, jnp.float32(1), None)

@@ -13,7 +13,7 @@ from jax.sharding import SingleDeviceSharding
 from fedjax_med.federated.losses import cross_entropy
 from fedjax_med.models.model import from_flax
 from fedjax_med.privacy.client_level import clip_update
-from fedjax_med.privacy.clipping import clipped_sum
+from fedjax_med.privacy.clipping import Rows, clipped_sum
 
 H200 = pathlib.Path(__file__).parents[1] / "devices" / "h200.txtpb"
 PLUGINS = importlib.util.find_spec("jax_plugins")
@@ -38,7 +38,8 @@ def clipped(method: str):
 
   def run(params, inputs, labels, mask, clip_norm):
     loss = cross_entropy(0.0)
-    return clipped_sum(method, model, loss, params, state, inputs, labels, mask, clip_norm, None)[0]
+    rows = Rows(inputs, labels, mask)
+    return clipped_sum(method, model, loss, params, state, rows, clip_norm, None)[0]
 
   shapes = [
     ((ROWS, POSITIONS, 16), "float32"),

@@ -107,7 +107,8 @@ def test_a_network_that_mixes_examples_runs_where_no_example_moves_anothers_cont
 
   @jax.jit
   def total(inputs):
-    batch = (inputs, jnp.zeros(5, jnp.int32), jnp.ones(5, bool), jnp.float32(0.1), None)
+    rows = clipping.Rows(inputs, jnp.zeros(5, jnp.int32), jnp.ones(5, bool))
+    batch = (rows, jnp.float32(0.1), None)
     return flat(clipping.clipped_sum(method, MIXER, LOSS, PARAMS, STATE, *batch)[0])
 
   # Whatever the last example is, the others' sum is the same: the differences are its own alone.

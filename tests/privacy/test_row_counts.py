@@ -15,7 +15,7 @@ from fedjax_med.federated.losses import cross_entropy
 from fedjax_med.models import coverage
 from fedjax_med.models.model import from_flax
 from fedjax_med.models.registry import create_model
-from fedjax_med.privacy.clipping import clipped_sum, resolve_method, uncovered
+from fedjax_med.privacy.clipping import Rows, clipped_sum, resolve_method, uncovered
 from tests.models.test_model import Inner, Wrapped
 
 SIZE = 16  # features, as many as the rows of some batches
@@ -136,8 +136,8 @@ def test_auto_clips_unit_by_unit_where_a_rule_would_carry_a_record_past_the_clip
 
   @jax.jit
   def total(x, present):
-    labels, clip_norm = jnp.arange(16) % 2, jnp.float32(0.1)
-    arguments = (model, cross_entropy(0.0), params, state, x, labels, present, clip_norm, None)
+    rows, clip_norm = Rows(x, jnp.arange(16) % 2, present), jnp.float32(0.1)
+    arguments = (model, cross_entropy(0.0), params, state, rows, clip_norm, None)
     return ravel_pytree(clipped_sum(method, *arguments)[0])[0]
 
   present = jnp.ones(16, bool)
