@@ -60,7 +60,8 @@ class Prepared(NamedTuple):
     layout: how runs lie on this machine.
     batches: [b, size] of test images, enough for each run's.
     images: in the pool, enough for each run's.
-    sweep: (states, fresh, rounds [S], points, pool, given) -> (states, metrics, probabilities).
+    sweep: (states, fresh, rounds [S], points, pool, pretrained) -> (states, metrics,
+      probabilities).
     compilations: how often ``sweep`` was compiled in this process.
   """
 
@@ -124,10 +125,10 @@ def _compile(prepared: Prepared) -> Prepared:
   images: Any = [shape((prepared.images, *each.shape[1:]), each.dtype) for each in arrays]
   run = place(case, prepared.program, prepared.shapes, Pool(*images), None)
   batches, _ = batches_of(evaluation_groups(parts, case.hospitals), prepared.batches)
-  states = jax.eval_shape(lambda: blank_states(parts.initial, parts.given, size))
+  states = jax.eval_shape(lambda: blank_states(parts.initial, parts.pretrained, size))
   points, lengths = stack([run] * size, [batches] * size), np.zeros(size, np.int32)
   sweep: Any = prepared.sweep
-  lowered = sweep.lower(states, np.bool_(True), lengths, points, run.pool, parts.given)
+  lowered = sweep.lower(states, np.bool_(True), lengths, points, run.pool, parts.pretrained)
   return prepared._replace(sweep=lowered.compile())
 
 

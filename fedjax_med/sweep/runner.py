@@ -214,7 +214,7 @@ def _run_chunk(
   points = stack(padded, [*batches, *[batches[0]] * missing])
   points = put(points, layout.mesh, dealt=True)
   parts = first.program.parts
-  states = put(blank_states(parts.initial, parts.given, layout.size), layout.mesh, dealt=True)
+  states = put(blank_states(parts.initial, parts.pretrained, layout.size), layout.mesh, dealt=True)
   fresh, lengths = True, np.zeros(layout.size, np.int32)
   stopped = ["" for _ in runs]
   lines: list[list[dict[str, Any]]] = [[] for _ in runs]
@@ -222,7 +222,7 @@ def _run_chunk(
   while True:
     going = [fresh or length > 0 for length in lengths[: len(runs)]]
     states, metrics, found = prepared.sweep(
-      states, np.bool_(fresh), lengths, points, first.pool, parts.given
+      states, np.bool_(fresh), lengths, points, first.pool, parts.pretrained
     )
     rounds, steps = jax.device_get((states.server.round, states.steps))
     metrics, found = jax.device_get((metrics, found))
