@@ -261,7 +261,7 @@ def make_program(
   # Products hold patches, native convolutions do not: the most that either needs.
   footprint = memory.footprint(create_model(config.model, classes, "matmul", remat=remat), image)
   footprint = footprint._replace(activations=rows_per_unit * copies * footprint.activations)
-  subject = plan.Subject(
+  subject = plan.LayoutProblem(
     cohort=cohort,
     steps=steps,
     counts=places,
