@@ -62,7 +62,7 @@ def main() -> None:
 
   from fedjax_med.federated.algorithm import Pool
   from fedjax_med.flags import config_fields
-  from fedjax_med.prepare.experiment import place, plan_together
+  from fedjax_med.prepare.experiment import make_experiment, plan_together
   from fedjax_med.run import training as runs
   from fedjax_med.run.compilation_cache import use_compilation_cache
   from fedjax_med.run.loop import train_rounds
@@ -131,7 +131,9 @@ def main() -> None:
       for each in group:
         own = place_of / str(each.key.number)
         own.mkdir(parents=True)
-        train_rounds(place(each.case, program, shapes, pool, mesh), own, lambda _: None, lambda: 0)
+        train_rounds(
+          make_experiment(each.case, program, shapes, pool, mesh), own, lambda _: None, lambda: 0
+        )
 
     return common.seconds(run)
 

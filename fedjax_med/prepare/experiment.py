@@ -168,7 +168,7 @@ def build(config: Config, hospitals: Hospitals, secret: bytes | None = None) -> 
   program, shapes = plan_together([case])
   mesh, dataset = program.devices.mesh, hospitals.dataset
   pool = Pool(replicate(dataset.inputs, mesh), replicate(dataset.labels, mesh))
-  return place(case, program, shapes, pool, mesh)
+  return make_experiment(case, program, shapes, pool, mesh)
 
 
 def plan_together(cases: Sequence[Case]) -> tuple[Program, Shapes]:
@@ -184,7 +184,7 @@ def plan_together(cases: Sequence[Case]) -> tuple[Program, Shapes]:
   return program, shapes
 
 
-def place(
+def make_experiment(
   case: Case, program: Program, shapes: Shapes, pool: Pool, mesh: Mesh | None, start: int = 0
 ) -> Experiment:
   """The run of a case by a program of at least its shapes, on images that are on the device.
@@ -264,7 +264,7 @@ def build_baselines(federation: Experiment) -> dict[str, Experiment]:
     shapes = shapes_of(own)
     program = make_program(own[0].config, own[0].hospitals.dataset, shapes, devices=devices)
     mesh = program.devices.mesh
-    return {name: place(cases[name], program, shapes, pool, mesh) for name in names}
+    return {name: make_experiment(cases[name], program, shapes, pool, mesh) for name in names}
 
   *solo, together = cases
   return built(solo) | built([together])

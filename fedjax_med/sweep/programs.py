@@ -17,7 +17,7 @@ from fedjax_med.core.errors import UserError
 from fedjax_med.data.dataset import Dataset
 from fedjax_med.federated.algorithm import Pool
 from fedjax_med.prepare.accounted_arrays import differences, require_accounted
-from fedjax_med.prepare.experiment import Experiment, place, plan_together
+from fedjax_med.prepare.experiment import Experiment, make_experiment, plan_together
 from fedjax_med.prepare.memory import shared_devices
 from fedjax_med.prepare.program import Program, Shapes
 from fedjax_med.run.loop import evaluated, evaluation_groups
@@ -123,7 +123,7 @@ def _compile(prepared: Prepared) -> Prepared:
   dataset, shape = case.hospitals.dataset, jax.ShapeDtypeStruct
   arrays = (dataset.inputs, dataset.labels)
   images: Any = [shape((prepared.images, *each.shape[1:]), each.dtype) for each in arrays]
-  run = place(case, prepared.program, prepared.shapes, Pool(*images), None)
+  run = make_experiment(case, prepared.program, prepared.shapes, Pool(*images), None)
   batches, _ = batches_of(evaluation_groups(parts, case.hospitals), prepared.batches)
   states = jax.eval_shape(lambda: blank_states(parts.initial, parts.pretrained, size))
   points, lengths = stack([run] * size, [batches] * size), np.zeros(size, np.int32)

@@ -14,7 +14,7 @@ from fedjax_med.core.errors import UserError
 from fedjax_med.data.dataset import Dataset, Hospitals
 from fedjax_med.folder import secret as secrets
 from fedjax_med.folder import writing as files
-from fedjax_med.prepare.experiment import Experiment, place
+from fedjax_med.prepare.experiment import Experiment, make_experiment
 from fedjax_med.prepare.synthetic_images import image_keeper
 from fedjax_med.privacy import ledger
 from fedjax_med.run.baselines import write_baselines
@@ -153,7 +153,7 @@ def run_group(
     for each, start in zip(chunk, starts, strict=True):
       hospitals = dataclasses.replace(each.case.hospitals, dataset=sets[images_of(each)])
       case = each.case._replace(hospitals=hospitals)
-      runs.append(place(case, prepared.program, prepared.shapes, pool, None, start))
+      runs.append(make_experiment(case, prepared.program, prepared.shapes, pool, None, start))
 
     def told(rounds: int, so_far=progress, chunk=chunk) -> None:
       note = f"{so_far.note}: {len(chunk)} runs at once"
