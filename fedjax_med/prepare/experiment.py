@@ -165,13 +165,13 @@ def build(config: Config, hospitals: Hospitals, secret: bytes | None = None) -> 
   """The federation itself: every hospital is a client; ``secret`` as in ``federation``."""
   case = federation(config, hospitals, secret)
   require_a_round(case.protection)  # a point of a sweep and a baseline may end at once
-  program, shapes = plan_together([case])
+  program, shapes = make_shared_program([case])
   mesh, dataset = program.devices.mesh, hospitals.dataset
   pool = Pool(replicate(dataset.inputs, mesh), replicate(dataset.labels, mesh))
   return make_experiment(case, program, shapes, pool, mesh)
 
 
-def plan_together(cases: Sequence[Case]) -> tuple[Program, Shapes]:
+def make_shared_program(cases: Sequence[Case]) -> tuple[Program, Shapes]:
   """One program for several cases, which differ in nothing that a program is made from."""
   config, num_clients = cases[0].config, len(cases[0].names)
   devices = choose_devices(config.execution.devices, cohort_cap(config, num_clients) or num_clients)

@@ -17,7 +17,7 @@ from fedjax_med.core.errors import UserError
 from fedjax_med.data.dataset import Dataset
 from fedjax_med.federated.algorithm import Pool
 from fedjax_med.prepare.accounted_arrays import differences, require_accounted
-from fedjax_med.prepare.experiment import Experiment, make_experiment, plan_together
+from fedjax_med.prepare.experiment import Experiment, make_experiment, make_shared_program
 from fedjax_med.prepare.memory import shared_devices
 from fedjax_med.prepare.program import Program, Shapes
 from fedjax_med.run.loop import evaluated, evaluation_groups
@@ -91,16 +91,16 @@ def compiled_ahead(plans: Sequence[Prepared]) -> Iterator[Prepared]:
 
 def prepare(group: Sequence[Planned], at_once: int) -> Prepared:
   """The program of a group, compiled."""
-  return _compile(plan(group, at_once))
+  return _compile(make_group_program(group, at_once))
 
 
-def plan(group: Sequence[Planned], at_once: int) -> Prepared:
+def make_group_program(group: Sequence[Planned], at_once: int) -> Prepared:
   """The program of a group, whose ``sweep`` is still to be compiled.
 
   UserError naming the point if it does not fit. It may time steps, which nothing must disturb.
   """
   try:
-    program, shapes = plan_together([each.case for each in group])
+    program, shapes = make_shared_program([each.case for each in group])
   except UserError as error:
     raise UserError(f"point {shown(group[0].point)}: {error}") from error
   layout = _layout(program, group, at_once)

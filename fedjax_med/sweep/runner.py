@@ -36,7 +36,15 @@ from fedjax_med.simulation.evaluation import batches_of
 from fedjax_med.simulation.rounds import NEVER
 from fedjax_med.simulation.runs_axis import blank_states
 from fedjax_med.sweep.points import Key, Planned, groups, images_of, shown
-from fedjax_med.sweep.programs import Layout, Prepared, compiled_ahead, plan, pool_of, put, stack
+from fedjax_med.sweep.programs import (
+  Layout,
+  Prepared,
+  compiled_ahead,
+  make_group_program,
+  pool_of,
+  put,
+  stack,
+)
 
 
 class Progress(NamedTuple):
@@ -96,7 +104,7 @@ def run_points(
   plans = []
   for number, part in enumerate(parts, 1):
     listen(progress._replace(note=f"program {number} of {len(parts)}: planning"))
-    plans.append(plan(part, at_once))
+    plans.append(make_group_program(part, at_once))
   compiled = compiled_ahead(plans)
   for number in range(1, len(parts) + 1):
     progress = progress._replace(note=f"program {number} of {len(parts)}")

@@ -15,7 +15,7 @@ from fedjax_med.data.hospitals import load_hospitals
 from fedjax_med.federated.algorithm import Pool
 from fedjax_med.models.networks.pretrained import overlay
 from fedjax_med.prepare.case import federation
-from fedjax_med.prepare.experiment import Experiment, build, make_experiment, plan_together
+from fedjax_med.prepare.experiment import Experiment, build, make_experiment, make_shared_program
 from fedjax_med.prepare.probe import wants_probe
 from fedjax_med.prepare.synthetic_images import make_images, reserve_synthetic
 from fedjax_med.run import trackers
@@ -105,7 +105,7 @@ def traced(one: Config, other: Config) -> bool:
 
 @kept
 def shared(config: Config) -> Any:
-  return plan_together([federation(config, dealt(config))])
+  return make_shared_program([federation(config, dealt(config))])
 
 
 def weights(one: Config, other: Config) -> bool:
