@@ -62,7 +62,7 @@ def main() -> None:
 
   from fedjax_med.federated.algorithm import Pool
   from fedjax_med.flags import config_fields
-  from fedjax_med.prepare.experiment import place, plan_together
+  from fedjax_med.prepare.experiment import make_experiment, make_shared_program
   from fedjax_med.run import training as runs
   from fedjax_med.run.compilation_cache import use_compilation_cache
   from fedjax_med.run.loop import train_rounds
@@ -106,7 +106,7 @@ def main() -> None:
 
   planned = plan_points(points, configs, range(len(points)))
   (group,) = groups(planned)
-  program, shapes = plan_together([each.case for each in group])
+  program, shapes = make_shared_program([each.case for each in group])
   mesh, dataset = program.devices.mesh, group[0].case.hospitals.dataset
   pool = Pool(replicate(dataset.inputs, mesh), replicate(dataset.labels, mesh))
   warm = programs.prepare(group, 0)
@@ -131,7 +131,9 @@ def main() -> None:
       for each in group:
         own = place_of / str(each.key.number)
         own.mkdir(parents=True)
-        train_rounds(place(each.case, program, shapes, pool, mesh), own, lambda _: None, lambda: 0)
+        train_rounds(
+          make_experiment(each.case, program, shapes, pool, mesh), own, lambda _: None, lambda: 0
+        )
 
     return common.seconds(run)
 

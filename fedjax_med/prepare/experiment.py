@@ -165,13 +165,13 @@ def build(config: Config, hospitals: Hospitals, secret: bytes | None = None) -> 
   """The federation itself: every hospital is a client; ``secret`` as in ``federation``."""
   case = federation(config, hospitals, secret)
   require_a_round(case.protection)  # a point of a sweep and a baseline may end at once
-  program, shapes = plan_together([case])
+  program, shapes = make_shared_program([case])
   mesh, dataset = program.devices.mesh, hospitals.dataset
   pool = Pool(replicate(dataset.inputs, mesh), replicate(dataset.labels, mesh))
-  return place(case, program, shapes, pool, mesh)
+  return make_experiment(case, program, shapes, pool, mesh)
 
 
-def plan_together(cases: Sequence[Case]) -> tuple[Program, Shapes]:
+def make_shared_program(cases: Sequence[Case]) -> tuple[Program, Shapes]:
   """One program for several cases, which differ in nothing that a program is made from."""
   config, num_clients = cases[0].config, len(cases[0].names)
   devices = choose_devices(config.execution.devices, cohort_cap(config, num_clients) or num_clients)
@@ -184,7 +184,7 @@ def plan_together(cases: Sequence[Case]) -> tuple[Program, Shapes]:
   return program, shapes
 
 
-def place(
+def make_experiment(
   case: Case, program: Program, shapes: Shapes, pool: Pool, mesh: Mesh | None, start: int = 0
 ) -> Experiment:
   """The run of a case by a program of at least its shapes, on images that are on the device.
@@ -264,7 +264,7 @@ def build_baselines(federation: Experiment) -> dict[str, Experiment]:
     shapes = shapes_of(own)
     program = make_program(own[0].config, own[0].hospitals.dataset, shapes, devices=devices)
     mesh = program.devices.mesh
-    return {name: place(cases[name], program, shapes, pool, mesh) for name in names}
+    return {name: make_experiment(cases[name], program, shapes, pool, mesh) for name in names}
 
   *solo, together = cases
   return built(solo) | built([together])

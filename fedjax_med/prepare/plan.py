@@ -14,7 +14,7 @@ from fedjax_med.privacy.clipping import resolve_method
 from fedjax_med.simulation.mesh import cpu_cores
 
 
-class Subject(NamedTuple):
+class LayoutProblem(NamedTuple):
   """What a plan is made for.
 
   Attributes:
@@ -46,7 +46,7 @@ class Subject(NamedTuple):
 
 def decide(
   config: Config,
-  subject: Subject,
+  subject: LayoutProblem,
   start: Choice,
   budget: Budget,
   block: Callable[[Choice], jax.stages.Wrapped],

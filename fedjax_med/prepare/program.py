@@ -49,8 +49,8 @@ class Parts(NamedTuple):
   """Functions of one run on a single device, not jitted: programs of many runs are made of them.
 
   Attributes:
-    initial: (seed, given params, given state) -> SimulationState before round 0.
-    given: params and state that initial values are taken from, {} where all are drawn.
+    initial: (seed, pretrained params, pretrained state) -> SimulationState before round 0.
+    pretrained: parameters and state that replace the random initialisation; {} without any.
     block: (state, clients, pool, hyper, key, num_rounds) -> (state, BlockMetrics).
     evaluate: (weights, pool, batches) -> probabilities [b, size, classes].
     personal: whether clients predict with models of their own.
@@ -58,7 +58,7 @@ class Parts(NamedTuple):
   """
 
   initial: Callable[..., SimulationState]
-  given: tuple[Any, Any]
+  pretrained: tuple[Any, Any]
   block: Callable[..., Any]
   evaluate: Callable[..., jax.Array]
   personal: bool
@@ -233,20 +233,20 @@ def make_program(
   # What runs is settled by the plan: the clipping that covers a model depends on its rows.
   first = Choice(devices=devices.number, chunk=1, microbatch=0, remat=remat, clipping="none")
 
-  given = Overlay({}, {}, "")
+  pretrained = Overlay({}, {}, "")
   if config.model.pretrained:
     fresh = jax.eval_shape(model_of(False, devices.number).init, base_key(0), image)
-    given = overlay(config.model.pretrained, *fresh)
+    pretrained = overlay(config.model.pretrained, *fresh)
 
-  def initial(seed: Any, given_params: Any, given_state: Any) -> SimulationState:
+  def initial(seed: Any, pretrained_params: Any, pretrained_state: Any) -> SimulationState:
     key = key_for(base_key(seed), Stream.INIT)
     params, state = model_of(False, devices.number).init(key, jnp.zeros(image.shape, image.dtype))
-    params, state = {**params, **given_params}, {**state, **given_state}
+    params, state = {**params, **pretrained_params}, {**state, **pretrained_state}
     clip_norm = config.client_privacy.clip_norm if client_level else None
     return init_state(algorithm_as(first), params, state, num_clients, clip_norm)
 
-  # Given values are arguments: constants would be compiled into the program.
-  values = given.params, given.state
+  # Pretrained values are arguments: constants would be compiled into the program.
+  values = pretrained.params, pretrained.state
   seed = np.int32(init_seed(config))
   arguments = memory.block_arguments(
     lambda: initial(seed, *values),
@@ -261,7 +261,7 @@ def make_program(
   # Products hold patches, native convolutions do not: the most that either needs.
   footprint = memory.footprint(create_model(config.model, classes, "matmul", remat=remat), image)
   footprint = footprint._replace(activations=rows_per_unit * copies * footprint.activations)
-  subject = plan.Subject(
+  subject = plan.LayoutProblem(
     cohort=cohort,
     steps=steps,
     counts=places,
@@ -335,7 +335,7 @@ def make_program(
     *make_predict(evaluate, batch_size=config.eval.batch_size, mesh=mesh),
     arguments,
     budget,
-    given.origin,
+    pretrained.origin,
   )
 
 

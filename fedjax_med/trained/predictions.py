@@ -71,7 +71,7 @@ def make_probabilities(trained: Trained) -> Callable[[np.ndarray], np.ndarray]:
   return lambda images: np.asarray(classify(trained.params, trained.state, images))
 
 
-def choose_layer(trained: Trained, name: str = "") -> grad_cam.Layer:
+def choose_layer(trained: Trained, name: str = "") -> grad_cam.MapLayer:
   """The layer that Grad-CAM is made at; see ``attention.choose_layer``."""
   image = jax.ShapeDtypeStruct((1, *trained.image_shape), jnp.float32)
   layers = grad_cam.find_layers(trained.model, trained.params, trained.state, image)
@@ -79,7 +79,7 @@ def choose_layer(trained: Trained, name: str = "") -> grad_cam.Layer:
 
 
 def make_look(
-  trained: Trained, layer: grad_cam.Layer
+  trained: Trained, layer: grad_cam.MapLayer
 ) -> Callable[[np.ndarray, int | None], Looked]:
   """Compiles (images [B, H, W, C], target) -> Looked; None explains the predicted class.
 
@@ -169,7 +169,7 @@ def predict_files(
   trained: Trained,
   images: pathlib.Path,
   output: pathlib.Path,
-  layer: grad_cam.Layer | None,
+  layer: grad_cam.MapLayer | None,
   tell: Callable[[str], None],
 ) -> Counts:
   """Writes a row for each picture of ``images`` to ``output``, a CSV file.
