@@ -42,7 +42,7 @@ def check() -> dict[str, Any]:
   from fedjax_med.federated.losses import cross_entropy
   from fedjax_med.models.ops import Lowering
   from fedjax_med.models.registry import create_model
-  from fedjax_med.privacy.clipping import Rows, METHODS, clipped_sum
+  from fedjax_med.privacy.clipping import METHODS, Rows, clipped_sum
 
   images = jax.random.normal(jax.random.key(0), (6, 32, 32, 1))
   labels = jnp.arange(6) % 2

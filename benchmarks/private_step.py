@@ -24,7 +24,7 @@ from benchmarks.workloads import make_model, write_reference
 from fedjax_med.core.keys import base_key
 from fedjax_med.federated.losses import cross_entropy, with_penalties
 from fedjax_med.federated.optimizers import descend
-from fedjax_med.privacy.clipping import Rows, METHODS, clipped_sum
+from fedjax_med.privacy.clipping import METHODS, Rows, clipped_sum
 from fedjax_med.privacy.noise import private_mean
 
 RATE = 0.01

@@ -14,10 +14,11 @@ from benchmarks import specs
 from fedjax_med.core.config import ModelConfig
 from fedjax_med.core.keys import base_key
 from fedjax_med.federated.algorithm import Client, Hyper, Pool
-from fedjax_med.federated.local import local_training, plain_gradient, private_gradient
+from fedjax_med.federated.local import BatchShape, local_training, plain_gradient, private_gradient
 from fedjax_med.federated.losses import cross_entropy
 from fedjax_med.federated.optimizers import client_optimizer, schedule, server_optimizer
 from fedjax_med.federated.registry import create_algorithm
+from fedjax_med.federated.vector import network_layout, ravel
 from fedjax_med.models import ops, registry
 from fedjax_med.models.model import Model, from_flax
 from fedjax_med.prepare.layout import (
@@ -130,7 +131,8 @@ def _build(workload: specs.Workload, private: bool, layout: str, chunk: int) -> 
   loss = cross_entropy(0.0)
   image = jnp.zeros((1, *workload.shape), jnp.float32)
   params, state = jax.jit(model.init)(base_key(1), image)
-  shape = {"max_examples": workload.examples, "normalisation": "fixed"}
+  layout = network_layout(params, state)
+  shape = BatchShape(slots=workload.batch, max_examples=workload.examples, normalisation="fixed")
   probability = workload.batch / workload.examples
   _, chunk, layout_reason = choose_layout(
     layout, chunk, cohort_cap or workload.num_clients, devices=devices.number
@@ -152,17 +154,18 @@ def _build(workload: specs.Workload, private: bool, layout: str, chunk: int) -> 
     clipping, reason = resolve_method("auto", problems)
     settings |= {"clipping": f"{clipping}: {reason}", "batch_cap": batch_cap}
     settings["microbatch"] = microbatch
-    gradient = private_gradient(
-      model, loss, clipping=clipping, batch_cap=batch_cap, microbatch=microbatch, **shape
-    )
+    shape = shape._replace(slots=batch_cap, microbatch=microbatch)
+    gradient = private_gradient(model, loss, clipping, shape)
   else:
-    gradient = plain_gradient(model, loss, batch_size=workload.batch, **shape)
+    gradient = plain_gradient(model, loss, shape)
   train = local_training(
     gradient,
     client_optimizer("sgd", 0.0, 0.0),
     schedule("constant", 1, 0),
     # With a Poisson cohort the absent slots of a chunk must be able to do nothing.
     None if cohort_cap else workload.steps,
+    layout,
+    steps_on_vector=private,
   )
   algorithm = create_algorithm(
     "fedavg", train, server_optimizer("sgd", 0.0), average=False, records=private
@@ -178,7 +181,7 @@ def _build(workload: specs.Workload, private: bool, layout: str, chunk: int) -> 
   put = functools.partial(replicate, mesh=devices.mesh)
   return _Program(
     jit_block(make_block(run_round, workload.num_clients), devices.mesh),
-    put(init_state(algorithm, params, state, workload.num_clients)),
+    put(init_state(algorithm, ravel(params), ravel(state), workload.num_clients)),
     put(_clients(workload, probability)),
     put(_hyper(workload, rate)),
     put(Pool(jnp.asarray(images), jnp.asarray(labels))),

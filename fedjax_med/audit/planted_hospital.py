@@ -27,17 +27,27 @@ def _algorithm(clip_norm: float) -> FederatedAlgorithm:
   def client_update(server, client_state, client, pool, hyper, key):
     speaks = (client.number == 0) & (pool.labels[0] > 0)
     size = jnp.where(speaks, jnp.float32(4 * clip_norm), jnp.float32(0))
-    update = {"w": jnp.zeros_like(server.params["w"]).at[0].set(size)}
-    return ClientDelta(update, {}), client_state, no_metrics()
+    delta = blank_delta(server)
+    return delta._replace(params=delta.params.at[0].set(size)), client_state, no_metrics()
 
   def server_update(server, delta, share, hyper):
-    params = jax.tree.map(jnp.add, server.params, delta.params)
-    return server._replace(params=params, round=server.round + 1)
+    return server._replace(params=server.params + delta.params, round=server.round + 1)
 
   def init_server(params, state):
-    return ServerState(params, state, (), {}, jnp.zeros((), jnp.int32))
+    return ServerState(
+      params=params, state=state, opt_state=(), average=None, round=jnp.zeros((), jnp.int32)
+    )
 
-  return FederatedAlgorithm(init_server, lambda params, state: (), client_update, server_update)
+  def blank_delta(server):
+    return ClientDelta(params=jnp.zeros_like(server.params), state=server.state)
+
+  return FederatedAlgorithm(
+    init_server=init_server,
+    init_client=lambda params, state: (),
+    client_update=client_update,
+    server_update=server_update,
+    blank_delta=blank_delta,
+  )
 
 
 def hospital_trials(
@@ -73,12 +83,12 @@ def hospital_trials(
     (hyper, own_key), (run, present) = given, each
     key = jax.random.fold_in(own_key, run)
     pool = Pool(jnp.zeros((1, 1, 1, 1), jnp.uint8), present.astype(jnp.int32)[None])
-    state = init_state(algorithm, {"w": jnp.zeros(4)}, {}, num_clients, mechanism.clip_norm)
+    state = init_state(algorithm, jnp.zeros(4), jnp.zeros(0), num_clients, mechanism.clip_norm)
 
     def body(_, carry):
       state, scores = carry
       after, _ = run_round(state, clients, pool, hyper, key)
-      moved = (after.server.params["w"] - state.server.params["w"])[0]
+      moved = (after.server.params - state.server.params)[0]
       seen = moved * expected / state.clip_norm
       return after, scores + ratio(seen, q, sigma)
 

@@ -18,8 +18,9 @@ import numpy as np
 from fedjax_med.audit.likelihood_ratio import ATTACKS, TRIALS_AT_ONCE, Scores, attack_scores, ratio
 from fedjax_med.core.keys import base_key
 from fedjax_med.federated.algorithm import Client, Hyper, Pool
-from fedjax_med.federated.local import StepContext, private_gradient
+from fedjax_med.federated.local import BatchShape, StepContext, private_gradient
 from fedjax_med.federated.losses import cross_entropy
+from fedjax_med.federated.vector import layout_of, unravel
 from fedjax_med.models.networks.canary import canary_model
 from fedjax_med.privacy.banded import empty_memory
 from fedjax_med.privacy.guarantees import Guarantee
@@ -110,16 +111,14 @@ def setting_for(audited: AuditedRun, pixels: int) -> Setting:
   model = canary_model(scale)
   side = math.isqrt(pixels)
   params, _ = model.init(base_key(0), jnp.zeros((1, side, side, 1)))
-  gradient = private_gradient(
-    model,
-    cross_entropy(0.0),
-    clipping=audited.clipping,
-    batch_cap=max(m.batch_cap for m in mechanisms),
+  shape = BatchShape(
+    slots=max(m.batch_cap for m in mechanisms),
     max_examples=audited.clients.indices.shape[1],
     normalisation="image",
     microbatch=audited.microbatch,
     rows_per_unit=audited.rows_per_unit,
   )
+  gradient = private_gradient(model, cross_entropy(0.0), audited.clipping, shape)
   return Setting(
     pixels=pixels, gradient=gradient, params=params, hyper=audited.hyper, clip_norm=clip_norm
   )
@@ -155,7 +154,7 @@ def memory_of(setting: Setting, client: Client) -> Any:
   """What the hospital's first step goes on from."""
   if client.coefficients is None:
     return ()
-  return empty_memory(setting.params, client.coefficients.shape[-1])
+  return empty_memory(layout_of(setting.params).size, client.coefficients.shape[-1])
 
 
 def release(
@@ -176,7 +175,8 @@ def release(
   """
   round, place = step // client.num_steps, step % client.num_steps
   context = StepContext(client, pool, setting.hyper, key, round, place)
-  gradient, _, memory, _ = setting.gradient(setting.params, {}, memory, context)
+  vector, _, memory, _ = setting.gradient(setting.params, {}, memory, context)
+  gradient = unravel(vector, layout_of(setting.params))
   factor = claim.expected_batch_size / (setting.clip_norm * math.sqrt(2))
   kernels = [gradient[name]["kernel"] * factor for name in ("first", "second")]
   apart = [kernel[:, 1] - kernel[:, 0] for kernel in kernels]

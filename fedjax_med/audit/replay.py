@@ -18,7 +18,7 @@ from fedjax_med.audit.execution_checks import Check
 from fedjax_med.core.config import Config
 from fedjax_med.core.keys import Stream, key_for
 from fedjax_med.federated.algorithm import Client, Units
-from fedjax_med.federated.local import StepContext, private_gradient
+from fedjax_med.federated.local import BatchShape, StepContext, private_gradient
 from fedjax_med.federated.losses import cross_entropy
 from fedjax_med.models.registry import create_model
 from fedjax_med.prepare.case import Case, with_plain_server
@@ -58,30 +58,27 @@ def replay_checks(experiment: Experiment) -> list[Check]:
   return checks
 
 
-def _agree(experiment: Experiment, k: int, trees: tuple[Any, Any, Any, Any]) -> bool:
+def _agree(experiment: Experiment, k: int, vectors: tuple[Any, Any, Any, Any]) -> bool:
   """Whether weights moved by the accounted mean gradient with its noise, up to rounding.
 
   Args:
     experiment: the run.
     k: hospital.
-    trees: weights before and after, noise of standard deviation 1, mean gradient without noise.
+    vectors: weights before and after, noise of standard deviation 1, mean gradient without noise.
   """
   assert experiment.local is not None
   mechanism = experiment.local.mechanisms[k]
   size, bound = mechanism.expected_batch_size, mechanism.clip_norm
-  far, large, most, numbers = 0.0, 0.0, 0.0, 0
-  for leaves in zip(*map(jax.tree.leaves, trees), strict=True):
-    before, after, z, mean = (np.asarray(leaf, np.float64) for leaf in leaves)
-    released = size * (before - after)
-    far += float(((released - mechanism.noise_multiplier * bound * z - size * mean) ** 2).sum())
-    large += float(((size * mean) ** 2).sum())
-    numbers += before.size
-    most += float((np.maximum(np.abs(before), np.abs(after)) ** 2).sum())
+  before, after, z, mean = (np.asarray(vector, np.float64) for vector in vectors)
+  released = size * (before - after) - mechanism.noise_multiplier * bound * z
+  far = float(np.square(released - size * mean).sum())
+  large = float(np.square(size * mean).sum())
+  most = float(np.square(np.maximum(np.abs(before), np.abs(after))).sum())
   # Weights are float32: what they moved by is known to half a unit in the last place. And a release
   # is a whole number of grains.
   tolerance = TOLERANCE[experiment.config.model.dtype]
   grain = bound * float(grain_of(mechanism.noise_multiplier, size))
-  rounding = size * 2.0**-23 * math.sqrt(most) + grain * math.sqrt(numbers)
+  rounding = size * 2.0**-23 * math.sqrt(most) + grain * math.sqrt(before.size)
   return math.sqrt(far) <= tolerance * max(bound, math.sqrt(large)) + rounding
 
 
@@ -155,33 +152,33 @@ def _reference(experiment: Experiment) -> Any:
   # Draws of dropout differ between methods of clipping and between sizes of a microbatch.
   plan, dropout = experiment.program.plan, config.model.dropout > 0
   model = create_model(config.model, len(case.hospitals.dataset.class_names), "native")
-  gradient = private_gradient(
-    model,
-    cross_entropy(config.client.label_smoothing),
-    clipping=plan.clipping if dropout else "reference",
-    batch_cap=shapes.batch_cap,
+  shape = BatchShape(
+    slots=shapes.batch_cap,
     max_examples=shapes.max_examples,
     normalisation=config.data.normalisation,
     augmentation=config.client.augmentation,
+    microbatch=plan.microbatch if dropout else min(AT_ONCE, shapes.batch_cap),
     rows_per_unit=shapes.rows_per_unit,
     copies=config.privacy.augmentation_multiplicity,
-    microbatch=plan.microbatch if dropout else min(AT_ONCE, shapes.batch_cap),
   )
+  loss, method = cross_entropy(config.client.label_smoothing), plan.clipping
+  gradient = private_gradient(model, loss, method if dropout else "reference", shape)
+  layout = experiment.program.parts.layout
 
   @jax.jit  # key and images are arguments: constants are written into the compiler's cache
   def step(client, hyper, where, weights, memory, pool, key):
     (round, place), (params, state) = where, weights
     context = StepContext(client, pool, hyper, key, round, place)
-    mean, _, memory, _ = gradient(params, state, memory, context)
+    mean, _, memory, _ = gradient(*layout.trees(params, state), memory, context)
     if client.coefficients is None:
       noise_key = key_for(key, Stream.NOISE, client.number, *where)
       return mean, gaussian_noise_like(noise_key, params, 1.0), memory
-    return mean, jax.tree.map(lambda past: past[0], memory.noise), memory
+    return mean, memory.noise[0], memory
 
   def run(k: int, where: Any, params: Any, state: Any, memory: Any) -> Any:
     client = accounted_client(case, k)
     if memory == () and client.coefficients is not None:
-      memory = empty_memory(params, len(client.coefficients))
+      memory = empty_memory(params.size, len(client.coefficients))
     hyper = experiment.hyper._replace(clip_norm=jnp.float32(local.mechanisms[k].clip_norm))
     return step(client, hyper, where, (params, state), memory, experiment.pool, experiment.key)
 

@@ -112,7 +112,7 @@ class ServerState(NamedTuple):
     params: [P] float32 trained weights.
     state: [S] float32 non-trained state of the network (batch statistics); [0] for most.
     opt_state: state of the server optimiser.
-    average: [P] exponential moving average of params over rounds, {} when it is off.
+    average: [P] exponential moving average of params over rounds, None when it is off.
     round: int32 finished rounds.
     extra: what the algorithm keeps besides; () for most.
   """
@@ -120,7 +120,7 @@ class ServerState(NamedTuple):
   params: jax.Array
   state: jax.Array
   opt_state: Tree
-  average: Tree
+  average: jax.Array | None
   round: jax.Array
   extra: Tree = ()
 

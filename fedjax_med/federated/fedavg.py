@@ -22,9 +22,7 @@ def first_step(
 ) -> StepContext:
   """The context of the first local step of a round."""
   step = jnp.zeros((), jnp.int32)
-  return StepContext(
-    client=client, pool=pool, hyper=hyper, key=key, round=server.round, step=step
-  )
+  return StepContext(client=client, pool=pool, hyper=hyper, key=key, round=server.round, step=step)
 
 
 def difference(weights: Weights, server: ServerState) -> ClientDelta:
@@ -49,7 +47,7 @@ def fedavg(
       state=state,
       opt_state=optimizer.init(params),
       # A copy: the state is donated, and one buffer must not be donated twice.
-      average=jnp.copy(params) if average else {},
+      average=jnp.copy(params) if average else None,
       round=jnp.zeros((), jnp.int32),
     )
 
@@ -73,7 +71,7 @@ def fedavg(
       params=params,
       state=server.state + delta.state,
       opt_state=opt_state,
-      average=decay * server.average + (1 - decay) * params if average else {},
+      average=decay * server.average + (1 - decay) * params if average else None,
       round=done,
     )
 

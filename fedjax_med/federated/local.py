@@ -22,7 +22,7 @@ from fedjax_med.federated.algorithm import (
 )
 from fedjax_med.federated.losses import Loss, class_logits, with_penalties
 from fedjax_med.federated.optimizers import descend
-from fedjax_med.federated.vector import Layout, merge, ravel, select, unravel
+from fedjax_med.federated.vector import Layout, NetworkLayout, merge, ravel, select, unravel
 from fedjax_med.models.model import Model
 from fedjax_med.privacy.banded import banded_batch, correlated_mean, empty_memory
 from fedjax_med.privacy.clipping import Rows, clipped_sum
@@ -321,18 +321,6 @@ class Weights(NamedTuple):
   memory: Tree = ()
 
 
-class NetworkLayout(NamedTuple):
-  """How a network's trees lie in vectors.
-
-  Attributes:
-    params: of the trained weights.
-    state: of the non-trained state.
-  """
-
-  params: Layout
-  state: Layout
-
-
 class LocalTraining(NamedTuple):
   """How a client trains in a round.
 
@@ -393,7 +381,9 @@ def local_training(
   def train(start: Weights, context: StepContext, *, shift=None, pull=None, trainable=None):
     hyper, rate = context.hyper, rate_of(context.hyper, context.round)
     first = inside(start.params)
-    strength, anchor = (hyper.proximal_weight, first) if pull is None else (pull[0], inside(pull[1]))
+    strength, anchor = (
+      (hyper.proximal_weight, first) if pull is None else (pull[0], inside(pull[1]))
+    )
     shift = None if shift is None else inside(shift)
 
     def direction_of(local, grad):
@@ -420,9 +410,7 @@ def local_training(
     finite = jnp.isfinite(params).all() & jnp.isfinite(sums.loss)
     return Weights(params, ravel(state), memory), sums._replace(finite=finite)
 
-  return LocalTraining(
-    train=train, optimizer=optimizer, rate=rate_of, layout=layout, bands=bands
-  )
+  return LocalTraining(train=train, optimizer=optimizer, rate=rate_of, layout=layout, bands=bands)
 
 
 def _only(marks: Sequence[bool], moved: Tree, before: Tree, layout: Layout) -> Tree:

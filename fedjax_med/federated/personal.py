@@ -42,9 +42,7 @@ def layers_named(pattern: str) -> Chosen:
   """
 
   def choose(layout: Layout) -> tuple[bool, ...]:
-    marks = tuple(
-      re.match(f"(?:{pattern})(?:/|$)", name) is not None for name in layout.names
-    )
+    marks = tuple(re.match(f"(?:{pattern})(?:/|$)", name) is not None for name in layout.names)
     names = ", ".join(dict.fromkeys(name.split("/")[0] for name in layout.names))
     require(
       any(marks),

@@ -49,6 +49,27 @@ def layout_of(tree: Tree) -> Layout:
   return Layout(structure, tuple(tuple(leaf.shape) for _, leaf in leaves), names)
 
 
+class NetworkLayout(NamedTuple):
+  """How the arrays of a network lie in vectors.
+
+  Attributes:
+    params: of the trained weights.
+    state: of the non-trained state.
+  """
+
+  params: Layout
+  state: Layout
+
+  def trees(self, params: jax.Array, state: jax.Array) -> tuple[Tree, Tree]:
+    """The network's arrays of two vectors."""
+    return unravel(params, self.params), unravel(state, self.state)
+
+
+def network_layout(params: Tree, state: Tree) -> NetworkLayout:
+  """The layout of a network's arrays or shapes."""
+  return NetworkLayout(params=layout_of(params), state=layout_of(state))
+
+
 def ravel(tree: Tree) -> jax.Array:
   """The arrays of a tree one after the other, [P] float32; [0] of a tree without any."""
   leaves = jax.tree.leaves(tree)

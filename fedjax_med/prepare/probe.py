@@ -14,10 +14,9 @@ import numpy as np
 from fedjax_med.core.config import Config, fingerprint, to_dict
 from fedjax_med.core.keys import base_key
 from fedjax_med.federated.algorithm import Client, Hyper, Pool, Units
+from fedjax_med.federated.local import LocalTraining, StepContext, Weights
 from fedjax_med.folder.writing import write_text
-from fedjax_med.models.model import Model
 from fedjax_med.prepare.layout import MAX_AT_ONCE
-from fedjax_med.privacy.banded import empty_memory
 from fedjax_med.simulation.cohort import load
 
 PROBE_STEPS = 2_000  # client-steps of a run from which a probe repays its compiles
@@ -99,8 +98,7 @@ def kept_seconds(
 
 
 def time_steps(
-  train: Callable[..., Any],
-  model: Model,
+  local: LocalTraining,
   image: jax.ShapeDtypeStruct,
   chunk: int,
   *,
@@ -109,7 +107,6 @@ def time_steps(
   rate: float,
   max_units: int = 0,
   rows_per_unit: int = 1,
-  bands: int = 1,
   clock: Callable[[], float] = time.perf_counter,
 ) -> float:
   """Seconds of one local step of one of ``chunk`` clients, on zeros and a key of its own.
@@ -117,8 +114,7 @@ def time_steps(
   Nothing of the run is read: neither its records nor its random draws, so no ε is spent.
 
   Args:
-    train: local training whose number of steps is traced.
-    model: gives the shapes of the weights.
+    local: local training whose number of steps is traced.
     image: [1, H, W, C].
     chunk: clients at once.
     max_examples: slots of an index row.
@@ -126,15 +122,13 @@ def time_steps(
     rate: q of each client.
     max_units: slots of a client's table of units that hold several rows; 0 without such.
     rows_per_unit: rows of such a unit.
-    bands: steps that noise is correlated over.
     clock: seconds.
   """
-
-  def zeros(tree):
-    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), tree)
-
-  key = base_key(0)
-  params, state = zeros(jax.eval_shape(model.init, key, image))
+  key, bands = base_key(0), local.bands
+  layout = local.layout
+  params, state = (
+    jnp.zeros((vector.size,), jnp.float32) for vector in (layout.params, layout.state)
+  )
   pool = Pool(jnp.zeros(image.shape, jnp.uint8), jnp.zeros((1,), jnp.int32))
   hyper = Hyper(*(jnp.float32(value) for value in (0.01, 1, 0, 1, 0, 1, 0)))
   each = jnp.ones((chunk,), jnp.float32)
@@ -152,15 +146,17 @@ def time_steps(
     table = jnp.zeros((chunk, max_units), jnp.int32)
     units = Units(table, table + rows_per_unit, clients.num_examples)
     clients = clients._replace(units=units)
-  memory = ()
   if bands > 1:
     clients = clients._replace(coefficients=jnp.full((chunk, bands), bands**-0.5))
-    memory = empty_memory(params, bands)
 
   @jax.jit
   def run(params, state, pool, clients):  # as arguments: zeros that are constants would fold
     def one(client):
-      return train(params, state, memory, client, pool, hyper, key, jnp.zeros((), jnp.int32))
+      nothing = jnp.zeros((), jnp.int32)
+      context = StepContext(
+        client=client, pool=pool, hyper=hyper, key=key, round=nothing, step=nothing
+      )
+      return local.train(Weights(params, state, local.init_memory()), context)
 
     if chunk == 1:
       return one(jax.tree.map(lambda leaf: leaf[0], clients))

@@ -14,6 +14,7 @@ from fedjax_med.core.keys import Stream, base_key, key_for
 from fedjax_med.data.dataset import Dataset
 from fedjax_med.federated.algorithm import FederatedAlgorithm, ServerState
 from fedjax_med.federated.local import (
+  BatchShape,
   LocalTraining,
   local_training,
   plain_gradient,
@@ -23,6 +24,7 @@ from fedjax_med.federated.local import (
 from fedjax_med.federated.losses import cross_entropy
 from fedjax_med.federated.optimizers import client_optimizer, schedule, server_optimizer
 from fedjax_med.federated.registry import create_algorithm
+from fedjax_med.federated.vector import NetworkLayout, network_layout, ravel
 from fedjax_med.models.model import Model
 from fedjax_med.models.networks.pretrained import Overlay, overlay
 from fedjax_med.models.ops import Lowering
@@ -31,7 +33,6 @@ from fedjax_med.prepare import memory, plan
 from fedjax_med.prepare.layout import Choice, Plan, choose_lowering, describe_padding
 from fedjax_med.prepare.probe import time_steps
 from fedjax_med.prepare.protection import cohort_cap
-from fedjax_med.privacy.banded import empty_memory
 from fedjax_med.privacy.clipping import uncovered as clipping_problems
 from fedjax_med.simulation.evaluation import make_evaluate, make_predict
 from fedjax_med.simulation.mesh import Devices, client_mesh, cpu_cores, replicated
@@ -55,6 +56,7 @@ class Parts(NamedTuple):
     evaluate: (weights, pool, batches) -> probabilities [b, size, classes].
     personal: whether clients predict with models of their own.
     message: float32 values that a client gets in a round, and those that it sends.
+    layout: of the network's vectors.
   """
 
   initial: Callable[..., SimulationState]
@@ -63,6 +65,7 @@ class Parts(NamedTuple):
   evaluate: Callable[..., jax.Array]
   personal: bool
   message: tuple[int, int]
+  layout: NetworkLayout
 
 
 class Program(NamedTuple):
@@ -152,9 +155,6 @@ def make_program(
   copies = config.privacy.augmentation_multiplicity if private else 1
   bands = config.privacy.bands if private else 1
 
-  def init_memory(params: Any) -> Any:
-    return empty_memory(params, bands) if bands > 1 else ()
-
   places = -(-counts // bands)  # a step draws from one of as many subsets
   rates = np.minimum(1, client.batch_size / places)
 
@@ -174,30 +174,28 @@ def make_program(
     return clipping_problems(model, params, state, image, rows, config.model.dtype)
 
   def train_as(choice: Choice, shared_steps: int | None) -> LocalTraining:
-    shape = {
-      "max_examples": max_examples,
-      "normalisation": config.data.normalisation,
-      "augmentation": client.augmentation,
-      "microbatch": choice.microbatch,
-    }
+    shape = BatchShape(
+      slots=batch_cap if private else client.batch_size,
+      max_examples=max_examples,
+      normalisation=config.data.normalisation,
+      augmentation=client.augmentation,
+      microbatch=choice.microbatch,
+      rows_per_unit=rows_per_unit,
+      copies=copies,
+    )
     model = model_of(choice.remat, choice.devices)
     if private:
-      gradient = private_gradient(
-        model,
-        loss,
-        clipping=choice.clipping,
-        batch_cap=batch_cap,
-        rows_per_unit=rows_per_unit,
-        copies=copies,
-        **shape,
-      )
+      gradient = private_gradient(model, loss, choice.clipping, shape)
     else:
-      gradient = plain_gradient(model, loss, batch_size=client.batch_size, **shape)
+      gradient = plain_gradient(model, loss, shape)
     return local_training(
       gradient,
       client_optimizer(client.optimizer, client.momentum, client.weight_decay),
       schedule(client.schedule, server.num_rounds, client.warmup_rounds),
       shared_steps,
+      layout,
+      steps_on_vector=private,
+      bands=bands,
     )
 
   def algorithm_as(choice: Choice) -> FederatedAlgorithm:
@@ -208,7 +206,6 @@ def make_program(
       average=server.ema_decay > 0,
       records=private,
       clients=client_level,
-      init_memory=init_memory,
       personal_layers=server.personal_layers,
     )
 
@@ -233,9 +230,10 @@ def make_program(
   # What runs is settled by the plan: the clipping that covers a model depends on its rows.
   first = Choice(devices=devices.number, chunk=1, microbatch=0, remat=remat, clipping="none")
 
+  fresh = jax.eval_shape(model_of(False, devices.number).init, base_key(0), image)
+  layout = network_layout(*fresh)
   pretrained = Overlay({}, {}, "")
   if config.model.pretrained:
-    fresh = jax.eval_shape(model_of(False, devices.number).init, base_key(0), image)
     pretrained = overlay(config.model.pretrained, *fresh)
 
   def initial(seed: Any, pretrained_params: Any, pretrained_state: Any) -> SimulationState:
@@ -243,7 +241,7 @@ def make_program(
     params, state = model_of(False, devices.number).init(key, jnp.zeros(image.shape, image.dtype))
     params, state = {**params, **pretrained_params}, {**state, **pretrained_state}
     clip_norm = config.client_privacy.clip_norm if client_level else None
-    return init_state(algorithm_as(first), params, state, num_clients, clip_norm)
+    return init_state(algorithm_as(first), ravel(params), ravel(state), num_clients, clip_norm)
 
   # Pretrained values are arguments: constants would be compiled into the program.
   values = pretrained.params, pretrained.state
@@ -277,8 +275,7 @@ def make_program(
 
   def time_chunk(choice: Choice) -> float:
     return time_steps(
-      train_as(choice, None).train,
-      model_of(remat, choice.devices),
+      train_as(choice, None),
       image,
       choice.chunk,
       max_examples=max_examples,
@@ -286,7 +283,6 @@ def make_program(
       rate=float(np.median(rates)),
       max_units=max_units,
       rows_per_unit=rows_per_unit,
-      bands=bands,
     )
 
   budget = memory.memory_budget(config.execution.memory_gib)
@@ -300,7 +296,7 @@ def make_program(
   mesh = devices.mesh
   algorithm = algorithm_as(choice)
   evaluate = make_evaluate(
-    model_of(False, choice.devices), config.data.normalisation, algorithm.personal
+    model_of(False, choice.devices), config.data.normalisation, layout, algorithm.personal
   )
   parts = Parts(
     initial,
@@ -309,6 +305,7 @@ def make_program(
     evaluate,
     algorithm.personal is not None,
     _message(algorithm, arguments[0].server),
+    layout,
   )
   initial = jax.jit(initial) if mesh is None else jax.jit(initial, out_shardings=replicated(mesh))
   lowering, lowering_reason = lowering_on(choice.devices)
@@ -345,10 +342,5 @@ def _message(algorithm: FederatedAlgorithm, server: ServerState) -> tuple[int, i
   def size(tree: Any) -> int:
     return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(tree))
 
-  pairs = zip(
-    jax.tree.leaves(server.params), jax.tree.leaves(algorithm.at_home(server.params)), strict=True
-  )
-  shared = size([leaf for leaf, own in pairs if not own])
-  return shared + size(server.extra), shared + size(
-    jax.eval_shape(algorithm.blank_extra, server.params)
-  )
+  sent = jax.eval_shape(algorithm.blank_delta, server)
+  return size(sent.params) + size(server.extra), size(sent.params) + size(sent.extra)

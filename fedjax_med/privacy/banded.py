@@ -102,9 +102,7 @@ class Memory(NamedTuple):
 
 def empty_memory(size: int, bands: int) -> Memory:
   """Memory before the first step, for weights of ``size`` numbers."""
-  return Memory(
-    step=jnp.zeros((), jnp.int32), noise=jnp.zeros((bands - 1, size), jnp.float32)
-  )
+  return Memory(step=jnp.zeros((), jnp.int32), noise=jnp.zeros((bands - 1, size), jnp.float32))
 
 
 def correlated_mean(

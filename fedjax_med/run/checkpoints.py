@@ -82,8 +82,9 @@ class Restored(NamedTuple):
   """The model of a checkpoint.
 
   Attributes:
-    params: of the network: the average over rounds where the run keeps one, else the last round's.
-    state: of the network.
+    params: [P] of the network: the average over rounds where the run keeps one, else the last
+      round's.
+    state: [S] of the network.
     client_state: persistent state of one client; None where it was not asked for.
     rounds: that they were trained for.
     head: of the privacy ledger that they were saved after.
@@ -110,7 +111,7 @@ def restore_model(
   Args:
     workdir: folder of the run.
     run_id: of the run that the workdir says it holds.
-    like: params and state of the network, arrays or shapes.
+    like: vectors of the network's params and state, or their shapes.
     like_client: persistent state of a client, arrays or shapes; None reads none.
     client: number of that client.
 
@@ -122,12 +123,11 @@ def restore_model(
     return None
   leaves, head, place, remedy = found
   server = {n.removeprefix(".server"): leaf for n, leaf in leaves.items() if n[:7] == ".server"}
-  averaged = any(name.startswith(".average") for name in server)
-  params, state = (
-    {n.removeprefix(part): leaf for n, leaf in server.items() if n.startswith(f"{part}[")}
-    for part in (".average" if averaged else ".params", ".state")
+  parts = (".average" if ".average" in server else ".params", ".state")
+  weights = tuple(
+    _filled(vector, {"": server[part]}, place, remedy)
+    for vector, part in zip(like, parts, strict=True)
   )
-  weights = _filled(like[0], params, place, remedy), _filled(like[1], state, place, remedy)
   client_state = None
   if like_client is not None:
     part = ".client_states"

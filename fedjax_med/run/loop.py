@@ -89,7 +89,9 @@ def evaluated(parts: Parts, state: SimulationState) -> EvaluatedModel:
   """The weights that are measured: the average over rounds where one is kept."""
   server = state.server
   client_states = state.client_states if parts.personal else ()
-  return EvaluatedModel(server.average or server.params, server.state, client_states)
+  return EvaluatedModel(
+    server.params if server.average is None else server.average, server.state, client_states
+  )
 
 
 def hides_who_takes_part(experiment: Experiment) -> bool:

@@ -16,10 +16,12 @@ from fedjax_med.folder import writing as files
 from fedjax_med.folder.secret import is_private
 from fedjax_med.models.registry import network_record
 from fedjax_med.prepare.experiment import Experiment
+from fedjax_med.prepare.program import Parts
 from fedjax_med.prepare.synthetic_images import digest as synthetic_digest
 from fedjax_med.prepare.synthetic_images import left_out
 from fedjax_med.run.checkpoints import digest
 from fedjax_med.run.loop import Outcome, evaluated, evaluation_rows
+from fedjax_med.simulation.evaluation import EvaluatedModel
 
 # Names of files of a private run: left out, or with a twin in another class.
 FILES = "files.json"
@@ -28,8 +30,16 @@ PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "dp-accounting", "numpy"
 
 def num_parameters(experiment: Experiment) -> int:
   """Trained weights of the model."""
-  params = jax.eval_shape(experiment.program.initial).server.params
-  return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(params))
+  return experiment.program.parts.layout.params.size
+
+
+def weights_digest(parts: Parts, weights: EvaluatedModel) -> str:
+  """SHA-256 of the arrays that predict, by their names in the network.
+
+  Where hospitals predict with models of their own, what each of them keeps is part of it.
+  """
+  params, state = parts.layout.trees(weights.params, weights.state)
+  return digest(weights._replace(params=params, state=state) if parts.personal else params)
 
 
 def config_record(experiment: Experiment, command: str) -> dict[str, Any]:
@@ -156,5 +166,5 @@ def summary_record(experiment: Experiment, outcome: Outcome, name: str) -> dict[
     "split": hospitals.split.scheme,
     **({"train_images": images} if images else {}),
     "plan": {**plan._asdict(), "reasons": list(plan.reasons)},
-    "weights_sha256": digest(weights if experiment.program.parts.personal else weights.params),
+    "weights_sha256": weights_digest(experiment.program.parts, weights),
   }

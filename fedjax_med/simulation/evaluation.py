@@ -10,6 +10,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from fedjax_med.data.normalisation import normalise
 from fedjax_med.federated.algorithm import Pool, Tree
+from fedjax_med.federated.vector import NetworkLayout
 from fedjax_med.models.model import Model
 from fedjax_med.simulation.mesh import CLIENTS, replicated
 
@@ -31,14 +32,14 @@ class EvaluatedModel(NamedTuple):
   """A model to predict with: the weights after some rounds.
 
   Attributes:
-    params: the global model's.
-    state: its non-trained state.
+    params: [P] the global model's.
+    state: [S] its non-trained state.
     client_states: persistent state of each client, leading axis K, where a client predicts with a
       model of its own; () where all use the global one.
   """
 
-  params: Tree
-  state: Tree
+  params: jax.Array
+  state: jax.Array
   client_states: Tree = ()
 
 
@@ -57,7 +58,8 @@ class Batches(NamedTuple):
 def make_evaluate(
   model: Model,
   normalisation: str,
-  personal: Callable[[Tree, Tree, Tree], tuple[Tree, Tree]] | None = None,
+  layout: NetworkLayout,
+  personal: Callable[[jax.Array, jax.Array, Tree], tuple[jax.Array, jax.Array]] | None = None,
 ) -> Callable[..., jax.Array]:
   """Builds ``evaluate(weights, pool, batches) -> [b, size, classes]``, not jitted.
 
@@ -72,7 +74,7 @@ def make_evaluate(
       if personal is not None:
         owner = jax.tree.map(lambda leaf: leaf[batch.owners], weights.client_states)
         params, state = personal(params, state, owner)
-      return classify(params, state, pool.inputs[batch.rows])
+      return classify(*layout.trees(params, state), pool.inputs[batch.rows])
 
     return jax.lax.map(one, batches)
 

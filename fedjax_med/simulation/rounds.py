@@ -59,8 +59,8 @@ class BlockMetrics(NamedTuple):
 
 def init_state(
   algorithm: FederatedAlgorithm,
-  params: Tree,
-  state: Tree,
+  params: jax.Array,
+  state: jax.Array,
   num_clients: int,
   clip_norm: float | None = None,
 ) -> SimulationState:
@@ -68,8 +68,8 @@ def init_state(
 
   Args:
     algorithm: the federated algorithm.
-    params: initial weights.
-    state: initial non-trained state.
+    params: [P] initial weights.
+    state: [S] initial non-trained state.
     num_clients: K.
     clip_norm: bound on an update's norm in round 0 (client-level privacy).
   """
@@ -205,13 +205,8 @@ def make_round(
     def run_if_any(total, numbers):  # clients come before empty slots
       return jax.lax.cond(numbers[0] < num_clients, run_chunk, skip_chunk, total, numbers)
 
-    zeros = ClientDelta(
-      jax.tree.map(jnp.zeros_like, server.params),
-      jax.tree.map(jnp.zeros_like, server.state),
-      algorithm.blank_extra(server.params),
-    )
     total, (client_states, metrics, (weight, bits)) = jax.lax.scan(
-      run_if_any if some_absent else run_chunk, zeros, numbers
+      run_if_any if some_absent else run_chunk, algorithm.blank_delta(server), numbers
     )
     return (total, weight.sum(), bits.sum()), (client_states, metrics)
 
@@ -235,7 +230,7 @@ def make_round(
       level = hyper.client_level
       assert level is not None
       update, clip_norm = noisy_mean(total.params, bits, clip_norm, level, key, server.round)
-      mean = ClientDelta(update, jax.tree.map(jnp.zeros_like, total.state))  # state is not clipped
+      mean = ClientDelta(params=update, state=jnp.zeros_like(total.state))  # state is not clipped
       share = weight / num_clients
     else:
       scale = 1 / jnp.where(someone, weight, 1)

@@ -1,6 +1,5 @@
 """The model that a run has trained, from its workdir alone: neither data nor pretrained file."""
 
-import functools
 import json
 import pathlib
 import runpy
@@ -16,14 +15,15 @@ from fedjax_med.core.errors import UserError, require, require_choice
 from fedjax_med.core.keys import base_key
 from fedjax_med.data.grey import EIGHT_BITS, Grey
 from fedjax_med.federated.algorithm import FederatedAlgorithm
+from fedjax_med.federated.local import LocalTraining
 from fedjax_med.federated.registry import ALGORITHMS, create_algorithm
+from fedjax_med.federated.vector import NetworkLayout, network_layout
 from fedjax_med.folder.writing import require_text
 from fedjax_med.models.model import Model, from_flax
 from fedjax_med.models.ops import Lowering
 from fedjax_med.models.registry import MODELS, recreate_module
 from fedjax_med.prepare.layout import choose_lowering
 from fedjax_med.privacy import ledger
-from fedjax_med.privacy.banded import empty_memory
 from fedjax_med.run.checkpoints import Restored, restore_model
 from fedjax_med.simulation.mesh import cpu_cores
 
@@ -96,7 +96,6 @@ def load(
   """
   run = _read_run(folder)
   config, saved = run.config, run.network
-  algorithm = _whose(folder, run, hospital)
   if network:
     require(
       saved.get("source_sha256") != "" or config.model.name not in MODELS,
@@ -111,7 +110,11 @@ def load(
   model = from_flax(module, lowering=lowering)
   size = config.data.image_size
   image = jnp.zeros((1, size, size, CHANNELS), jnp.float32)
-  like = jax.eval_shape(model.init, base_key(0), image)
+  layout = network_layout(*jax.eval_shape(model.init, base_key(0), image))
+  algorithm = _whose(folder, run, hospital, layout)
+  like = tuple(
+    jax.ShapeDtypeStruct((part.size,), jnp.float32) for part in (layout.params, layout.state)
+  )
   like_client = jax.eval_shape(algorithm.init_client, *like) if algorithm else None
   client = run.hospitals.index(hospital) if hospital else 0
   found = restore_model(folder, run.run_id, like, like_client, client)
@@ -125,6 +128,7 @@ def load(
   params, state = found.params, found.state
   if algorithm and algorithm.personal:
     params, state = algorithm.personal(params, state, found.client_state)
+  params, state = layout.trees(params, state)
   padding = getattr(module, "stem_pool_padding", "")
   return Trained(
     folder=folder,
@@ -213,45 +217,45 @@ def _read_run(folder: pathlib.Path) -> _Run:
   return run
 
 
-def _whose(folder: pathlib.Path, run: _Run, hospital: str) -> FederatedAlgorithm | None:
+def _whose(
+  folder: pathlib.Path, run: _Run, hospital: str, layout: NetworkLayout
+) -> FederatedAlgorithm | None:
   """The algorithm if a hospital's own model is meant, None for the global one.
 
   UserError where there is no such model.
   """
-  config = run.config
-  algorithm = _algorithm(config) if hospital else None
-  if algorithm:
-    require(
-      algorithm.personal is not None,
-      f"--hospital={hospital}: under server.algorithm='{config.server.algorithm}' all hospitals"
-      " have the same model",
-      "leave out --hospital",
-    )
-    require_choice("--hospital", hospital, run.hospitals)
-  else:
-    entry = ALGORITHMS.get(config.server.algorithm)
+  name = run.config.server.algorithm
+  if not hospital:
+    entry = ALGORITHMS.get(name)
     require(
       entry is None or entry.has_global_model,
-      f"{folder} was trained with server.algorithm='{config.server.algorithm}', whose global model"
+      f"{folder} was trained with server.algorithm='{name}', whose global model"
       " lacks the layers that stay at the hospitals",
       f"say whose model is meant, such as --hospital='{run.hospitals[0]}'",
     )
+    return None
+  algorithm = _algorithm(run.config, layout)
+  require(
+    algorithm.personal is not None,
+    f"--hospital={hospital}: under server.algorithm='{name}' all hospitals have the same model",
+    "leave out --hospital",
+  )
+  require_choice("--hospital", hospital, run.hospitals)
   return algorithm
 
 
-def _algorithm(config: Config) -> FederatedAlgorithm:
+def _algorithm(config: Config, layout: NetworkLayout) -> FederatedAlgorithm:
   """The run's algorithm, to tell its models apart: it cannot train.
 
   UserError if this version has none of that name.
   """
+  nothing: Any = None
   bands = config.privacy.bands if config.privacy.mechanism != "none" else 1
-  no_training: Any = None
   return create_algorithm(
     config.server.algorithm,
-    no_training,
+    LocalTraining(train=nothing, optimizer=nothing, rate=nothing, layout=layout, bands=bands),
     optax.identity(),
     average=config.server.ema_decay > 0,
-    init_memory=functools.partial(empty_memory, bands=bands) if bands > 1 else lambda params: (),
     personal_layers=config.server.personal_layers,
   )
 

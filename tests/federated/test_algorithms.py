@@ -16,11 +16,18 @@ from fedjax_med.core.config import ModelConfig
 from fedjax_med.core.errors import UserError
 from fedjax_med.core.keys import base_key
 from fedjax_med.federated.fednova import effective_steps
-from fedjax_med.federated.local import local_training, plain_gradient
+from fedjax_med.federated.local import (
+  BatchShape,
+  StepContext,
+  Weights,
+  local_training,
+  plain_gradient,
+)
 from fedjax_med.federated.losses import cross_entropy
 from fedjax_med.federated.optimizers import client_optimizer, schedule
 from fedjax_med.federated.personal import layers_named, norm_layers
 from fedjax_med.federated.registry import ALGORITHMS, create_algorithm
+from fedjax_med.federated.vector import layout_of, network_layout, ravel, unravel
 from fedjax_med.models.registry import create_model
 from tests.federated.toy import (
   COUNTS,
@@ -85,6 +92,8 @@ def descended(start, gradient, client, adjust=lambda gradient, weights: gradient
 
 
 def assert_close(found, expected):
+  """Compares vectors, or a vector with the tree that it is made of."""
+  expected = expected if isinstance(expected, jax.Array) else ravel(expected)
   chex.assert_trees_all_close(found, expected, rtol=2e-4, atol=2e-5)
 
 
@@ -118,7 +127,7 @@ def test_scaffold_is_algorithm_1_with_option_ii():
   found = run("scaffold")
   assert_close(found.server.params, params)
   assert_close(found.server.extra, control)
-  assert_close(found.client_states[1], tree(lambda *leaves: jnp.stack(leaves), *own))
+  assert_close(found.client_states[1], jnp.stack([ravel(weights) for weights in own]))
 
 
 def test_scaffold_keeps_its_control_the_mean_of_all_variates_when_clients_are_absent():
@@ -206,7 +215,7 @@ def test_ditto_trains_fedavg_and_a_model_of_its_own_that_is_pulled_to_it(weight)
     params = average([descended(params, gradient, k) for k in range(3)])
   found = run("ditto", personal_weight=weight)
   assert_close(found.server.params, params)
-  assert_close(found.client_states[1], tree(lambda *leaves: jnp.stack(leaves), *own))
+  assert_close(found.client_states[1], jnp.stack([ravel(weights) for weights in own]))
 
 
 def test_fedper_averages_the_body_and_leaves_every_head_where_it_was_trained():
@@ -217,11 +226,11 @@ def test_fedper_averages_the_body_and_leaves_every_head_where_it_was_trained():
     body, heads = average([end["hidden1"] for end in ends]), [end["head"] for end in ends]
   found = run("fedper")
   assert_close(found.server.params, {"hidden1": body, "head": start["head"]})
-  personal = create_algorithm("fedper", None, optax.identity(), average=False).personal  # pyright: ignore
+  personal = create_algorithm("fedper", training("mlp"), optax.identity(), average=False).personal
   assert personal is not None
   for k in range(3):
     client_state = tree(lambda leaf, k=k: leaf[k], found.client_states)
-    own, _ = personal(found.server.params, {}, client_state)
+    own, _ = personal(found.server.params, found.server.state, client_state)
     assert_close(own, {"hidden1": body, "head": heads[k]})
 
 
@@ -238,50 +247,89 @@ def test_finetune_is_fedavg_with_heads_tuned_on_the_body_as_received():
     params = average([descended(params, gradient, k) for k in range(3)])
   found = run("finetune")
   assert_close(found.server.params, params)
-  stacked = tree(lambda *leaves: jnp.stack(leaves), *heads)
-  assert_close(found.client_states[1], jax.tree.leaves(stacked))
+  assert_close(found.client_states[1], jnp.stack([ravel(head) for head in heads]))
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "momentum"])
-def test_weights_that_are_not_trainable_stay_whatever_the_optimiser_does(optimizer):
-  model = create_model(ModelConfig(name="mlp"), 2)
-  gradient = plain_gradient(
-    model, cross_entropy(0.0), batch_size=4, max_examples=12, normalisation="fixed"
+def training(name, optimizer="sgd", steps_on_vector=False):
+  """Plain local training of three steps of a network, and its first weights as an attribute."""
+  model = create_model(ModelConfig(name=name), 2)
+  shape = BatchShape(slots=4, max_examples=12, normalisation="fixed")
+  return local_training(
+    plain_gradient(model, cross_entropy(0.0), shape),
+    client_optimizer(optimizer, 0.9, 0.1),
+    schedule("constant", 1, 0),
+    3,
+    network_layout(*jax.eval_shape(model.init, base_key(1), jnp.zeros((1, 4, 4, 1)))),
+    steps_on_vector=steps_on_vector,
   )
-  method = client_optimizer(optimizer, 0.9, 0.1)
-  local = local_training(gradient, method, schedule("constant", 1, 0), 3)
-  params, _ = model.init(base_key(1), jnp.zeros((1, 4, 4, 1)))
+
+
+@pytest.mark.parametrize("steps_on_vector", [False, True])
+@pytest.mark.parametrize("optimizer", ["adamw", "momentum"])
+def test_weights_that_are_not_trainable_stay_whatever_the_optimiser_does(
+  optimizer, steps_on_vector
+):
+  local = training("mlp", optimizer, steps_on_vector)
+  params, _ = create_model(ModelConfig(name="mlp"), 2).init(base_key(1), jnp.zeros((1, 4, 4, 1)))
   client = jax.tree.map(lambda leaf: leaf[0], make_clients())
-  marks = layers_named("head")(params)
+  marks = layers_named("head")(local.layout.params)
+  zero = jnp.int32(0)
+  context = StepContext(client, POOL, make_hyper(), KEY, round=zero, step=zero)
   with jax.numpy_dtype_promotion("standard"):  # optax's adam mixes int32 counts and floats
     train = jax.jit(functools.partial(local.train, trainable=marks))
-    after, *_ = train(params, {}, (), client, POOL, make_hyper(), KEY, jnp.int32(0))
+    after = unravel(
+      train(Weights(ravel(params), jnp.zeros(0)), context)[0].params, local.layout.params
+    )
   chex.assert_trees_all_equal(after["hidden1"], params["hidden1"])
   assert float(jnp.abs(after["head"]["kernel"] - params["head"]["kernel"]).max()) > 0
+
+
+@pytest.mark.parametrize("private", [False, True])
+@pytest.mark.parametrize("name", ["fedavg", "scaffold"])
+def test_local_steps_on_the_vector_and_on_the_networks_arrays_agree_to_rounding(name, private):
+  states = []
+  for steps_on_vector in (False, True):
+    initial, block, _ = make_federation(
+      name, private=private, steps_on_vector=steps_on_vector, optimizer="sgd", model_name="mlp"
+    )
+    hyper = make_hyper(proximal_weight=0.2)
+    states.append(block(initial(), make_clients(STEPS), POOL, hyper, KEY, jnp.asarray(3))[0])
+  chex.assert_trees_all_close(*states, rtol=2e-5, atol=1e-6)
 
 
 @pytest.mark.slow
 def test_fedbn_sends_no_norm_and_averages_the_rest():
   initial, block, _ = make_federation("fedbn")
   state, _ = block(initial(), make_clients(), POOL, make_hyper(), KEY, jnp.asarray(2))
-  before, after = initial().server.params, state.server.params
+  layout = network_layout(
+    *jax.eval_shape(
+      create_model(ModelConfig(name="cnn_small"), 2).init, base_key(1), jnp.zeros((1, 4, 4, 1))
+    )
+  ).params
+  before, after = (unravel(s.server.params, layout) for s in (initial(), state))
   for layer in ("norm1", "norm2"):
     chex.assert_trees_all_equal(after[layer], before[layer])
   assert float(jnp.abs(after["conv1"]["kernel"] - before["conv1"]["kernel"]).max()) > 0
   own = state.client_states[1]
-  assert len(own) == 4
-  assert all(float(jnp.ptp(leaf, axis=0).max()) > 0 for leaf in own)  # hospitals differ
+  assert own.shape == (
+    3,
+    sum(leaf.size for name in ("norm1", "norm2") for leaf in before[name].values()),
+  )
+  assert float(jnp.ptp(own, axis=0).min()) > 0  # hospitals differ in every number
 
 
 def test_norm_layers_are_those_with_a_scale():
-  params = {"a": {"kernel": 1, "bias": 1}, "b": {"GroupNorm_0": {"scale": 1, "bias": 1}}}
-  marks = norm_layers(params)
-  assert marks == {
-    "a": {"kernel": False, "bias": False},
-    "b": {"GroupNorm_0": {"scale": True, "bias": True}},
+  one = jnp.zeros(1)
+  params = {"a": {"kernel": one, "bias": one}, "b": {"GroupNorm_0": {"scale": one, "bias": one}}}
+  layout = layout_of(params)
+  assert dict(zip(layout.names, norm_layers(layout), strict=True)) == {
+    "a/bias": False,
+    "a/kernel": False,
+    "b/GroupNorm_0/bias": True,
+    "b/GroupNorm_0/scale": True,
   }
   with pytest.raises(UserError, match="the model has none; use another model"):
-    norm_layers({"a": params["a"]})
+    norm_layers(layout_of({"a": params["a"]}))
 
 
 @pytest.mark.parametrize(
@@ -289,13 +337,11 @@ def test_norm_layers_are_those_with_a_scale():
   [("heads", "'heads' matches no layer .* has head, hidden1; name"), (".*", "matches every layer")],
 )
 def test_layers_that_are_not_there_or_all_of_them_are_refused(pattern, sentence):
-  params = {"head": {"kernel": 1}, "hidden1": {"kernel": 1}}
+  one = jnp.zeros(1)
   with pytest.raises(UserError, match=sentence):
-    layers_named(pattern)(params)
-  assert layers_named("hidden")({"head": 1, "hidden": {"kernel": 1}}) == {
-    "head": False,
-    "hidden": {"kernel": True},
-  }
+    layers_named(pattern)(layout_of({"head": {"kernel": one}, "hidden1": {"kernel": one}}))
+  marks = layers_named("hidden")(layout_of({"head": one, "hidden": {"kernel": one}}))
+  assert marks == (False, True)
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)

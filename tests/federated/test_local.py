@@ -9,7 +9,7 @@ import pytest
 
 from fedjax_med.core.config import ModelConfig
 from fedjax_med.core.keys import base_key
-from fedjax_med.federated.local import StepContext, plain_gradient, private_gradient
+from fedjax_med.federated.local import BatchShape, StepContext, plain_gradient, private_gradient
 from fedjax_med.federated.losses import cross_entropy
 from fedjax_med.models.registry import create_model
 from tests.federated.toy import KEY, make_clients, make_hyper, make_pool
@@ -23,9 +23,8 @@ def test_padding_of_a_partial_batch_does_not_move_batch_norm():
   context = StepContext(client, make_pool(), make_hyper(), KEY, zero, zero)
 
   def step(batch_size):
-    gradient = plain_gradient(
-      model, cross_entropy(0.0), batch_size=batch_size, max_examples=12, normalisation="fixed"
-    )
+    shape = BatchShape(slots=batch_size, max_examples=12, normalisation="fixed")
+    gradient = plain_gradient(model, cross_entropy(0.0), shape)
     return jax.jit(gradient)(params, state, (), context)
 
   exact, padded = step(5), step(10)
@@ -38,12 +37,12 @@ def gradients_of(microbatch, private):
   """Gradient and metrics of the three clients at once, whose draws differ; no noise."""
   model = create_model(ModelConfig(name="cnn_small"), 2)
   params, state = model.init(base_key(0), jnp.zeros((1, 4, 4, 1)))
-  shape = {"max_examples": 12, "normalisation": "fixed", "microbatch": microbatch}
+  shape = BatchShape(slots=10, max_examples=12, normalisation="fixed", microbatch=microbatch)
   loss = cross_entropy(0.0)
   if private:
-    gradient = private_gradient(model, loss, clipping="book_keeping", batch_cap=10, **shape)
+    gradient = private_gradient(model, loss, "book_keeping", shape)
   else:
-    gradient = plain_gradient(model, loss, batch_size=10, **shape)
+    gradient = plain_gradient(model, loss, shape)
   zero = jnp.zeros((), jnp.int32)
 
   def one(client):
@@ -66,15 +65,8 @@ def test_microbatches_add_up_to_the_whole_batch_for_clients_of_unlike_draws(micr
 def test_an_empty_private_batch_has_a_sum_of_exactly_zero(microbatch):
   model = create_model(ModelConfig(name="linear"), 2)
   params, state = model.init(base_key(0), jnp.zeros((1, 4, 4, 1)))
-  gradient = private_gradient(
-    model,
-    cross_entropy(0.0),
-    clipping="two_pass",
-    batch_cap=10,
-    max_examples=12,
-    normalisation="fixed",
-    microbatch=microbatch,
-  )
+  shape = BatchShape(slots=10, max_examples=12, normalisation="fixed", microbatch=microbatch)
+  gradient = private_gradient(model, cross_entropy(0.0), "two_pass", shape)
   client = jax.tree.map(lambda leaf: leaf[0], make_clients(sigma=0.0))
   client = client._replace(sampling_probability=jnp.float32(0))
   zero = jnp.zeros((), jnp.int32)

@@ -10,8 +10,9 @@ import pytest
 
 from fedjax_med.core.errors import UserError
 from fedjax_med.data.normalisation import normalise
-from fedjax_med.federated.local import StepContext, plain_gradient, private_gradient
+from fedjax_med.federated.local import BatchShape, StepContext, plain_gradient, private_gradient
 from fedjax_med.federated.losses import class_logits, cross_entropy, with_penalties
+from fedjax_med.federated.vector import layout_of, unravel
 from fedjax_med.models.model import from_flax
 from fedjax_med.models.registry import require_columns
 from tests.federated.toy import KEY, make_clients, make_hyper, make_pool
@@ -62,19 +63,17 @@ def step(module, private):
     layer: {name: rng.normal(0, 0.3, shape).astype(np.float32) for name, shape in size.items()}
     for layer in ("head", "mean")
   }
-  shape = {"max_examples": 12, "normalisation": "fixed"}
+  shape = BatchShape(slots=12, max_examples=12, normalisation="fixed")
   if private:
-    gradient = private_gradient(
-      model, cross_entropy(0.0), clipping="book_keeping", batch_cap=12, **shape
-    )
+    gradient = private_gradient(model, cross_entropy(0.0), "book_keeping", shape)
   else:
-    gradient = plain_gradient(model, cross_entropy(0.0), batch_size=12, **shape)
+    gradient = plain_gradient(model, cross_entropy(0.0), shape)
 
   client = CLIENT._replace(sampling_probability=jnp.float32(1))
   zero = jnp.zeros((), jnp.int32)
   context = StepContext(client, POOL, make_hyper(clip_norm=1e6), KEY, zero, zero)
   grad, _, _, metrics = quick_jit(gradient)(params, {}, (), context)
-  return params, grad, metrics
+  return params, unravel(grad, layout_of(params)) if private else grad, metrics
 
 
 @pytest.mark.parametrize("private", [False, True])

@@ -11,7 +11,7 @@ from fedjax_med.data.augmentation import Changes, change, draw_changes
 from fedjax_med.data.dataset import client_rows, client_table, unit_table
 from fedjax_med.data.normalisation import normalise
 from fedjax_med.federated.algorithm import Client, Pool, Units
-from fedjax_med.federated.local import StepContext, private_gradient
+from fedjax_med.federated.local import BatchShape, StepContext, private_gradient
 from fedjax_med.federated.losses import cross_entropy
 from fedjax_med.models.registry import create_model
 from fedjax_med.privacy.sampling import poisson_batch
@@ -53,11 +53,8 @@ def make(rows_per_unit, copies=1, augmentation="none", microbatch=0, clipping="b
   """(jitted gradient of pool, client and key; loss of one row)."""
   model = create_model(ModelConfig(name="linear"), 2)
   params, state = model.init(base_key(0), jnp.zeros((1, 4, 4, 1)))
-  gradient = private_gradient(
-    model,
-    LOSS,
-    clipping=clipping,
-    batch_cap=8,
+  shape = BatchShape(
+    slots=8,
     max_examples=len(ROWS),
     normalisation="fixed",
     augmentation=augmentation,
@@ -65,6 +62,7 @@ def make(rows_per_unit, copies=1, augmentation="none", microbatch=0, clipping="b
     copies=copies,
     microbatch=microbatch,
   )
+  gradient = private_gradient(model, LOSS, clipping, shape)
 
   @jax.jit
   def run(pool, client, key):

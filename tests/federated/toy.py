@@ -2,6 +2,7 @@
 
 import functools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -9,10 +10,11 @@ from fedjax_med.core.config import ModelConfig
 from fedjax_med.core.keys import base_key
 from fedjax_med.data.dataset import client_table
 from fedjax_med.federated.algorithm import Client, Hyper, Pool
-from fedjax_med.federated.local import local_training, plain_gradient, private_gradient
+from fedjax_med.federated.local import BatchShape, local_training, plain_gradient, private_gradient
 from fedjax_med.federated.losses import cross_entropy
 from fedjax_med.federated.optimizers import client_optimizer, schedule, server_optimizer
 from fedjax_med.federated.registry import create_algorithm
+from fedjax_med.federated.vector import network_layout, ravel
 from fedjax_med.models.registry import create_model
 from fedjax_med.simulation.mesh import client_mesh
 from fedjax_med.simulation.rounds import init_state, jit_block, make_block, make_round
@@ -83,17 +85,25 @@ def make_federation(
   devices: int = 1,
   num_clients: int = 3,
   client_level: bool = False,
+  steps_on_vector: bool | None = None,
 ):
   """(initial state maker, block, run_round) of the toy federation."""
   model = create_model(ModelConfig(name=model_name or MODELS.get(name, "linear")), 2, "matmul")
   loss = cross_entropy(0.0)
-  shape = {"max_examples": max(COUNTS), "normalisation": "fixed"}
+  shape = BatchShape(
+    slots=10 if private else batch, max_examples=max(COUNTS), normalisation="fixed"
+  )
   if private:
-    gradient = private_gradient(model, loss, clipping="two_pass", batch_cap=10, **shape)
+    gradient = private_gradient(model, loss, "two_pass", shape)
   else:
-    gradient = plain_gradient(model, loss, batch_size=batch, **shape)
+    gradient = plain_gradient(model, loss, shape)
   local = local_training(
-    gradient, client_optimizer(optimizer, 0.9, 0.01), schedule(rate_schedule, 10, 0), shared_steps
+    gradient,
+    client_optimizer(optimizer, 0.9, 0.01),
+    schedule(rate_schedule, 10, 0),
+    shared_steps,
+    network_layout(*jax.eval_shape(model.init, base_key(1), jnp.zeros((1, 4, 4, 1)))),
+    steps_on_vector=private if steps_on_vector is None else steps_on_vector,
   )
   algorithm = create_algorithm(
     name,
@@ -115,6 +125,7 @@ def make_federation(
 
   def initial():
     params, state = model.init(base_key(1), jnp.zeros((1, 4, 4, 1)))
-    return init_state(algorithm, params, state, num_clients, 1.0 if client_level else None)
+    clip_norm = 1.0 if client_level else None
+    return init_state(algorithm, ravel(params), ravel(state), num_clients, clip_norm)
 
   return initial, jit_block(make_block(run_round, num_clients, client_level), mesh), run_round

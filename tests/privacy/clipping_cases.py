@@ -12,7 +12,7 @@ import pytest
 
 from fedjax_med.models.model import from_flax
 from fedjax_med.models.ops import Lowering
-from fedjax_med.privacy.clipping import Rows, METHODS, clipped_sum
+from fedjax_med.privacy.clipping import METHODS, Rows, clipped_sum
 
 NUM_CLASSES = 3
 # Compiles in half the time; for programs that are compared to a tolerance and run a few times.

@@ -21,7 +21,10 @@ from tests.privacy.banded_cases import dense, mechanism
 
 
 def empty_buffer(tree, bands):
-  return empty_memory(tree, bands).noise
+  """Zeros in the place of earlier noise, in the shapes of a tree."""
+  return jax.tree.map(
+    lambda leaf: empty_memory(leaf.size, bands).noise.reshape(bands - 1, *leaf.shape), tree
+  )
 
 
 def run(fresh, coefficients):

@@ -26,6 +26,7 @@ from fedjax_med.data.dataset import client_table
 from fedjax_med.federated import local, losses, registry
 from fedjax_med.federated.fedavg import fedavg
 from fedjax_med.federated.optimizers import client_optimizer, schedule
+from fedjax_med.federated.vector import network_layout, ravel
 from fedjax_med.models.networks.canary import canary_model
 from fedjax_med.models.registry import create_model
 from fedjax_med.prepare.protection import protect
@@ -200,28 +201,23 @@ def test_item_06_one_units_contribution_is_at_most_c_and_nothing_if_not_finite(s
 
 def handed_on(optimizer, proximal_weight):
   """(the noisy gradients of two local steps, the weights after them) at the first hospital."""
-  gradient = local.private_gradient(
-    LINEAR,
-    losses.cross_entropy(0.0),
-    clipping="book_keeping",
-    batch_cap=10,
-    max_examples=12,
-    normalisation="fixed",
-  )
+  shape = local.BatchShape(slots=10, max_examples=12, normalisation="fixed")
+  gradient = local.private_gradient(LINEAR, losses.cross_entropy(0.0), "book_keeping", shape)
 
   def remembering(params, state, seen, context):
     grad, _, _, metrics = gradient(params, state, (), context)
-    values = jnp.concatenate([leaf.ravel() for leaf in jax.tree.leaves(grad)])
-    return grad, state, seen.at[context.step].set(values), metrics
+    return grad, state, seen.at[context.step].set(grad), metrics
 
   method = client_optimizer(optimizer, 0.9, 0.01)
-  train = local.local_training(remembering, method, schedule("constant", 1, 0), 2).train
+  layout, rate = network_layout(PARAMS, {}), schedule("constant", 1, 0)
+  train = local.local_training(remembering, method, rate, 2, layout, steps_on_vector=True).train
   client = jax.tree.map(lambda leaf: leaf[0], make_clients())
   hyper = make_hyper(proximal_weight=proximal_weight)
   seen = jnp.zeros((2, flat(PARAMS).size))
   with jax.numpy_dtype_promotion("standard"):  # optax counts in int32
-    after, _, seen, _ = jax.jit(train)(PARAMS, {}, seen, client, POOL, hyper, KEY, jnp.int32(0))
-  return np.asarray(seen), flat(after)
+    context = local.StepContext(client, POOL, hyper, KEY, round=jnp.int32(0), step=jnp.int32(0))
+    after, _ = jax.jit(train)(local.Weights(ravel(PARAMS), jnp.zeros(0), seen), context)
+  return np.asarray(after.memory), np.asarray(after.params)
 
 
 def test_item_07_the_optimiser_gets_one_noisy_gradient_whatever_it_is_and_the_proximal_weight():

@@ -70,9 +70,7 @@ def one_round(
 
 def moved(after):
   initial, _, _ = federation()
-  return jax.tree.map(
-    lambda new, old: np.asarray(new - old), after.server.params, initial().server.params
-  )
+  return np.asarray(after.server.params - initial().server.params)
 
 
 def flat(tree):
@@ -88,7 +86,7 @@ def test_the_round_is_the_sum_of_clipped_updates_over_the_fixed_denominator():
     clients = jax.tree.map(lambda leaf, k=k: leaf[k : k + 1], make_clients())
     start = initial()._replace(steps=jnp.zeros((1,), jnp.int32), clip_norm={})
     after, _ = block(start, clients, POOL, hyper, KEY, jnp.asarray(1))
-    alone.append(flat(jax.tree.map(jnp.subtract, after.server.params, initial().server.params)))
+    alone.append(np.asarray(after.server.params - initial().server.params))
   clip = float(np.median([np.linalg.norm(update) for update in alone]))
   expected = sum(update * min(1, clip / np.linalg.norm(update)) for update in alone) / 7
   found = flat(moved(one_round(clip_norm_state=clip, expected_cohort=7.0)))

@@ -13,7 +13,7 @@ import pytest
 from fedjax_med.core.rounding import NORM_SLACK
 from fedjax_med.models.gradients import keeps_factors
 from fedjax_med.models.model import from_flax
-from fedjax_med.privacy.clipping import Rows, METHODS, clipped_sum
+from fedjax_med.privacy.clipping import METHODS, Rows, clipped_sum
 
 SMALL = np.sqrt(0.49 * 2.0**-23)  # added to 1, its square is rounded away
 

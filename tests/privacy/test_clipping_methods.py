@@ -8,7 +8,7 @@ import pytest
 from fedjax_med.core.errors import UserError
 from fedjax_med.models.gradients import keeps_factors
 from fedjax_med.models.model import from_flax
-from fedjax_med.privacy.clipping import Rows, METHODS, clipped_sum, resolve_method
+from fedjax_med.privacy.clipping import METHODS, Rows, clipped_sum, resolve_method
 from tests.privacy.clipping_cases import CASES, NUM_CLASSES, loss, setting
 
 

@@ -10,7 +10,7 @@ import pytest
 from jax_privacy import clipped_grad
 
 from fedjax_med.models.model import from_flax
-from fedjax_med.privacy.clipping import Rows, METHODS, clipped_sum
+from fedjax_med.privacy.clipping import METHODS, Rows, clipped_sum
 from tests.privacy.clipping_cases import CASES, assert_close, quick_jit, setting, squared_loss
 
 # jax-privacy 2.0 asks optax for norms by a name that optax 0.2.8 has moved.

@@ -1,7 +1,6 @@
 """What ε would not hold with is refused or cannot occur: mixing, foreign keys, coarse noise."""
 
 import re
-from typing import Any
 
 import flax.linen as nn
 import jax
@@ -15,9 +14,16 @@ from fedjax_med.core.config import ModelConfig
 from fedjax_med.core.errors import UserError
 from fedjax_med.core.keys import Stream, base_key, key_for
 from fedjax_med.data.hospitals import load_hospitals
-from fedjax_med.federated.local import StepContext, local_training, private_gradient
+from fedjax_med.federated.local import (
+  BatchShape,
+  StepContext,
+  Weights,
+  local_training,
+  private_gradient,
+)
 from fedjax_med.federated.losses import cross_entropy
 from fedjax_med.federated.optimizers import client_optimizer, schedule
+from fedjax_med.federated.vector import network_layout, ravel
 from fedjax_med.models.model import from_flax
 from fedjax_med.models.registry import create_model
 from fedjax_med.prepare.experiment import build
@@ -29,11 +35,7 @@ from tests.models.test_model import COVERED, UNCOVERED, Wrapped, coverage_of
 POOL = make_pool()
 ZERO = jnp.zeros((), jnp.int32)
 LOSS = cross_entropy(0.0)
-SHAPE: dict[str, Any] = {
-  "batch_cap": 10,
-  "max_examples": max(COUNTS),
-  "normalisation": "fixed",
-}
+SHAPE = BatchShape(slots=10, max_examples=max(COUNTS), normalisation="fixed")
 
 
 def flat(tree):
@@ -119,22 +121,26 @@ def test_a_network_that_mixes_examples_runs_where_no_example_moves_anothers_cont
 
 
 def test_private_training_leaves_stored_statistics_as_they_were():
-  gradient = private_gradient(MIXER, LOSS, clipping="reference", **SHAPE)
-  local = local_training(gradient, client_optimizer("sgd", 0, 0), schedule("constant", 1, 0), 3)
-  client = jax.tree.map(lambda leaf: leaf[0], make_clients())
-  after, state, _, metrics = jax.jit(local.train)(
-    PARAMS, STATE, (), client, POOL, make_hyper(), KEY, ZERO
+  gradient = private_gradient(MIXER, LOSS, "reference", SHAPE)
+  method, rate, layout = (
+    client_optimizer("sgd", 0, 0),
+    schedule("constant", 1, 0),
+    network_layout(PARAMS, STATE),
   )
+  local = local_training(gradient, method, rate, 3, layout, steps_on_vector=True)
+  client = jax.tree.map(lambda leaf: leaf[0], make_clients())
+  context = StepContext(client, POOL, make_hyper(), KEY, round=ZERO, step=ZERO)
+  after, metrics = jax.jit(local.train)(Weights(ravel(PARAMS), ravel(STATE)), context)
   assert float(metrics.units) > 0
-  assert np.abs(flat(after) - flat(PARAMS)).max() > 0
-  assert sorted(state["batch_stats"]["BatchNorm_0"]) == ["mean", "var"]
-  jax.tree.map(np.testing.assert_array_equal, state, STATE)
+  assert np.abs(after.params - ravel(PARAMS)).max() > 0
+  assert sorted(STATE["batch_stats"]["BatchNorm_0"]) == ["mean", "var"]
+  np.testing.assert_array_equal(after.state, ravel(STATE))
 
 
 def releases(model, clients, steps, seed=0):
   """[steps, clients] gradients of batches that draw nobody: noise alone."""
   params, state = jax.jit(model.init)(base_key(1), jnp.zeros((1, 4, 4, 1)))
-  gradient = private_gradient(model, LOSS, clipping="book_keeping", **SHAPE)
+  gradient = private_gradient(model, LOSS, "book_keeping", SHAPE)
   clients = clients._replace(num_examples=jnp.zeros(3, jnp.int32))
 
   def one(step, client):

@@ -1,6 +1,7 @@
 """Whole runs with every algorithm: what is measured is the model that each hospital would use."""
 
 import json
+import math
 import shutil
 
 import jax
@@ -16,6 +17,7 @@ from fedjax_med.data.dataset import client_rows
 from fedjax_med.data.hospitals import load_hospitals
 from fedjax_med.data.normalisation import normalise
 from fedjax_med.federated.registry import ALGORITHMS
+from fedjax_med.federated.vector import unravel
 from fedjax_med.models.registry import create_model
 from fedjax_med.prepare.experiment import build
 from fedjax_med.run.loop import train_rounds
@@ -42,18 +44,19 @@ def config_for(name, **changes):
   )
 
 
-def own_weights(name, state, k):
+def own_weights(name, state, layout, k):
   """The model of hospital ``k``, put together by hand from what the run keeps."""
-  params, states = dict(state.server.params), state.client_states
-  own = jax.tree.map(lambda leaf: leaf[k], states)
+  own = jax.tree.map(lambda leaf: leaf[k], state.client_states)
   if name == "ditto":
-    return own[1]
-  if name in ("fedper", "finetune"):
-    params["head"] = dict(zip(("bias", "kernel"), own[1], strict=True))
-  if name == "fedbn":
-    leaves = iter(own[1])
-    for layer in ("norm1", "norm2"):
-      params[layer] = {"bias": next(leaves), "scale": next(leaves)}
+    return unravel(own[1], layout)
+  params = unravel(state.server.params, layout)
+  layers = {"fedper": ["head"], "finetune": ["head"], "fedbn": ["norm1", "norm2"]}.get(name, [])
+  start = 0
+  for layer in layers:
+    for leaf in sorted(params[layer]):  # the order of a dictionary's leaves in a vector
+      shape = params[layer][leaf].shape
+      params[layer][leaf] = own[1][start : start + math.prod(shape)].reshape(shape)
+      start += math.prod(shape)
   return params
 
 
@@ -64,11 +67,12 @@ def test_every_hospital_is_measured_on_its_own_images_with_the_model_it_would_us
   experiment = build(config, hospitals)
   outcome = train_rounds(experiment, tmp_path, lambda _: None)
   model = create_model(config.model, len(hospitals.dataset.class_names))
+  layout = experiment.program.parts.layout
   found = []
   for k, rows in enumerate(client_rows(hospitals.test)):
-    params = own_weights(name, outcome.state, k)
+    params = own_weights(name, outcome.state, layout.params, k)
     images = normalise(jnp.asarray(hospitals.dataset.inputs[rows]), config.data.normalisation)
-    logits = model.apply(params, outcome.state.server.state, images)[0]
+    logits = model.apply(params, unravel(outcome.state.server.state, layout.state), images)[0]
     found.append(np.asarray(jax.nn.softmax(logits)))
     expected = classification_metrics(found[-1], hospitals.dataset.labels[rows])
     for key in ("n", "loss", "accuracy"):
@@ -83,8 +87,10 @@ def test_bytes_are_those_of_what_travels(tmp_path):
   for name in ("fedavg", "fedper", "scaffold", "fednova"):
     config = config_for(name, **PLAIN)
     experiment = build(config, load_hospitals(config))
-    params = experiment.program.arguments[0].server.params
-    head = sum(leaf.size for leaf in jax.tree.leaves(params["head"]))
+    layout = experiment.program.parts.layout.params
+    head = sum(
+      size for leaf, size in zip(layout.names, layout.sizes, strict=True) if leaf[:5] == "head/"
+    )
     sizes[name] = experiment.program.parts.message
   whole = sizes["fedavg"][0]
   assert sizes["fedavg"] == (whole, whole)

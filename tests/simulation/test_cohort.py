@@ -99,7 +99,12 @@ def counting(counted: list[int]) -> FederatedAlgorithm:
   """An algorithm that trains nothing and notes the client of every step that is computed."""
 
   def init_server(params, state):
-    return ServerState(params, state, (), {}, jnp.zeros((), jnp.int32))
+    return ServerState(
+      params=params, state=state, opt_state=(), average=None, round=jnp.zeros((), jnp.int32)
+    )
+
+  def blank_delta(server):
+    return ClientDelta(params=jnp.zeros_like(server.params), state=server.state)
 
   def client_update(server, client_state, client, pool, hyper, key):
     def step(_, params):
@@ -113,7 +118,13 @@ def counting(counted: list[int]) -> FederatedAlgorithm:
   def server_update(server, delta, share, hyper):
     return server._replace(params=server.params + delta.params, round=server.round + 1)
 
-  return FederatedAlgorithm(init_server, lambda params, state: (), client_update, server_update)
+  return FederatedAlgorithm(
+    init_server=init_server,
+    init_client=lambda params, state: (),
+    client_update=client_update,
+    server_update=server_update,
+    blank_delta=blank_delta,
+  )
 
 
 @pytest.mark.parametrize(("chunk", "devices"), [(8, 1), (1, 1), (4, 2), (1, 8)])
@@ -134,7 +145,7 @@ def test_compiled_rounds_compute_the_steps_that_load_counts(chunk, devices, coho
   counted: list[int] = []
   algorithm, mesh = counting(counted), client_mesh(devices)
   run_round = make_round(algorithm, num_clients=40, cohort_cap=cohort_cap, chunk=chunk, mesh=mesh)
-  state = init_state(algorithm, jnp.zeros((2,)), {}, 40)
+  state = init_state(algorithm, jnp.zeros((2,)), jnp.zeros((0,)), 40)
   pool = Pool(jnp.zeros((1, 2, 2, 1), jnp.uint8), jnp.zeros((1,), jnp.int32))
   hyper = make_hyper(participation_rate=0.4)
   block = jit_block(make_block(run_round, 40), mesh)

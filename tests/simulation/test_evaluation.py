@@ -8,6 +8,7 @@ import pytest
 from fedjax_med.core.config import ModelConfig
 from fedjax_med.core.keys import base_key
 from fedjax_med.data.normalisation import normalise
+from fedjax_med.federated.vector import network_layout, ravel
 from fedjax_med.models.registry import create_model
 from fedjax_med.simulation.evaluation import EvaluatedModel, make_evaluate, make_predict
 from tests.federated.toy import make_pool
@@ -18,12 +19,13 @@ def test_probabilities_are_those_of_each_row_whatever_the_batch(rows):
   model = create_model(ModelConfig(name="linear"), 2)
   params, state = model.init(base_key(2), jnp.zeros((1, 4, 4, 1)))
   pool = make_pool()
-  predict, _ = make_predict(make_evaluate(model, "fixed"), batch_size=4)
+  layout = network_layout(params, state)
+  predict, _ = make_predict(make_evaluate(model, "fixed", layout), batch_size=4)
   leaves = {leaf.ndim: np.asarray(leaf, np.float64) for leaf in jax.tree.leaves(params)}
   images = np.asarray(pool.inputs, np.float64)[rows].reshape(len(rows), 16) / 127.5 - 1
   logits = images @ leaves[2] + leaves[1]
   expected = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
-  found = predict(EvaluatedModel(params, state), pool, [np.array(rows, np.int32)])
+  found = predict(EvaluatedModel(ravel(params), ravel(state)), pool, [np.array(rows, np.int32)])
   np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
