@@ -193,7 +193,7 @@ def make_program(
       client_optimizer(client.optimizer, client.momentum, client.weight_decay),
       schedule(client.schedule, server.num_rounds, client.warmup_rounds),
       shared_steps,
-      layout,
+      vectors,
       steps_on_vector=private,
       bands=bands,
     )
@@ -231,7 +231,7 @@ def make_program(
   first = Choice(devices=devices.number, chunk=1, microbatch=0, remat=remat, clipping="none")
 
   fresh = jax.eval_shape(model_of(False, devices.number).init, base_key(0), image)
-  layout = network_layout(*fresh)
+  vectors = network_layout(*fresh)
   pretrained = Overlay({}, {}, "")
   if config.model.pretrained:
     pretrained = overlay(config.model.pretrained, *fresh)
@@ -296,7 +296,7 @@ def make_program(
   mesh = devices.mesh
   algorithm = algorithm_as(choice)
   evaluate = make_evaluate(
-    model_of(False, choice.devices), config.data.normalisation, layout, algorithm.personal
+    model_of(False, choice.devices), config.data.normalisation, vectors, algorithm.personal
   )
   parts = Parts(
     initial,
@@ -305,7 +305,7 @@ def make_program(
     evaluate,
     algorithm.personal is not None,
     _message(algorithm, arguments[0].server),
-    layout,
+    vectors,
   )
   initial = jax.jit(initial) if mesh is None else jax.jit(initial, out_shardings=replicated(mesh))
   lowering, lowering_reason = lowering_on(choice.devices)

@@ -16,8 +16,10 @@ from fedjax_med.simulation.rounds import SimulationState
 
 
 def _leaves(state: SimulationState) -> dict[str, np.ndarray]:
+  """Arrays by their path; those of no number are left out, since orbax cannot save them."""
   paths = jax.tree_util.tree_flatten_with_path(state)[0]
-  return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in paths}
+  leaves = {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in paths}
+  return {name: leaf for name, leaf in leaves.items() if leaf.size}
 
 
 def digest(tree: Any) -> str:
@@ -125,7 +127,7 @@ def restore_model(
   server = {n.removeprefix(".server"): leaf for n, leaf in leaves.items() if n[:7] == ".server"}
   parts = (".average" if ".average" in server else ".params", ".state")
   weights = tuple(
-    _filled(vector, {"": server[part]}, place, remedy)
+    _filled(vector, {"": server[part]} if part in server else {}, place, remedy)
     for vector, part in zip(like, parts, strict=True)
   )
   client_state = None
@@ -210,9 +212,10 @@ def _newest(
 def _filled(like: Any, leaves: dict[str, Any], folder: pathlib.Path, remedy: str) -> Any:
   """``like`` with the values of ``leaves``; UserError where names, shapes or types differ."""
   paths, structure = jax.tree_util.tree_flatten_with_path(like)
-  names = [jax.tree_util.keystr(path) for path, _ in paths]
-  expected = {name: (leaf.shape, leaf.dtype) for name, (_, leaf) in zip(names, paths, strict=True)}
+  wanted = {jax.tree_util.keystr(path): leaf for path, leaf in paths}
+  expected = {name: (leaf.shape, leaf.dtype) for name, leaf in wanted.items() if leaf.size}
   actual = {name: (leaf.shape, leaf.dtype) for name, leaf in leaves.items()}
   require(actual == expected, f"checkpoint {folder} holds arrays of another model", remedy)
-  filled = jax.tree.unflatten(structure, [leaves[name] for name in names])
+  empty = {name: np.zeros(leaf.shape, leaf.dtype) for name, leaf in wanted.items() if not leaf.size}
+  filled = jax.tree.unflatten(structure, [{**leaves, **empty}[name] for name in wanted])
   return jax.tree.map(jax.numpy.asarray, filled)

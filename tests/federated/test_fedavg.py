@@ -14,9 +14,9 @@ FULL = max(COUNTS)  # a batch that holds every client's data: local steps are de
 
 
 def weights_of(params) -> np.ndarray:
-  """[17, 2] kernel over bias of the linear model."""
-  leaves = {leaf.ndim: np.asarray(leaf, np.float64) for leaf in jax.tree.leaves(params)}
-  return np.concatenate([leaves[2], leaves[1][None]])
+  """[17, 2] kernel over bias of the linear model, whose vector has the bias first."""
+  vector = np.asarray(params, np.float64)
+  return np.concatenate([vector[2:].reshape(16, 2), vector[None, :2]])
 
 
 def derivation(weights, num_steps, rate, mu=0.0):

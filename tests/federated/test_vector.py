@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.flatten_util import ravel_pytree
 
@@ -31,6 +31,7 @@ def test_a_leaf_that_is_not_float32_is_refused_with_its_name():
     layout_of({"a": jnp.ones(2), "b": jnp.ones(2, jnp.int32)})
 
 
+@settings(deadline=None, max_examples=25)
 @given(st.lists(st.tuples(st.integers(0, 4), st.booleans()), min_size=1, max_size=6))
 def test_marked_leaves_are_taken_out_in_order_and_put_back(leaves):
   random = np.random.default_rng(0)
