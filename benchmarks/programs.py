@@ -96,7 +96,15 @@ def prepare(setting: Setting) -> Measured:
   devices = choose_devices(setting.devices, clients)
   steps = np.full(clients, setting.steps, np.int64)
   counts = np.full(clients, examples, np.int64)
-  shapes = Shapes(steps, examples, setting.steps, examples, counts, max_units=0, rows_per_unit=1)
+  shapes = Shapes(
+    steps=steps,
+    max_examples=examples,
+    shared_steps=setting.steps,
+    batch_cap=examples,
+    counts=counts,
+    max_units=0,
+    rows_per_unit=1,
+  )
   program = make_program(config, dataset, shapes, devices=devices)
   q = min(1.0, setting.batch_size / examples)
   each = np.ones(clients, np.float32)
@@ -133,8 +141,8 @@ def prepare(setting: Setting) -> Measured:
 
   run(1)  # the first call also loads
   return Measured(
-    run,
-    program.plan.chunk,
-    compile_seconds,
-    None if analysis is None else analysis.temp_size_in_bytes,
+    run=run,
+    chunk=program.plan.chunk,
+    compile_seconds=compile_seconds,
+    temporary_bytes=None if analysis is None else analysis.temp_size_in_bytes,
   )

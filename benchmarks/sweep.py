@@ -110,7 +110,7 @@ def main() -> None:
   mesh, dataset = program.devices.mesh, group[0].case.hospitals.dataset
   pool = Pool(replicate(dataset.inputs, mesh), replicate(dataset.labels, mesh))
   warm = programs.prepare(group, 0)
-  turn, start = iter(range(1000)), runner.Progress(0, 0, None, "")
+  turn, start = iter(range(1000)), runner.Progress(rounds=0, runs=0, epsilon=None, note="")
 
   def in_one_program() -> float:
     place_of = folder / f"sweep{next(turn)}"

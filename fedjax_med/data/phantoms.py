@@ -54,16 +54,34 @@ class Scanner(NamedTuple):
 
 
 SCANNERS = (
-  Scanner("Ahorn (T1)", 0.26, 0.50, 0.10, 0.34, 0.46, 0.66, 0.16, 1.00, 0.24, 1.0, 0.20, 0.03,
-          0.004, 0, False, 1.00),
-  Scanner("Birke (T2)", 0.23, 0.45, 0.60, 0.46, 0.30, 0.25, 0.78, 0.95, 0.58, 0.9, 0.25, 0.04,
-          0.006, 8, True, 0.95),
-  Scanner("Clara (FLAIR)", 0.20, 0.55, 0.08, 0.44, 0.34, 0.50, 0.76, 0.95, 0.58, 1.2, 0.25, 0.05,
-          0.006, -6, False, 1.06),
-  Scanner("Doria (T1 contrast)", 0.17, 0.48, 0.12, 0.32, 0.42, 0.62, 0.14, 1.00, 0.22, 0.8, 0.35,
-          0.04, 0.008, 180, False, 1.00),
-  Scanner("Erlen (low field)", 0.14, 0.52, 0.50, 0.46, 0.36, 0.40, 0.80, 0.95, 0.60, 1.0, 0.30,
-          0.06, 0.010, 3, True, 0.92),
+  Scanner(
+    name="Ahorn (T1)",
+    share=0.26, prevalence=0.50, csf=0.10, grey=0.34, white=0.46, skull=0.66, core=0.16, rim=1.00,
+    oedema=0.24, gamma=1.0, bias=0.20, noise=0.03, blur=0.004, rotation=0, mirrored=False,
+    zoom=1.00
+  ),
+  Scanner(
+    name="Birke (T2)",
+    share=0.23, prevalence=0.45, csf=0.60, grey=0.46, white=0.30, skull=0.25, core=0.78, rim=0.95,
+    oedema=0.58, gamma=0.9, bias=0.25, noise=0.04, blur=0.006, rotation=8, mirrored=True, zoom=0.95
+  ),
+  Scanner(
+    name="Clara (FLAIR)",
+    share=0.20, prevalence=0.55, csf=0.08, grey=0.44, white=0.34, skull=0.50, core=0.76, rim=0.95,
+    oedema=0.58, gamma=1.2, bias=0.25, noise=0.05, blur=0.006, rotation=-6, mirrored=False,
+    zoom=1.06
+  ),
+  Scanner(
+    name="Doria (T1 contrast)",
+    share=0.17, prevalence=0.48, csf=0.12, grey=0.32, white=0.42, skull=0.62, core=0.14, rim=1.00,
+    oedema=0.22, gamma=0.8, bias=0.35, noise=0.04, blur=0.008, rotation=180, mirrored=False,
+    zoom=1.00
+  ),
+  Scanner(
+    name="Erlen (low field)",
+    share=0.14, prevalence=0.52, csf=0.50, grey=0.46, white=0.36, skull=0.40, core=0.80, rim=0.95,
+    oedema=0.60, gamma=1.0, bias=0.30, noise=0.06, blur=0.010, rotation=3, mirrored=True, zoom=0.92
+  ),
 )  # fmt: skip
 CHUNK = 256  # images drawn at once
 
@@ -112,7 +130,9 @@ def make_phantoms(num_examples: int, image_size: int, seed: int) -> Dataset:
     sites=site[patients].astype(np.int32),
     site_names=tuple(scanner.name for scanner in SCANNERS),
     patients=patients.astype(np.int32),
-    patient_counts=PatientCounts(num_examples, len(np.unique(patients)), "phantoms"),
+    patient_counts=PatientCounts(
+      named=num_examples, patients=len(np.unique(patients)), source="phantoms"
+    ),
     notes=("Phantoms are drawn by a program: results on them say nothing about patients.",),
     tumour_masks=masks,
   )

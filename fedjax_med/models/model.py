@@ -165,7 +165,14 @@ def from_flax(module: nn.Module, lowering: ops.Lowering = "matmul") -> Model:
       if context.method_name != "__call__":
         return outputs
       module = context.module
-      return watch(Call(module.path, type(module).__name__, args[0] if args else None, outputs))
+      return watch(
+        Call(
+          path=module.path,
+          kind=type(module).__name__,
+          inputs=args[0] if args else None,
+          outputs=outputs,
+        )
+      )
 
     return intercepted(intercept, params, state, inputs, None, False)[0]
 

@@ -131,7 +131,13 @@ def conv(
   of its own (nor adds any other axis) and the shapes are those at which it won on a CPU core. All
   agree to rounding.
   """
-  geometry = Geometry((kernel.shape[0], kernel.shape[1]), strides, padding, dilation, groups)
+  geometry = Geometry(
+    window=(kernel.shape[0], kernel.shape[1]),
+    strides=strides,
+    padding=padding,
+    dilation=dilation,
+    groups=groups,
+  )
   if lowering == "native":
     return _native(inputs, kernel, geometry)
   return _conv_once(inputs, kernel, geometry, lowering == "auto")

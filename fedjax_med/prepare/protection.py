@@ -94,8 +94,17 @@ def protect(
   local = None
   if private:
     mechanisms, deltas = _mechanisms(config, counts, steps)
-    local = Guarantee(config.privacy.unit, names, mechanisms, deltas, place)
-  return Protection(config, steps, units, rows_per_unit, local, _central(config, len(names)))
+    local = Guarantee(
+      unit=config.privacy.unit, names=names, mechanisms=mechanisms, deltas=deltas, place=place
+    )
+  return Protection(
+    config=config,
+    steps=steps,
+    units=units,
+    rows_per_unit=rows_per_unit,
+    local=local,
+    central=_central(config, len(names)),
+  )
 
 
 def require_a_round(protection: Protection) -> None:
@@ -246,8 +255,16 @@ def _central(config: Config, num_clients: int) -> Guarantee | None:
   sigma = client.noise_multiplier or calibrate_noise(
     num_clients, rate, cap, server.num_rounds, delta, client.target_epsilon
   )
-  mechanism = PoissonGaussian(num_clients, rate, cap, sigma, client.clip_norm)
+  mechanism = PoissonGaussian(
+    num_units=num_clients,
+    sampling_probability=rate,
+    batch_cap=cap,
+    noise_multiplier=sigma,
+    clip_norm=client.clip_norm,
+  )
   if client.clipping == "adaptive":
     count_noise = client.count_noise or max(mechanism.expected_batch_size / 20, sigma)
     mechanism = dataclasses.replace(mechanism, count_noise=count_noise)
-  return Guarantee("client", ("all hospitals",), (mechanism,), (delta,))
+  return Guarantee(
+    unit="client", names=("all hospitals",), mechanisms=(mechanism,), deltas=(delta,)
+  )

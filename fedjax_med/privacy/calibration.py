@@ -69,7 +69,14 @@ def plan_mechanisms(
   mechanisms = []
   for n, q, num_steps, hospital_delta in zip(sizes, rates, steps, deltas, strict=True):
     strategy = toeplitz_strategy(int(num_steps), bands)
-    unit = PoissonGaussian(n, q, cap, 1.0, clip_norm, tuple(map(float, strategy)))
+    unit = PoissonGaussian(
+      num_units=n,
+      sampling_probability=q,
+      batch_cap=cap,
+      noise_multiplier=1.0,
+      clip_norm=clip_norm,
+      coefficients=tuple(map(float, strategy)),
+    )
     sigma = float(noise_multiplier) or unit.column_norm * calibrate_noise(
       unit.places, q, cap, unit.compositions(num_steps), hospital_delta, target_epsilon
     )
@@ -99,7 +106,13 @@ def calibrate_noise(
   )
   require_whole("steps", steps, 1, "calibrate for at least one step")
   # The clip norm does not enter ε.
-  template = PoissonGaussian(num_units, sampling_probability, batch_cap, 1.0, 1.0)
+  template = PoissonGaussian(
+    num_units=num_units,
+    sampling_probability=sampling_probability,
+    batch_cap=batch_cap,
+    noise_multiplier=1.0,
+    clip_norm=1.0,
+  )
   check_delta(delta, num_units)
 
   def epsilon_at(inverse: float) -> float:

@@ -118,7 +118,7 @@ def files_in(place: pathlib.Path) -> list[File]:
   require(place.exists(), f"--images={place} does not exist", "give a folder or a picture file")
   if not place.is_dir():
     require(place.is_file(), f"--images={place} is no regular file", "give a folder or a picture")
-    return [File(place, (readable(place.name),), "")]
+    return [File(path=place, parts=(readable(place.name),), reason="")]
   files = [file for file in walk(place).files if file.reason != SYSTEM]
   reasons = [file.reason for file in files]
   require(
@@ -138,8 +138,8 @@ def read_pictures(trained: Trained, files: Sequence[File]) -> Iterator[Picture]:
   def read(file: File) -> Picture:
     pixels = file.reason or _read(file.path, least, data.image_size, grey, bool(data.window))
     if isinstance(pixels, str):
-      return Picture(file.path, file.name, None, pixels)
-    return Picture(file.path, file.name, pixels[..., None], "")
+      return Picture(path=file.path, name=file.name, pixels=None, error=pixels)
+    return Picture(path=file.path, name=file.name, pixels=pixels[..., None], error="")
 
   with concurrent.futures.ThreadPoolExecutor(2) as threads:
     yield from threads.map(read, files)

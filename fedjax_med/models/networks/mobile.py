@@ -128,23 +128,23 @@ class MobileNet(nn.Module):
 
 # Sandler et al. (2018), table 2: expand, kernel, features, blocks, stride.
 MOBILENET_V2 = (
-  Stage(1, 3, 16, 1, 1),
-  Stage(6, 3, 24, 2, 2),
-  Stage(6, 3, 32, 3, 2),
-  Stage(6, 3, 64, 4, 2),
-  Stage(6, 3, 96, 3, 1),
-  Stage(6, 3, 160, 3, 2),
-  Stage(6, 3, 320, 1, 1),
+  Stage(expand=1, kernel=3, features=16, blocks=1, stride=1),
+  Stage(expand=6, kernel=3, features=24, blocks=2, stride=2),
+  Stage(expand=6, kernel=3, features=32, blocks=3, stride=2),
+  Stage(expand=6, kernel=3, features=64, blocks=4, stride=2),
+  Stage(expand=6, kernel=3, features=96, blocks=3, stride=1),
+  Stage(expand=6, kernel=3, features=160, blocks=3, stride=2),
+  Stage(expand=6, kernel=3, features=320, blocks=1, stride=1),
 )
 # Tan and Le (2019), table 1.
 EFFICIENTNET_B0 = (
-  Stage(1, 3, 16, 1, 1),
-  Stage(6, 3, 24, 2, 2),
-  Stage(6, 5, 40, 2, 2),
-  Stage(6, 3, 80, 3, 2),
-  Stage(6, 5, 112, 3, 1),
-  Stage(6, 5, 192, 4, 2),
-  Stage(6, 3, 320, 1, 1),
+  Stage(expand=1, kernel=3, features=16, blocks=1, stride=1),
+  Stage(expand=6, kernel=3, features=24, blocks=2, stride=2),
+  Stage(expand=6, kernel=5, features=40, blocks=2, stride=2),
+  Stage(expand=6, kernel=3, features=80, blocks=3, stride=2),
+  Stage(expand=6, kernel=5, features=112, blocks=3, stride=1),
+  Stage(expand=6, kernel=5, features=192, blocks=4, stride=2),
+  Stage(expand=6, kernel=3, features=320, blocks=1, stride=1),
 )
 
 
