@@ -19,8 +19,9 @@ from fedjax_med.core.config import (
 )
 from fedjax_med.core.keys import base_key
 from fedjax_med.data.dataset import Dataset
-from fedjax_med.federated.algorithm import Client, Hyper, Pool
-from fedjax_med.prepare.program import Shapes, make_program
+from fedjax_med.federated.algorithm import Client, Pool, plain_hyper
+from fedjax_med.prepare.program import make_program
+from fedjax_med.prepare.recipe import Shapes
 from fedjax_med.simulation.mesh import choose_devices, replicate
 
 POOL = 512  # images; clients share them, so that memory shows the program and not the data
@@ -121,8 +122,7 @@ def prepare(setting: Setting) -> Measured:
       batch_cap=jnp.asarray(counts, jnp.int32) if setting.private else None,
     ),
     Pool(jnp.asarray(inputs), jnp.asarray(labels)),
-    # learning rates, no proximal term, C = 1, no average, everyone takes part
-    Hyper(*(jnp.float32(value) for value in (0.01, 1, 0, 1, 0, 1, 0))),
+    plain_hyper(),
     base_key(0),
   )
   data = replicate(data, devices.mesh)

@@ -91,6 +91,20 @@ class Hyper(NamedTuple):
   client_level: ClientLevel | None = None
 
 
+def plain_hyper() -> Hyper:
+  """Hyperparameters of plain FedAvg: rates 0.01 and 1, clip norm 1, everyone takes part."""
+  zero, one = jnp.float32(0), jnp.float32(1)
+  return Hyper(
+    client_learning_rate=jnp.float32(0.01),
+    server_learning_rate=one,
+    proximal_weight=zero,
+    clip_norm=one,
+    ema_decay=zero,
+    participation_rate=one,
+    personal_weight=zero,
+  )
+
+
 class ClientDelta(NamedTuple):
   """What a client sends.
 

@@ -18,8 +18,9 @@ from fedjax_med.data.dataset import (
 from fedjax_med.federated.algorithm import Client, Hyper, Pool, Units
 from fedjax_med.prepare.accounted_arrays import differences, require_accounted
 from fedjax_med.prepare.case import Case, baselines, federation
-from fedjax_med.prepare.program import Program, Shapes, make_program
+from fedjax_med.prepare.program import Program, make_program
 from fedjax_med.prepare.protection import Protection, cohort_cap, require_a_round
+from fedjax_med.prepare.recipe import Shapes
 from fedjax_med.prepare.run_id import Identity, identify
 from fedjax_med.privacy.client_level import ClientLevel
 from fedjax_med.privacy.guarantees import Guarantee
