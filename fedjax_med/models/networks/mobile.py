@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from fedjax_med.models.networks.blocks import (
   SqueezeExcite,
+  Style,
   block_class,
   classify,
   conv_norm,
@@ -51,15 +52,16 @@ class InvertedResidual(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array, train: bool) -> jax.Array:  # [B, H, W, C] -> [B, H', W', C']
-    layer = functools.partial(conv_norm, norm=self.norm, train=train, dtype=self.dtype)
+    style = Style(norm=self.norm, train=train, dtype=self.dtype, act=self.act)
+    layer = functools.partial(conv_norm, style=style)
     channels = x.shape[-1]
     inner = self.expand * channels
-    y = layer(x, inner, act=self.act, name="expand") if self.expand > 1 else x
-    y = layer(y, inner, self.kernel, self.stride, groups=inner, act=self.act, name="depthwise")
+    y = layer(x, inner, name="expand") if self.expand > 1 else x
+    y = layer(y, inner, self.kernel, self.stride, groups=inner, name="depthwise")
     if self.reduction:
       squeezed = max(1, channels // self.reduction)  # of the block's input, not of y
       y = SqueezeExcite(squeezed, self.dtype, self.act, name="se")(y)
-    y = layer(y, self.features, act=None, name="project")
+    y = layer(y, self.features, style=style._replace(act=None), name="project")
     return x + y if x.shape == y.shape else y
 
 
@@ -95,9 +97,8 @@ class MobileNet(nn.Module):
   @nn.compact
   def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
     """Images [B, H, W, C] to logits [B, num_classes], float32 or wider."""
-    layer = functools.partial(
-      conv_norm, act=self.act, norm=self.norm, train=train, dtype=self.dtype
-    )
+    style = Style(norm=self.norm, train=train, dtype=self.dtype, act=self.act)
+    layer = functools.partial(conv_norm, style=style)
     block = functools.partial(
       block_class(InvertedResidual, self.remat),
       reduction=self.reduction,
