@@ -105,9 +105,10 @@ def choose_grey(pictures: Sequence[Values], window: str) -> Grey:
     UserError: files of 8 bits and deeper ones are mixed, or values need more than 16 bits, and
       there is no window.
   """
-  given = parse_window(window)
-  if given is not None:
-    return Grey(*given, deep=True, rule=f"data.window={window}")
+  ends = parse_window(window)
+  if ends is not None:
+    low, high = ends
+    return Grey(low=low, high=high, deep=True, rule=f"data.window={window}")
   num_deep = sum(picture.deep for picture in pictures)
   if num_deep == 0:
     return EIGHT_BITS

@@ -10,7 +10,12 @@ from fedjax_med.core.config import Config
 from fedjax_med.core.errors import UserError, require
 from fedjax_med.data.dataset import ClientTable, UnitTable, unit_table
 from fedjax_med.privacy.accounting import epsilon, resolve_deltas
-from fedjax_med.privacy.calibration import affordable_steps, calibrate_noise, plan_mechanisms
+from fedjax_med.privacy.calibration import (
+  PrivacyTarget,
+  affordable_steps,
+  calibrate_noise,
+  plan_mechanisms,
+)
 from fedjax_med.privacy.guarantees import SEVERAL_IMAGES, Guarantee
 from fedjax_med.privacy.mechanism import PoissonGaussian, batch_size_bound, smallest_cap
 
@@ -139,13 +144,15 @@ def _mechanisms(
   mechanisms = plan_mechanisms(
     counts,
     config.client.batch_size,
-    steps=steps * config.server.num_rounds,
-    clip_norm=privacy.clip_norm,
-    batch_cap=privacy.batch_cap,
-    noise_multiplier=privacy.noise_multiplier,
-    target_epsilon=privacy.target_epsilon,
-    delta=privacy.delta,
-    bands=privacy.bands,
+    steps * config.server.num_rounds,
+    PrivacyTarget(
+      clip_norm=privacy.clip_norm,
+      batch_cap=privacy.batch_cap,
+      noise_multiplier=privacy.noise_multiplier,
+      target_epsilon=privacy.target_epsilon,
+      delta=privacy.delta,
+      bands=privacy.bands,
+    ),
   )
   if privacy.same_noise:
     sigma = max(mechanism.noise_multiplier for mechanism in mechanisms)

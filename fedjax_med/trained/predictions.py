@@ -89,17 +89,18 @@ def make_look(
   classify = make_classify(model, normalisation)
 
   @jax.jit
-  def look(params: Any, state: Any, images: jax.Array, target: Any) -> tuple[Any, ...]:
+  def look(params: Any, state: Any, images: jax.Array, target: Any) -> Looked:
     probabilities = classify(params, state, images)
     classes = jnp.where(target < 0, probabilities.argmax(1), target)
     inputs = normalise(images, normalisation)
     maps = grad_cam.grad_cam(model, params, state, inputs, classes, layer)
-    return probabilities, maps, grad_cam.gated(model, params, state, inputs)
+    gated = grad_cam.gated(model, params, state, inputs)
+    return Looked(probabilities=probabilities, maps=maps, gated=gated)
 
   def run(images: np.ndarray, target: int | None) -> Looked:
     number = np.int32(-1 if target is None else target)  # traced: one program for every target
     try:
-      return Looked(*jax.device_get(look(trained.params, trained.state, images, number)))
+      return jax.device_get(look(trained.params, trained.state, images, number))
     except jax.errors.UnexpectedTracerError as error:
       raise UserError(
         f"layer '{layer.name}' runs inside a loop (nn.scan), which its map does not leave; name a"
