@@ -101,7 +101,13 @@ def _watch(audited: AuditedRun, k: int) -> _Watched:
   basis = np.asarray(directions, np.float64)
   drawn = np.linalg.solve(basis @ basis.T, basis @ sums.T).T
   rest = np.linalg.norm(sums - drawn @ basis, axis=1)
-  return _Watched(steps, drawn, rest, np.asarray(run(loud, key)[1]), np.asarray(run(empty, key)[1]))
+  return _Watched(
+    steps=steps,
+    drawn=drawn,
+    rest=rest,
+    noise=np.asarray(run(loud, key)[1]),
+    idle=np.asarray(run(empty, key)[1]),
+  )
 
 
 def check_execution(audited: AuditedRun) -> list[Check]:
@@ -152,7 +158,7 @@ def check_execution(audited: AuditedRun) -> list[Check]:
     same = [_same_noise(seen.noise, watched[k].noise) for seen in watched[:k]]
     name = f"{audited.guarantee.names[k]} and those before it draw noise of their own"
     checks.append((name, _smallest(same)))
-  return [Check(name, float(p), bool(p > ALARM)) for name, p in checks]
+  return [Check(name=name, p_value=float(p), passed=bool(p > ALARM)) for name, p in checks]
 
 
 def _dispersion(present: np.ndarray, steps: np.ndarray, bands: int, subset: int, q: float) -> float:

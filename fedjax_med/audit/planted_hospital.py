@@ -75,7 +75,16 @@ def hospital_trials(
   )
   ones = jnp.ones(num_clients, jnp.int32)
   real = jnp.ones(num_clients, jnp.float32)
-  clients = Client(jnp.arange(num_clients), ones[:, None] * 0, ones, real, ones, real, real, real)
+  clients = Client(
+    number=jnp.arange(num_clients),
+    indices=ones[:, None] * 0,
+    num_examples=ones,
+    weight=real,
+    num_steps=ones,
+    sampling_probability=real,
+    expected_batch_size=real,
+    noise_multiplier=real,
+  )
   expected = jnp.float32(mechanism.expected_batch_size)
   sigma = mechanism.noise_multiplier * jnp.asarray([share for share, _ in ATTACKS], jnp.float32)
 

@@ -174,7 +174,9 @@ def release(
     independent, and the memory of the next step.
   """
   round, place = step // client.num_steps, step % client.num_steps
-  context = StepContext(client, pool, setting.hyper, key, round, place)
+  context = StepContext(
+    client=client, pool=pool, hyper=setting.hyper, key=key, round=round, step=place
+  )
   vector, _, memory, _ = setting.gradient(setting.params, {}, memory, context)
   gradient = unravel(vector, layout_of(setting.params))
   factor = claim.expected_batch_size / (setting.clip_norm * math.sqrt(2))
@@ -245,13 +247,18 @@ def _attack(
     begin = step - (bands - 1)
     whole = (begin >= 0) & (begin % bands == jnp.arange(count) % bands)
     found = ratio(seen, claim.sampling_probability, sigmas[None])
-    return AttackerState(memory, past, rows, attacker.scores + jnp.where(whole[:, None], found, 0))
+    return AttackerState(
+      memory=memory,
+      past=past,
+      rows=rows,
+      scores=attacker.scores + jnp.where(whole[:, None], found, 0),
+    )
 
   start = AttackerState(
-    memory_of(setting, client),
-    jnp.zeros((bands - 1, count)),
-    jnp.zeros((bands, count)),
-    jnp.zeros((count, len(sigmas))),
+    memory=memory_of(setting, client),
+    past=jnp.zeros((bands - 1, count)),
+    rows=jnp.zeros((bands, count)),
+    scores=jnp.zeros((count, len(sigmas))),
   )
   return jax.lax.fori_loop(0, steps, body, start).scores
 

@@ -113,7 +113,17 @@ def audit_units(
     bounds["many records in one run"] = one_run.epsilon_lower
     attack = max(bounds, key=lambda name: bounds[name])
     name = audited.guarantee.names[k]
-    found.append(Found(name, epsilon, delta, bounds[attack], attack, number, len(bits)))
+    found.append(
+      Found(
+        name=name,
+        epsilon=epsilon,
+        delta=delta,
+        epsilon_lower=bounds[attack],
+        attack=attack,
+        trials=number,
+        canaries=len(bits),
+      )
+    )
     tell(
       f"{name}: {bounds[attack]:.3f} ≤ ε ≤ {epsilon:.3f} (n {mechanism.num_units}, {number} trials)"
     )
@@ -158,7 +168,7 @@ def _arrays(experiment: Experiment) -> Check:
   arrays = experiment.clients, experiment.hyper
   found = differences(case.protection, case.numbers, case.rows, *arrays)
   words = "; ".join(found[:4]) or "the arrays on the device are those that are accounted for"
-  return Check(words, float(not found), not found)
+  return Check(name=words, p_value=float(not found), passed=not found)
 
 
 def _central(
@@ -183,7 +193,17 @@ def _central(
   )
   tell(f"a whole hospital: {lower:.3f} ≤ ε ≤ {epsilon:.3f} ({number} trials)")
   name = "likelihood ratio of one hospital"
-  found = [Found(central.names[0], epsilon, delta, lower, name, number, 0)]
+  found = [
+    Found(
+      name=central.names[0],
+      epsilon=epsilon,
+      delta=delta,
+      epsilon_lower=lower,
+      attack=name,
+      trials=number,
+      canaries=0,
+    )
+  ]
   return _result(central.unit, found, [_arrays(experiment)], power)
 
 

@@ -55,7 +55,9 @@ def find_layers(model: Model, params: Params, state: State, inputs: Any) -> list
     if isinstance(out, jax.Array) and out.ndim == 4 and out.shape[0] == inputs.shape[0]:
       _, height, width, channels = out.shape
       calls = found.pop(name).calls if name in found else 0
-      found[name] = MapLayer(name, calls + 1, call.kind, (height, width, channels))
+      found[name] = MapLayer(
+        name=name, calls=calls + 1, kind=call.kind, shape=(height, width, channels)
+      )
     return out
 
   jax.eval_shape(lambda *a: model.watched_apply(*a, watch), params, state, inputs)
@@ -153,7 +155,7 @@ def gated(
 
   def watch(call: Call) -> Any:
     x, y = call.inputs, call.outputs
-    like = MapLayer("/".join(call.path), 1, call.kind, (0, 0, 0))
+    like = MapLayer(name="/".join(call.path), calls=1, kind=call.kind, shape=(0, 0, 0))
     if is_gate(like) and isinstance(y, jax.Array) and y.ndim == 4 and x.shape == y.shape:
       a, b = x.astype(jnp.float32), y.astype(jnp.float32)
       gates = (a * b).sum((1, 2)) / jnp.square(a).sum((1, 2))  # 0 / 0 is NaN

@@ -19,7 +19,8 @@ from fedjax_med.federated.algorithm import Pool
 from fedjax_med.prepare.accounted_arrays import differences, require_accounted
 from fedjax_med.prepare.experiment import Experiment, make_experiment, make_shared_program
 from fedjax_med.prepare.memory import shared_devices
-from fedjax_med.prepare.program import Program, Shapes
+from fedjax_med.prepare.program import Program
+from fedjax_med.prepare.recipe import Shapes
 from fedjax_med.run.loop import evaluated, evaluation_groups
 from fedjax_med.simulation.evaluation import Batches, batches_of, shape_of
 from fedjax_med.simulation.mesh import CLIENTS, RUNS_AT_ONCE, client_mesh, local_devices, replicated
