@@ -114,7 +114,15 @@ def prepare(setting: Setting) -> Measured:
     ),
     Pool(jnp.asarray(inputs), jnp.asarray(labels)),
     # learning rates, no proximal term, C = 1, no average, everyone takes part
-    Hyper(*(jnp.float32(value) for value in (0.01, 1, 0, 1, 0, 1, 0))),
+    Hyper(
+      client_learning_rate=jnp.float32(0.01),
+      server_learning_rate=jnp.float32(1),
+      proximal_weight=jnp.float32(0),
+      clip_norm=jnp.float32(1),
+      ema_decay=jnp.float32(0),
+      participation_rate=jnp.float32(1),
+      algorithm={},
+    ),
     base_key(0),
   )
   data = replicate(data, devices.mesh)

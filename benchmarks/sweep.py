@@ -60,8 +60,8 @@ def main() -> None:
   parser.add_argument("--skip_processes", action="store_true")
   options = parser.parse_args()
 
+  from fedjax_med.core.config import declared
   from fedjax_med.federated.algorithm import Pool
-  from fedjax_med.flags import config_fields
   from fedjax_med.prepare.experiment import place, plan_together
   from fedjax_med.run import training as runs
   from fedjax_med.run.compilation_cache import use_compilation_cache
@@ -73,7 +73,7 @@ def main() -> None:
   axes = [f"privacy.noise_multiplier={options.sigmas}", f"seed=0:{options.seeds}"]
   base = runpy.run_path(str(ROOT / options.config))["get_config"]()
   base.privacy.target_epsilon = 0.0  # σ is given
-  points = grid.points(base, list(config_fields()), grid=axes)
+  points = grid.points(base, list(declared()), grid=axes)
   configs = [configure(base, point, ("init", "sampling")) for point in points]
   folder = pathlib.Path(tempfile.mkdtemp(prefix="sweep"))
   cache = str(folder / "cache")

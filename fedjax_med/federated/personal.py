@@ -170,7 +170,7 @@ def ditto(
   """Ditto (Li et al. 2021, algorithm 1): FedAvg, and a whole model of its own at every client.
 
   The client's model takes as many local steps of its own, pulled to the received weights w by
-  λ(v − w), λ being ``hyper.personal_weight``. Arguments as of ``fedavg``.
+  λ(v − w), λ being ``hyper.algorithm["personal_weight"]``. Arguments as of ``fedavg``.
   """
   plain = fedavg(local, optimizer, average=average, init_memory=init_memory)
 
@@ -182,11 +182,10 @@ def ditto(
 
   def client_update(server, client_state, client, pool, hyper, key):
     delta, memory, metrics = plain.client_update(server, client_state[0], client, pool, hyper, key)
+    pull = hyper.algorithm["personal_weight"]
 
     def adjust(gradient: Tree, weights: Tree) -> Tree:
-      return jax.tree.map(
-        lambda g, v, w: g + hyper.personal_weight * (v - w), gradient, weights, server.params
-      )
+      return jax.tree.map(lambda g, v, w: g + pull * (v - w), gradient, weights, server.params)
 
     alone = hyper._replace(proximal_weight=jnp.zeros_like(hyper.proximal_weight))
     own, state, _, extra = local.train(

@@ -1,7 +1,7 @@
 """The memory of a device: its budget, and the estimated and the compiled size of a program."""
 
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -135,14 +135,28 @@ def rough_bytes(
   return at_rest + choice.chunk * (copies * weights + examples + 2 * kept)
 
 
+def hyper_shapes(options: Iterable[str], client_level: bool) -> Hyper:
+  """Shapes of the traced hyperparameters.
+
+  Args:
+    options: names of the algorithm's traced options.
+    client_level: whether the run protects whole hospitals.
+  """
+  scalar: Any = jax.ShapeDtypeStruct((), jnp.float32)  # stands in for an array
+  own = {"algorithm": dict.fromkeys(options, scalar), "client_level": None}
+  if client_level:
+    own["client_level"] = ClientLevel(**dict.fromkeys(ClientLevel._fields, scalar))
+  return Hyper(**{**dict.fromkeys(Hyper._fields, scalar), **own})
+
+
 def block_arguments(
   initial: Callable[[], Any],
   num_clients: int,
   max_examples: int,
   pool: Any,
+  hyper: Hyper,
   max_units: int = 0,
   private: bool = False,
-  client_level: bool = False,
   bands: int = 1,
 ) -> tuple[Any, ...]:
   """Shapes of what ``block`` is called with; ``pool`` has inputs and labels."""
@@ -150,19 +164,23 @@ def block_arguments(
   number = shape((num_clients,), jnp.int32)
   real = shape((num_clients,), jnp.float32)
   clients = Client(
-    number, shape((num_clients, max_examples), jnp.int32), number, real, number, real, real, real
+    number=number,
+    indices=shape((num_clients, max_examples), jnp.int32),
+    num_examples=number,
+    weight=real,
+    num_steps=number,
+    sampling_probability=real,
+    expected_batch_size=real,
+    noise_multiplier=real,
   )
   if max_units:
     table = shape((num_clients, max_units), jnp.int32)
-    clients = clients._replace(units=Units(table, table, number))
+    clients = clients._replace(units=Units(starts=table, sizes=table, number=number))
   if private:
     clients = clients._replace(batch_cap=number)
   if bands > 1:
     clients = clients._replace(coefficients=shape((num_clients, bands), jnp.float32))
   data = Pool(*(shape(part.shape, part.dtype) for part in (pool.inputs, pool.labels)))
-  scalar = shape((), jnp.float32)
-  level = ClientLevel(*(scalar for _ in ClientLevel._fields)) if client_level else None
-  hyper = Hyper(*(scalar for _ in Hyper._fields[:-1]), client_level=level)
   key = jax.eval_shape(lambda: base_key(0))
   return jax.eval_shape(initial), clients, data, hyper, key, shape((), jnp.int32)
 

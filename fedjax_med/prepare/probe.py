@@ -136,7 +136,16 @@ def time_steps(
   key = base_key(0)
   params, state = zeros(jax.eval_shape(model.init, key, image))
   pool = Pool(jnp.zeros(image.shape, jnp.uint8), jnp.zeros((1,), jnp.int32))
-  hyper = Hyper(*(jnp.float32(value) for value in (0.01, 1, 0, 1, 0, 1, 0)))
+  one, zero = jnp.float32(1), jnp.float32(0)
+  hyper = Hyper(
+    client_learning_rate=jnp.float32(0.01),
+    server_learning_rate=one,
+    proximal_weight=zero,
+    clip_norm=one,
+    ema_decay=zero,
+    participation_rate=one,
+    algorithm={},
+  )
   each = jnp.ones((chunk,), jnp.float32)
   clients = Client(
     number=jnp.arange(chunk),

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from fedjax_med.core.config import Config, init_seed
+from fedjax_med.core.config import Config, algorithm_options, init_seed
 from fedjax_med.core.keys import Stream, base_key, key_for
 from fedjax_med.data.dataset import Dataset
 from fedjax_med.federated.algorithm import FederatedAlgorithm, ServerState
@@ -209,7 +209,7 @@ def make_program(
       records=private,
       clients=client_level,
       init_memory=init_memory,
-      personal_layers=server.personal_layers,
+      options=algorithm_options(config, traced=False),
     )
 
   def rounds_as(choice: Choice, mesh: Mesh | None) -> Callable[..., Any]:
@@ -253,10 +253,10 @@ def make_program(
     num_clients,
     max_examples,
     dataset,
-    max_units,
-    private,
-    client_level,
-    bands,
+    memory.hyper_shapes(algorithm_options(config, traced=True), client_level),
+    max_units=max_units,
+    private=private,
+    bands=bands,
   )
   # Products hold patches, native convolutions do not: the most that either needs.
   footprint = memory.footprint(create_model(config.model, classes, "matmul", remat=remat), image)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from fedjax_med import __version__
-from fedjax_med.core.config import Config, from_dict
+from fedjax_med.core.config import Config, algorithm_options, from_dict
 from fedjax_med.core.errors import UserError, require, require_choice
 from fedjax_med.core.keys import base_key
 from fedjax_med.data.grey import EIGHT_BITS, Grey
@@ -252,7 +252,7 @@ def _algorithm(config: Config) -> FederatedAlgorithm:
     optax.identity(),
     average=config.server.ema_decay > 0,
     init_memory=functools.partial(empty_memory, bands=bands) if bands > 1 else lambda params: (),
-    personal_layers=config.server.personal_layers,
+    options=algorithm_options(config, traced=False),
   )
 
 
