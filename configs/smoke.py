@@ -1,4 +1,10 @@
-"""The smallest real run: three hospitals, tiny phantoms, a tiny network, private; seconds."""
+"""The smallest real run: three hospitals, tiny phantoms, a tiny network, private; seconds.
+
+    python -m fedjax_med.train --config=configs/smoke.py --workdir=runs/smoke
+
+To expect on two CPU cores: half a minute (20 s measured, 17 of them to compile, and 4 s with a warm
+cache), ε 11.23. It is no result: AUROC is 0.5 to 0.7, of 60 test images after 6 rounds of noise.
+"""
 
 from fedjax_med.core.config import (
   ClientConfig,

@@ -263,7 +263,7 @@ def _check_config_names(argv: list[str]) -> None:
     require(has_config, f"--config.{name} needs a --config before it", _PASS_A_PRESET)
     if name in known:
       continue
-    inside = [f"--config.{path}" for path, field in known.items() if name and field.section == name]
+    inside = [f"--config.{path}" for path in known if path.startswith(f"{name}.")]
     require(not inside, f"--config.{name} is a section", f"set its fields: {', '.join(inside)}")
     raise UserError(f"--config.{name} is unknown; {_nearest_field(name, known)}")
 

@@ -2,13 +2,12 @@
 
 import pytest
 
-from configs import br35h, br35h_private, quickstart, smoke
+from configs import smoke
 from fedjax_med.core.config import (
   Config,
   declared,
   fingerprint,
   flat,
-  from_dict,
   get_field,
   nested,
   set_field,
@@ -26,13 +25,6 @@ def with_value(path: str, value, config: Config | None = None) -> Config:
   config = smoke.get_config() if config is None else config
   set_field(config, path, value)
   return config
-
-
-@pytest.mark.parametrize("preset", [quickstart, smoke, br35h, br35h_private])
-def test_every_preset_is_valid_and_survives_the_trip_through_json(preset):
-  config = preset.get_config()
-  validate(config)
-  assert from_dict(to_dict(config)) == config
 
 
 @pytest.mark.parametrize("path", NUMBERS)
