@@ -83,11 +83,11 @@ OUTSIDE_RUN = ("execution", "eval")
 
 def sections() -> dict[str, type]:
   """The dataclass of every section by its dotted name; "" is ``Config`` itself."""
-  found: dict[str, type] = {"": Config}
+  records: dict[str, type] = {"": Config}
   for part in dataclasses.fields(Config):
     if dataclasses.is_dataclass(part.type):
-      found[part.name] = part.type  # pyright: ignore[reportArgumentType]
-  return found | {f"options.{name}": record for name, record in OPTIONS.items()}
+      records[part.name] = part.type  # pyright: ignore[reportArgumentType]
+  return records | {f"options.{name}": record for name, record in OPTIONS.items()}
 
 
 def declared() -> dict[str, Field]:
@@ -138,9 +138,9 @@ def add_options(algorithm: str, record: type) -> None:
   types_of = {part.name: part.type for part in dataclasses.fields(record)}
   for one in fields_of(record):
     require(
-      one.kind in (str, int, float, bool) and types_of[one.name] in (one.kind, one.kind.__name__),
-      f"{where}: {one.name}: {types_of[one.name]} = {one.default!r}",
-      "let type and default be str, int, float or bool",
+      one.kind in (str, int, float, bool) and types_of[one.name] is one.kind,
+      f"{where}: {one.name}: {types_of[one.name]!r} = {one.default!r}",
+      "let type and default be str, int, float or bool, and import no annotations of __future__",
     )
     require(
       one.kind is float or not one.traced,

@@ -22,7 +22,7 @@ def read_again(one: Any, other: Any) -> bool:
       value == second[name] or read_again(value, second[name]) for name, value in first.items()
     )
     return same and read_again(one.func, other.func)
-  if not all(inspect.isfunction(each) and not each.__closure__ for each in (one, other)):
+  if not all(inspect.isfunction(f) and not f.__closure__ for f in (one, other)):
     return False
   first, second = (
     (

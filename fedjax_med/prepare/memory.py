@@ -143,10 +143,9 @@ def hyper_shapes(options: Iterable[str], client_level: bool) -> Hyper:
     client_level: whether the run protects whole hospitals.
   """
   scalar: Any = jax.ShapeDtypeStruct((), jnp.float32)  # stands in for an array
-  own = {"algorithm": dict.fromkeys(options, scalar), "client_level": None}
-  if client_level:
-    own["client_level"] = ClientLevel(**dict.fromkeys(ClientLevel._fields, scalar))
-  return Hyper(**{**dict.fromkeys(Hyper._fields, scalar), **own})
+  level = ClientLevel(**dict.fromkeys(ClientLevel._fields, scalar)) if client_level else None
+  groups = {"algorithm": dict.fromkeys(options, scalar), "client_level": level}
+  return Hyper(**{**dict.fromkeys(Hyper._fields, scalar), **groups})
 
 
 def block_arguments(

@@ -1,8 +1,11 @@
 """The configuration's rules: every wrong value is a sentence with value, rule and remedy."""
 
+import doctest
+
 import pytest
 
 from configs import smoke
+from fedjax_med.core import fields
 from fedjax_med.core.config import (
   Config,
   declared,
@@ -65,6 +68,12 @@ def test_every_default_is_in_its_range_and_one_of_its_choices():
     assert not field.choices or field.default in field.choices, path
     if field.bounds is not None:
       assert field.bounds.low <= field.default <= field.bounds.high, path
+
+
+def test_the_example_of_a_declaration_is_true():
+  outcome = doctest.testmod(fields)
+  assert outcome.attempted > 0
+  assert outcome.failed == 0
 
 
 def test_every_part_of_the_configuration_is_declared_in_its_order():

@@ -38,7 +38,6 @@ import dataclasses
 
 import jax
 
-
 from fedjax_med.core.config import Config
 from fedjax_med.core.errors import require
 from fedjax_med.core.fields import field, least

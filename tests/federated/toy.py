@@ -69,8 +69,8 @@ def make_hyper(**changes: float) -> Hyper:
   for config.server.algorithm in ALGORITHMS:
     options |= algorithm_options(config, traced=True)
   traced = {n: jnp.float32(value) for n, value in {**values, **options, **changes}.items()}
-  own = {name: traced.pop(name) for name in options}
-  return Hyper(**traced, algorithm=own)
+  algorithm = {name: traced.pop(name) for name in options}
+  return Hyper(**traced, algorithm=algorithm)
 
 
 @functools.cache  # tests share compiled programs
