@@ -251,6 +251,3 @@ def test_help_and_errors_of_the_command_line_know_the_options(preset, tmp_path):
     "error: --config.options.damped.dampng is unknown; did you mean"
     " '--config.options.damped.damping'?\n",
   )
-  code, _, err = run(tmp_path, "--config.options.damped.damping=0.25", "--config.seed=-1")
-  assert code == 2
-  assert err.startswith("error: seed=-1 must be")
