@@ -41,7 +41,13 @@ def gaussian_lines(steps: int, mus: list[float]) -> list[dict[str, Any]]:
   ours: dict[float, list[float]] = {delta: [] for delta in DELTAS}
   for mu in mus:
     sigma = math.sqrt(steps) / mu
-    mechanism = PoissonGaussian(50, 1.0, 50, sigma * (1 + NORM_SLACK), 1.0)
+    mechanism = PoissonGaussian(
+      num_units=50,
+      sampling_probability=1.0,
+      batch_cap=50,
+      noise_multiplier=sigma * (1 + NORM_SLACK),
+      clip_norm=1.0,
+    )
     composed = accounting._step_pld(mechanism.event()).self_compose(steps)
     for delta in DELTAS:
       exact = gaussian_epsilon(mu, delta)
@@ -85,7 +91,9 @@ def random_mechanism(generator: np.random.Generator, steps: int) -> PoissonGauss
   mu = 10 ** generator.uniform(-1.3, 0.9)
   sigma = 1 / math.sqrt(math.log1p(mu**2 / (q**2 * steps)))
   cap = min(n, batch_size_bound(n, q, float(generator.choice([2, 3, 5]))))
-  return PoissonGaussian(n, q, cap, sigma, 1.0)
+  return PoissonGaussian(
+    num_units=n, sampling_probability=q, batch_cap=cap, noise_multiplier=sigma, clip_norm=1.0
+  )
 
 
 def main() -> None:

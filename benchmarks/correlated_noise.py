@@ -13,17 +13,21 @@ from typing import Any
 
 from benchmarks import common
 from fedjax_med.privacy.accounting import default_delta
-from fedjax_med.privacy.calibration import plan_mechanisms
+from fedjax_med.privacy.calibration import PrivacyTarget, plan_mechanisms
 from fedjax_med.privacy.strategy import error_over_independent
 
 
 def line_of(n: int, batch: int, epsilon: float, steps: int, bands: list[int]) -> dict[str, Any]:
   """The comparison for every number of bands, and the best of those that keep the batch size."""
   plans = {
-    b: plan_mechanisms([n], batch, steps=[steps], clip_norm=1.0, target_epsilon=epsilon, bands=b)[0]
+    b: plan_mechanisms(
+      [n], batch, [steps], PrivacyTarget(clip_norm=1.0, target_epsilon=epsilon, bands=b)
+    )[0]
     for b in bands
   }
-  plain = plan_mechanisms([n], batch, steps=[steps], clip_norm=1.0, target_epsilon=epsilon)[0]
+  plain = plan_mechanisms(
+    [n], batch, [steps], PrivacyTarget(clip_norm=1.0, target_epsilon=epsilon)
+  )[0]
   ratios = {b: error_over_independent(plain, plans[b], steps) for b in bands}
   whole = [b for b in bands if plans[b].expected_batch_size >= min(batch, n) * (1 - 1e-9)]
   best = max(whole, key=lambda b: ratios[b])

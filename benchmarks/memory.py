@@ -24,7 +24,16 @@ def main() -> None:
   parser.add_argument("--remat", action="store_true", help="measure remat of blocks as well")
   options = parser.parse_args()
   size = options.batch_size
-  base = Setting(options.model, options.image_size, 1, size, size, steps=2, chunk=1, devices=1)
+  base = Setting(
+    model=options.model,
+    image_size=options.image_size,
+    clients=1,
+    batch_size=size,
+    examples=size,
+    steps=2,
+    chunk=1,
+    devices=1,
+  )
   cases = {"plain": {}}
   cases |= {method: {"private": True, "clipping": method} for method in options.methods}
   lines = {}

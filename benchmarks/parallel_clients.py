@@ -26,12 +26,12 @@ def main() -> None:
 
   def setting(clients: int, size: int, private: bool = False) -> Setting:
     return Setting(
-      options.model,
-      options.image_size,
-      clients,
-      size,
-      size,
-      options.steps,
+      model=options.model,
+      image_size=options.image_size,
+      clients=clients,
+      batch_size=size,
+      examples=size,
+      steps=options.steps,
       private=private,
       dtype=options.dtype,
       chunk=clients,

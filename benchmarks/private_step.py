@@ -139,7 +139,17 @@ def main() -> None:
   arguments = parser.parse_args()
   shape = (arguments.pixels, arguments.pixels, 3)
   workload = specs.Workload(
-    "step", "se_resnext50_32x4d", 1, 1, arguments.batch, shape, 2, arguments.batch, 1, 0.01, True
+    name="step",
+    network="se_resnext50_32x4d",
+    num_clients=1,
+    cohort=1,
+    examples=arguments.batch,
+    shape=shape,
+    num_classes=2,
+    batch=arguments.batch,
+    steps=1,
+    learning_rate=0.01,
+    private=True,
   )
   systems = ours(arguments, workload)
   runs = {name: system.run for name, system in systems.items()}

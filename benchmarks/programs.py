@@ -19,8 +19,9 @@ from fedjax_med.core.config import (
 )
 from fedjax_med.core.keys import base_key
 from fedjax_med.data.dataset import Dataset
-from fedjax_med.federated.algorithm import Client, Hyper, Pool
-from fedjax_med.prepare.program import Shapes, make_program
+from fedjax_med.federated.algorithm import Client, Pool, plain_hyper
+from fedjax_med.prepare.program import make_program
+from fedjax_med.prepare.recipe import Shapes
 from fedjax_med.simulation.mesh import choose_devices, replicate
 
 POOL = 512  # images; clients share them, so that memory shows the program and not the data
@@ -96,7 +97,15 @@ def prepare(setting: Setting) -> Measured:
   devices = choose_devices(setting.devices, clients)
   steps = np.full(clients, setting.steps, np.int64)
   counts = np.full(clients, examples, np.int64)
-  shapes = Shapes(steps, examples, setting.steps, examples, counts, max_units=0, rows_per_unit=1)
+  shapes = Shapes(
+    steps=steps,
+    max_examples=examples,
+    shared_steps=setting.steps,
+    batch_cap=examples,
+    counts=counts,
+    max_units=0,
+    rows_per_unit=1,
+  )
   program = make_program(config, dataset, shapes, devices=devices)
   q = min(1.0, setting.batch_size / examples)
   each = np.ones(clients, np.float32)
@@ -113,16 +122,7 @@ def prepare(setting: Setting) -> Measured:
       batch_cap=jnp.asarray(counts, jnp.int32) if setting.private else None,
     ),
     Pool(jnp.asarray(inputs), jnp.asarray(labels)),
-    # learning rates, no proximal term, C = 1, no average, everyone takes part
-    Hyper(
-      client_learning_rate=jnp.float32(0.01),
-      server_learning_rate=jnp.float32(1),
-      proximal_weight=jnp.float32(0),
-      clip_norm=jnp.float32(1),
-      ema_decay=jnp.float32(0),
-      participation_rate=jnp.float32(1),
-      algorithm={},
-    ),
+    plain_hyper(),
     base_key(0),
   )
   data = replicate(data, devices.mesh)
@@ -141,8 +141,8 @@ def prepare(setting: Setting) -> Measured:
 
   run(1)  # the first call also loads
   return Measured(
-    run,
-    program.plan.chunk,
-    compile_seconds,
-    None if analysis is None else analysis.temp_size_in_bytes,
+    run=run,
+    chunk=program.plan.chunk,
+    compile_seconds=compile_seconds,
+    temporary_bytes=None if analysis is None else analysis.temp_size_in_bytes,
   )

@@ -18,12 +18,12 @@ def at(options: argparse.Namespace, clients: int, chunk: int, image_size: int) -
   """Compiles the block for that many clients; chunk 0 leaves the choice to the plan."""
   return prepare(
     Setting(
-      options.model,
-      image_size,
-      clients,
-      options.batch_size,
-      EXAMPLES,
-      options.steps,
+      model=options.model,
+      image_size=image_size,
+      clients=clients,
+      batch_size=options.batch_size,
+      examples=EXAMPLES,
+      steps=options.steps,
       private=options.private,
       chunk=chunk,
       devices=options.devices,

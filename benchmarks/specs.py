@@ -45,9 +45,45 @@ WORKLOADS = {
   workload.name: workload
   for workload in (
     # One epoch of 50 images in batches of 10, as in the CIFAR10 benchmark of pfl-research.
-    Workload("W1", "cifar_cnn", 1000, 50, 50, (32, 32, 3), 10, 10, 5, 0.1, False),
-    Workload("W2", "se_resnext50_32x4d", 4, 4, 64, (64, 64, 3), 2, 8, 2, 0.01, True),
-    Workload("W3", "mnist_cnn", 20, 20, 200, (28, 28, 1), 10, 20, 10, 0.1, True),
+    Workload(
+      name="W1",
+      network="cifar_cnn",
+      num_clients=1000,
+      cohort=50,
+      examples=50,
+      shape=(32, 32, 3),
+      num_classes=10,
+      batch=10,
+      steps=5,
+      learning_rate=0.1,
+      private=False,
+    ),
+    Workload(
+      name="W2",
+      network="se_resnext50_32x4d",
+      num_clients=4,
+      cohort=4,
+      examples=64,
+      shape=(64, 64, 3),
+      num_classes=2,
+      batch=8,
+      steps=2,
+      learning_rate=0.01,
+      private=True,
+    ),
+    Workload(
+      name="W3",
+      network="mnist_cnn",
+      num_clients=20,
+      cohort=20,
+      examples=200,
+      shape=(28, 28, 1),
+      num_classes=10,
+      batch=20,
+      steps=10,
+      learning_rate=0.1,
+      private=True,
+    ),
   )
 }
 

@@ -16,7 +16,8 @@ import runpy
 import subprocess
 import sys
 import tempfile
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 from benchmarks import common
 
@@ -52,6 +53,95 @@ def largest_gap(sweep: list[dict[str, Any]], alone: list[dict[str, Any]]) -> flo
   return max(gaps)
 
 
+class Workshop(NamedTuple):
+  """Inputs of the comparison.
+
+  Attributes:
+    folder: folder of all workdirs.
+    base: the config without a sweep.
+    points: points of the sweep.
+    configs: the config of each point.
+  """
+
+  folder: pathlib.Path
+  base: Any
+  points: list[dict[str, Any]]
+  configs: list[Any]
+
+
+def time_processes(shop: Workshop, preset: str, axes: Sequence[str]) -> dict[str, Any]:
+  """Seconds of one process for the sweep, and of one process for each point; the cache is warm."""
+  flags = [f"--config={preset}", "--config.privacy.target_epsilon=0"]
+  swept = [*flags, *(f"--grid={axis}" for axis in axes)]
+  folder, cache = shop.folder, str(shop.folder / "cache")
+
+  def train(config: Any, *more: str) -> float:
+    sigma = f"--config.privacy.noise_multiplier={config.privacy.noise_multiplier}"
+    return process("fedjax_med.train", *flags, sigma, *more, cache=cache)
+
+  common.say("fills the compile cache")
+  train(shop.configs[0], f"--workdir={folder / 'first'}")
+  process("fedjax_med.sweep", *swept, f"--workdir={folder / 'filling'}", cache=cache)
+  common.say("one process for the sweep")
+  sweep = process("fedjax_med.sweep", *swept, f"--workdir={folder / 'swept'}", cache=cache)
+  common.say(f"{len(shop.points)} processes")
+  processes = [
+    train(config, f"--config.seed={config.seed}", f"--workdir={folder / f'process{number}'}")
+    for number, config in enumerate(shop.configs)
+  ]
+  return {"sweep_process": sweep, "processes": processes}
+
+
+def time_in_process(shop: Workshop, repeats: int) -> tuple[dict[str, Any], int]:
+  """Seconds of the sweep and of the same runs in this process, and the sweep's compilations."""
+  from fedjax_med.federated.algorithm import Pool
+  from fedjax_med.prepare.experiment import make_experiment, make_shared_program
+  from fedjax_med.run import training as runs
+  from fedjax_med.run.loop import train_rounds
+  from fedjax_med.simulation.mesh import replicate
+  from fedjax_med.sweep import programs, runner, table
+  from fedjax_med.sweep.points import Key, groups, plan_points
+
+  (group,) = groups(plan_points(shop.points, shop.configs, range(len(shop.points))))
+  program, shapes = make_shared_program([run.case for run in group])
+  mesh, dataset = program.devices.mesh, group[0].case.hospitals.dataset
+  pool = Pool(replicate(dataset.inputs, mesh), replicate(dataset.labels, mesh))
+  warm = programs.prepare(group, 0)
+  turn, start = iter(range(1000)), runner.Progress(rounds=0, runs=0, epsilon=None, note="")
+
+  def in_one_program() -> float:
+    workdir = shop.folder / f"sweep{next(turn)}"
+    table.begin(workdir, shop.base, shop.points, ("init", "sampling"))
+
+    def folder_of(key: Key) -> pathlib.Path:
+      return table.folder_of(workdir, *key)
+
+    def run() -> None:
+      runner.run_group(warm, set(), folder_of, "", lambda _: "", lambda _: None, start)
+
+    return common.seconds(run)
+
+  def in_turn() -> float:
+    workdir = shop.folder / f"warm{next(turn)}"
+
+    def run() -> None:
+      for planned in group:
+        folder = workdir / str(planned.key.number)
+        folder.mkdir(parents=True)
+        experiment = make_experiment(planned.case, program, shapes, pool, mesh)
+        train_rounds(experiment, folder, lambda _: None, lambda: 0)
+
+    return common.seconds(run)
+
+  def in_full() -> None:
+    for number, config in enumerate(shop.configs):
+      runs.run(config, shop.folder / f"full{number}", "", "", lambda: group[0].case.hospitals)
+
+  common.say("the same in this process, in turns")
+  times = common.alternate({"sweep": in_one_program, "warm": in_turn}, repeats)
+  return {**times, "full": common.seconds(in_full)}, warm.compilations()
+
+
 def main() -> None:
   parser = common.parser(__doc__ or "")
   parser.add_argument("--config", default="configs/smoke.py")
@@ -61,95 +151,27 @@ def main() -> None:
   options = parser.parse_args()
 
   from fedjax_med.core.config import declared
-  from fedjax_med.federated.algorithm import Pool
-  from fedjax_med.prepare.experiment import place, plan_together
-  from fedjax_med.run import training as runs
   from fedjax_med.run.compilation_cache import use_compilation_cache
-  from fedjax_med.run.loop import train_rounds
-  from fedjax_med.simulation.mesh import replicate
-  from fedjax_med.sweep import grid, programs, runner, table
-  from fedjax_med.sweep.points import Key, configure, groups, plan_points
+  from fedjax_med.sweep import grid, table
+  from fedjax_med.sweep.points import configure
 
   axes = [f"privacy.noise_multiplier={options.sigmas}", f"seed=0:{options.seeds}"]
   base = runpy.run_path(str(ROOT / options.config))["get_config"]()
-  base.privacy.target_epsilon = 0.0  # σ is given
+  base.privacy.target_epsilon = 0.0  # σ is configured
   points = grid.points(base, list(declared()), grid=axes)
   configs = [configure(base, point, ("init", "sampling")) for point in points]
   folder = pathlib.Path(tempfile.mkdtemp(prefix="sweep"))
-  cache = str(folder / "cache")
-  use_compilation_cache(cache)
-
-  flags = [f"--config={options.config}", "--config.privacy.target_epsilon=0"]
-  swept = [*flags, *(f"--grid={axis}" for axis in axes)]
-  times: dict[str, Any] = {}
-  if not options.skip_processes:
-    common.say("fills the compile cache")
-    first = [f"--config.privacy.noise_multiplier={configs[0].privacy.noise_multiplier}"]
-    process("fedjax_med.train", *flags, *first, f"--workdir={folder / 'first'}", cache=cache)
-    process("fedjax_med.sweep", *swept, f"--workdir={folder / 'filling'}", cache=cache)
-    common.say("one process for the sweep")
-    times["sweep_process"] = process(
-      "fedjax_med.sweep", *swept, f"--workdir={folder / 'swept'}", cache=cache
-    )
-    common.say(f"{len(points)} processes")
-    times["processes"] = [
-      process(
-        "fedjax_med.train",
-        *flags,
-        f"--config.privacy.noise_multiplier={config.privacy.noise_multiplier}",
-        f"--config.seed={config.seed}",
-        f"--workdir={folder / f'process{number}'}",
-        cache=cache,
-      )
-      for number, config in enumerate(configs)
-    ]
-
-  planned = plan_points(points, configs, range(len(points)))
-  (group,) = groups(planned)
-  program, shapes = plan_together([each.case for each in group])
-  mesh, dataset = program.devices.mesh, group[0].case.hospitals.dataset
-  pool = Pool(replicate(dataset.inputs, mesh), replicate(dataset.labels, mesh))
-  warm = programs.prepare(group, 0)
-  turn, start = iter(range(1000)), runner.Progress(0, 0, None, "")
-
-  def in_one_program() -> float:
-    place_of = folder / f"sweep{next(turn)}"
-    table.begin(place_of, base, points, ("init", "sampling"))
-
-    def folder_of(key: Key) -> pathlib.Path:
-      return table.folder_of(place_of, *key)
-
-    def run() -> None:
-      runner.run_group(warm, set(), folder_of, "", lambda _: "", lambda _: None, start)
-
-    return common.seconds(run)
-
-  def one_by_one() -> float:
-    place_of = folder / f"warm{next(turn)}"
-
-    def run() -> None:
-      for each in group:
-        own = place_of / str(each.key.number)
-        own.mkdir(parents=True)
-        train_rounds(place(each.case, program, shapes, pool, mesh), own, lambda _: None, lambda: 0)
-
-    return common.seconds(run)
-
-  common.say("the same in this process, in turns")
-  found = common.alternate({"sweep": in_one_program, "warm": one_by_one}, options.repeats)
-
-  def in_full() -> None:
-    for number, config in enumerate(configs):
-      runs.run(config, folder / f"full{number}", "", "", lambda: group[0].case.hospitals)
-
+  shop = Workshop(folder=folder, base=base, points=points, configs=configs)
+  use_compilation_cache(str(folder / "cache"))
+  times = {} if options.skip_processes else time_processes(shop, options.config, axes)
+  found, compilations = time_in_process(shop, options.repeats)
   times |= found
-  times["full"] = common.seconds(in_full)
   ours = [metrics_of(table.folder_of(folder / "sweep0", k)) for k in range(len(points))]
   result = common.envelope("sweep") | {
     "config": options.config,
     "points": len(points),
     "programs": 1,
-    "compilations_per_group": warm.compilations(),
+    "compilations_per_group": compilations,
     "warm_over_sweep": round(common.ratio(found["warm"], found["sweep"]), 3),
     "full_over_sweep": round(times["full"] / sorted(found["sweep"])[len(found["sweep"]) // 2], 3),
     "largest_gap": largest_gap(ours, [metrics_of(folder / f"full{k}") for k in range(len(points))]),

@@ -177,13 +177,13 @@ def _build(workload: specs.Workload, private: bool, layout: str, chunk: int) -> 
   images, labels = specs.make_pool(workload)
   put = functools.partial(replicate, mesh=devices.mesh)
   return _Program(
-    jit_block(make_block(run_round, workload.num_clients), devices.mesh),
-    put(init_state(algorithm, params, state, workload.num_clients)),
-    put(_clients(workload, probability)),
-    put(_hyper(workload, rate)),
-    put(Pool(jnp.asarray(images), jnp.asarray(labels))),
-    put,
-    settings,
+    block=jit_block(make_block(run_round, workload.num_clients), devices.mesh),
+    state=put(init_state(algorithm, params, state, workload.num_clients)),
+    clients=put(_clients(workload, probability)),
+    hyper=put(_hyper(workload, rate)),
+    pool=put(Pool(jnp.asarray(images), jnp.asarray(labels))),
+    put=put,
+    settings=settings,
   )
 
 

@@ -230,13 +230,14 @@ def compare(
   least, largest = bounds_of(metric)
   low, high = _interval(differences, "t", confidence, (least - largest, largest - least))
   varied = len(differences) > 1 and bool(np.ptp(differences) > 0)
+  wilcoxon = float(stats.wilcoxon(differences).pvalue) if bool(differences.any()) else np.nan
   return Comparison(
-    len(differences),
-    float(differences.mean()),
-    low,
-    high,
-    float(stats.ttest_1samp(differences, 0.0).pvalue) if varied else np.nan,
-    float(stats.wilcoxon(differences).pvalue) if bool(differences.any()) else np.nan,
+    pairs=len(differences),
+    mean_difference=float(differences.mean()),
+    low=low,
+    high=high,
+    t_p_value=float(stats.ttest_1samp(differences, 0.0).pvalue) if varied else np.nan,
+    wilcoxon_p_value=wilcoxon,
   )
 
 

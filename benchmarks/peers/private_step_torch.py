@@ -45,9 +45,18 @@ def work(
 
   torch.set_num_threads(multiprocessing.cpu_count())
   workload = specs.Workload(
-    "step", "se_resnext50_32x4d", 1, 1, batch, (pixels, pixels, channels), classes, batch, 1, 0.01,
-    True,
-  )  # fmt: skip
+    name="step",
+    network="se_resnext50_32x4d",
+    num_clients=1,
+    cohort=1,
+    examples=batch,
+    shape=(pixels, pixels, channels),
+    num_classes=classes,
+    batch=batch,
+    steps=1,
+    learning_rate=0.01,
+    private=True,
+  )
   network = training.create(workload)
   if check:
     try:

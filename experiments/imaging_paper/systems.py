@@ -45,9 +45,36 @@ class Scale(NamedTuple):
 
 
 SCALES = {
-  "smoke": Scale(16, 0.125, 1, 8, 2, 240, 20, ("se_resnext_tiny", 1.0)),
-  "cpu": Scale(32, 0.25, 8, 16, 3, 2000, 300, ("se_resnext_tiny", 1.0)),
-  "gpu": Scale(192, 1.0, 60, 32, 3, 4000, 2000, ("se_resnext50_32x4d", 1.0)),
+  "smoke": Scale(
+    image_size=16,
+    width=0.125,
+    rounds=1,
+    batch_size=8,
+    seeds=2,
+    num_phantoms=240,
+    gan_steps=20,
+    unlike_network=("se_resnext_tiny", 1.0),
+  ),
+  "cpu": Scale(
+    image_size=32,
+    width=0.25,
+    rounds=8,
+    batch_size=16,
+    seeds=3,
+    num_phantoms=2000,
+    gan_steps=300,
+    unlike_network=("se_resnext_tiny", 1.0),
+  ),
+  "gpu": Scale(
+    image_size=192,
+    width=1.0,
+    rounds=60,
+    batch_size=32,
+    seeds=3,
+    num_phantoms=4000,
+    gan_steps=2000,
+    unlike_network=("se_resnext50_32x4d", 1.0),
+  ),
 }
 
 
@@ -78,87 +105,133 @@ _UNLIKE = ("unlike hospitals",)
 PROPOSED = "fl_se_resnext50"
 SYSTEMS: dict[str, System] = {
   PROPOSED: System(
-    "FL-SE-ResNeXt-50",
-    "SE-ResNeXt-50 (32x4d), FedAvg",
-    (*_FIGURES, *_ABLATION, *_COMPARISON),
-    {},
-    {"br35h": 0.988, "sars_cov2_ct": 0.993},
+    label="FL-SE-ResNeXt-50",
+    what="SE-ResNeXt-50 (32x4d), FedAvg",
+    places=(*_FIGURES, *_ABLATION, *_COMPARISON),
+    changes={},
+    published={"br35h": 0.988, "sars_cov2_ct": 0.993},
   ),
-  "vgg16": System("VGG16", "FedAvg", _FIGURES, {"model.name": "vgg16"}),
-  "googlenet": System("GoogLeNet", "FedAvg", _FIGURES, {"model.name": "googlenet"}),
+  "vgg16": System(label="VGG16", what="FedAvg", places=_FIGURES, changes={"model.name": "vgg16"}),
+  "googlenet": System(
+    label="GoogLeNet", what="FedAvg", places=_FIGURES, changes={"model.name": "googlenet"}
+  ),
   "efficientnet_b0": System(
-    "EfficientNet-B0", "FedAvg", _FIGURES, {"model.name": "efficientnet_b0"}
+    label="EfficientNet-B0",
+    what="FedAvg",
+    places=_FIGURES,
+    changes={"model.name": "efficientnet_b0"},
   ),
-  "densenet121": System("DenseNet121", "FedAvg", _FIGURES, {"model.name": "densenet121"}),
-  "mobilenet_v2": System("MobileNetV2", "FedAvg", _FIGURES, {"model.name": "mobilenet_v2"}),
-  "resnet50": System("ResNet-50", "FedAvg", _FIGURES, {"model.name": "resnet50"}),
+  "densenet121": System(
+    label="DenseNet121", what="FedAvg", places=_FIGURES, changes={"model.name": "densenet121"}
+  ),
+  "mobilenet_v2": System(
+    label="MobileNetV2", what="FedAvg", places=_FIGURES, changes={"model.name": "mobilenet_v2"}
+  ),
+  "resnet50": System(
+    label="ResNet-50", what="FedAvg", places=_FIGURES, changes={"model.name": "resnet50"}
+  ),
   "resnext50_central": System(
-    "ResNeXt-50 central",
-    "one hospital holds everything",
-    _ABLATION,
-    {"model.name": "resnext50_32x4d", "partition.num_clients": 1, "partition.scheme": "iid"},
+    label="ResNeXt-50 central",
+    what="one hospital holds everything",
+    places=_ABLATION,
+    changes={
+      "model.name": "resnext50_32x4d",
+      "partition.num_clients": 1,
+      "partition.scheme": "iid",
+    },
   ),
-  "fl_alone": System("FL alone", "the small CNN, FedAvg", _ABLATION, _SMALL),
+  "fl_alone": System(
+    label="FL alone", what="the small CNN, FedAvg", places=_ABLATION, changes=_SMALL
+  ),
   "fl_resnext50": System(
-    "FL + ResNeXt-50", "without gates, FedAvg", _ABLATION, {"model.name": "resnext50_32x4d"}
+    label="FL + ResNeXt-50",
+    what="without gates, FedAvg",
+    places=_ABLATION,
+    changes={"model.name": "resnext50_32x4d"},
   ),
   "fedxnet": System(
-    "FedXNet",
-    "windowed attention, three loss terms, performance-weighted fusion",
-    _COMPARISON,
-    {"model.name": "fedxnet", "server.algorithm": "performance"},
+    label="FedXNet",
+    what="windowed attention, three loss terms, performance-weighted fusion",
+    places=_COMPARISON,
+    changes={"model.name": "fedxnet", "server.algorithm": "performance"},
   ),
   "texture": System(
-    "CNN + GLCM + LBP + EfficientNet",
-    "EfficientNet-B0 with texture features, FedAvg",
-    _COMPARISON,
-    {"model.name": "efficientnet_b0_texture"},
+    label="CNN + GLCM + LBP + EfficientNet",
+    what="EfficientNet-B0 with texture features, FedAvg",
+    places=_COMPARISON,
+    changes={"model.name": "efficientnet_b0_texture"},
   ),
   "fl_resnet50": System(
-    "FL-ResNet-50",
-    "four clients",
-    _COMPARISON,
-    {"model.name": "resnet50", "partition.num_clients": 4},
+    label="FL-ResNet-50",
+    what="four clients",
+    places=_COMPARISON,
+    changes={"model.name": "resnet50", "partition.num_clients": 4},
   ),
   "cnn_fedavg_iid": System(
-    "CNN-FedAvg, IID", "the small CNN", _COMPARISON, _SMALL | {"partition.scheme": "iid"}
+    label="CNN-FedAvg, IID",
+    what="the small CNN",
+    places=_COMPARISON,
+    changes=_SMALL | {"partition.scheme": "iid"},
   ),
   "cnn_fl_non_iid": System(
-    "CNN-FL, non-IID",
-    "the small CNN, Dirichlet 0.1",
-    _COMPARISON,
-    _SMALL | {"partition.alpha": 0.1},
+    label="CNN-FL, non-IID",
+    what="the small CNN, Dirichlet 0.1",
+    places=_COMPARISON,
+    changes=_SMALL | {"partition.alpha": 0.1},
   ),
   "fed_cnn_gan": System(
-    "FED-CNN-GAN",
-    "a GAN at each client, half as many synthetic images, DenseNet121",
-    _COMPARISON,
-    {"model.name": "densenet121", "client.synthetic": "gan", "client.synthetic_share": 0.5},
+    label="FED-CNN-GAN",
+    what="a GAN at each client, half as many synthetic images, DenseNet121",
+    places=_COMPARISON,
+    changes={"model.name": "densenet121", "client.synthetic": "gan", "client.synthetic_share": 0.5},
   ),
-  "fedavg": System("FedAvg", "what the others are held to", _UNLIKE, {}),
-  "fedprox": System("FedProx", "μ = 0.01", _UNLIKE, {"server.proximal_weight": 0.01}),
+  "fedavg": System(label="FedAvg", what="what the others are held to", places=_UNLIKE, changes={}),
+  "fedprox": System(
+    label="FedProx", what="μ = 0.01", places=_UNLIKE, changes={"server.proximal_weight": 0.01}
+  ),
   "scaffold": System(
-    "SCAFFOLD",
-    "local SGD",
-    _UNLIKE,
-    {"server.algorithm": "scaffold", "client.optimizer": "sgd", "client.learning_rate": 0.05},
+    label="SCAFFOLD",
+    what="local SGD",
+    places=_UNLIKE,
+    changes={
+      "server.algorithm": "scaffold",
+      "client.optimizer": "sgd",
+      "client.learning_rate": 0.05,
+    },
   ),
   "fednova": System(
-    "FedNova",
-    "local SGD with momentum",
-    _UNLIKE,
-    {"server.algorithm": "fednova", "client.optimizer": "momentum", "client.learning_rate": 0.02},
+    label="FedNova",
+    what="local SGD with momentum",
+    places=_UNLIKE,
+    changes={
+      "server.algorithm": "fednova",
+      "client.optimizer": "momentum",
+      "client.learning_rate": 0.02,
+    },
   ),
   "fedadam": System(
-    "FedAdam", "server Adam", _UNLIKE, {"server.optimizer": "adam", "server.learning_rate": 0.01}
+    label="FedAdam",
+    what="server Adam",
+    places=_UNLIKE,
+    changes={"server.optimizer": "adam", "server.learning_rate": 0.01},
   ),
   "fedyogi": System(
-    "FedYogi", "server Yogi", _UNLIKE, {"server.optimizer": "yogi", "server.learning_rate": 0.01}
+    label="FedYogi",
+    what="server Yogi",
+    places=_UNLIKE,
+    changes={"server.optimizer": "yogi", "server.learning_rate": 0.01},
   ),
-  "fedbn": System("FedBN", "norms stay at home", _UNLIKE, {"server.algorithm": "fedbn"}),
-  "ditto": System("Ditto", "λ = 0.1", _UNLIKE, {"server.algorithm": "ditto"}),
+  "fedbn": System(
+    label="FedBN", what="norms stay at home", places=_UNLIKE, changes={"server.algorithm": "fedbn"}
+  ),
+  "ditto": System(
+    label="Ditto", what="λ = 0.1", places=_UNLIKE, changes={"server.algorithm": "ditto"}
+  ),
   "finetune": System(
-    "Fine-tuned heads", "each hospital its own", _UNLIKE, {"server.algorithm": "finetune"}
+    label="Fine-tuned heads",
+    what="each hospital its own",
+    places=_UNLIKE,
+    changes={"server.algorithm": "finetune"},
   ),
 }
 
@@ -227,5 +300,9 @@ def rows(base: Config, scale: Scale) -> list[Row]:
       values["model.name"], values["model.width"] = scale.unlike_network
     for split in SPLITS:
       for seed in range(scale.seeds):
-        found.append(Row(name, split, seed, {**values, "data.split": split, "seed": seed}))
+        found.append(
+          Row(
+            system=name, split=split, seed=seed, point={**values, "data.split": split, "seed": seed}
+          )
+        )
   return found

@@ -74,7 +74,7 @@ def _audit(config: Config, folder: pathlib.Path | None) -> dict[str, Any]:
   hospitals = load_hospitals(config)
   secret = None if noise_key() is None else secrets.read(pathlib.Path(str(noise_key())))
   if folder is not None:
-    secret = secrets.of_folder(folder, noise_key(), begun=True)
+    secret = secrets.folder_secret(folder, noise_key(), begun=True)
   experiment = build(config, hospitals, secret)
   if folder is not None:
     reading.require_run(folder, experiment.run_id)

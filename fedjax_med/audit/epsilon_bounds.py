@@ -144,7 +144,15 @@ def one_run_epsilon(
     correct = int(right_high[guesses - num_out - 1])
     correct += int(right_low[num_out - 1]) if num_out else 0
     lower = _largest_refuted(canaries, guesses, correct, delta, level)
-    bounds.append(OneRunBound(lower, correct, guesses, canaries, confidence))
+    bounds.append(
+      OneRunBound(
+        epsilon_lower=lower,
+        correct=correct,
+        guesses=guesses,
+        canaries=canaries,
+        confidence=confidence,
+      )
+    )
   return max(bounds, key=lambda bound: bound.epsilon_lower)
 
 

@@ -14,7 +14,7 @@ from fedjax_med.audit.p_values import (
   uncorrelated_p_value,
 )
 from fedjax_med.audit.planted_records import (
-  Subject,
+  AuditedRun,
   claim_of,
   decorrelate,
   key_of,
@@ -62,19 +62,19 @@ class _Watched(NamedTuple):
   idle: np.ndarray
 
 
-def _watch(subject: Subject, k: int) -> _Watched:
+def _watch(audited: AuditedRun, k: int) -> _Watched:
   # The beginnings of two rounds: a key without the step shows in one, without the round in both.
-  half, second = np.arange(WATCHED // 2), int(subject.clients.num_steps[k])
+  half, second = np.arange(WATCHED // 2), int(audited.clients.num_steps[k])
   steps = np.unique(np.concatenate([half, second + half]))
-  steps = steps[steps < subject.steps[k]]
-  everybody = np.ones(num_canaries(subject.guarantee.mechanisms[k]), bool)
-  setting, loud, pool, directions = plant(subject, k, everybody)
+  steps = steps[steps < audited.steps[k]]
+  everybody = np.ones(num_canaries(audited.guarantee.mechanisms[k]), bool)
+  setting, loud, pool, directions = plant(audited, k, everybody)
   silent = loud._replace(noise_multiplier=jnp.float32(0))
   none = jnp.int32(0)
   empty = loud._replace(
     num_examples=none, units=None if loud.units is None else loud.units._replace(number=none)
   )
-  claim = claim_of(subject, k)
+  claim = claim_of(audited, k)
   strategy = claim.coefficients
 
   @jax.jit
@@ -96,20 +96,26 @@ def _watch(subject: Subject, k: int) -> _Watched:
     pairs = jnp.asarray(begins, jnp.int32), jnp.asarray(steps, jnp.int32)
     return jax.lax.scan(watched, (memory_of(setting, client), past), pairs)[1]
 
-  key = key_of(subject.key, 2, subject.seed)
+  key = key_of(audited.key, 2, audited.seed)
   sums = np.asarray(run(silent, key)[0], np.float64)
   basis = np.asarray(directions, np.float64)
   drawn = np.linalg.solve(basis @ basis.T, basis @ sums.T).T
   rest = np.linalg.norm(sums - drawn @ basis, axis=1)
-  return _Watched(steps, drawn, rest, np.asarray(run(loud, key)[1]), np.asarray(run(empty, key)[1]))
+  return _Watched(
+    steps=steps,
+    drawn=drawn,
+    rest=rest,
+    noise=np.asarray(run(loud, key)[1]),
+    idle=np.asarray(run(empty, key)[1]),
+  )
 
 
-def check_execution(subject: Subject) -> list[Check]:
+def check_execution(audited: AuditedRun) -> list[Check]:
   """Whether every hospital's releases are what their accounted mechanism says."""
   checks: list[tuple[str, float]] = []
-  watched = [_watch(subject, k) for k in range(len(subject.steps))]
+  watched = [_watch(audited, k) for k in range(len(audited.steps))]
   for name, mechanism, seen in zip(
-    subject.guarantee.names, subject.guarantee.mechanisms, watched, strict=True
+    audited.guarantee.names, audited.guarantee.mechanisms, watched, strict=True
   ):
     sigma, q = mechanism.noise_multiplier, mechanism.drawn_probability
     present, bands = seen.drawn > 0.5, mechanism.bands
@@ -150,9 +156,9 @@ def check_execution(subject: Subject) -> list[Check]:
       checks.append((f"{name}: a record is drawn in the steps of its subset alone", alone))
   for k in range(1, len(watched)):
     same = [_same_noise(seen.noise, watched[k].noise) for seen in watched[:k]]
-    name = f"{subject.guarantee.names[k]} and those before it draw noise of their own"
+    name = f"{audited.guarantee.names[k]} and those before it draw noise of their own"
     checks.append((name, _smallest(same)))
-  return [Check(name, float(p), bool(p > ALARM)) for name, p in checks]
+  return [Check(name=name, p_value=float(p), passed=bool(p > ALARM)) for name, p in checks]
 
 
 def _dispersion(present: np.ndarray, steps: np.ndarray, bands: int, subset: int, q: float) -> float:

@@ -173,7 +173,9 @@ def _fit(values: np.ndarray, chosen: np.ndarray) -> _Fit:
   """[runs, examples] -> the fit, [examples] each; all 0 for an example without a run."""
   count = chosen.sum(axis=0)
   mean = np.where(chosen, values, 0).sum(axis=0) / np.maximum(count, 1)
-  return _Fit(count, mean, np.where(chosen, (values - mean) ** 2, 0).sum(axis=0))
+  return _Fit(
+    number=count, mean=mean, squares=np.where(chosen, (values - mean) ** 2, 0).sum(axis=0)
+  )
 
 
 def _pooled_variance(fit: _Fit) -> float:

@@ -35,9 +35,16 @@ def _algorithm(clip_norm: float) -> FederatedAlgorithm:
     return server._replace(params=params, round=server.round + 1)
 
   def init_server(params, state):
-    return ServerState(params, state, (), {}, jnp.zeros((), jnp.int32))
+    return ServerState(
+      params=params, state=state, opt_state=(), average={}, round=jnp.zeros((), jnp.int32)
+    )
 
-  return FederatedAlgorithm(init_server, lambda params, state: (), client_update, server_update)
+  return FederatedAlgorithm(
+    init_server=init_server,
+    init_client=lambda params, state: (),
+    client_update=client_update,
+    server_update=server_update,
+  )
 
 
 def hospital_trials(
@@ -65,7 +72,16 @@ def hospital_trials(
   )
   ones = jnp.ones(num_clients, jnp.int32)
   real = jnp.ones(num_clients, jnp.float32)
-  clients = Client(jnp.arange(num_clients), ones[:, None] * 0, ones, real, ones, real, real, real)
+  clients = Client(
+    number=jnp.arange(num_clients),
+    indices=ones[:, None] * 0,
+    num_examples=ones,
+    weight=real,
+    num_steps=ones,
+    sampling_probability=real,
+    expected_batch_size=real,
+    noise_multiplier=real,
+  )
   expected = jnp.float32(mechanism.expected_batch_size)
   sigma = mechanism.noise_multiplier * jnp.asarray([share for share, _ in ATTACKS], jnp.float32)
 

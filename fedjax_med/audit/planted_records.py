@@ -30,8 +30,8 @@ from fedjax_med.simulation.mesh import map_over_devices
 MAX_CANARIES = 800
 
 
-class Subject(NamedTuple):
-  """What is audited.
+class AuditedRun(NamedTuple):
+  """The run under audit: its claim, and the arrays that it is executed with.
 
   Attributes:
     guarantee: the claim for records or patients.
@@ -72,9 +72,9 @@ class Claim(NamedTuple):
   coefficients: jax.Array
 
 
-def claim_of(subject: Subject, k: int) -> Claim:
+def claim_of(audited: AuditedRun, k: int) -> Claim:
   """What is claimed of hospital k."""
-  mechanism = subject.guarantee.mechanisms[k]
+  mechanism = audited.guarantee.mechanisms[k]
   return Claim(
     sampling_probability=jnp.float32(mechanism.sampling_probability),
     expected_batch_size=jnp.float32(mechanism.expected_batch_size),
@@ -101,9 +101,9 @@ class Setting(NamedTuple):
   clip_norm: float
 
 
-def setting_for(subject: Subject, pixels: int) -> Setting:
+def setting_for(audited: AuditedRun, pixels: int) -> Setting:
   """The setting with images of ``pixels`` pixels."""
-  mechanisms = subject.guarantee.mechanisms
+  mechanisms = audited.guarantee.mechanisms
   # Norm of a record's gradient: scale · sqrt(N), four times what clipping lets pass.
   (clip_norm,) = {m.clip_norm for m in mechanisms}
   scale = 4 * clip_norm / math.sqrt(pixels)
@@ -113,21 +113,21 @@ def setting_for(subject: Subject, pixels: int) -> Setting:
   gradient = private_gradient(
     model,
     cross_entropy(0.0),
-    clipping=subject.clipping,
+    clipping=audited.clipping,
     batch_cap=max(m.batch_cap for m in mechanisms),
-    max_examples=subject.clients.indices.shape[1],
+    max_examples=audited.clients.indices.shape[1],
     normalisation="image",
-    microbatch=subject.microbatch,
-    rows_per_unit=subject.rows_per_unit,
+    microbatch=audited.microbatch,
+    rows_per_unit=audited.rows_per_unit,
   )
   return Setting(
-    pixels=pixels, gradient=gradient, params=params, hyper=subject.hyper, clip_norm=clip_norm
+    pixels=pixels, gradient=gradient, params=params, hyper=audited.hyper, clip_norm=clip_norm
   )
 
 
-def _client(subject: Subject, k: int, canaries: int) -> Client:
+def _client(audited: AuditedRun, k: int, canaries: int) -> Client:
   """Hospital k: its first records are the pool's ``canaries``, all others its last, blank row."""
-  own = jax.tree.map(lambda leaf: jnp.asarray(leaf[k]), subject.clients)
+  own = jax.tree.map(lambda leaf: jnp.asarray(leaf[k]), audited.clients)
   slots = jnp.arange(own.indices.shape[0], dtype=jnp.int32)
   units = own.units
   if units is not None:  # each of a single row
@@ -175,7 +175,9 @@ def release(
     independent, and the memory of the next step.
   """
   round, place = step // client.num_steps, step % client.num_steps
-  context = StepContext(client, pool, setting.hyper, key, round, place)
+  context = StepContext(
+    client=client, pool=pool, hyper=setting.hyper, key=key, round=round, step=place
+  )
   gradient, _, memory, _ = setting.gradient(setting.params, {}, memory, context)
   factor = claim.expected_batch_size / (setting.clip_norm * math.sqrt(2))
   kernels = [gradient[name]["kernel"] * factor for name in ("first", "second")]
@@ -245,13 +247,18 @@ def _attack(
     begin = step - (bands - 1)
     whole = (begin >= 0) & (begin % bands == jnp.arange(count) % bands)
     found = ratio(seen, claim.sampling_probability, sigmas[None])
-    return AttackerState(memory, past, rows, attacker.scores + jnp.where(whole[:, None], found, 0))
+    return AttackerState(
+      memory=memory,
+      past=past,
+      rows=rows,
+      scores=attacker.scores + jnp.where(whole[:, None], found, 0),
+    )
 
   start = AttackerState(
-    memory_of(setting, client),
-    jnp.zeros((bands - 1, count)),
-    jnp.zeros((bands, count)),
-    jnp.zeros((count, len(sigmas))),
+    memory=memory_of(setting, client),
+    past=jnp.zeros((bands - 1, count)),
+    rows=jnp.zeros((bands, count)),
+    scores=jnp.zeros((count, len(sigmas))),
   )
   return jax.lax.fori_loop(0, steps, body, start).scores
 
@@ -266,7 +273,7 @@ def num_canaries(mechanism: PoissonGaussian) -> int:
   return min(mechanism.num_units, MAX_CANARIES)
 
 
-def plant(subject: Subject, k: int, bits: np.ndarray) -> tuple[Setting, Client, Pool, jax.Array]:
+def plant(audited: AuditedRun, k: int, bits: np.ndarray) -> tuple[Setting, Client, Pool, jax.Array]:
   """Hospital k with canaries where ``bits`` say so.
 
   Returns:
@@ -275,15 +282,15 @@ def plant(subject: Subject, k: int, bits: np.ndarray) -> tuple[Setting, Client, 
   """
   canaries = len(bits)
   # More pixels than canaries, so that some tell what else is in a sum.
-  setting = setting_for(subject, math.ceil(math.sqrt(1.25 * canaries + 2)) ** 2)
+  setting = setting_for(audited, math.ceil(math.sqrt(1.25 * canaries + 2)) ** 2)
   images = _images(setting.pixels, canaries)
   directions = jnp.asarray(_directions(images), jnp.float32)
   images[:-1][~bits] = 0
   pool = Pool(jnp.asarray(images), jnp.zeros((canaries + 1,), jnp.int32))
-  return setting, _client(subject, k, canaries), pool, directions
+  return setting, _client(audited, k, canaries), pool, directions
 
 
-def make_trials(subject: Subject, devices: int) -> Callable:
+def make_trials(audited: AuditedRun, devices: int) -> Callable:
   """Independent runs with one planted record or none, shared out over ``devices``.
 
   Returns:
@@ -291,7 +298,7 @@ def make_trials(subject: Subject, devices: int) -> Callable:
     argument, as in all programs: constants are written into the compiler's cache.
   """
   # All units at once: a loop over parts, which ``plant`` keeps, takes half as long again.
-  setting = setting_for(subject._replace(microbatch=0), 4)
+  setting = setting_for(audited._replace(microbatch=0), 4)
   images = _images(4, 1)
   direction = jnp.asarray(_directions(images), jnp.float32)
   shares = jnp.asarray([share for share, _ in ATTACKS], jnp.float32)
@@ -305,31 +312,33 @@ def make_trials(subject: Subject, devices: int) -> Callable:
   return map_over_devices(trial, devices, TRIALS_AT_ONCE)
 
 
-def single_canaries(subject: Subject, trials: Callable, k: int, number: int, noise: bool) -> Scores:
+def single_canaries(
+  audited: AuditedRun, trials: Callable, k: int, number: int, noise: bool
+) -> Scores:
   """Scores of ``number`` runs of hospital k whose records are all blank, and of some with one."""
-  client = _client(subject, k, 1)
+  client = _client(audited, k, 1)
   if not noise:
     client = client._replace(noise_multiplier=jnp.float32(0))
   hospital = (
     client,
-    claim_of(subject, k),
-    jnp.int32(subject.steps[k]),
-    key_of(subject.key, 0, subject.seed),
+    claim_of(audited, k),
+    jnp.int32(audited.steps[k]),
+    key_of(audited.key, 0, audited.seed),
   )
   return attack_scores(lambda *runs: trials(hospital, runs), number)
 
 
-def many_canaries(subject: Subject, k: int) -> tuple[np.ndarray, np.ndarray]:
+def many_canaries(audited: AuditedRun, k: int) -> tuple[np.ndarray, np.ndarray]:
   """Scores and bits of one run of hospital k: each record (up to 800) is planted by a fair coin."""
-  mechanism = subject.guarantee.mechanisms[k]
+  mechanism = audited.guarantee.mechanisms[k]
   canaries = num_canaries(mechanism)
-  bits = np.random.default_rng([subject.seed, k]).integers(0, 2, canaries).astype(bool)
-  setting, client, pool, directions = plant(subject, k, bits)
-  claim, key = claim_of(subject, k), jax.random.fold_in(key_of(subject.key, 1, subject.seed), k)
+  bits = np.random.default_rng([audited.seed, k]).integers(0, 2, canaries).astype(bool)
+  setting, client, pool, directions = plant(audited, k, bits)
+  claim, key = claim_of(audited, k), jax.random.fold_in(key_of(audited.key, 1, audited.seed), k)
 
   @jax.jit
   def run(client, pool, key):
     whole = jnp.ones(1, jnp.float32)
-    return _attack(setting, claim, client, pool, key, directions, whole, subject.steps[k])[:, 0]
+    return _attack(setting, claim, client, pool, key, directions, whole, audited.steps[k])[:, 0]
 
   return np.asarray(run(client, pool, key), np.float64), bits

@@ -54,7 +54,9 @@ def replay_checks(experiment: Experiment) -> list[Check]:
       places[round, steps] = after, memory
       passed = _agree(experiment, k, (before, after, noise, due))
       words = f"{name}: step {steps} of round {round + 1} of the run's program, less its noise, is"
-      checks.append(Check(f"{words} the clipped sum of its draw", float(passed), passed))
+      checks.append(
+        Check(name=f"{words} the clipped sum of its draw", p_value=float(passed), passed=passed)
+      )
   return checks
 
 
@@ -171,7 +173,7 @@ def _reference(experiment: Experiment) -> Any:
   @jax.jit  # key and images are arguments: constants are written into the compiler's cache
   def step(client, hyper, where, weights, memory, pool, key):
     (round, place), (params, state) = where, weights
-    context = StepContext(client, pool, hyper, key, round, place)
+    context = StepContext(client=client, pool=pool, hyper=hyper, key=key, round=round, step=place)
     mean, _, memory, _ = gradient(params, state, memory, context)
     if client.coefficients is None:
       noise_key = key_for(key, Stream.NOISE, client.number, *where)

@@ -17,7 +17,7 @@ from fedjax_med.audit.likelihood_ratio import (
 )
 from fedjax_med.audit.planted_hospital import hospital_trials
 from fedjax_med.audit.planted_records import (
-  Subject,
+  AuditedRun,
   key_of,
   make_trials,
   many_canaries,
@@ -80,14 +80,14 @@ def audit_run(
 
 
 def audit_units(
-  subject: Subject,
+  audited: AuditedRun,
   max_trials: int,
   tell: Callable[[str], None] = lambda text: None,
 ) -> tuple[list[Found], list[Check], float]:
   """Attacks every hospital and checks the execution; all bounds hold together at CONFIDENCE.
 
   Args:
-    subject: what is audited.
+    audited: the run under audit.
     max_trials: runs without the planted record at a hospital, at most.
     tell: hears of progress.
 
@@ -95,31 +95,41 @@ def audit_units(
     What was found at each hospital, the checks, and the bound that the same attack gives at the
     hospital of the largest ε if its noise is left out: how much the audit is able to find.
   """
-  checks = check_execution(subject)
-  hospitals = len(subject.guarantee.names)
-  claims = spent(subject.guarantee, subject.steps)
+  checks = check_execution(audited)
+  hospitals = len(audited.guarantee.names)
+  claims = spent(audited.guarantee, audited.steps)
   # Half of what may go wrong to each of the two kinds of attack.
   level = (1 - CONFIDENCE) / (2 * hospitals)
-  trials = make_trials(subject, local_devices())
+  trials = make_trials(audited, local_devices())
   found = []
   for k, epsilon in enumerate(claims):
-    mechanism, delta = subject.guarantee.mechanisms[k], subject.guarantee.deltas[k]
+    mechanism, delta = audited.guarantee.mechanisms[k], audited.guarantee.deltas[k]
     number = wanted_trials(epsilon, level, max_trials)
     thresholds = thresholds_of(epsilon, delta)
-    noisy = single_canaries(subject, trials, k, number, noise=True)
+    noisy = single_canaries(audited, trials, k, number, noise=True)
     bounds = {"likelihood ratio of one record": best_threshold(noisy, thresholds, delta, level)}
-    scores, bits = many_canaries(subject, k)
+    scores, bits = many_canaries(audited, k)
     one_run = one_run_epsilon(scores, bits, delta, 1 - level)
     bounds["many records in one run"] = one_run.epsilon_lower
     attack = max(bounds, key=lambda name: bounds[name])
-    name = subject.guarantee.names[k]
-    found.append(Found(name, epsilon, delta, bounds[attack], attack, number, len(bits)))
+    name = audited.guarantee.names[k]
+    found.append(
+      Found(
+        name=name,
+        epsilon=epsilon,
+        delta=delta,
+        epsilon_lower=bounds[attack],
+        attack=attack,
+        trials=number,
+        canaries=len(bits),
+      )
+    )
     tell(
       f"{name}: {bounds[attack]:.3f} ≤ ε ≤ {epsilon:.3f} (n {mechanism.num_units}, {number} trials)"
     )
   worst = int(np.argmax(claims))
-  silent = single_canaries(subject, trials, worst, found[worst].trials, noise=False)
-  delta = subject.guarantee.deltas[worst]
+  silent = single_canaries(audited, trials, worst, found[worst].trials, noise=False)
+  delta = audited.guarantee.deltas[worst]
   power = best_threshold(silent, thresholds_of(claims[worst], delta), delta, level)
   return found, checks, power
 
@@ -129,7 +139,7 @@ def _local(experiment: Experiment, max_trials: int, seed: int, tell: Callable) -
   assert local is not None
   rounds = planned_rounds(experiment)
   clients, hyper = jax.device_get((experiment.clients, experiment.hyper))
-  subject = Subject(
+  audited = AuditedRun(
     guarantee=local,
     steps=tuple(int(each) * rounds for each in experiment.steps),
     clients=clients,
@@ -140,7 +150,7 @@ def _local(experiment: Experiment, max_trials: int, seed: int, tell: Callable) -
     rows_per_unit=experiment.case.protection.rows_per_unit,
     seed=seed,
   )
-  found, checks, power = audit_units(subject, max_trials, tell)
+  found, checks, power = audit_units(audited, max_trials, tell)
   tell("Replaying steps of every hospital ...")
   checks = [_arrays(experiment), *checks, *replay_checks(experiment)]
   return _result(local.unit, found, checks, power)
@@ -158,7 +168,7 @@ def _arrays(experiment: Experiment) -> Check:
   arrays = experiment.clients, experiment.hyper
   found = differences(case.protection, case.numbers, case.rows, *arrays)
   words = "; ".join(found[:4]) or "the arrays on the device are those that are accounted for"
-  return Check(words, float(not found), not found)
+  return Check(name=words, p_value=float(not found), passed=not found)
 
 
 def _central(
@@ -183,7 +193,17 @@ def _central(
   )
   tell(f"a whole hospital: {lower:.3f} ≤ ε ≤ {epsilon:.3f} ({number} trials)")
   name = "likelihood ratio of one hospital"
-  found = [Found(central.names[0], epsilon, delta, lower, name, number, 0)]
+  found = [
+    Found(
+      name=central.names[0],
+      epsilon=epsilon,
+      delta=delta,
+      epsilon_lower=lower,
+      attack=name,
+      trials=number,
+      canaries=0,
+    )
+  ]
   return _result(central.unit, found, [_arrays(experiment)], power)
 
 

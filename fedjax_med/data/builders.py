@@ -43,11 +43,11 @@ class Source(NamedTuple):
 
 SOURCES = {
   "br35h": Source(
-    ("no", "yes"),
-    "Br35H: brain MRI slices with and without a tumour, 1500 each.",
-    "https://www.kaggle.com/datasets/ahmedhamada0/brain-tumor-detection",
-    "A. Hamada. Br35H :: Brain Tumor Detection 2020. Kaggle, 2020.",
-    (
+    class_names=("no", "yes"),
+    description="Br35H: brain MRI slices with and without a tumour, 1500 each.",
+    homepage="https://www.kaggle.com/datasets/ahmedhamada0/brain-tumor-detection",
+    citation="A. Hamada. Br35H :: Brain Tumor Detection 2020. Kaggle, 2020.",
+    notes=(
       "Br35H holds many near-duplicates (mirrored, contrast-changed, re-cropped copies of one"
       " slice) and names no patients: a random split puts copies on both sides and flatters every"
       " model; only the grouped split is meaningful, and it cannot separate different slices of"
@@ -55,11 +55,11 @@ SOURCES = {
     ),
   ),
   "sars_cov2_ct": Source(
-    ("non-COVID", "COVID"),
-    "SARS-CoV-2-CT: lung CT slices, 1252 with and 1229 without COVID-19.",
-    "https://www.kaggle.com/datasets/plameneduardo/sarscov2-ctscan-dataset",
-    "E. Soares et al. SARS-CoV-2 CT-scan dataset. medRxiv 2020.04.24.20078584, 2020.",
-    (
+    class_names=("non-COVID", "COVID"),
+    description="SARS-CoV-2-CT: lung CT slices, 1252 with and 1229 without COVID-19.",
+    homepage="https://www.kaggle.com/datasets/plameneduardo/sarscov2-ctscan-dataset",
+    citation="E. Soares et al. SARS-CoV-2 CT-scan dataset. medRxiv 2020.04.24.20078584, 2020.",
+    notes=(
       "SARS-CoV-2-CT names no patients and holds adjacent slices of one scan: they leak between"
       " train and test under every split, so scores are optimistic.",
       "Licence CC BY-NC-SA 4.0 (by a third-party readme); not redistributed here.",

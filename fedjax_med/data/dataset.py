@@ -67,7 +67,7 @@ class Contradictions(NamedTuple):
   pairs: tuple[tuple[str, str], ...]
 
 
-NO_CONTRADICTIONS = Contradictions(0, 0, ())
+NO_CONTRADICTIONS = Contradictions(identical=0, similar=0, pairs=())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -191,7 +191,7 @@ def unit_table(table: ClientTable, groups: np.ndarray) -> UnitTable:
   for k, each in enumerate(sizes):
     starts[k, : len(each)] = np.cumsum(each) - each
     padded[k, : len(each)] = each
-  return UnitTable(client_table(rows), starts, padded, counts)
+  return UnitTable(rows=client_table(rows), starts=starts, sizes=padded, counts=counts)
 
 
 def client_rows(table: ClientTable) -> list[np.ndarray]:

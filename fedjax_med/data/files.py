@@ -110,7 +110,7 @@ def walk(root: pathlib.Path, only: Collection[str] = ()) -> Tree:
     if reason is None:
       folders.append(parts)
     else:
-      files.append(File(path, parts, reason))
+      files.append(File(path=path, parts=parts, reason=reason))
   return Tree(tuple(sorted(files, key=lambda file: file.parts)), tuple(sorted(folders)))
 
 

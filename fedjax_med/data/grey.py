@@ -75,7 +75,7 @@ class Grey(NamedTuple):
     return f"Grey values {self.low:g} (black) to {self.high:g} (white): {self.rule}{lost}."
 
 
-EIGHT_BITS = Grey(0, 255, False, "pictures of 8 bits", 256)
+EIGHT_BITS = Grey(low=0, high=255, deep=False, rule="pictures of 8 bits", levels=256)
 
 
 def parse_window(text: str) -> tuple[float, float] | None:
@@ -105,9 +105,10 @@ def choose_grey(pictures: Sequence[Values], window: str) -> Grey:
     UserError: files of 8 bits and deeper ones are mixed, or values need more than 16 bits, and
       there is no window.
   """
-  given = parse_window(window)
-  if given is not None:
-    return Grey(*given, deep=True, rule=f"data.window={window}")
+  ends = parse_window(window)
+  if ends is not None:
+    low, high = ends
+    return Grey(low=low, high=high, deep=True, rule=f"data.window={window}")
   num_deep = sum(picture.deep for picture in pictures)
   if num_deep == 0:
     return EIGHT_BITS
@@ -123,7 +124,9 @@ def choose_grey(pictures: Sequence[Values], window: str) -> Grey:
     bottom, top = (-1.0 if low < -SLACK else 0.0), 1.0
     if 0 < high < SMALL and bottom == 0:  # an ADC map in mm²/s: the next power of two is white
       top = float(2.0 ** np.ceil(np.log2(high)))
-    return Grey(bottom, top, True, f"numbers with a fraction, from {low:g} to {high:g}")
+    return Grey(
+      low=bottom, high=top, deep=True, rule=f"numbers with a fraction, from {low:g} to {high:g}"
+    )
   bits = next((bits for bits in DEPTHS if high < 2**bits), 0)
   if not bits or low < -(2**15):
     raise UserError(
@@ -132,7 +135,7 @@ def choose_grey(pictures: Sequence[Values], window: str) -> Grey:
     )
   bottom = 0.0 if low >= 0 else -float(2 ** int(np.ceil(np.log2(max(1.0, -low)))))
   rule = f"{bits} bits by the largest value, {high:g}; the smallest is {low:g}"
-  return Grey(bottom, float(2**bits - 1), True, rule)
+  return Grey(low=bottom, high=float(2**bits - 1), deep=True, rule=rule)
 
 
 def to_pixels(picture: Values, grey: Grey) -> np.ndarray:

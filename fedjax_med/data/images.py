@@ -212,12 +212,14 @@ def gather(
   for placed, values in _without_masks(results, root):
     name, class_name = placed.file.name, placed.class_name
     if isinstance(values, str):
-      lost.append(LeftOut(name, values, class_name))
+      lost.append(LeftOut(name=name, reason=values, class_name=class_name))
       continue
     pictures.append((placed, values))
     if values.frames > 1:
       more = f"{name}, frames 2 to {values.frames}"
-      lost.append(LeftOut(more, "only the first frame of a file is read", class_name))
+      lost.append(
+        LeftOut(name=more, reason="only the first frame of a file is read", class_name=class_name)
+      )
   _require_usable(pictures, lost, class_names, root, data.strict)
   grey = choose_grey([values for _, values in pictures], data.window)
   stored = [to_pixels(values, grey) for _, values in pictures]

@@ -133,17 +133,27 @@ def arrange(root: pathlib.Path, tree: Tree, layout: str) -> Arrangement:
       seen.add(inode)
     if reason or not class_name:
       misfit = "it lies beside the class folders" if auto else MISFIT
-      left_out.append(LeftOut(file.name, reason or misfit, class_name))
+      left_out.append(LeftOut(name=file.name, reason=reason or misfit, class_name=class_name))
       continue
     in_test = _side(root, place["split"]) == "test" if "split" in place else None
-    placed.append(Placed(file, class_name, place.get("site"), place.get("patient"), in_test))
+    placed.append(
+      Placed(
+        file=file,
+        class_name=class_name,
+        site=place.get("site"),
+        patient=place.get("patient"),
+        in_test=in_test,
+      )
+    )
   # Under a layout of the user's, a stray text file makes no class; a folder of DICOM does.
   names |= {picture.class_name for picture in placed}
   names |= {file.class_name for file in left_out if _convertible(file.reason)} - {""}
   if not auto:
     _require_fit(root, tree, layout, placed)
     require_no_parts(sorted(names), layout)
-  return Arrangement(tuple(sorted(names)), tuple(placed), tuple(left_out))
+  return Arrangement(
+    class_names=tuple(sorted(names)), placed=tuple(placed), left_out=tuple(left_out)
+  )
 
 
 def matcher(pattern: str) -> Callable[[tuple[str, ...]], dict[str, str]]:

@@ -7,6 +7,7 @@ classifier has to find the lesion, and pixel intensities alone do not give the a
 
 import concurrent.futures
 import os
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -54,16 +55,34 @@ class Scanner(NamedTuple):
 
 
 SCANNERS = (
-  Scanner("Ahorn (T1)", 0.26, 0.50, 0.10, 0.34, 0.46, 0.66, 0.16, 1.00, 0.24, 1.0, 0.20, 0.03,
-          0.004, 0, False, 1.00),
-  Scanner("Birke (T2)", 0.23, 0.45, 0.60, 0.46, 0.30, 0.25, 0.78, 0.95, 0.58, 0.9, 0.25, 0.04,
-          0.006, 8, True, 0.95),
-  Scanner("Clara (FLAIR)", 0.20, 0.55, 0.08, 0.44, 0.34, 0.50, 0.76, 0.95, 0.58, 1.2, 0.25, 0.05,
-          0.006, -6, False, 1.06),
-  Scanner("Doria (T1 contrast)", 0.17, 0.48, 0.12, 0.32, 0.42, 0.62, 0.14, 1.00, 0.22, 0.8, 0.35,
-          0.04, 0.008, 180, False, 1.00),
-  Scanner("Erlen (low field)", 0.14, 0.52, 0.50, 0.46, 0.36, 0.40, 0.80, 0.95, 0.60, 1.0, 0.30,
-          0.06, 0.010, 3, True, 0.92),
+  Scanner(
+    name="Ahorn (T1)",
+    share=0.26, prevalence=0.50, csf=0.10, grey=0.34, white=0.46, skull=0.66, core=0.16, rim=1.00,
+    oedema=0.24, gamma=1.0, bias=0.20, noise=0.03, blur=0.004, rotation=0, mirrored=False,
+    zoom=1.00
+  ),
+  Scanner(
+    name="Birke (T2)",
+    share=0.23, prevalence=0.45, csf=0.60, grey=0.46, white=0.30, skull=0.25, core=0.78, rim=0.95,
+    oedema=0.58, gamma=0.9, bias=0.25, noise=0.04, blur=0.006, rotation=8, mirrored=True, zoom=0.95
+  ),
+  Scanner(
+    name="Clara (FLAIR)",
+    share=0.20, prevalence=0.55, csf=0.08, grey=0.44, white=0.34, skull=0.50, core=0.76, rim=0.95,
+    oedema=0.58, gamma=1.2, bias=0.25, noise=0.05, blur=0.006, rotation=-6, mirrored=False,
+    zoom=1.06
+  ),
+  Scanner(
+    name="Doria (T1 contrast)",
+    share=0.17, prevalence=0.48, csf=0.12, grey=0.32, white=0.42, skull=0.62, core=0.14, rim=1.00,
+    oedema=0.22, gamma=0.8, bias=0.35, noise=0.04, blur=0.008, rotation=180, mirrored=False,
+    zoom=1.00
+  ),
+  Scanner(
+    name="Erlen (low field)",
+    share=0.14, prevalence=0.52, csf=0.50, grey=0.46, white=0.36, skull=0.40, core=0.80, rim=0.95,
+    oedema=0.60, gamma=1.0, bias=0.30, noise=0.06, blur=0.010, rotation=3, mirrored=True, zoom=0.92
+  ),
 )  # fmt: skip
 CHUNK = 256  # images drawn at once
 
@@ -112,7 +131,9 @@ def make_phantoms(num_examples: int, image_size: int, seed: int) -> Dataset:
     sites=site[patients].astype(np.int32),
     site_names=tuple(scanner.name for scanner in SCANNERS),
     patients=patients.astype(np.int32),
-    patient_counts=PatientCounts(num_examples, len(np.unique(patients)), "phantoms"),
+    patient_counts=PatientCounts(
+      named=num_examples, patients=len(np.unique(patients)), source="phantoms"
+    ),
     notes=("Phantoms are drawn by a program: results on them say nothing about patients.",),
     tumour_masks=masks,
   )
@@ -159,24 +180,23 @@ def _draw(
   """[n, size, size] uint8 pictures and the bool masks of their tumours."""
   n = len(site)
 
-  def column(values: np.ndarray) -> np.ndarray:
-    return np.asarray(values, np.float32)[:, None, None]
-
   def scanner(name: str) -> np.ndarray:
-    return column(np.array([getattr(s, name) for s in SCANNERS], np.float32)[site])
+    return _column(np.array([getattr(s, name) for s in SCANNERS], np.float32)[site])
 
   # Head coordinates: u, v run from -1 to 1 over the head, whatever the scanner does with it.
   axis = ((np.arange(size) + 0.5) / size - 0.5).astype(np.float32)
-  x = axis[None, None, :] - column(rng.normal(0, 0.012, n))
-  y = axis[None, :, None] - column(rng.normal(0, 0.012, n))
-  turn = np.deg2rad(scanner("rotation") + column(rng.normal(0, 6, n)))
-  flip = np.where(scanner("mirrored") > 0, -1, 1) * scanner("zoom") * column(rng.normal(1, 0.03, n))
-  u = (np.cos(turn) * x + np.sin(turn) * y) / (column(anatomy["width"]) * flip)
-  v = (np.cos(turn) * y - np.sin(turn) * x) / (column(anatomy["height"]) * np.abs(flip))
+  x = axis[None, None, :] - _column(rng.normal(0, 0.012, n))
+  y = axis[None, :, None] - _column(rng.normal(0, 0.012, n))
+  turn = np.deg2rad(scanner("rotation") + _column(rng.normal(0, 6, n)))
+  flip = (
+    np.where(scanner("mirrored") > 0, -1, 1) * scanner("zoom") * _column(rng.normal(1, 0.03, n))
+  )
+  u = (np.cos(turn) * x + np.sin(turn) * y) / (_column(anatomy["width"]) * flip)
+  v = (np.cos(turn) * y - np.sin(turn) * x) / (_column(anatomy["height"]) * np.abs(flip))
   angle = np.arctan2(v, u)
   r = np.hypot(u, v)
   for harmonic in range(3):
-    r = r * (1 + column(anatomy["wobble"][:, harmonic]) * np.cos((harmonic + 2) * angle))
+    r = r * (1 + _column(anatomy["wobble"][:, harmonic]) * np.cos((harmonic + 2) * angle))
 
   folds = _textures(anatomy["texture_seed"], size)
   white = _edge(r - 0.62 - 0.24 * folds, 0.05)
@@ -186,22 +206,22 @@ def _draw(
   image += brain * (scanner("grey") + white * (scanner("white") - scanner("grey")) - image)
   image += brain * 0.05 * folds
 
-  wide = 0.075 * column(anatomy["ventricle_width"] * rng.normal(1, 0.08, n))
-  tall, middle = 0.27 * column(anatomy["ventricle_height"]), column(anatomy["ventricle_v"])
+  wide = 0.075 * _column(anatomy["ventricle_width"] * rng.normal(1, 0.08, n))
+  tall, middle = 0.27 * _column(anatomy["ventricle_height"]), _column(anatomy["ventricle_v"])
   for side in (-1, 1):
     shape = np.hypot((u - side * (0.11 + 0.1 * np.abs(v))) / wide, (v - middle) / tall)
     image += _edge(shape - 1, 0.12) * (scanner("csf") - image)
-  image = _distract(rng, image, u, v, brain, scanner)
-
-  tumour, image = _grow_tumour(rng, anatomy, image, u, v, brain, ill, scanner, column)
+  head = _Head(u=u, v=v, brain=brain, scanner=scanner)
+  image = _distract(rng, image, head)
+  tumour, image = _grow_tumour(rng, anatomy, image, head, ill)
 
   blur = np.array([s.blur for s in SCANNERS])[site] * size
   for number in range(n):
     ndimage.gaussian_filter(image[number], blur[number], output=image[number])
   bias = _smooth_field(rng.standard_normal((n, size, size), np.float32), 0.25)
   image *= 1 + scanner("bias") * 0.5 * np.clip(bias, -1.6, 1.6)
-  image = np.clip(image, 0, 1.4) ** (scanner("gamma") * column(rng.normal(1, 0.08, n)))
-  image *= column(rng.uniform(0.65, 0.95, n))
+  image = np.clip(image, 0, 1.4) ** (scanner("gamma") * _column(rng.normal(1, 0.08, n)))
+  image *= _column(rng.uniform(0.65, 0.95, n))
   noise = rng.standard_normal((2, n, size, size), np.float32) * scanner("noise")
   image = np.hypot(image + noise[0], noise[1])  # Rician: the magnitude of a complex signal
   return np.clip(image * 235, 0, 255).astype(np.uint8), tumour
@@ -216,34 +236,62 @@ def _textures(seeds: np.ndarray, size: int) -> np.ndarray:
   return np.clip(_smooth_field(noise, 0.035), -2, 2)[inverse]
 
 
-def _distract(rng, image, u, v, brain, scanner) -> np.ndarray:
-  """Vessels (tiny, bright) and cysts (small, smooth, like liquid) in healthy and ill alike."""
+def _column(values: np.ndarray) -> np.ndarray:
+  """One value of each picture, [n, 1, 1] float32."""
+  return np.asarray(values, np.float32)[:, None, None]
+
+
+class _Head(NamedTuple):
+  """The heads of n pictures, drawn as far as the brain.
+
+  Attributes:
+    u: [n, S, S] horizontal position, -1 .. 1 over the head.
+    v: [n, S, S] vertical position, the same.
+    brain: [n, S, S] 1 inside the brain, 0 outside.
+    scanner: name of a field of Scanner -> its value for each picture, [n, 1, 1].
+  """
+
+  u: np.ndarray
+  v: np.ndarray
+  brain: np.ndarray
+  scanner: Callable[[str], np.ndarray]
+
+
+def _distract(rng: np.random.Generator, image: np.ndarray, head: _Head) -> np.ndarray:
+  """Adds vessels (tiny, bright) and cysts (small, smooth, like liquid) to healthy and ill heads."""
   n = len(image)
   for kind, chance, low, high in (("vessel", 0.6, 0.03, 0.05), ("vessel", 0.6, 0.03, 0.05),
                                   ("cyst", 0.4, 0.06, 0.10)):  # fmt: skip
     there = (rng.random(n) < chance)[:, None, None]
     angle, far = rng.uniform(0, 2 * np.pi, n), rng.uniform(0.2, 0.75, n)
-    du = u - (far * np.cos(angle)).astype(np.float32)[:, None, None]
-    dv = v - (far * np.sin(angle)).astype(np.float32)[:, None, None]
+    du = head.u - (far * np.cos(angle)).astype(np.float32)[:, None, None]
+    dv = head.v - (far * np.sin(angle)).astype(np.float32)[:, None, None]
     radius = rng.uniform(low, high, n).astype(np.float32)[:, None, None]
-    value = 0.95 if kind == "vessel" else scanner("csf")
-    image = image + there * brain * _edge(np.hypot(du, dv) / radius - 1, 0.15) * (value - image)
+    value = 0.95 if kind == "vessel" else head.scanner("csf")
+    spot = _edge(np.hypot(du, dv) / radius - 1, 0.15)
+    image = image + there * head.brain * spot * (value - image)
   return image
 
 
-def _grow_tumour(rng, anatomy, image, u, v, brain, ill, scanner, column):
+def _grow_tumour(
+  rng: np.random.Generator,
+  anatomy: dict[str, np.ndarray],
+  image: np.ndarray,
+  head: _Head,
+  ill: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray]:
   """Adds core, rim and oedema where ``ill``; returns the tumour masks and the images."""
-  n = len(image)
-  du = u - column(anatomy["tumour_x"] + rng.normal(0, 0.015, n))
-  dv = v - column(anatomy["tumour_y"] + rng.normal(0, 0.015, n))
+  n, scanner = len(image), head.scanner
+  du = head.u - _column(anatomy["tumour_x"] + rng.normal(0, 0.015, n))
+  dv = head.v - _column(anatomy["tumour_y"] + rng.normal(0, 0.015, n))
   angle = np.arctan2(dv, du)
-  outline = np.ones_like(u)
+  outline = np.ones_like(head.u)
   for harmonic in range(4):
-    outline += column(anatomy["tumour_wobble"][:, harmonic]) * np.cos((harmonic + 2) * angle)
-  size = column(anatomy["tumour_size"] * rng.normal(1, 0.06, n))
+    outline += _column(anatomy["tumour_wobble"][:, harmonic]) * np.cos((harmonic + 2) * angle)
+  size = _column(anatomy["tumour_size"] * rng.normal(1, 0.06, n))
   distance = np.hypot(du, dv) / (size * np.maximum(outline, 0.4))
-  there = column(ill & True) * brain * column(anatomy["tumour_strength"])
+  there = _column(ill & True) * head.brain * _column(anatomy["tumour_strength"])
   image = image + there * 0.8 * _edge(distance - 1.35, 0.12) * (scanner("oedema") - image)
   image = image + there * _edge(distance - 1.0, 0.05) * (scanner("rim") - image)
   image = image + there * _edge(distance - 0.62, 0.06) * (scanner("core") - image)
-  return (distance < 1) & (brain > 0.5) & ill[:, None, None], image
+  return (distance < 1) & (head.brain > 0.5) & ill[:, None, None], image

@@ -91,6 +91,20 @@ class Hyper(NamedTuple):
   client_level: ClientLevel | None = None
 
 
+def plain_hyper() -> Hyper:
+  """Hyperparameters of plain FedAvg: rates 0.01 and 1, clip norm 1, everyone takes part."""
+  zero, one = jnp.float32(0), jnp.float32(1)
+  return Hyper(
+    client_learning_rate=jnp.float32(0.01),
+    server_learning_rate=one,
+    proximal_weight=zero,
+    clip_norm=one,
+    ema_decay=zero,
+    participation_rate=one,
+    algorithm={},
+  )
+
+
 class ClientDelta(NamedTuple):
   """What a client sends.
 
@@ -153,14 +167,22 @@ def no_metrics(shape: tuple[int, ...] = ()) -> RoundMetrics:
   """RoundMetrics of nothing done, every field of the given shape: the zero of add_metrics."""
   zero = jnp.zeros(shape, jnp.float32)
   return RoundMetrics(
-    zero, zero, zero, zero, zero, zero, jnp.zeros(shape, jnp.int32), jnp.ones(shape, bool)
+    loss=zero,
+    correct=zero,
+    norm=zero,
+    clipped=zero,
+    examples=zero,
+    units=zero,
+    steps=jnp.zeros(shape, jnp.int32),
+    finite=jnp.ones(shape, bool),
   )
 
 
 def add_metrics(a: RoundMetrics, b: RoundMetrics) -> RoundMetrics:
   """Sums of both; finite only where both are."""
-  sums = [x + y for x, y in zip(a[:-1], b[:-1], strict=True)]
-  return RoundMetrics(*sums, finite=a.finite & b.finite)
+  summed = [name for name in RoundMetrics._fields if name != "finite"]
+  sums = {name: getattr(a, name) + getattr(b, name) for name in summed}
+  return RoundMetrics(**sums, finite=a.finite & b.finite)
 
 
 class FederatedAlgorithm(NamedTuple):

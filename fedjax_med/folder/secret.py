@@ -76,7 +76,7 @@ def keep(folder: pathlib.Path, secret: bytes) -> bytes:
   return read(path)
 
 
-def of_folder(folder: pathlib.Path, given: pathlib.Path | None, begun: bool) -> bytes:
+def folder_secret(folder: pathlib.Path, given: pathlib.Path | None, begun: bool) -> bytes:
   """The secret of a workdir: the one that it holds, else the one that is given, else a new one.
 
   Args:

@@ -15,7 +15,7 @@ from fedjax_med.models.model import Call, Model, Params, State
 LEAST_SIDE = 4
 
 
-class Layer(NamedTuple):
+class MapLayer(NamedTuple):
   """A layer or block that returns a map.
 
   Attributes:
@@ -43,26 +43,28 @@ class Gated(NamedTuple):
   activation: Any
 
 
-def find_layers(model: Model, params: Params, state: State, inputs: Any) -> list[Layer]:
+def find_layers(model: Model, params: Params, state: State, inputs: Any) -> list[MapLayer]:
   """Every layer that returns a map [B, H', W', C'], in the order in which they are done.
 
   ``inputs`` [B, H, W, C] needs a shape and a dtype only; nothing is computed.
   """
-  found: dict[str, Layer] = {}
+  found: dict[str, MapLayer] = {}
 
   def watch(call: Call) -> Any:
     name, out = "/".join(call.path), call.outputs
     if isinstance(out, jax.Array) and out.ndim == 4 and out.shape[0] == inputs.shape[0]:
       _, height, width, channels = out.shape
       calls = found.pop(name).calls if name in found else 0
-      found[name] = Layer(name, calls + 1, call.kind, (height, width, channels))
+      found[name] = MapLayer(
+        name=name, calls=calls + 1, kind=call.kind, shape=(height, width, channels)
+      )
     return out
 
   jax.eval_shape(lambda *a: model.watched_apply(*a, watch), params, state, inputs)
   return [layer for layer in found.values() if layer.name]  # '' is the network itself
 
 
-def choose_layer(layers: list[Layer], name: str = "") -> Layer:
+def choose_layer(layers: list[MapLayer], name: str = "") -> MapLayer:
   """The layer of that name, or without one the last that says where in an image something is.
 
   That is the last map of at least ``LEAST_SIDE`` positions a side, or failing that of more than
@@ -101,7 +103,7 @@ def grad_cam(
   state: State,
   inputs: jax.Array,  # [B, H, W, C] float
   target: jax.Array,  # [B] integer class numbers
-  layer: Layer,
+  layer: MapLayer,
 ) -> jax.Array:  # [B, H', W'] float32, at least 0
   """Gradient-weighted class activation map (Selvaraju et al. 2017, equations 1 and 2).
 
@@ -133,7 +135,7 @@ def grad_cam(
   return jax.nn.relu((weights * features.astype(jnp.float32)).sum(-1))  # equation 2
 
 
-def is_gate(layer: Layer) -> bool:
+def is_gate(layer: MapLayer) -> bool:
   """Whether a layer is a squeeze-and-excitation block, by the name of its class."""
   return "squeezeexcit" in layer.kind.lower()
 
@@ -153,7 +155,7 @@ def gated(
 
   def watch(call: Call) -> Any:
     x, y = call.inputs, call.outputs
-    like = Layer("/".join(call.path), 1, call.kind, (0, 0, 0))
+    like = MapLayer(name="/".join(call.path), calls=1, kind=call.kind, shape=(0, 0, 0))
     if is_gate(like) and isinstance(y, jax.Array) and y.ndim == 4 and x.shape == y.shape:
       a, b = x.astype(jnp.float32), y.astype(jnp.float32)
       gates = (a * b).sum((1, 2)) / jnp.square(a).sum((1, 2))  # 0 / 0 is NaN

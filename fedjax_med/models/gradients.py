@@ -99,7 +99,9 @@ def conv_layer(
 ) -> Layer:
   """Convolution of [B, H, W, C_in] computed in ``dtype``."""
   shape = params["kernel"].shape
-  geometry = ops.Geometry((shape[0], shape[1]), strides, padding, dilation, groups)
+  geometry = ops.Geometry(
+    window=(shape[0], shape[1]), strides=strides, padding=padding, dilation=dilation, groups=groups
+  )
 
   def run(inputs, kernel):
     return ops.conv(
@@ -132,7 +134,7 @@ def conv_layer(
       gradient = ops.conv_gradients(inputs, cotangent, geometry, units=1, lowering=lowering)[0]
     return _cast({"kernel": gradient} | _bias_total(params, cotangent), params)
 
-  return Layer(params, (), forward, record, total)
+  return Layer(params=params, constants=(), forward=forward, record=record, total=total)
 
 
 def dense_layer(
@@ -169,7 +171,7 @@ def dense_layer(
     kernel = jnp.einsum("td,tp->dp", rows, errors, precision=precision).reshape(shape)
     return _cast({"kernel": kernel} | _bias_total(params, cotangent), params)
 
-  return Layer(params, (), forward, record, total)
+  return Layer(params=params, constants=(), forward=forward, record=record, total=total)
 
 
 def norm_layer(
@@ -228,7 +230,7 @@ def _scale_and_bias_layer(params, constants, forward, scale_gradients) -> Layer:
     weights = jnp.ones(cotangent.shape[0], at_least_float32(cotangent.dtype))
     return _cast(weighted_sum(every_row, weights), params)
 
-  return Layer(params, constants, forward, record, total)
+  return Layer(params=params, constants=constants, forward=forward, record=record, total=total)
 
 
 def keeps_factors(positions: int, fan_in: int, fan_out: int) -> bool:
@@ -257,7 +259,14 @@ def _kernel_record(
   fan_in = math.prod(geometry.window) * inputs.shape[3] // geometry.groups
   positions = batch // units * height * width
   if keeps_factors(positions, fan_in, channels_out // geometry.groups):
-    return Factors(inputs, cotangent, units, geometry, shape, lowering)
+    return Factors(
+      inputs=inputs,
+      cotangent=cotangent,
+      units=units,
+      geometry=geometry,
+      shape=shape,
+      lowering=lowering,
+    )
   inputs, cotangent = _float32(inputs, cotangent)
   gradients = ops.conv_gradients(inputs, cotangent, geometry, units=units, lowering=lowering)
   return gradients.reshape(units, *shape)

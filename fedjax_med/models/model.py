@@ -4,6 +4,7 @@ Stock layers are computed by this package's operations through ``nn.intercept_me
 own Flax model works unchanged; everything outside ``models/`` sees only ``Model``.
 """
 
+import functools
 import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -86,91 +87,135 @@ def from_flax(module: nn.Module, lowering: ops.Lowering = "matmul") -> Model:
   with an attribute ``penalties`` returns that many more columns in training (see ``Model``).
   """
   takes_train = "train" in inspect.signature(type(module).__call__).parameters
+  network = _Network(module=module, lowering=lowering, takes_train=takes_train)
+  return Model(
+    init=functools.partial(_init, network),
+    apply=functools.partial(_apply, network),
+    tapped_apply=functools.partial(_tapped_apply, network),
+    blank_records=functools.partial(_blank_records, network),
+    recorded_apply=functools.partial(_recorded_apply, network),
+    uncovered=functools.partial(_uncovered, network),
+    watched_apply=functools.partial(_watched_apply, network),
+    penalties=getattr(module, "penalties", 0),
+  )
 
-  def train_argument(train: bool) -> dict[str, Any]:
-    return {"train": train} if takes_train else {}
 
-  def init(key, inputs):
-    keys = {"params": key, "dropout": jax.random.fold_in(key, 1)}
-    variables = meta.unbox(module.init(keys, inputs, **train_argument(False)))
-    state = {name: variables[name] for name in variables if name not in ("params", "intermediates")}
-    return variables.get("params", {}), state
+class _Network(NamedTuple):
+  """A Linen module and how it is called.
 
-  def run(call, params, state, inputs, key, train):
-    return intercepted(_interceptor(call, lowering), params, state, inputs, key, train)
+  Attributes:
+    module: the module.
+    lowering: of its convolutions.
+    takes_train: whether its ``__call__`` has an argument ``train``.
+  """
 
-  def intercepted(interceptor, params, state, inputs, key, train):
-    rngs = {} if key is None else {"dropout": key}
-    mutable = list(state) if train else []
-    with nn.intercept_methods(interceptor):
-      logits, changed = module.apply(
-        {"params": params, **state}, inputs, rngs=rngs, mutable=mutable, **train_argument(train)
-      )
-    logits = logits.astype(gradients.at_least_float32(logits.dtype))
-    return logits, {**state, **changed}
+  module: nn.Module
+  lowering: ops.Lowering
+  takes_train: bool
 
-  def apply(params, state, inputs, *, key=None, train=False):
-    return run(_plain, params, state, inputs, key, train)
+  def train_argument(self, train: bool) -> dict[str, Any]:
+    """``train`` as keyword arguments of the module; {} if it takes none."""
+    return {"train": train} if self.takes_train else {}
 
-  def tapped_apply(params, state, inputs, norm_taps, *, key=None):
+
+def _init(network: _Network, key, inputs):
+  keys = {"params": key, "dropout": jax.random.fold_in(key, 1)}
+  variables = meta.unbox(network.module.init(keys, inputs, **network.train_argument(False)))
+  state = {name: variables[name] for name in variables if name not in ("params", "intermediates")}
+  return variables.get("params", {}), state
+
+
+def _run(network: _Network, interceptor, params, state, inputs, *, key, train):
+  """Calls the module with its methods intercepted; returns (logits, new state)."""
+  rngs = {} if key is None else {"dropout": key}
+  mutable = list(state) if train else []
+  arguments = network.train_argument(train)
+  with nn.intercept_methods(interceptor):
+    logits, changed = network.module.apply(
+      {"params": params, **state}, inputs, rngs=rngs, mutable=mutable, **arguments
+    )
+  logits = logits.astype(gradients.at_least_float32(logits.dtype))
+  return logits, {**state, **changed}
+
+
+def _train(network: _Network, call, params, state, inputs, key):
+  """Outputs in training, with the known layers run by ``call``."""
+  interceptor = _interceptor(call, network.lowering)
+  return _run(network, interceptor, params, state, inputs, key=key, train=True)[0]
+
+
+def _apply(network: _Network, params, state, inputs, *, key=None, train=False):
+  interceptor = _interceptor(_plain, network.lowering)
+  return _run(network, interceptor, params, state, inputs, key=key, train=train)
+
+
+def _tapped_apply(network: _Network, params, state, inputs, norm_taps, *, key=None):
+  def call(layer, layer_inputs, path):
+    del path
+    return taps.tapped(layer, layer_inputs, norm_taps)
+
+  return _train(network, call, params, state, inputs, key)
+
+
+def _blank_records(network: _Network, params, state, inputs, units, *, key=None):
+  records = {}
+
+  def call(layer, layer_inputs, path):
+    outputs = layer.forward(layer.params, layer.constants, layer_inputs)
+    records[path] = taps.blank_record(layer, layer_inputs, outputs, units)
+    return outputs
+
+  def shapes(params, state, inputs):
+    return _train(network, call, params, state, inputs, key)
+
+  jax.eval_shape(shapes, params, state, inputs)
+  return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), records)
+
+
+def _recorded_apply(network: _Network, params, state, inputs, blank, units, *, key=None):
+  def call(layer, layer_inputs, path):
+    return taps.recorded(layer, layer_inputs, blank[path], units)
+
+  return _train(network, call, params, state, inputs, key)
+
+
+def _uncovered(network: _Network, params, state, inputs, rows):
+  names = set()
+
+  def marked_apply(params, state, inputs, key):
     def call(layer, layer_inputs, path):
-      del path
-      return taps.tapped(layer, layer_inputs, norm_taps)
+      names.update("/".join((*path, name)) for name in layer.params)
+      return coverage.marked(layer, layer_inputs)
 
-    return run(call, params, state, inputs, key, True)[0]
+    return _train(network, call, params, state, inputs, key)
 
-  def blank_records(params, state, inputs, units, *, key=None):
-    found = {}
+  findings = coverage.examine(marked_apply, params, state, inputs, rows)
+  looped = [f"{name} runs layers in a loop" for name in findings.looped]
+  elsewhere = [f"{name} has another path" for name in sorted(findings.parameters - names)]
+  return {
+    "book_keeping": (*findings.problems, *looped, *elsewhere),
+    "two_pass": findings.problems,
+  }
 
-    def call(layer, layer_inputs, path):
-      outputs = layer.forward(layer.params, layer.constants, layer_inputs)
-      found[path] = taps.blank_record(layer, layer_inputs, outputs, units)
+
+def _watched_apply(network: _Network, params, state, inputs, watch):
+  lowered = _interceptor(_plain, network.lowering)
+
+  def intercept(next_method, args, kwargs, context):
+    outputs = lowered(next_method, args, kwargs, context)
+    if context.method_name != "__call__":
       return outputs
+    module = context.module
+    return watch(
+      Call(
+        path=module.path,
+        kind=type(module).__name__,
+        inputs=args[0] if args else None,
+        outputs=outputs,
+      )
+    )
 
-    def shapes(params, state, inputs):
-      return run(call, params, state, inputs, key, True)[0]
-
-    jax.eval_shape(shapes, params, state, inputs)
-    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), found)
-
-  def recorded_apply(params, state, inputs, blank, units, *, key=None):
-    def call(layer, layer_inputs, path):
-      return taps.recorded(layer, layer_inputs, blank[path], units)
-
-    return run(call, params, state, inputs, key, True)[0]
-
-  def uncovered(params, state, inputs, rows):
-    names = set()
-
-    def marked_apply(params, state, inputs, key):
-      def call(layer, layer_inputs, path):
-        names.update("/".join((*path, name)) for name in layer.params)
-        return coverage.marked(layer, layer_inputs)
-
-      return run(call, params, state, inputs, key, True)[0]
-
-    findings = coverage.examine(marked_apply, params, state, inputs, rows)
-    looped = [f"{place} runs layers in a loop" for place in findings.looped]
-    elsewhere = [f"{name} has another path" for name in sorted(findings.parameters - names)]
-    return {
-      "book_keeping": (*findings.problems, *looped, *elsewhere),
-      "two_pass": findings.problems,
-    }
-
-  def watched_apply(params, state, inputs, watch):
-    lowered = _interceptor(_plain, lowering)
-
-    def intercept(next_method, args, kwargs, context):
-      outputs = lowered(next_method, args, kwargs, context)
-      if context.method_name != "__call__":
-        return outputs
-      module = context.module
-      return watch(Call(module.path, type(module).__name__, args[0] if args else None, outputs))
-
-    return intercepted(intercept, params, state, inputs, None, False)[0]
-
-  calls = init, apply, tapped_apply, blank_records, recorded_apply, uncovered, watched_apply
-  return Model(*calls, penalties=getattr(module, "penalties", 0))
+  return _run(network, intercept, params, state, inputs, key=None, train=False)[0]
 
 
 def _plain(layer: gradients.Layer, inputs: jax.Array, path: tuple[str, ...]) -> jax.Array:

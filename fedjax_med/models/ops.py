@@ -33,7 +33,15 @@ _NATIVE_CHANNELS = 16
 
 
 class Geometry(NamedTuple):
-  """How a convolution slides: all of it but the sizes of its arrays."""
+  """A convolution without the sizes of its arrays.
+
+  Attributes:
+    window: rows and columns of the kernel.
+    strides: of the output positions.
+    padding: (before, after) pixels of rows and of columns.
+    dilation: distance of the kernel's entries.
+    groups: groups of channels.
+  """
 
   window: Pair
   strides: Pair = (1, 1)
@@ -99,6 +107,13 @@ def shifted_views(
       yield i, j, view
 
 
+def _views(inputs: jax.Array, geometry: Geometry) -> Iterator[tuple[int, int, jax.Array]]:
+  """The shifted views of a convolution."""
+  return shifted_views(
+    inputs, geometry.window, geometry.strides, geometry.padding, geometry.dilation
+  )
+
+
 def patches(
   inputs: jax.Array,  # [B, H, W, C]
   window: Pair,
@@ -131,7 +146,13 @@ def conv(
   of its own (nor adds any other axis) and the shapes are those at which it won on a CPU core. All
   agree to rounding.
   """
-  geometry = Geometry((kernel.shape[0], kernel.shape[1]), strides, padding, dilation, groups)
+  geometry = Geometry(
+    window=(kernel.shape[0], kernel.shape[1]),
+    strides=strides,
+    padding=padding,
+    dilation=dilation,
+    groups=groups,
+  )
   if lowering == "native":
     return _native(inputs, kernel, geometry)
   return _conv_once(inputs, kernel, geometry, lowering == "auto")
@@ -202,19 +223,25 @@ def _is_float32(values: jax.Array) -> bool:
 
 def _convolve(inputs: jax.Array, kernel: jax.Array, geometry: Geometry) -> jax.Array:
   if geometry.pointwise:
-    ((_, _, view),) = shifted_views(inputs, (1, 1), geometry.strides, geometry.padding)
+    ((_, _, view),) = _views(inputs, geometry)
     return _einsum("byxc,cp->byxp", view, kernel[0, 0])
   if _depthwise(geometry, inputs.shape[3], kernel.shape[3]):
     dtype = accumulator(inputs.dtype)
     shifts = (
       view.astype(dtype) * kernel[i, j, 0].astype(dtype)[None, None, None]
-      for i, j, view in shifted_views(inputs, *geometry[:4])
+      for i, j, view in _views(inputs, geometry)
     )
     return functools.reduce(jnp.add, shifts).astype(inputs.dtype)
   merged = _merged_groups(geometry.groups, kernel.shape[2])
   blocks = _kernel_blocks(kernel, geometry.groups, merged)  # [G, kh * kw * c, p]
   out = _einsum("gtd,gdp->gtp", columns(inputs, geometry, merged), blocks)
-  size = output_size((inputs.shape[1], inputs.shape[2]), *geometry[:4])
+  size = output_size(
+    (inputs.shape[1], inputs.shape[2]),
+    geometry.window,
+    geometry.strides,
+    geometry.padding,
+    geometry.dilation,
+  )
   out = out.reshape(out.shape[0], inputs.shape[0], *size, out.shape[2])
   return out.transpose(1, 2, 3, 0, 4).reshape(inputs.shape[0], *size, -1)
 
@@ -281,7 +308,7 @@ def _conv_gradients(
   groups, (kh, kw) = geometry.groups, geometry.window
   width_in, width_out = inputs.shape[3] // groups, cotangent.shape[3] // groups
   if geometry.pointwise:
-    ((_, _, view),) = shifted_views(inputs, (1, 1), geometry.strides, geometry.padding)
+    ((_, _, view),) = _views(inputs, geometry)
     rows = view.reshape(units, -1, width_in)
     out = _product("utd,utp->udp", rows, cotangent.reshape(units, -1, width_out))
     return out[:, None, None]
@@ -290,7 +317,7 @@ def _conv_gradients(
     errors = cotangent.astype(dtype).reshape(units, -1, groups)
     rows = [
       (view.astype(dtype).reshape(units, -1, groups) * errors).sum(1)
-      for _, _, view in shifted_views(inputs, *geometry[:4])
+      for _, _, view in _views(inputs, geometry)
     ]
     return jnp.stack(rows, axis=1).reshape(units, kh, kw, 1, groups)
   merged = _merged_groups(groups, width_in)

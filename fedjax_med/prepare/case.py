@@ -147,7 +147,9 @@ def _alone(federation: Case, config: Config, k: int) -> Case:
   one, units = slice(k, k + 1), federation.protection.units
   rows = ClientTable(federation.rows.indices[one], federation.rows.counts[one])
   if units is not None:
-    units = UnitTable(rows, units.starts[one], units.sizes[one], units.counts[one])
+    units = UnitTable(
+      rows=rows, starts=units.starts[one], sizes=units.sizes[one], counts=units.counts[one]
+    )
   local = federation.protection.local
   # The mechanism that the hospital has in the federation: the same σ, the same cap.
   protection = federation.protection._replace(

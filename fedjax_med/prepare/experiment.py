@@ -18,8 +18,9 @@ from fedjax_med.data.dataset import (
 from fedjax_med.federated.algorithm import Client, Hyper, Pool, Units
 from fedjax_med.prepare.accounted_arrays import differences, require_accounted
 from fedjax_med.prepare.case import Case, baselines, federation
-from fedjax_med.prepare.program import Program, Shapes, make_program
+from fedjax_med.prepare.program import Program, make_program
 from fedjax_med.prepare.protection import Protection, cohort_cap, require_a_round
+from fedjax_med.prepare.recipe import Shapes
 from fedjax_med.prepare.run_id import Identity, identify
 from fedjax_med.privacy.client_level import ClientLevel
 from fedjax_med.privacy.guarantees import Guarantee
@@ -138,9 +139,9 @@ def _stack_clients(case: Case, shapes: Shapes) -> Client:
   units = None
   if table is not None:
     units = Units(
-      padded(table.starts, shapes.max_units, 0),
-      padded(table.sizes, shapes.max_units, 1),
-      jnp.asarray(table.counts, jnp.int32),
+      starts=padded(table.starts, shapes.max_units, 0),
+      sizes=padded(table.sizes, shapes.max_units, 1),
+      number=jnp.asarray(table.counts, jnp.int32),
     )
   return Client(
     number=jnp.asarray(case.numbers, jnp.int32),
@@ -165,13 +166,13 @@ def build(config: Config, hospitals: Hospitals, secret: bytes | None = None) -> 
   """The federation itself: every hospital is a client; ``secret`` as in ``federation``."""
   case = federation(config, hospitals, secret)
   require_a_round(case.protection)  # a point of a sweep and a baseline may end at once
-  program, shapes = plan_together([case])
+  program, shapes = make_shared_program([case])
   mesh, dataset = program.devices.mesh, hospitals.dataset
   pool = Pool(replicate(dataset.inputs, mesh), replicate(dataset.labels, mesh))
-  return place(case, program, shapes, pool, mesh)
+  return make_experiment(case, program, shapes, pool, mesh)
 
 
-def plan_together(cases: Sequence[Case]) -> tuple[Program, Shapes]:
+def make_shared_program(cases: Sequence[Case]) -> tuple[Program, Shapes]:
   """One program for several cases, which differ in nothing that a program is made from."""
   config, num_clients = cases[0].config, len(cases[0].names)
   devices = choose_devices(config.execution.devices, cohort_cap(config, num_clients) or num_clients)
@@ -184,7 +185,7 @@ def plan_together(cases: Sequence[Case]) -> tuple[Program, Shapes]:
   return program, shapes
 
 
-def place(
+def make_experiment(
   case: Case, program: Program, shapes: Shapes, pool: Pool, mesh: Mesh | None, start: int = 0
 ) -> Experiment:
   """The run of a case by a program of at least its shapes, on images that are on the device.
@@ -194,13 +195,13 @@ def place(
   clients, hyper = _stack_clients(case, shapes), _hyper(case.config, case.protection)
   require_accounted(differences(case.protection, case.numbers, case.rows, clients, hyper))
   return Experiment(
-    case,
-    replicate(clients._replace(indices=clients.indices + start), mesh),
-    replicate(hyper, mesh),
-    pool,
-    replicate(_run_key(case.config.seed, case.identity), mesh),
-    program,
-    start,
+    case=case,
+    clients=replicate(clients._replace(indices=clients.indices + start), mesh),
+    hyper=replicate(hyper, mesh),
+    pool=pool,
+    key=replicate(_run_key(case.config.seed, case.identity), mesh),
+    program=program,
+    start=start,
   )
 
 
@@ -257,14 +258,14 @@ def build_baselines(federation: Experiment) -> dict[str, Experiment]:
   # One client trains on one device, unless several processes must all take part.
   if devices.mesh is not None and jax.process_count() == 1:
     pool = Pool(*(leaf.addressable_data(0) for leaf in pool))  # the copy of the first device
-    devices = Devices(1, None, "devices 1: there is one client")
+    devices = Devices(number=1, mesh=None, reason="devices 1: there is one client")
 
   def built(names: Sequence[str]) -> dict[str, Experiment]:
     own = [cases[name] for name in names]
     shapes = shapes_of(own)
     program = make_program(own[0].config, own[0].hospitals.dataset, shapes, devices=devices)
     mesh = program.devices.mesh
-    return {name: place(cases[name], program, shapes, pool, mesh) for name in names}
+    return {name: make_experiment(cases[name], program, shapes, pool, mesh) for name in names}
 
   *solo, together = cases
   return built(solo) | built([together])

@@ -1,30 +1,39 @@
 """The memory of a device: its budget, and the estimated and the compiled size of a program."""
 
 import pathlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fedjax_med.core.config import algorithm_options
 from fedjax_med.core.keys import base_key
-from fedjax_med.federated.algorithm import Client, Hyper, Pool, Units
+from fedjax_med.data.dataset import Dataset
+from fedjax_med.federated.algorithm import Client, Hyper, Pool, Units, plain_hyper
 from fedjax_med.models.model import Model
 from fedjax_med.prepare.layout import Choice
+from fedjax_med.prepare.recipe import Recipe
 from fedjax_med.privacy.client_level import ClientLevel
 from fedjax_med.simulation.processes import least
+from fedjax_med.simulation.rounds import SimulationState
 
 
 class Budget(NamedTuple):
-  """Memory that a plan may use on each device, bytes (None: unknown), and where that is from."""
+  """Memory that a program may use on each device.
+
+  Attributes:
+    size: bytes; None if unknown.
+    reason: origin of the number.
+  """
 
   size: float | None
   reason: str
 
 
 def memory_budget(gib: float) -> Budget:
-  """The budget of ``execution.memory_gib``; the least of all processes, which must plan alike."""
+  """The budget of ``execution.memory_gib``: the least of all processes, which must decide alike."""
   if gib:
     return Budget(gib * 2**30, "as configured")
   device = jax.local_devices()[0]
@@ -41,7 +50,7 @@ def memory_budget(gib: float) -> Budget:
 
 
 def free_memory() -> float | None:
-  """Bytes that a process can still get, inside the limit of its container; None if unknown."""
+  """Bytes that a process can still get inside the limit of its container; None if unknown."""
   known = []
   try:
     lines = pathlib.Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
@@ -60,7 +69,7 @@ def free_memory() -> float | None:
 
 
 def shared_devices(devices: int) -> int:
-  """How many of ``devices`` divide one memory: those of a CPU, in each process."""
+  """Number of devices that share one memory: on a CPU all those of a process, else 1."""
   return max(1, devices // jax.process_count()) if jax.default_backend() == "cpu" else 1
 
 
@@ -68,9 +77,10 @@ class Footprint(NamedTuple):
   """Sizes of a model, and whether its batch may be cut.
 
   Attributes:
-    parameters: trained numbers.
+    parameters: number of trained values.
     activations: bytes of the values of one example in a forward pass, before fusion.
-    whole_batch: whether a microbatch changes results: state that training moves, dropout draws.
+    whole_batch: whether a microbatch changes results, since training moves a state or draws
+      dropout.
   """
 
   parameters: int
@@ -94,11 +104,13 @@ def footprint(model: Model, image: jax.ShapeDtypeStruct) -> Footprint:
   ]
   draws = any(var is program.invars[0] for eqn in program.eqns for var in eqn.invars)
   parameters = sum(leaf.size for leaf in jax.tree.leaves(params))
-  return Footprint(parameters, _values(program), draws or any(moved))
+  return Footprint(
+    parameters=parameters, activations=_values(program), whole_batch=draws or any(moved)
+  )
 
 
 def _values(program: Any) -> int:
-  """Bytes that operations which compute something write; views and copies of weights are not."""
+  """Bytes that the operations of a program write, without views and copies of weights."""
   moves = ("squeeze", "reshape", "slice", "transpose", "broadcast_in_dim", "convert_element_type")
   total = 0
   for eqn in program.eqns:
@@ -112,7 +124,7 @@ def _values(program: Any) -> int:
 
 
 def rough_bytes(
-  choice: Choice, model: Footprint, num_clients: int, data: int, kept: int = 0
+  choice: Choice, model: Footprint, num_clients: int, data: int, client_state: int = 0
 ) -> float:
   """Upper estimate from shapes of what a device needs in a round, bytes.
 
@@ -121,50 +133,50 @@ def rough_bytes(
     model: its sizes.
     num_clients: K.
     data: bytes of the pool and the index rows.
-    kept: bytes of what a client keeps between rounds.
+    client_state: bytes of the persistent state of a client.
   """
   weights = 4 * model.parameters
   copies = 7  # local weights, gradient, noise and its sum, up to two moments, delta
   if choice.clipping == "reference":
     copies += 2 * choice.microbatch
-  # Every value of the forward pass twice: fused kernels keep a fraction of them, which leaves room
-  # for cotangents and for the records that clipping keeps.
+  # Every value of the forward pass counts twice. Fused kernels store a fraction of them, which
+  # leaves room for cotangents and for the factors that clipping stores.
   examples = 2 * choice.microbatch * model.activations
-  # What is kept is there before and after the round, and twice more where a client trains.
-  at_rest = data + 4 * weights + num_clients * (1024 + 2 * kept)
-  return at_rest + choice.chunk * (copies * weights + examples + 2 * kept)
+  # A client's state is there before and after the round, and twice more while the client trains.
+  at_rest = data + 4 * weights + num_clients * (1024 + 2 * client_state)
+  return at_rest + choice.chunk * (copies * weights + examples + 2 * client_state)
 
 
-def hyper_shapes(options: Iterable[str], client_level: bool) -> Hyper:
-  """Shapes of the traced hyperparameters.
+class BlockArguments(NamedTuple):
+  """Arguments of a block of rounds, or their shapes.
 
-  Args:
-    options: names of the algorithm's traced options.
-    client_level: whether the run protects whole hospitals.
+  Attributes:
+    state: SimulationState before the block.
+    clients: stacked over K clients.
+    pool: all examples.
+    hyper: traced hyperparameters.
+    key: base key of the run.
+    rounds: int32 rounds of the block.
   """
-  scalar: Any = jax.ShapeDtypeStruct((), jnp.float32)  # stands in for an array
-  level = ClientLevel(**dict.fromkeys(ClientLevel._fields, scalar)) if client_level else None
-  groups = {"algorithm": dict.fromkeys(options, scalar), "client_level": level}
-  return Hyper(**{**dict.fromkeys(Hyper._fields, scalar), **groups})
+
+  state: SimulationState
+  clients: Client
+  pool: Pool
+  hyper: Hyper
+  key: jax.Array
+  rounds: jax.Array
 
 
 def block_arguments(
-  initial: Callable[[], Any],
-  num_clients: int,
-  max_examples: int,
-  pool: Any,
-  hyper: Hyper,
-  max_units: int = 0,
-  private: bool = False,
-  bands: int = 1,
-) -> tuple[Any, ...]:
-  """Shapes of what ``block`` is called with; ``pool`` has inputs and labels."""
+  recipe: Recipe, dataset: Dataset, initial: Callable[[], SimulationState]
+) -> BlockArguments:
+  """Shapes of the arguments of a block; ``initial`` makes the state, and is only traced."""
   shape: Any = jax.ShapeDtypeStruct  # stands in for an array
-  number = shape((num_clients,), jnp.int32)
-  real = shape((num_clients,), jnp.float32)
+  number, sizes = shape((recipe.num_clients,), jnp.int32), recipe.shapes
+  real, scalar = shape((recipe.num_clients,), jnp.float32), shape((), jnp.float32)
   clients = Client(
     number=number,
-    indices=shape((num_clients, max_examples), jnp.int32),
+    indices=shape((recipe.num_clients, sizes.max_examples), jnp.int32),
     num_examples=number,
     weight=real,
     num_steps=number,
@@ -172,19 +184,35 @@ def block_arguments(
     expected_batch_size=real,
     noise_multiplier=real,
   )
-  if max_units:
-    table = shape((num_clients, max_units), jnp.int32)
+  if sizes.max_units:
+    table = shape((recipe.num_clients, sizes.max_units), jnp.int32)
     clients = clients._replace(units=Units(starts=table, sizes=table, number=number))
-  if private:
+  if recipe.private:
     clients = clients._replace(batch_cap=number)
-  if bands > 1:
-    clients = clients._replace(coefficients=shape((num_clients, bands), jnp.float32))
-  data = Pool(*(shape(part.shape, part.dtype) for part in (pool.inputs, pool.labels)))
-  key = jax.eval_shape(lambda: base_key(0))
-  return jax.eval_shape(initial), clients, data, hyper, key, shape((), jnp.int32)
+  if recipe.bands > 1:
+    clients = clients._replace(coefficients=shape((recipe.num_clients, recipe.bands), jnp.float32))
+  level, options = None, algorithm_options(recipe.config, traced=True)
+  if recipe.client_level:
+    level = ClientLevel(**dict.fromkeys(ClientLevel._fields, scalar))
+  inputs, labels = dataset.inputs, dataset.labels
+  return BlockArguments(
+    state=jax.eval_shape(initial),
+    clients=clients,
+    pool=Pool(shape(inputs.shape, inputs.dtype), shape(labels.shape, labels.dtype)),
+    hyper=jax.eval_shape(plain_hyper)._replace(
+      algorithm=dict.fromkeys(options, scalar), client_level=level
+    ),
+    key=jax.eval_shape(lambda: base_key(0)),
+    rounds=shape((), jnp.int32),
+  )
 
 
-def block_memory(block: jax.stages.Wrapped, arguments: tuple[Any, ...]) -> dict[str, int] | None:
+def tree_bytes(tree: Any) -> int:
+  """Bytes of the arrays of a tree, or of arrays of these shapes."""
+  return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def block_memory(block: jax.stages.Wrapped, arguments: BlockArguments) -> dict[str, int] | None:
   """Bytes the compiled block needs on a device, by purpose; None if the backend does not say."""
   try:
     analysis = block.lower(*arguments).compile().memory_analysis()
@@ -194,7 +222,7 @@ def block_memory(block: jax.stages.Wrapped, arguments: tuple[Any, ...]) -> dict[
     return {"working memory": 2**62}
   if analysis is None:
     return None
-  data = sum(leaf.size * leaf.dtype.itemsize for leaf in arguments[2])
+  data = tree_bytes(arguments.pool)
   return {
     "data": data,
     "model and server state": analysis.argument_size_in_bytes - data,

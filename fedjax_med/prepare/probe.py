@@ -1,11 +1,11 @@
-"""The probe of a plan: whether to time local steps, of which chunks, and what they say."""
+"""The probe: times local steps of several chunk sizes, and chooses the fastest."""
 
 import json
 import pathlib
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ import numpy as np
 
 from fedjax_med.core.config import Config, fingerprint, to_dict
 from fedjax_med.core.keys import base_key
-from fedjax_med.federated.algorithm import Client, Hyper, Pool, Units
+from fedjax_med.federated.algorithm import Client, Pool, Units, plain_hyper
 from fedjax_med.folder.writing import write_text
 from fedjax_med.models.model import Model
 from fedjax_med.prepare.layout import MAX_AT_ONCE
@@ -25,10 +25,10 @@ PROBE_PARAMETERS = 2_000_000  # of a model on a CPU; a larger one fills the core
 
 
 def wants_probe(config: Config, steps: np.ndarray, parameters: int, backend: str) -> bool:
-  """Whether timing steps is asked for, or repays itself and its outcome can be kept.
+  """Whether to time steps: if asked for, or if the run is long and the times can be stored.
 
-  A run that is resumed must find the layout it began with, so 'auto' needs the cache's folder;
-  several processes must plan alike, so they never time anything.
+  A resumed run must find the layout that it began with, so 'auto' needs the cache's folder. Several
+  processes must decide alike, so they never time anything.
   """
   execution, server = config.execution, config.server
   if execution.layout != "auto" or execution.probe == "off" or jax.process_count() > 1:
@@ -42,15 +42,15 @@ def wants_probe(config: Config, steps: np.ndarray, parameters: int, backend: str
 
 
 def probe_candidates(share: int, preferred: int) -> list[int]:
-  """Chunks worth timing for ``share`` clients of a device; ``preferred`` is the rule's choice."""
+  """Chunk sizes to time for ``share`` clients of a device, the preferred one among them."""
   return sorted({min(chunk, share) for chunk in (1, 4, MAX_AT_ONCE, preferred)})
 
 
 def probed_chunk(seconds: dict[int, float], steps: np.ndarray, devices: int) -> tuple[int, str]:
-  """Returns (chunk, reason): least time a client-step, waiting for longer clients included.
+  """Returns (chunk, reason): the least time of a client-step, with waiting for longer clients.
 
   Args:
-    seconds: of a client-step, by chunk.
+    seconds: time of a client-step, by chunk.
     steps: [K] local steps a round.
     devices: devices that share the clients.
   """
@@ -62,15 +62,15 @@ def probed_chunk(seconds: dict[int, float], steps: np.ndarray, devices: int) -> 
   return best, f"{best} clients at once: a probe took {text}, for each client-step"
 
 
-def kept_seconds(
+def cached_seconds(
   config: Config, about: dict[str, Any], measure: Callable[[int], float], chunks: Sequence[int]
 ) -> dict[int, float]:
-  """Seconds of a client-step by chunk, from the cache's folder or else measured and kept there.
+  """Seconds of a client-step by chunk, read from the cache's folder or measured and stored there.
 
   Args:
     config: names the model and the cache's folder.
-    about: all else that the time depends on.
-    measure: times a chunk.
+    about: everything else that the time depends on.
+    measure: measures the seconds of a chunk.
     chunks: candidates.
   """
   about = {
@@ -84,96 +84,65 @@ def kept_seconds(
   path = pathlib.Path(folder).expanduser() / "plans" / f"{fingerprint(about)}.json"
   if folder:
     try:
-      found = json.loads(path.read_text(encoding="utf-8"))["seconds"]
-      return {chunk: float(found[str(chunk)]) for chunk in chunks}
+      stored = json.loads(path.read_text(encoding="utf-8"))["seconds"]
+      return {chunk: float(stored[str(chunk)]) for chunk in chunks}
     except (OSError, ValueError, KeyError, TypeError):
-      pass  # nothing there, or cut short
+      pass  # no file, or one that was cut short
   seconds = {chunk: float(f"{measure(chunk):.3g}") for chunk in chunks}
   if folder:
     try:
       path.parent.mkdir(parents=True, exist_ok=True)
       write_text(path, json.dumps({"about": about, "seconds": seconds}, indent=2) + "\n")
     except OSError:
-      pass  # kept for next time only
+      pass  # the file only saves time
   return seconds
 
 
-def time_steps(
-  train: Callable[..., Any],
-  model: Model,
-  image: jax.ShapeDtypeStruct,
-  chunk: int,
-  *,
-  max_examples: int,
-  num_examples: int,
-  rate: float,
-  max_units: int = 0,
-  rows_per_unit: int = 1,
-  bands: int = 1,
-  clock: Callable[[], float] = time.perf_counter,
-) -> float:
-  """Seconds of one local step of one of ``chunk`` clients, on zeros and a key of its own.
+class Trial(NamedTuple):
+  """A local step to be timed: on zeros, with a key of its own, by clients that are all alike.
 
   Nothing of the run is read: neither its records nor its random draws, so no ε is spent.
 
-  Args:
+  Attributes:
     train: local training whose number of steps is traced.
     model: gives the shapes of the weights.
-    image: [1, H, W, C].
-    chunk: clients at once.
+    image: shape of an image [1, H, W, C].
     max_examples: slots of an index row.
     num_examples: n of each client.
     rate: q of each client.
     max_units: slots of a client's table of units that hold several rows; 0 without such.
     rows_per_unit: rows of such a unit.
     bands: steps that noise is correlated over.
-    clock: seconds.
   """
 
-  def zeros(tree):
-    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), tree)
+  train: Callable[..., Any]
+  model: Model
+  image: jax.ShapeDtypeStruct
+  max_examples: int
+  num_examples: int
+  rate: float
+  max_units: int = 0
+  rows_per_unit: int = 1
+  bands: int = 1
 
+
+def time_steps(trial: Trial, chunk: int, clock: Callable[[], float] = time.perf_counter) -> float:
+  """Seconds of one local step of one client, of ``chunk`` clients that train at once."""
   key = base_key(0)
-  params, state = zeros(jax.eval_shape(model.init, key, image))
-  pool = Pool(jnp.zeros(image.shape, jnp.uint8), jnp.zeros((1,), jnp.int32))
-  one, zero = jnp.float32(1), jnp.float32(0)
-  hyper = Hyper(
-    client_learning_rate=jnp.float32(0.01),
-    server_learning_rate=one,
-    proximal_weight=zero,
-    clip_norm=one,
-    ema_decay=zero,
-    participation_rate=one,
-    algorithm={},
-  )
-  each = jnp.ones((chunk,), jnp.float32)
-  clients = Client(
-    number=jnp.arange(chunk),
-    indices=jnp.zeros((chunk, max_examples), jnp.int32),
-    num_examples=jnp.full((chunk,), num_examples, jnp.int32),
-    weight=each,
-    num_steps=jnp.ones((chunk,), jnp.int32),
-    sampling_probability=each * rate,
-    expected_batch_size=each * (rate * num_examples),
-    noise_multiplier=each,
-  )
-  if max_units:
-    table = jnp.zeros((chunk, max_units), jnp.int32)
-    units = Units(table, table + rows_per_unit, clients.num_examples)
-    clients = clients._replace(units=units)
-  memory = ()
-  if bands > 1:
-    clients = clients._replace(coefficients=jnp.full((chunk, bands), bands**-0.5))
-    memory = empty_memory(params, bands)
+  params, state = _zeros(jax.eval_shape(trial.model.init, key, trial.image))
+  pool = Pool(jnp.zeros(trial.image.shape, jnp.uint8), jnp.zeros((1,), jnp.int32))
+  clients, hyper = _alike(trial, chunk), plain_hyper()
+  memory = empty_memory(params, trial.bands) if trial.bands > 1 else ()
 
   @jax.jit
   def run(params, state, pool, clients):  # as arguments: zeros that are constants would fold
-    def one(client):
-      return train(params, state, memory, client, pool, hyper, key, jnp.zeros((), jnp.int32))
+    def train(client):
+      zero = jnp.zeros((), jnp.int32)
+      return trial.train(params, state, memory, client, pool, hyper, key, zero)
 
     if chunk == 1:
-      return one(jax.tree.map(lambda leaf: leaf[0], clients))
-    return jax.vmap(one)(clients)
+      return train(jax.tree.map(lambda leaf: leaf[0], clients))
+    return jax.vmap(train)(clients)
 
   def seconds(steps: int) -> float:
     several = clients._replace(num_steps=jnp.full((chunk,), steps, jnp.int32))
@@ -184,3 +153,30 @@ def time_steps(
   seconds(1)  # compiles
   steps = int(np.clip(0.05 / max(seconds(1), 1e-9), 1, 50))
   return statistics.median(seconds(steps) for _ in range(3)) / (steps * chunk)
+
+
+def _zeros(tree: Any) -> Any:
+  return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), tree)
+
+
+def _alike(trial: Trial, number: int) -> Client:
+  """Clients of a trial, stacked: all have the same examples, batch size and noise."""
+  ones, count = jnp.ones((number,), jnp.float32), trial.num_examples
+  clients = Client(
+    number=jnp.arange(number),
+    indices=jnp.zeros((number, trial.max_examples), jnp.int32),
+    num_examples=jnp.full((number,), count, jnp.int32),
+    weight=ones,
+    num_steps=jnp.ones((number,), jnp.int32),
+    sampling_probability=ones * trial.rate,
+    expected_batch_size=ones * (trial.rate * count),
+    noise_multiplier=ones,
+  )
+  if trial.max_units:
+    table = jnp.zeros((number, trial.max_units), jnp.int32)
+    units = Units(starts=table, sizes=table + trial.rows_per_unit, number=clients.num_examples)
+    clients = clients._replace(units=units)
+  if trial.bands > 1:
+    strategy = jnp.full((number, trial.bands), trial.bands**-0.5)
+    clients = clients._replace(coefficients=strategy)
+  return clients

@@ -10,7 +10,12 @@ from fedjax_med.core.config import Config
 from fedjax_med.core.errors import UserError, require
 from fedjax_med.data.dataset import ClientTable, UnitTable, unit_table
 from fedjax_med.privacy.accounting import epsilon, resolve_deltas
-from fedjax_med.privacy.calibration import affordable_steps, calibrate_noise, plan_mechanisms
+from fedjax_med.privacy.calibration import (
+  PrivacyTarget,
+  affordable_steps,
+  calibrate_noise,
+  plan_mechanisms,
+)
 from fedjax_med.privacy.guarantees import SEVERAL_IMAGES, Guarantee
 from fedjax_med.privacy.mechanism import PoissonGaussian, batch_size_bound, smallest_cap
 
@@ -94,8 +99,17 @@ def protect(
   local = None
   if private:
     mechanisms, deltas = _mechanisms(config, counts, steps)
-    local = Guarantee(config.privacy.unit, names, mechanisms, deltas, place)
-  return Protection(config, steps, units, rows_per_unit, local, _central(config, len(names)))
+    local = Guarantee(
+      unit=config.privacy.unit, names=names, mechanisms=mechanisms, deltas=deltas, place=place
+    )
+  return Protection(
+    config=config,
+    steps=steps,
+    units=units,
+    rows_per_unit=rows_per_unit,
+    local=local,
+    central=_central(config, len(names)),
+  )
 
 
 def require_a_round(protection: Protection) -> None:
@@ -130,13 +144,15 @@ def _mechanisms(
   mechanisms = plan_mechanisms(
     counts,
     config.client.batch_size,
-    steps=steps * config.server.num_rounds,
-    clip_norm=privacy.clip_norm,
-    batch_cap=privacy.batch_cap,
-    noise_multiplier=privacy.noise_multiplier,
-    target_epsilon=privacy.target_epsilon,
-    delta=privacy.delta,
-    bands=privacy.bands,
+    steps * config.server.num_rounds,
+    PrivacyTarget(
+      clip_norm=privacy.clip_norm,
+      batch_cap=privacy.batch_cap,
+      noise_multiplier=privacy.noise_multiplier,
+      target_epsilon=privacy.target_epsilon,
+      delta=privacy.delta,
+      bands=privacy.bands,
+    ),
   )
   if privacy.same_noise:
     sigma = max(mechanism.noise_multiplier for mechanism in mechanisms)
@@ -246,8 +262,16 @@ def _central(config: Config, num_clients: int) -> Guarantee | None:
   sigma = client.noise_multiplier or calibrate_noise(
     num_clients, rate, cap, server.num_rounds, delta, client.target_epsilon
   )
-  mechanism = PoissonGaussian(num_clients, rate, cap, sigma, client.clip_norm)
+  mechanism = PoissonGaussian(
+    num_units=num_clients,
+    sampling_probability=rate,
+    batch_cap=cap,
+    noise_multiplier=sigma,
+    clip_norm=client.clip_norm,
+  )
   if client.clipping == "adaptive":
     count_noise = client.count_noise or max(mechanism.expected_batch_size / 20, sigma)
     mechanism = dataclasses.replace(mechanism, count_noise=count_noise)
-  return Guarantee("client", ("all hospitals",), (mechanism,), (delta,))
+  return Guarantee(
+    unit="client", names=("all hospitals",), mechanisms=(mechanism,), deltas=(delta,)
+  )

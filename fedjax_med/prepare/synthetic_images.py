@@ -214,7 +214,12 @@ def _learners(hospitals: Hospitals, held: np.ndarray) -> Learner:
   for k, own in enumerate(blocks):
     places[k, : len(own)] = own
   places = places.reshape(len(rows), number, BATCH)
-  return Learner(np.arange(len(rows), dtype=np.int32), table.indices, table.counts, places)
+  return Learner(
+    number=np.arange(len(rows), dtype=np.int32),
+    indices=table.indices,
+    size=table.counts,
+    labels=places,
+  )
 
 
 def _with_images(hospitals: Hospitals, images: np.ndarray) -> Hospitals:

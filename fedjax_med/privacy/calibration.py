@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -16,17 +17,32 @@ from fedjax_med.privacy.strategy import toeplitz_strategy
 NOISE_RANGE = (0.05, 1e5)
 
 
+class PrivacyTarget(NamedTuple):
+  """Privacy settings that all hospitals have in common.
+
+  Attributes:
+    clip_norm: C.
+    batch_cap: one static cap for all hospitals; 0 means the expected size plus 5 standard
+      deviations at the hospital where that is largest. Never more than the largest hospital.
+    noise_multiplier: σ of every hospital; 0 means calibrate.
+    target_epsilon: with ``noise_multiplier=0`` the ε that each hospital's σ is calibrated to.
+    delta: δ; 0 means 1 / (10 n_i). Refused from 1/n_i on.
+    bands: steps that noise is correlated over, at most n_i and the steps of a hospital.
+  """
+
+  clip_norm: float
+  batch_cap: int = 0
+  noise_multiplier: float = 0.0
+  target_epsilon: float = 0.0
+  delta: float = 0.0
+  bands: int = 1
+
+
 def plan_mechanisms(
   counts: Sequence[int] | np.ndarray,
   batch_size: int,
-  *,
   steps: Sequence[int] | np.ndarray,
-  clip_norm: float,
-  batch_cap: int = 0,
-  noise_multiplier: float = 0.0,
-  target_epsilon: float = 0.0,
-  delta: float = 0.0,
-  bands: int = 1,
+  target: PrivacyTarget,
 ) -> tuple[PoissonGaussian, ...]:
   """The mechanism of each hospital.
 
@@ -35,13 +51,7 @@ def plan_mechanisms(
     batch_size: expected batch size; q_i = min(1, bands · batch_size / n_i).
     steps: [K] local steps each hospital will take in all; σ is calibrated to them, and the noise's
       correlation made for them.
-    clip_norm: C.
-    batch_cap: one static cap for all hospitals; 0 means the expected size plus 5 standard
-      deviations at the hospital where that is largest. Never more than the largest hospital.
-    noise_multiplier: σ of every hospital; 0 means calibrate.
-    target_epsilon: with ``noise_multiplier=0`` the ε that each hospital's σ is calibrated to.
-    delta: δ; 0 means 1 / (10 n_i). Refused from 1/n_i on.
-    bands: steps that noise is correlated over, at most n_i and ``steps``.
+    target: settings of all hospitals.
 
   Raises:
     UserError: a value breaks its rule, or the target cannot be reached.
@@ -54,24 +64,33 @@ def plan_mechanisms(
     "give one number of steps for each hospital",
   )
   require(
-    noise_multiplier != 0 or target_epsilon > 0,
-    f"noise_multiplier={noise_multiplier} and target_epsilon={target_epsilon} leave σ open",
+    target.noise_multiplier != 0 or target.target_epsilon > 0,
+    f"noise_multiplier={target.noise_multiplier} and target_epsilon={target.target_epsilon} leave σ"
+    " open",
     "set one of them above 0",
   )
   for count in counts:
     require_whole("num_units", count, 1, "give every hospital at least one training example")
   sizes = [int(count) for count in counts]
-  deltas = resolve_deltas(sizes, delta)
+  deltas = resolve_deltas(sizes, target.delta)
+  bands = target.bands
   rates = [min(1.0, bands * batch_size / n) for n in sizes]
   places = [-(-n // bands) for n in sizes]
   largest = max(min(n, batch_size_bound(n, q, 5)) for n, q in zip(places, rates, strict=True))
-  cap = min(batch_cap or largest, max(places))
+  cap = min(target.batch_cap or largest, max(places))
   mechanisms = []
   for n, q, num_steps, hospital_delta in zip(sizes, rates, steps, deltas, strict=True):
     strategy = toeplitz_strategy(int(num_steps), bands)
-    unit = PoissonGaussian(n, q, cap, 1.0, clip_norm, tuple(map(float, strategy)))
-    sigma = float(noise_multiplier) or unit.column_norm * calibrate_noise(
-      unit.places, q, cap, unit.compositions(num_steps), hospital_delta, target_epsilon
+    unit = PoissonGaussian(
+      num_units=n,
+      sampling_probability=q,
+      batch_cap=cap,
+      noise_multiplier=1.0,
+      clip_norm=target.clip_norm,
+      coefficients=tuple(map(float, strategy)),
+    )
+    sigma = float(target.noise_multiplier) or unit.column_norm * calibrate_noise(
+      unit.places, q, cap, unit.compositions(num_steps), hospital_delta, target.target_epsilon
     )
     mechanisms.append(dataclasses.replace(unit, noise_multiplier=sigma))
   return tuple(mechanisms)
@@ -99,7 +118,13 @@ def calibrate_noise(
   )
   require_whole("steps", steps, 1, "calibrate for at least one step")
   # The clip norm does not enter ε.
-  template = PoissonGaussian(num_units, sampling_probability, batch_cap, 1.0, 1.0)
+  template = PoissonGaussian(
+    num_units=num_units,
+    sampling_probability=sampling_probability,
+    batch_cap=batch_cap,
+    noise_multiplier=1.0,
+    clip_norm=1.0,
+  )
   check_delta(delta, num_units)
 
   def epsilon_at(inverse: float) -> float:

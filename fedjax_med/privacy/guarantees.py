@@ -45,37 +45,44 @@ _EVERYBODY = (
 )
 UNITS = {
   "record": Unit(
-    "one training image of one hospital",
-    "zero-out (one record replaced by nothing; the number of records of each hospital is public)",
-    _DP_SGD.format(place="at the hospital", unit="record"),
-    _EVERYBODY,
-    (),
+    protects="one training image of one hospital",
+    adjacency="zero-out (one record replaced by nothing; the number of records of each hospital is"
+    " public)",
+    mechanism=_DP_SGD.format(place="at the hospital", unit="record"),
+    holds_against=_EVERYBODY,
+    not_against=(),
   ),
   "group": Unit(
-    "all training images of one group of near-duplicates, together (patients are not known)",
-    "zero-out (one group replaced by nothing; the number of groups of each hospital is public)",
-    _DP_SGD.format(place="at the hospital", unit="group"),
-    _EVERYBODY,
-    (),
+    protects="all training images of one group of near-duplicates, together (patients are not"
+    " known)",
+    adjacency="zero-out (one group replaced by nothing; the number of groups of each hospital is"
+    " public)",
+    mechanism=_DP_SGD.format(place="at the hospital", unit="group"),
+    holds_against=_EVERYBODY,
+    not_against=(),
   ),
   "patient": Unit(
-    "all training images of one patient, and their near-duplicates, together",
-    "zero-out (one patient replaced by nothing; the number of patients of each hospital is public)",
-    _DP_SGD.format(place="at the hospital", unit="patient"),
-    _EVERYBODY,
-    (),
+    protects="all training images of one patient, and their near-duplicates, together",
+    adjacency="zero-out (one patient replaced by nothing; the number of patients of each hospital"
+    " is public)",
+    mechanism=_DP_SGD.format(place="at the hospital", unit="patient"),
+    holds_against=_EVERYBODY,
+    not_against=(),
   ),
   "client": Unit(
-    "everything that one hospital holds",
-    "zero-out (one hospital's update replaced by nothing; the number of hospitals is public)",
-    "DP-FedAvg at the server: in each round a Poisson sample of the hospitals, cut to batch_cap;"
-    " the update of each hospital clipped to clip_norm; Gaussian noise of noise_multiplier *"
-    " clip_norm on the sum; a fixed denominator",
-    (
+    protects="everything that one hospital holds",
+    adjacency="zero-out (one hospital's update replaced by nothing; the number of hospitals is"
+    " public)",
+    mechanism="DP-FedAvg at the server: in each round a Poisson sample of the hospitals, cut to"
+    " batch_cap; the update of each hospital clipped to clip_norm; Gaussian noise of"
+    " noise_multiplier * clip_norm on the sum; a fixed denominator",
+    holds_against=(
       "the other hospitals, though they see the global model of every round",
       "whoever gets a model of any round",
     ),
-    ("the server, which sees every update before it adds the noise and has to be trusted",),
+    not_against=(
+      "the server, which sees every update before it adds the noise and has to be trusted",
+    ),
   ),
 }
 _MODEL = ("whoever gets a model of any round",)
@@ -154,7 +161,8 @@ def spent(guarantee: Guarantee, counts: Sequence[int] | np.ndarray) -> tuple[flo
   Raises:
     UserError: lengths differ, there is no party, or a number is not valid.
   """
-  lengths = (*map(len, guarantee[1:4]), len(counts))
+  parties = guarantee.names, guarantee.mechanisms, guarantee.deltas
+  lengths = (*map(len, parties), len(counts))
   require(
     len(set(lengths)) == 1 and len(counts) > 0,
     f"names, mechanisms, deltas and counts have lengths {lengths}",
@@ -259,7 +267,7 @@ def describe(
         "epsilon": value,
       }
       for name, mechanism, count, delta, value in zip(
-        *guarantee[1:3], counts, guarantee.deltas, epsilons, strict=True
+        guarantee.names, guarantee.mechanisms, counts, guarantee.deltas, epsilons, strict=True
       )
     ],
   }

@@ -261,7 +261,7 @@ def split(folder: pathlib.Path) -> Split | None:
       kept.append(text)
   if not lines or not broken:
     return None
-  return Split(_ledger(path, lines), tuple(kept), tuple(broken), first)
+  return Split(intact=_ledger(path, lines), texts=tuple(kept), broken=tuple(broken), first=first)
 
 
 def set_apart(folder: pathlib.Path, parts: Split, rounds: int, counts: Counts) -> pathlib.Path:
@@ -381,10 +381,14 @@ def _is_news(book: Ledger, ran: Ran, goes_on: bool) -> bool:
 
   Versions alone are news where it goes on: what was told before was told with others.
   """
-  if not book.ran or (goes_on and ran[:2] != book.ran[-1][:2]):
+  if not book.ran or (goes_on and _versions(ran) != _versions(book.ran[-1])):
     return True
   known = {each.clipping for each in book.ran}
   return ran.clipping not in known or ran.baselines > any(each.baselines for each in book.ran)
+
+
+def _versions(ran: Ran) -> tuple[str, str]:
+  return ran.fedjax_med, ran.dp_accounting
 
 
 def _ran_of(texts: Iterable[bytes]) -> list[Ran]:
@@ -458,11 +462,11 @@ def _to_json(guarantee: Guarantee) -> dict[str, Any]:
 def _from_json(value: dict[str, Any]) -> Guarantee:
   parties = value["parties"]
   return Guarantee(
-    value["unit"],
-    tuple(party["name"] for party in parties),
-    tuple(_mechanism(party) for party in parties),
-    tuple(party["delta"] for party in parties),
-    value.get("place", "federation"),
+    unit=value["unit"],
+    names=tuple(party["name"] for party in parties),
+    mechanisms=tuple(_mechanism(party) for party in parties),
+    deltas=tuple(party["delta"] for party in parties),
+    place=value.get("place", "federation"),
   )
 
 

@@ -32,10 +32,10 @@ def main(argv: list[str]) -> None:
   from fedjax_med.report import sweep_page
 
   if len(folders) == 1:
-    print(visible(str(sweep_page.write(sweep_page.of_sweep(folders[0]), folders[0]))))
+    print(visible(str(sweep_page.write(sweep_page.read_sweep(folders[0]), folders[0]))))
     return
   require(bool(values.out), "--out is empty", "name a folder for the report on several runs")
-  page = sweep_page.write(sweep_page.of_runs(folders), pathlib.Path(values.out).expanduser())
+  page = sweep_page.write(sweep_page.read_runs(folders), pathlib.Path(values.out).expanduser())
   print(visible(str(page)))
 
 

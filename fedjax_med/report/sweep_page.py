@@ -48,7 +48,7 @@ ENDS = ("mean", "low", "high")
 MOST_ARMS = 24  # in a figure; tables hold all of them
 
 
-class Runs(NamedTuple):
+class ComparedRuns(NamedTuple):
   """What a report is of.
 
   Attributes:
@@ -68,12 +68,12 @@ class Runs(NamedTuple):
   command: str
 
 
-def of_sweep(workdir: pathlib.Path) -> Runs:
+def read_sweep(workdir: pathlib.Path) -> ComparedRuns:
   """The points of a sweep; raises UserError where none has ended."""
   definition = table.read(workdir)
   numbers = [k for k in range(len(definition["points"])) if table.done(workdir, k)]
   require(bool(numbers), f"no point of {workdir} has ended", "start the sweep with --resume")
-  return Runs(
+  return ComparedRuns(
     f"Sweep {definition['sweep_id']}",
     [table.folder_of(workdir, number) for number in numbers],
     [definition["points"][number] for number in numbers],
@@ -83,7 +83,7 @@ def of_sweep(workdir: pathlib.Path) -> Runs:
   )
 
 
-def of_runs(folders: Sequence[pathlib.Path]) -> Runs:
+def read_runs(folders: Sequence[pathlib.Path]) -> ComparedRuns:
   """Several runs by themselves; they differ in those fields whose values are not the same."""
   configs = []
   for folder in folders:
@@ -105,10 +105,10 @@ def of_runs(folders: Sequence[pathlib.Path]) -> Runs:
   seconds = [table.read_json(folder / "timing.json")["total"] for folder in folders]
   timing = pd.DataFrame({"point": range(len(folders)), "seconds": seconds})
   title = f"{len(folders)} runs"
-  return Runs(title, list(folders), points, study.with_seconds(frame, timing), 0, "")
+  return ComparedRuns(title, list(folders), points, study.with_seconds(frame, timing), 0, "")
 
 
-def write(runs: Runs, target: pathlib.Path) -> pathlib.Path:
+def write(runs: ComparedRuns, target: pathlib.Path) -> pathlib.Path:
   """Writes report.html, figures (PNG and PDF) and tables (CSV and LaTeX) into ``target``."""
   axes = _axes(runs)
   arms = _arms(runs.frame, axes)
@@ -162,7 +162,7 @@ def write(runs: Runs, target: pathlib.Path) -> pathlib.Path:
   return path
 
 
-def _axes(runs: Runs) -> list[str]:
+def _axes(runs: ComparedRuns) -> list[str]:
   """What the points differ in, but for seeds, in the order of the sweep."""
   names = [name for name in runs.points[0] if name not in SEEDS]
   return [name for name in names if runs.frame[name].nunique(dropna=False) > 1]
@@ -228,7 +228,9 @@ def _telling(axes: list[str], arms: list[dict[str, Any]]) -> list[str]:
   return telling
 
 
-def _draw(runs: Runs, axes: list[str], arms: list[dict[str, Any]], folder: pathlib.Path) -> None:
+def _draw(
+  runs: ComparedRuns, axes: list[str], arms: list[dict[str, Any]], folder: pathlib.Path
+) -> None:
   frontier = _frontier(axes, arms)
   some = arms[:MOST_ARMS]
   labels = [arm["short"] for arm in some]
@@ -259,7 +261,7 @@ def _draw(runs: Runs, axes: list[str], arms: list[dict[str, Any]], folder: pathl
     draw_partition(folder / f"partition{suffix}", hospitals)
 
 
-def _places(runs: Runs) -> dict[int, pathlib.Path]:
+def _places(runs: ComparedRuns) -> dict[int, pathlib.Path]:
   numbers = runs.frame["point"].drop_duplicates().tolist()
   return dict(zip(numbers, runs.folders, strict=True))
 
@@ -342,7 +344,7 @@ def _label(point: Point) -> str:
   return shown({name.rpartition(".")[2]: value for name, value in point.items()})
 
 
-def _data_notes(runs: Runs) -> list[Note]:
+def _data_notes(runs: ComparedRuns) -> list[Note]:
   """What must be known of the data of the runs, each sentence once; names of files in none."""
   units = runs.frame.groupby("point")["privacy.unit"].first()
   notes = (

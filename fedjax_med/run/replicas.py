@@ -37,13 +37,13 @@ def train_replicas(experiment: Experiment, runs: Replicas) -> list[EvaluatedMode
   at_once = 1 if jax.default_backend() == "cpu" else RUNS_AT_ONCE
 
   def one(shared, run: Replicas):
-    (clients, pool, hyper), given = shared
+    (clients, pool, hyper), pretrained = shared
     own = clients._replace(indices=run.indices)
-    state = parts.initial(run.seeds, *given)
+    state = parts.initial(run.seeds, *pretrained)
     state, _ = parts.block(state, own, pool, hyper, run.keys, rounds)
     return evaluated(parts, state)
 
   inputs = experiment.clients, experiment.pool, experiment.hyper
-  shared = jax.device_get((inputs, parts.given))
+  shared = jax.device_get((inputs, parts.pretrained))
   found = map_over_devices(one, devices, at_once)(shared, runs)
   return [jax.tree.map(lambda leaf, k=k: leaf[k], found) for k in range(len(runs.seeds))]

@@ -131,7 +131,7 @@ def _secret(config: Config, folder: pathlib.Path, noise_key: pathlib.Path | None
   first, refused = b"", None
   if is_first():
     try:
-      first = secrets.of_folder(folder, noise_key, begun)
+      first = secrets.folder_secret(folder, noise_key, begun)
     except UserError as error:
       refused = error
   if least(float(refused is None)) < 1:  # none waits for one that was refused

@@ -48,7 +48,9 @@ def load(steps: Sequence[int] | np.ndarray, chunk: int, devices: int = 1) -> Loa
   dealt = np.pad(steps, (0, seats.size - len(steps)))[seats]
   longest = dealt.max(1)  # of each chunk; a chunk without clients is not run
   by_device = longest.reshape(devices, -1).sum(1)
-  return Load(int(steps.sum()), int(longest.sum()) * chunk, int(by_device.max()))
+  return Load(
+    useful=int(steps.sum()), executed=int(longest.sum()) * chunk, longest=int(by_device.max())
+  )
 
 
 def best_chunk(

@@ -33,13 +33,13 @@ class EvaluatedModel(NamedTuple):
   Attributes:
     params: the global model's.
     state: its non-trained state.
-    client_states: persistent state of each client, leading axis K, where a client predicts with a
-      model of its own; () where all use the global one.
+    kept: persistent state of each client, leading axis K, where a client predicts with a model of
+      its own; () where all use the global one. The digests of finished runs contain this name.
   """
 
   params: Tree
   state: Tree
-  client_states: Tree = ()
+  kept: Tree = ()
 
 
 class Batches(NamedTuple):
@@ -70,7 +70,7 @@ def make_evaluate(
     def one(batch: Batches):
       params, state = weights.params, weights.state
       if personal is not None:
-        owner = jax.tree.map(lambda leaf: leaf[batch.owners], weights.client_states)
+        owner = jax.tree.map(lambda leaf: leaf[batch.owners], weights.kept)
         params, state = personal(params, state, owner)
       return classify(params, state, pool.inputs[batch.rows])
 

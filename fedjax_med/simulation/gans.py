@@ -1,5 +1,6 @@
 """The GANs of all hospitals, each trained on its hospital's images alone, in one program."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -11,24 +12,24 @@ import optax
 from fedjax_med.core.keys import Stream, base_key, key_for
 from fedjax_med.data.normalisation import normalise
 from fedjax_med.models import ops
-from fedjax_med.models.networks.gan import LATENT, make_gan
+from fedjax_med.models.networks.gan import LATENT, Gan, make_gan
 from fedjax_med.simulation.mesh import map_over_devices
 
 BATCH = 16  # images of a step, drawn with replacement: a small hospital has fewer
 RATE, FIRST_MOMENT, SECOND_MOMENT = 1.5e-3, 0.5, 0.99  # of Adam, as in DCGAN but faster
 AVERAGE = 0.98  # decay of the generator's average over steps, which makes the images
 
-# What the keys of a hospital's GAN are for.
+# Uses of the keys of a hospital's GAN.
 _GENERATOR, _DISCRIMINATOR, _STEP, _IMAGES = range(4)
 
 
 class Learner(NamedTuple):
-  """What one hospital's GAN learns from and is to make; [K] of them are stacked.
+  """Training images of one hospital's GAN, and classes of the images to make; [K] are stacked.
 
   Attributes:
     number: int32, names the hospital in random keys.
-    indices: [n_max] int32 rows of the images that it learns from; at or past ``size`` unread.
-    size: int32 images it learns from.
+    indices: [n_max] int32 rows of the training images; slots at or past ``size`` are not read.
+    size: int32 number of training images.
     labels: [blocks, BATCH] int32 classes of the images to make.
   """
 
@@ -36,6 +37,58 @@ class Learner(NamedTuple):
   indices: Any
   size: Any
   labels: Any
+
+
+class _Setup(NamedTuple):
+  """Parts that the GANs of all hospitals have in common.
+
+  Attributes:
+    gan: generator and discriminator.
+    adam: optimiser of both.
+    height: rows of an image.
+    width: columns of an image.
+    num_classes: classes in all.
+  """
+
+  gan: Gan
+  adam: optax.GradientTransformation
+  height: int
+  width: int
+  num_classes: int
+
+
+class _Shared(NamedTuple):
+  """Arguments that the GANs of all hospitals have in common.
+
+  Attributes:
+    images: [N, H, W, 1] all images.
+    labels: [N] their classes.
+    seed: seed of the run.
+    steps: steps of a GAN.
+  """
+
+  images: Any
+  labels: Any
+  seed: Any
+  steps: Any
+
+
+class _Training(NamedTuple):
+  """State of a GAN in training.
+
+  Attributes:
+    generator: its weights.
+    discriminator: its weights.
+    generator_state: state of the generator's optimiser.
+    discriminator_state: state of the discriminator's optimiser.
+    average: average of the generator over steps.
+  """
+
+  generator: Any
+  discriminator: Any
+  generator_state: Any
+  discriminator_state: Any
+  average: Any
 
 
 def make_synthesis(
@@ -62,79 +115,112 @@ def make_synthesis(
     height: rows of an image.
     width: columns of an image.
     num_classes: classes in all, of which a hospital may hold some.
-    devices: of this process, that learners are dealt over.
+    devices: devices of this process that learners are dealt over.
     at_once: learners that a device works on side by side.
     lowering: of the convolutions.
   """
-  gan = make_gan(height, width, num_classes, lowering)
-  adam = optax.adam(RATE, b1=FIRST_MOMENT, b2=SECOND_MOMENT)
-
-  def inputs_of(noise, labels):
-    return jnp.concatenate([noise, jax.nn.one_hot(labels, num_classes, dtype=noise.dtype)], axis=1)
-
-  def generate(params, noise, labels):
-    return gan.generator.apply(params, {}, inputs_of(noise, labels))[0]
-
-  def scores(params, images, labels):
-    found = gan.discriminator.apply(params, {}, images)[0]
-    return jnp.take_along_axis(found, labels[:, None], axis=1)[:, 0]
-
-  def step_of(gradient, params, state):
-    with jax.numpy_dtype_promotion("standard"):  # optax's adam mixes int32 counts and floats
-      move, state = adam.update(gradient, state)
-    return optax.apply_updates(params, move), state
-
-  def one(shared, learner: Learner):
-    images, labels, seed, steps = shared
-    key = key_for(base_key(seed), Stream.SYNTHETIC, learner.number)
-    noise = jnp.zeros((1, LATENT + num_classes))
-    maker = gan.generator.init(jax.random.fold_in(key, _GENERATOR), noise)[0]
-    blank = jnp.zeros((1, height, width, 1))
-    judge = gan.discriminator.init(jax.random.fold_in(key, _DISCRIMINATOR), blank)[0]
-
-    def body(step, carry):
-      maker, judge, maker_state, judge_state, average = carry
-      keys = jax.random.split(jax.random.fold_in(jax.random.fold_in(key, _STEP), step), 2)
-      drawn = jax.random.randint(keys[0], (BATCH,), 0, jnp.maximum(learner.size, 1))
-      rows = learner.indices[drawn]
-      # One that learns from nothing must not look at row 0, which is another's.
-      real = jnp.where(learner.size > 0, normalise(images[rows], "fixed"), 0)
-      classes = labels[rows]
-      noise = jax.random.normal(keys[1], (BATCH, LATENT))
-      fake, back = jax.vjp(lambda params: generate(params, noise, classes), maker)
-
-      def judge_loss(params):
-        found = scores(params, jnp.concatenate([real, fake]), jnp.concatenate([classes, classes]))
-        return jax.nn.softplus(-found[:BATCH]).mean() + jax.nn.softplus(found[BATCH:]).mean()
-
-      judge, judge_state = step_of(jax.grad(judge_loss)(judge), judge, judge_state)
-
-      def maker_loss(fake):
-        return jax.nn.softplus(-scores(judge, fake, classes)).mean()
-
-      maker, maker_state = step_of(back(jax.grad(maker_loss)(fake))[0], maker, maker_state)
-      done = step.astype(jnp.float32)
-      decay = jnp.minimum(AVERAGE, (1 + done) / (10 + done))  # the first weights are soon forgotten
-      average = jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, average, maker)
-      return maker, judge, maker_state, judge_state, average
-
-    carry = (maker, judge, adam.init(maker), adam.init(judge), maker)
-    average = jax.lax.fori_loop(0, steps, body, carry)[-1]
-
-    def block(numbered):
-      number, classes = numbered
-      own = jax.random.fold_in(jax.random.fold_in(key, _IMAGES), number)
-      made = generate(average, jax.random.normal(own, (BATCH, LATENT)), classes)
-      pixels = jnp.round((made + 1) * (jnp.iinfo(images.dtype).max / 2)).astype(images.dtype)
-      return pixels, jnp.isfinite(made).all()
-
-    made, finite = jax.lax.map(block, (jnp.arange(learner.labels.shape[0]), learner.labels))
-    return made, finite.all()
-
-  several = map_over_devices(one, devices, at_once)
+  setup = _Setup(
+    gan=make_gan(height, width, num_classes, lowering),
+    adam=optax.adam(RATE, b1=FIRST_MOMENT, b2=SECOND_MOMENT),
+    height=height,
+    width=width,
+    num_classes=num_classes,
+  )
+  several = map_over_devices(functools.partial(_learn, setup), devices, at_once)
 
   def synthesise(inputs, labels, seed: int, steps: int, learners: Learner):
     # NumPy scalars: neither compiles anew.
-    return several((inputs, labels, np.int32(seed), np.int32(steps)), learners)
+    shared = _Shared(images=inputs, labels=labels, seed=np.int32(seed), steps=np.int32(steps))
+    return several(shared, learners)
 
   return synthesise
+
+
+def _learn(setup: _Setup, shared: _Shared, learner: Learner) -> tuple[jax.Array, jax.Array]:
+  """Trains one GAN; returns the learner's images, and whether all are finite."""
+  key = key_for(base_key(shared.seed), Stream.SYNTHETIC, learner.number)
+  noise = jnp.zeros((1, LATENT + setup.num_classes))
+  generator = setup.gan.generator.init(jax.random.fold_in(key, _GENERATOR), noise)[0]
+  blank = jnp.zeros((1, setup.height, setup.width, 1))
+  discriminator = setup.gan.discriminator.init(jax.random.fold_in(key, _DISCRIMINATOR), blank)[0]
+  start = _Training(
+    generator=generator,
+    discriminator=discriminator,
+    generator_state=setup.adam.init(generator),
+    discriminator_state=setup.adam.init(discriminator),
+    average=generator,
+  )
+  step = functools.partial(_step, setup, shared, learner, jax.random.fold_in(key, _STEP))
+  average = jax.lax.fori_loop(0, shared.steps, step, start).average
+
+  def block(numbered):
+    number, classes = numbered
+    block_key = jax.random.fold_in(jax.random.fold_in(key, _IMAGES), number)
+    made = _generate(setup, average, jax.random.normal(block_key, (BATCH, LATENT)), classes)
+    dtype = shared.images.dtype
+    pixels = jnp.round((made + 1) * (jnp.iinfo(dtype).max / 2)).astype(dtype)
+    return pixels, jnp.isfinite(made).all()
+
+  made, finite = jax.lax.map(block, (jnp.arange(learner.labels.shape[0]), learner.labels))
+  return made, finite.all()
+
+
+def _step(
+  setup: _Setup, shared: _Shared, learner: Learner, key: jax.Array, step, training: _Training
+) -> _Training:
+  """One step of the discriminator, and one of the generator."""
+  keys = jax.random.split(jax.random.fold_in(key, step), 2)
+  drawn = jax.random.randint(keys[0], (BATCH,), 0, jnp.maximum(learner.size, 1))
+  rows = learner.indices[drawn]
+  # A learner without images must not look at row 0, which is of another hospital.
+  real = jnp.where(learner.size > 0, normalise(shared.images[rows], "fixed"), 0)
+  classes = shared.labels[rows]
+  noise = jax.random.normal(keys[1], (BATCH, LATENT))
+  fake, back = jax.vjp(lambda params: _generate(setup, params, noise, classes), training.generator)
+
+  def discriminator_loss(params):
+    both = jnp.concatenate([real, fake]), jnp.concatenate([classes, classes])
+    scores = _scores(setup, params, *both)
+    return jax.nn.softplus(-scores[:BATCH]).mean() + jax.nn.softplus(scores[BATCH:]).mean()
+
+  gradient = jax.grad(discriminator_loss)(training.discriminator)
+  discriminator, discriminator_state = _descend(
+    setup, gradient, training.discriminator, training.discriminator_state
+  )
+
+  def generator_loss(fake):
+    return jax.nn.softplus(-_scores(setup, discriminator, fake, classes)).mean()
+
+  generator, generator_state = _descend(
+    setup, back(jax.grad(generator_loss)(fake))[0], training.generator, training.generator_state
+  )
+  done = step.astype(jnp.float32)
+  decay = jnp.minimum(AVERAGE, (1 + done) / (10 + done))  # the first weights are soon forgotten
+  return _Training(
+    generator=generator,
+    discriminator=discriminator,
+    generator_state=generator_state,
+    discriminator_state=discriminator_state,
+    average=jax.tree.map(
+      lambda old, new: decay * old + (1 - decay) * new, training.average, generator
+    ),
+  )
+
+
+def _generate(setup: _Setup, params: Any, noise: jax.Array, labels: jax.Array) -> jax.Array:
+  """Images of these classes."""
+  classes = jax.nn.one_hot(labels, setup.num_classes, dtype=noise.dtype)
+  return setup.gan.generator.apply(params, {}, jnp.concatenate([noise, classes], axis=1))[0]
+
+
+def _scores(setup: _Setup, params: Any, images: jax.Array, labels: jax.Array) -> jax.Array:
+  """The discriminator's score of each image as one of its class."""
+  scores = setup.gan.discriminator.apply(params, {}, images)[0]
+  return jnp.take_along_axis(scores, labels[:, None], axis=1)[:, 0]
+
+
+def _descend(setup: _Setup, gradient: Any, params: Any, state: Any) -> tuple[Any, Any]:
+  """Returns (params, state of the optimiser) after a step of Adam."""
+  with jax.numpy_dtype_promotion("standard"):  # optax's adam mixes int32 counts and floats
+    move, state = setup.adam.update(gradient, state)
+  return optax.apply_updates(params, move), state

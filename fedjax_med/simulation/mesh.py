@@ -93,7 +93,7 @@ def choose_devices(devices: int, cohort: int) -> Devices:
   else:
     number = min(available, cohort)
     reason = f"jax sees {available}, and {cohort} clients at most train in a round"
-  return Devices(number, client_mesh(number), f"devices {number}: {reason}")
+  return Devices(number=number, mesh=client_mesh(number), reason=f"devices {number}: {reason}")
 
 
 def client_mesh(number: int) -> Mesh | None:

@@ -41,23 +41,23 @@ def make_sweep(
 ) -> jax.stages.Wrapped:
   """Builds the one program of a sweep.
 
-  It is ``sweep(states, fresh, num_rounds [S], points, pool, given) -> (states, metrics,
+  It is ``sweep(states, fresh, num_rounds [S], points, pool, pretrained) -> (states, metrics,
   probabilities [S, b, size, classes])``, jitted, states donated. Each run takes as many rounds as
   ``num_rounds`` says, 0 being none; with ``fresh`` it begins anew first, whatever its state holds.
   A run depends on no other: neither on its values nor on its rounds.
 
   Args:
-    initial: (seed, *given) -> state before round 0.
+    initial: (seed, *pretrained) -> state before round 0.
     block: (state, clients, pool, hyper, key, num_rounds) -> (state, metrics).
     evaluate: (state, pool, batches) -> probabilities.
     at_once: runs that a device works on side by side; the others wait.
     mesh: devices that runs are dealt over, which must divide S; None is the default device.
   """
 
-  def run(states, fresh, num_rounds, points, pool, given):
+  def run(states, fresh, num_rounds, points, pool, pretrained):
     def one(row):
       state, rounds, point = row
-      state = jax.lax.cond(fresh, lambda: initial(point.seed, *given), lambda: state)
+      state = jax.lax.cond(fresh, lambda: initial(point.seed, *pretrained), lambda: state)
       state, metrics = block(state, point.clients, pool, point.hyper, point.key, rounds)
       return state, metrics, evaluate(state, pool, point.batches)
 
@@ -78,7 +78,7 @@ def make_sweep(
   return jax.jit(sharded, donate_argnums=0, in_shardings=places, out_shardings=runs)
 
 
-def blank_states(initial: Callable[..., SimulationState], given: Any, runs: int) -> Any:
+def blank_states(initial: Callable[..., SimulationState], pretrained: Any, runs: int) -> Any:
   """States to begin ``runs`` runs from with ``fresh``; their values are not read."""
-  shapes = jax.eval_shape(initial, jax.ShapeDtypeStruct((), jnp.int32), *given)
+  shapes = jax.eval_shape(initial, jax.ShapeDtypeStruct((), jnp.int32), *pretrained)
   return jax.tree.map(lambda leaf: jnp.zeros((runs, *leaf.shape), leaf.dtype), shapes)

@@ -191,7 +191,7 @@ def _secret(workdir: pathlib.Path, configs: Sequence[Config]) -> bytes:
   if (workdir / "config.json").exists():  # a run, which ``table.begin`` refuses
     return b""
   # Before the definition: whoever finds that finds the secret, also another shard.
-  return secrets.of_folder(workdir, noise_key(), (workdir / table.DEFINITION).exists())
+  return secrets.folder_secret(workdir, noise_key(), (workdir / table.DEFINITION).exists())
 
 
 def _notes() -> dict[str, Any]:

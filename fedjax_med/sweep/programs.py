@@ -17,9 +17,10 @@ from fedjax_med.core.errors import UserError
 from fedjax_med.data.dataset import Dataset
 from fedjax_med.federated.algorithm import Pool
 from fedjax_med.prepare.accounted_arrays import differences, require_accounted
-from fedjax_med.prepare.experiment import Experiment, place, plan_together
+from fedjax_med.prepare.experiment import Experiment, make_experiment, make_shared_program
 from fedjax_med.prepare.memory import shared_devices
-from fedjax_med.prepare.program import Program, Shapes
+from fedjax_med.prepare.program import Program
+from fedjax_med.prepare.recipe import Shapes
 from fedjax_med.run.loop import evaluated, evaluation_groups
 from fedjax_med.simulation.evaluation import Batches, batches_of, shape_of
 from fedjax_med.simulation.mesh import CLIENTS, RUNS_AT_ONCE, client_mesh, local_devices, replicated
@@ -60,7 +61,8 @@ class Prepared(NamedTuple):
     layout: how runs lie on this machine.
     batches: [b, size] of test images, enough for each run's.
     images: in the pool, enough for each run's.
-    sweep: (states, fresh, rounds [S], points, pool, given) -> (states, metrics, probabilities).
+    sweep: (states, fresh, rounds [S], points, pool, pretrained) -> (states, metrics,
+      probabilities).
     compilations: how often ``sweep`` was compiled in this process.
   """
 
@@ -90,16 +92,16 @@ def compiled_ahead(plans: Sequence[Prepared]) -> Iterator[Prepared]:
 
 def prepare(group: Sequence[Planned], at_once: int) -> Prepared:
   """The program of a group, compiled."""
-  return _compile(plan(group, at_once))
+  return _compile(make_group_program(group, at_once))
 
 
-def plan(group: Sequence[Planned], at_once: int) -> Prepared:
+def make_group_program(group: Sequence[Planned], at_once: int) -> Prepared:
   """The program of a group, whose ``sweep`` is still to be compiled.
 
   UserError naming the point if it does not fit. It may time steps, which nothing must disturb.
   """
   try:
-    program, shapes = plan_together([each.case for each in group])
+    program, shapes = make_shared_program([each.case for each in group])
   except UserError as error:
     raise UserError(f"point {shown(group[0].point)}: {error}") from error
   layout = _layout(program, group, at_once)
@@ -122,12 +124,12 @@ def _compile(prepared: Prepared) -> Prepared:
   dataset, shape = case.hospitals.dataset, jax.ShapeDtypeStruct
   arrays = (dataset.inputs, dataset.labels)
   images: Any = [shape((prepared.images, *each.shape[1:]), each.dtype) for each in arrays]
-  run = place(case, prepared.program, prepared.shapes, Pool(*images), None)
+  run = make_experiment(case, prepared.program, prepared.shapes, Pool(*images), None)
   batches, _ = batches_of(evaluation_groups(parts, case.hospitals), prepared.batches)
-  states = jax.eval_shape(lambda: blank_states(parts.initial, parts.given, size))
+  states = jax.eval_shape(lambda: blank_states(parts.initial, parts.pretrained, size))
   points, lengths = stack([run] * size, [batches] * size), np.zeros(size, np.int32)
   sweep: Any = prepared.sweep
-  lowered = sweep.lower(states, np.bool_(True), lengths, points, run.pool, parts.given)
+  lowered = sweep.lower(states, np.bool_(True), lengths, points, run.pool, parts.pretrained)
   return prepared._replace(sweep=lowered.compile())
 
 

@@ -14,7 +14,7 @@ from fedjax_med.core.errors import UserError
 from fedjax_med.data.dataset import Dataset, Hospitals
 from fedjax_med.folder import secret as secrets
 from fedjax_med.folder import writing as files
-from fedjax_med.prepare.experiment import Experiment, place
+from fedjax_med.prepare.experiment import Experiment, make_experiment
 from fedjax_med.prepare.synthetic_images import image_keeper
 from fedjax_med.privacy import ledger
 from fedjax_med.run.baselines import write_baselines
@@ -36,7 +36,15 @@ from fedjax_med.simulation.evaluation import batches_of
 from fedjax_med.simulation.rounds import NEVER
 from fedjax_med.simulation.runs_axis import blank_states
 from fedjax_med.sweep.points import Key, Planned, groups, images_of, shown
-from fedjax_med.sweep.programs import Layout, Prepared, compiled_ahead, plan, pool_of, put, stack
+from fedjax_med.sweep.programs import (
+  Layout,
+  Prepared,
+  compiled_ahead,
+  make_group_program,
+  pool_of,
+  put,
+  stack,
+)
 
 
 class Progress(NamedTuple):
@@ -96,7 +104,7 @@ def run_points(
   plans = []
   for number, part in enumerate(parts, 1):
     listen(progress._replace(note=f"program {number} of {len(parts)}: planning"))
-    plans.append(plan(part, at_once))
+    plans.append(make_group_program(part, at_once))
   compiled = compiled_ahead(plans)
   for number in range(1, len(parts) + 1):
     progress = progress._replace(note=f"program {number} of {len(parts)}")
@@ -153,7 +161,7 @@ def run_group(
     for each, start in zip(chunk, starts, strict=True):
       hospitals = dataclasses.replace(each.case.hospitals, dataset=sets[images_of(each)])
       case = each.case._replace(hospitals=hospitals)
-      runs.append(place(case, prepared.program, prepared.shapes, pool, None, start))
+      runs.append(make_experiment(case, prepared.program, prepared.shapes, pool, None, start))
 
     def told(rounds: int, so_far=progress, chunk=chunk) -> None:
       note = f"{so_far.note}: {len(chunk)} runs at once"
@@ -214,7 +222,7 @@ def _run_chunk(
   points = stack(padded, [*batches, *[batches[0]] * missing])
   points = put(points, layout.mesh, dealt=True)
   parts = first.program.parts
-  states = put(blank_states(parts.initial, parts.given, layout.size), layout.mesh, dealt=True)
+  states = put(blank_states(parts.initial, parts.pretrained, layout.size), layout.mesh, dealt=True)
   fresh, lengths = True, np.zeros(layout.size, np.int32)
   stopped = ["" for _ in runs]
   lines: list[list[dict[str, Any]]] = [[] for _ in runs]
@@ -222,7 +230,7 @@ def _run_chunk(
   while True:
     going = [fresh or length > 0 for length in lengths[: len(runs)]]
     states, metrics, found = prepared.sweep(
-      states, np.bool_(fresh), lengths, points, first.pool, parts.given
+      states, np.bool_(fresh), lengths, points, first.pool, parts.pretrained
     )
     rounds, steps = jax.device_get((states.server.round, states.steps))
     metrics, found = jax.device_get((metrics, found))

@@ -292,7 +292,9 @@ def _given(
     if len(found) == num_images:
       break
   require(bool(found), f"--images={images} holds no readable picture", "mend or replace the files")
-  return Group(f"Pictures of {readable(images.name)}", np.stack(found), ("",) * len(found))
+  return Group(
+    name=f"Pictures of {readable(images.name)}", pixels=np.stack(found), true=("",) * len(found)
+  )
 
 
 def _of_hospitals(hospitals: Hospitals, num_images: int, only: str) -> list[Group]:
@@ -312,7 +314,7 @@ def _of_hospitals(hospitals: Hospitals, num_images: int, only: str) -> list[Grou
     chosen = rows[np.lexsort((labels, turn))][:num_images]
     if len(chosen):
       true = tuple(dataset.class_names[label] for label in dataset.labels[chosen])
-      groups.append(Group(name, dataset.inputs[chosen], true))
+      groups.append(Group(name=name, pixels=dataset.inputs[chosen], true=true))
   whose = f"--hospital={only}" if only else "the run"
   require(bool(groups), f"{whose} has no test images", "give --images=FOLDER")
   return groups[:MAX_HOSPITALS]
@@ -347,12 +349,12 @@ def _seen(
   probabilities = looked.probabilities[row]
   best = int(probabilities.argmax())
   return heat_pictures.Seen(
-    group.pixels[row, :, :, 0],
-    looked.maps[row],
-    np.asarray(looked.gated[block].activation[row]) if block else None,
-    trained.class_names[best],
-    float(probabilities[best]),
-    group.true[row],
+    pixels=group.pixels[row, :, :, 0],
+    heat=looked.maps[row],
+    gated=np.asarray(looked.gated[block].activation[row]) if block else None,
+    predicted=trained.class_names[best],
+    probability=float(probabilities[best]),
+    true=group.true[row],
   )
 
 

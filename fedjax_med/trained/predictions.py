@@ -71,7 +71,7 @@ def make_probabilities(trained: Trained) -> Callable[[np.ndarray], np.ndarray]:
   return lambda images: np.asarray(classify(trained.params, trained.state, images))
 
 
-def choose_layer(trained: Trained, name: str = "") -> grad_cam.Layer:
+def choose_layer(trained: Trained, name: str = "") -> grad_cam.MapLayer:
   """The layer that Grad-CAM is made at; see ``attention.choose_layer``."""
   image = jax.ShapeDtypeStruct((1, *trained.image_shape), jnp.float32)
   layers = grad_cam.find_layers(trained.model, trained.params, trained.state, image)
@@ -79,7 +79,7 @@ def choose_layer(trained: Trained, name: str = "") -> grad_cam.Layer:
 
 
 def make_look(
-  trained: Trained, layer: grad_cam.Layer
+  trained: Trained, layer: grad_cam.MapLayer
 ) -> Callable[[np.ndarray, int | None], Looked]:
   """Compiles (images [B, H, W, C], target) -> Looked; None explains the predicted class.
 
@@ -89,17 +89,18 @@ def make_look(
   classify = make_classify(model, normalisation)
 
   @jax.jit
-  def look(params: Any, state: Any, images: jax.Array, target: Any) -> tuple[Any, ...]:
+  def look(params: Any, state: Any, images: jax.Array, target: Any) -> Looked:
     probabilities = classify(params, state, images)
     classes = jnp.where(target < 0, probabilities.argmax(1), target)
     inputs = normalise(images, normalisation)
     maps = grad_cam.grad_cam(model, params, state, inputs, classes, layer)
-    return probabilities, maps, grad_cam.gated(model, params, state, inputs)
+    gated = grad_cam.gated(model, params, state, inputs)
+    return Looked(probabilities=probabilities, maps=maps, gated=gated)
 
   def run(images: np.ndarray, target: int | None) -> Looked:
     number = np.int32(-1 if target is None else target)  # traced: one program for every target
     try:
-      return Looked(*jax.device_get(look(trained.params, trained.state, images, number)))
+      return jax.device_get(look(trained.params, trained.state, images, number))
     except jax.errors.UnexpectedTracerError as error:
       raise UserError(
         f"layer '{layer.name}' runs inside a loop (nn.scan), which its map does not leave; name a"
@@ -118,7 +119,7 @@ def files_in(place: pathlib.Path) -> list[File]:
   require(place.exists(), f"--images={place} does not exist", "give a folder or a picture file")
   if not place.is_dir():
     require(place.is_file(), f"--images={place} is no regular file", "give a folder or a picture")
-    return [File(place, (readable(place.name),), "")]
+    return [File(path=place, parts=(readable(place.name),), reason="")]
   files = [file for file in walk(place).files if file.reason != SYSTEM]
   reasons = [file.reason for file in files]
   require(
@@ -138,8 +139,8 @@ def read_pictures(trained: Trained, files: Sequence[File]) -> Iterator[Picture]:
   def read(file: File) -> Picture:
     pixels = file.reason or _read(file.path, least, data.image_size, grey, bool(data.window))
     if isinstance(pixels, str):
-      return Picture(file.path, file.name, None, pixels)
-    return Picture(file.path, file.name, pixels[..., None], "")
+      return Picture(path=file.path, name=file.name, pixels=None, error=pixels)
+    return Picture(path=file.path, name=file.name, pixels=pixels[..., None], error="")
 
   with concurrent.futures.ThreadPoolExecutor(2) as threads:
     yield from threads.map(read, files)
@@ -169,7 +170,7 @@ def predict_files(
   trained: Trained,
   images: pathlib.Path,
   output: pathlib.Path,
-  layer: grad_cam.Layer | None,
+  layer: grad_cam.MapLayer | None,
   tell: Callable[[str], None],
 ) -> Counts:
   """Writes a row for each picture of ``images`` to ``output``, a CSV file.

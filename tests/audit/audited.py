@@ -1,21 +1,21 @@
-"""What is audited, made from a guarantee alone: the arrays that a run of it should have."""
+"""An audited run made from a guarantee alone: the arrays that a run of it should have."""
 
 import jax.numpy as jnp
 
-from fedjax_med.audit.planted_records import Subject
+from fedjax_med.audit.planted_records import AuditedRun
 from fedjax_med.core.keys import base_key
 from fedjax_med.federated.algorithm import Client, Units
 from fedjax_med.privacy.guarantees import SEVERAL_IMAGES, Guarantee
 from tests.federated.toy import make_hyper
 
 
-def subject_of(
+def audited_run(
   guarantee: Guarantee,
   steps: tuple[int, ...],
   steps_a_round: tuple[int, ...],
   clipping: str = "book_keeping",
-) -> Subject:
-  """A subject whose arrays are those of its guarantee."""
+) -> AuditedRun:
+  """An audited run whose arrays are those of its guarantee."""
   mechanisms = guarantee.mechanisms
   parties, slots = len(mechanisms), max(m.num_units for m in mechanisms)
   numbers = jnp.asarray([m.num_units for m in mechanisms], jnp.int32)
@@ -39,7 +39,7 @@ def subject_of(
     batch_cap=jnp.asarray([m.batch_cap for m in mechanisms], jnp.int32),
   )
   (clip_norm,) = {m.clip_norm for m in mechanisms}
-  return Subject(
+  return AuditedRun(
     guarantee=guarantee,
     steps=steps,
     clients=clients,

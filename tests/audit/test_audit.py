@@ -19,32 +19,32 @@ from fedjax_med.privacy.guarantees import Guarantee, spent
 from fedjax_med.privacy.mechanism import PoissonGaussian
 from fedjax_med.privacy.sampling import epoch_batch, poisson_batch
 from fedjax_med.privacy.strategy import toeplitz_strategy
-from tests.audit.audited import subject_of
+from tests.audit.audited import audited_run
 
 STEPS = 24
 Q = 0.25
 
 
-def subject(unit="record", sigma=1.5, method="book_keeping", q=Q, cap=36, bands=1):
+def audited(unit="record", sigma=1.5, method="book_keeping", q=Q, cap=36, bands=1):
   cap = min(cap, 60 // bands)
   strategy = tuple(float(c) for c in toeplitz_strategy(STEPS, bands))
   mechanisms = tuple(PoissonGaussian(n, q, cap, sigma, 0.7, strategy) for n in (60, 40))
   guarantee = Guarantee(unit, ("North", "South"), mechanisms, (1e-3, 2e-3))
-  return subject_of(guarantee, (STEPS, STEPS), (2, 2), method)
+  return audited_run(guarantee, (STEPS, STEPS), (2, 2), method)
 
 
-def failed(given=None):
-  return [check.name for check in check_execution(given or subject()) if not check.passed]
+def failed(run=None):
+  return [check.name for check in check_execution(run or audited()) if not check.passed]
 
 
 @functools.cache
 def result():
-  return audit_units(subject(), 3000)
+  return audit_units(audited(), 3000)
 
 
 def test_the_bound_from_below_stays_under_the_claim_at_every_hospital():
   found, checks, _ = result()
-  assert [each.epsilon for each in found] == list(spent(subject().guarantee, (STEPS, STEPS)))
+  assert [each.epsilon for each in found] == list(spent(audited().guarantee, (STEPS, STEPS)))
   for each in found:
     assert 0.1 < each.epsilon_lower <= each.epsilon
   assert all(check.passed for check in checks)
@@ -56,25 +56,25 @@ def test_without_noise_the_bound_exceeds_the_claim():
 
 
 @pytest.mark.parametrize(
-  "given",
+  "run",
   [
-    subject("patient"),
-    subject(method="reference"),
-    pytest.param(subject(method="two_pass"), marks=pytest.mark.slow),
-    pytest.param(subject(q=1.0, cap=60), marks=pytest.mark.slow),
-    subject(bands=4),
-    subject("patient", bands=3, q=1.0),
+    audited("patient"),
+    audited(method="reference"),
+    pytest.param(audited(method="two_pass"), marks=pytest.mark.slow),
+    pytest.param(audited(q=1.0, cap=60), marks=pytest.mark.slow),
+    audited(bands=4),
+    audited("patient", bands=3, q=1.0),
   ],
   ids=["patients", "reference", "two_pass", "whole batches", "bands", "whole subsets"],
 )
-def test_checks_hold_for_every_unit_method_and_rate(given):
-  assert failed(given) == []
+def test_checks_hold_for_every_unit_method_and_rate(run):
+  assert failed(run) == []
 
 
 @pytest.mark.slow
 def test_correlated_noise_is_found_out_by_as_much_and_stays_under_its_claim():
-  given = subject(bands=4, q=0.5)
-  found, _, power = audit_units(given, 3000)
+  run = audited(bands=4, q=0.5)
+  found, _, power = audit_units(run, 3000)
   for each in found:
     assert 0.1 < each.epsilon_lower <= each.epsilon
   assert power > max(each.epsilon for each in found)
@@ -104,11 +104,11 @@ def from_everybody(key, n, q, *, step, bands, **shape):
 )
 def test_a_broken_correlation_is_caught(monkeypatch, name, mutant, words):
   monkeypatch.setattr(local, name, mutant)
-  assert any(re.search(words, check) for check in failed(subject(bands=4)))
+  assert any(re.search(words, check) for check in failed(audited(bands=4)))
 
 
 def test_checks_hold_for_a_run_of_a_single_step():
-  assert failed(subject_of(subject().guarantee, (1, 1), (1, 1))) == []
+  assert failed(audited_run(audited().guarantee, (1, 1), (1, 1))) == []
 
 
 # Each mutant: (where, name, what stands there instead, words of a check that must fail).
@@ -218,9 +218,9 @@ def test_a_mutant_is_caught(mutant, monkeypatch):
 
 
 def test_noise_that_all_hospitals_but_the_first_share_is_caught(monkeypatch):
-  names, mechanisms = ("North", "South", "West"), subject().guarantee.mechanisms
+  names, mechanisms = ("North", "South", "West"), audited().guarantee.mechanisms
   guarantee = Guarantee("record", names, (*mechanisms, mechanisms[0]), (1e-3, 2e-3, 1e-3))
-  three = subject_of(guarantee, (STEPS,) * 3, (2,) * 3)
+  three = audited_run(guarantee, (STEPS,) * 3, (2,) * 3)
   assert failed(three) == []
   keys_for = local.key_for
   monkeypatch.setattr(
@@ -233,19 +233,19 @@ def test_noise_that_all_hospitals_but_the_first_share_is_caught(monkeypatch):
 
 def test_no_noise_is_caught_by_the_attack_alone(monkeypatch):
   monkeypatch.setattr(local, "private_mean", no_noise)
-  given = subject()
+  run = audited()
   number = 3000
-  scores = single_canaries(given, make_trials(given, 1), 0, number, noise=True)
-  (epsilon, _) = spent(given.guarantee, given.steps)
+  scores = single_canaries(run, make_trials(run, 1), 0, number, noise=True)
+  (epsilon, _) = spent(run.guarantee, run.steps)
   lower = max(threshold_epsilon(*pair, 0.0, 1e-3) for pair in scores.values())
   assert lower > epsilon
 
 
 @pytest.mark.slow
 def test_trials_over_devices_are_the_same_trials():
-  given = subject()
+  run = audited()
   one, two = (
-    single_canaries(given, make_trials(given, devices), 0, 900, noise=True) for devices in (1, 2)
+    single_canaries(run, make_trials(run, devices), 0, 900, noise=True) for devices in (1, 2)
   )
   for share, pair in one.items():
     for first, second in zip(pair, two[share], strict=True):

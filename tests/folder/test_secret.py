@@ -59,7 +59,7 @@ def test_two_runs_of_one_command_share_nothing_unless_they_share_the_secret(tmp_
 
 
 def test_only_the_owner_may_read_the_secret(tmp_path, really_drawn):
-  made = [secret.of_folder(place, None, begun=False) for place in (tmp_path,) * 2]
+  made = [secret.folder_secret(place, None, begun=False) for place in (tmp_path,) * 2]
   assert made[0] == made[1] == secret.read(tmp_path / secret.FILE)
   assert stat.S_IMODE((tmp_path / secret.FILE).stat().st_mode) == 0o600
   assert [path.name for path in tmp_path.iterdir()] == [secret.FILE]

@@ -10,7 +10,7 @@ from fedjax_med.core.config import ModelConfig
 from fedjax_med.core.errors import UserError
 from fedjax_med.core.keys import base_key
 from fedjax_med.models import grad_cam
-from fedjax_med.models.grad_cam import Layer
+from fedjax_med.models.grad_cam import MapLayer
 from fedjax_med.models.model import from_flax
 from fedjax_med.models.networks.se_resnext import SqueezeExcite
 from fedjax_med.models.registry import create_model
@@ -92,7 +92,7 @@ def layer_of(model, params, state, name=""):
 def test_under_a_mean_and_a_dense_head_it_is_cam():
   model, params, state = made(Averaged())
   layer = layer_of(model, params, state)
-  assert layer == Layer("features", 1, "Conv", (4, 4, 4))
+  assert layer == MapLayer("features", 1, "Conv", (4, 4, 4))
   maps = heat(model, params, state, layer)
   # Selvaraju et al. 2017, section 3.1: the gradient of a logit is its head weight, over H' W'.
   padded = np.pad(np.asarray(IMAGES, np.float64), ((0, 0), (0, 1), (0, 1), (0, 0)))
@@ -190,7 +190,7 @@ def test_gates_are_the_sigmoid_of_their_formula():
 
 
 def layers(*shapes):
-  return [Layer(name, 1, "Conv", (side, side, 8)) for name, side in shapes]
+  return [MapLayer(name, 1, "Conv", (side, side, 8)) for name, side in shapes]
 
 
 def test_the_outermost_map_of_enough_positions_is_chosen():

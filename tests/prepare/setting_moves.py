@@ -15,7 +15,7 @@ from fedjax_med.data.hospitals import load_hospitals
 from fedjax_med.federated.algorithm import Pool
 from fedjax_med.models.networks.pretrained import overlay
 from fedjax_med.prepare.case import federation
-from fedjax_med.prepare.experiment import Experiment, build, place, plan_together
+from fedjax_med.prepare.experiment import Experiment, build, make_experiment, make_shared_program
 from fedjax_med.prepare.probe import wants_probe
 from fedjax_med.prepare.synthetic_images import make_images, reserve_synthetic
 from fedjax_med.run import trackers
@@ -105,7 +105,7 @@ def traced(one: Config, other: Config) -> bool:
 
 @kept
 def shared(config: Config) -> Any:
-  return plan_together([federation(config, dealt(config))])
+  return make_shared_program([federation(config, dealt(config))])
 
 
 def weights(one: Config, other: Config) -> bool:
@@ -116,7 +116,7 @@ def weights(one: Config, other: Config) -> bool:
     case = federation(config, dealt(config))
     data = case.hospitals.dataset
     pool = Pool(jax.numpy.asarray(data.inputs), jax.numpy.asarray(data.labels))
-    experiment = place(case, program, shapes, pool, None)
+    experiment = make_experiment(case, program, shapes, pool, None)
     start = program.initial(np.int32(init_seed(config)))
     return digest(program.block(start, *block_arguments(experiment, 2))[0].server.params)
 

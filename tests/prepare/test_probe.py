@@ -3,7 +3,7 @@
 import numpy as np
 
 from configs.smoke import get_config
-from fedjax_med.prepare.probe import kept_seconds, probed_chunk, wants_probe
+from fedjax_med.prepare.probe import cached_seconds, probed_chunk, wants_probe
 
 
 def test_the_fastest_chunk_wins_unless_it_waits_too_long():
@@ -20,12 +20,12 @@ def test_what_a_probe_measured_is_read_back_and_a_cut_file_is_measured_again(tmp
     calls.append(chunk)
     return 0.1234567 / chunk
 
-  first = kept_seconds(config, {"cohort": 3}, measure, [1, 3])
-  assert kept_seconds(config, {"cohort": 3}, measure, [1, 3]) == first
+  first = cached_seconds(config, {"cohort": 3}, measure, [1, 3])
+  assert cached_seconds(config, {"cohort": 3}, measure, [1, 3]) == first
   assert calls == [1, 3]
   (path,) = (tmp_path / "plans").iterdir()
   path.write_text("{")
-  assert kept_seconds(config, {"cohort": 3}, measure, [1, 3]) == first
+  assert cached_seconds(config, {"cohort": 3}, measure, [1, 3]) == first
   assert calls == [1, 3, 1, 3]
 
 

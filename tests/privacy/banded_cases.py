@@ -3,7 +3,7 @@
 import numpy as np
 from scipy import linalg
 
-from fedjax_med.privacy.calibration import plan_mechanisms
+from fedjax_med.privacy.calibration import PrivacyTarget, plan_mechanisms
 from fedjax_med.privacy.mechanism import PoissonGaussian
 from fedjax_med.privacy.strategy import toeplitz_strategy
 
@@ -34,4 +34,4 @@ def mechanism(**changes):
 
 
 def plan_banded(num_units, batch_size, bands, *, steps, **values):
-  return plan_mechanisms([num_units], batch_size, steps=[steps], bands=bands, **values)[0]
+  return plan_mechanisms([num_units], batch_size, [steps], PrivacyTarget(bands=bands, **values))[0]

@@ -14,7 +14,7 @@ from dp_accounting import pld
 
 from fedjax_med.core.errors import UserError
 from fedjax_med.privacy.accounting import default_delta, discretization_interval, epsilon
-from fedjax_med.privacy.calibration import plan_mechanisms
+from fedjax_med.privacy.calibration import PrivacyTarget, plan_mechanisms
 from fedjax_med.privacy.mechanism import PoissonGaussian
 from fedjax_med.privacy.strategy import toeplitz_strategy
 from fedjax_med.privacy.tuning import tuned_epsilon
@@ -41,7 +41,8 @@ def test_one_band_has_the_event_and_the_epsilon_of_dp_sgd():
     expected = epsilon(plain, 100, 1e-4, accountant)
     assert epsilon(banded, 100, 1e-4, accountant) == expected
   planned = plan_banded(300, 30, 1, steps=100, clip_norm=1.0, target_epsilon=2.0)
-  independent = plan_mechanisms([300], 30, steps=[100], clip_norm=1.0, target_epsilon=2.0)[0]
+  target = PrivacyTarget(clip_norm=1.0, target_epsilon=2.0)
+  (independent,) = plan_mechanisms([300], 30, [100], target)
   assert planned.event() == independent.event()
 
 

@@ -35,7 +35,7 @@ from fedjax_med.privacy.ledger import KEYS, SAMPLER
 from fedjax_med.privacy.mechanism import PoissonGaussian
 from fedjax_med.privacy.sampling import poisson_batch
 from fedjax_med.privacy.statement import write_out
-from tests.audit.audited import subject_of
+from tests.audit.audited import audited_run
 from tests.federated.toy import KEY, make_clients, make_federation, make_hyper, make_pool
 from tests.privacy.draws import every_normal
 
@@ -178,7 +178,7 @@ def protected(participation, hospitals=3):
 @pytest.mark.parametrize("size", [1e-30, 1.0, 1e30, math.nan, math.inf])
 def test_item_06_one_units_contribution_is_at_most_c_and_nothing_if_not_finite(size):
   mechanism = PoissonGaussian(4, 1.0, 4, 1.0, 1.0)
-  given = subject_of(Guarantee("record", ("a",), (mechanism,), (1e-2,)), (1,), (1,))
+  given = audited_run(Guarantee("record", ("a",), (mechanism,), (1e-2,)), (1,), (1,))
   setting = setting_for(given, 9)
   model = canary_model(1.0)
   inputs = jnp.full((2, 3, 3, 1), size, jnp.float32).at[1].set(0)
@@ -342,7 +342,7 @@ def test_item_10_ten_thousand_steps_are_one_event_composed_on_demand():
 
 def test_item_11_the_audit_can_fail(monkeypatch):
   mechanism = PoissonGaussian(40, 0.25, 24, 1.5, 0.7)
-  given = subject_of(Guarantee("record", ("a",), (mechanism,), (1e-3,)), (12,), (3,))
+  given = audited_run(Guarantee("record", ("a",), (mechanism,), (1e-3,)), (12,), (3,))
   assert all(check.passed for check in check_execution(given))
 
   def halved(clipped_sum, key, sigma, clip_norm, size):

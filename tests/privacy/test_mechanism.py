@@ -12,7 +12,7 @@ from scipy import stats
 from fedjax_med.core.errors import UserError
 from fedjax_med.core.keys import base_key
 from fedjax_med.privacy.accounting import default_delta, epsilon
-from fedjax_med.privacy.calibration import plan_mechanisms
+from fedjax_med.privacy.calibration import PrivacyTarget, plan_mechanisms
 from fedjax_med.privacy.mechanism import PoissonGaussian, batch_size_bound
 from fedjax_med.privacy.sampling import poisson_batch
 
@@ -110,7 +110,10 @@ def test_a_cap_of_the_whole_hospital_is_always_allowed():
 def test_plan_gives_one_cap_and_the_expected_batch_size_everywhere():
   counts = [20, 200, 3000]
   planned = plan_mechanisms(
-    np.array(counts, np.int32), 32, steps=np.ones(3, int), clip_norm=1.0, noise_multiplier=1.2
+    np.array(counts, np.int32),
+    32,
+    np.ones(3, int),
+    PrivacyTarget(clip_norm=1.0, noise_multiplier=1.2),
   )
   assert [m.num_units for m in planned] == counts
   assert [m.sampling_probability for m in planned] == [1.0, 0.16, 32 / 3000]
@@ -120,16 +123,16 @@ def test_plan_gives_one_cap_and_the_expected_batch_size_everywhere():
 
 
 def test_plan_never_caps_above_the_largest_hospital():
-  chosen = plan_mechanisms([20, 40], 32, steps=[1, 1], clip_norm=1.0, noise_multiplier=1.0)
+  chosen = plan_mechanisms([20, 40], 32, [1, 1], PrivacyTarget(clip_norm=1.0, noise_multiplier=1.0))
   asked = plan_mechanisms(
-    [20, 40], 32, steps=[1, 1], clip_norm=1.0, noise_multiplier=1.0, batch_cap=500
+    [20, 40], 32, [1, 1], PrivacyTarget(clip_norm=1.0, noise_multiplier=1.0, batch_cap=500)
   )
   assert {m.batch_cap for m in chosen + asked} == {40}
 
 
 def test_plan_calibrates_each_hospital_to_its_target():
   counts, steps = [50, 400, 400], [40, 40, 80]
-  planned = plan_mechanisms(counts, 16, steps=steps, clip_norm=1.0, target_epsilon=4.0)
+  planned = plan_mechanisms(counts, 16, steps, PrivacyTarget(clip_norm=1.0, target_epsilon=4.0))
   for m, num_steps in zip(planned, steps, strict=True):
     reached = epsilon(m, num_steps, default_delta(m.num_units))
     assert 0.995 * 4 <= reached <= 4
@@ -153,8 +156,9 @@ def test_plan_calibrates_each_hospital_to_its_target():
 def test_plan_refuses(changes, message):
   values = {"counts": [100, 60], "batch_size": 10, "steps": [1, 1], "noise_multiplier": 1.0}
   values |= {"clip_norm": 1.0, "delta": 0.0} | changes
+  counts, batch_size, steps = (values.pop(name) for name in ("counts", "batch_size", "steps"))
   with pytest.raises(UserError, match=message):
-    plan_mechanisms(values.pop("counts"), values.pop("batch_size"), **values)
+    plan_mechanisms(counts, batch_size, steps, PrivacyTarget(**values))
 
 
 def test_noise_that_the_grain_of_the_sum_would_swallow_is_refused():

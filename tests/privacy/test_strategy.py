@@ -8,7 +8,7 @@ import pytest
 from scipy import optimize
 
 from fedjax_med.core.errors import UserError
-from fedjax_med.privacy.calibration import plan_mechanisms
+from fedjax_med.privacy.calibration import PrivacyTarget, plan_mechanisms
 from fedjax_med.privacy.strategy import error_over_independent, prefix_errors, toeplitz_strategy
 from tests.privacy.banded_cases import dense, dense_prefix, plan_banded
 
@@ -121,7 +121,9 @@ def test_records_drawn_more_often_have_more():
 @pytest.mark.parametrize("bands", [1, 4])
 def test_error_over_independent_is_that_of_dense_matrices(bands):
   n, batch_size, steps, target = 400, 50, 60, 4.0
-  plain = plan_mechanisms([n], batch_size, steps=[steps], clip_norm=1.0, target_epsilon=target)[0]
+  plain = plan_mechanisms(
+    [n], batch_size, [steps], PrivacyTarget(clip_norm=1.0, target_epsilon=target)
+  )[0]
   banded = plan_banded(n, batch_size, bands, steps=steps, clip_norm=1.0, target_epsilon=target)
   root = {
     name: math.sqrt((dense_prefix(c, steps) ** 2).sum(axis=1).mean())
@@ -147,7 +149,7 @@ def test_bands_help_at_a_large_epsilon_and_hurt_at_a_small_one():
 def test_smaller_batches_count_against_bands():
   # 8 bands of 80 records leave 10 a batch, whatever was asked for.
   banded = plan_banded(80, 40, 8, steps=64, clip_norm=1.0, target_epsilon=4.0)
-  plain = plan_mechanisms([80], 40, steps=[64], clip_norm=1.0, target_epsilon=4.0)[0]
+  plain = plan_mechanisms([80], 40, [64], PrivacyTarget(clip_norm=1.0, target_epsilon=4.0))[0]
   assert (banded.expected_batch_size, plain.expected_batch_size) == (10.0, 40.0)
   roots = [math.sqrt(prefix_errors(c, 64).mean()) for c in ((1.0,), banded.coefficients)]
   noises = plain.noise_multiplier / 40 * roots[0], banded.noise_multiplier / 10 * roots[1]

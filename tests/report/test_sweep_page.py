@@ -32,7 +32,7 @@ FIGURES = ("frontier", "spread", "curves", "confusions", "partition")
 def swept(tmp_path_factory):
   folder = tmp_path_factory.mktemp("report")
   sweep(folder, POINTS)
-  sweep_page.write(sweep_page.of_sweep(folder), folder)
+  sweep_page.write(sweep_page.read_sweep(folder), folder)
   return folder
 
 
@@ -93,13 +93,13 @@ def test_tables_for_papers_hold_the_same_numbers(swept):
 def test_the_same_files_give_the_same_bytes(swept, tmp_path):
   again = tmp_path / "again"
   shutil.copytree(swept, again)
-  sweep_page.write(sweep_page.of_sweep(again), again)
+  sweep_page.write(sweep_page.read_sweep(again), again)
   for name in ("report.html", "table.csv", "table.tex", "figures/frontier.pdf"):
     assert (again / name).read_bytes() == (swept / name).read_bytes()
 
 
 def test_the_frontier_has_a_line_a_partition_and_a_level_without_privacy(swept):
-  runs = sweep_page.of_sweep(swept)
+  runs = sweep_page.read_sweep(swept)
   axes = sweep_page._axes(runs)
   assert axes == [TARGET, ALPHA]
   frontier = sweep_page._frontier(axes, sweep_page._arms(runs.frame, axes))
@@ -166,25 +166,25 @@ def test_an_arm_of_which_no_round_was_affordable_is_not_on_the_logarithmic_axis(
 
 def test_several_runs_by_themselves_are_compared_by_what_differs(swept, tmp_path):
   folders = [table.folder_of(swept, number) for number in (0, 4)]
-  path = sweep_page.write(sweep_page.of_runs(folders), tmp_path / "both")
+  path = sweep_page.write(sweep_page.read_runs(folders), tmp_path / "both")
   page = path.read_text()
   assert "Compared are settings of privacy.target_epsilon" in page
   assert [row[0].strip() for row in cells(page, "arms")] == ["target_epsilon=2", "target_epsilon=8"]
   with pytest.raises(UserError, match="holds no run that has ended"):
-    sweep_page.of_runs([folders[0], tmp_path])
+    sweep_page.read_runs([folders[0], tmp_path])
 
 
 def test_a_sweep_of_which_nothing_has_ended_is_a_sentence(tmp_path):
   table.begin(tmp_path, base(), POINTS, AXES)
   with pytest.raises(UserError, match=r"no point of .* has ended"):
-    sweep_page.of_sweep(tmp_path)
+    sweep_page.read_sweep(tmp_path)
 
 
 def test_points_that_diverged_are_told_and_not_averaged(tmp_path):
   config = base(privacy__mechanism="none", privacy__noise_multiplier=0.0)
   rates = [{"client.learning_rate": rate} for rate in (0.1, 1e38)]
   sweep(tmp_path, rates, config)
-  page = sweep_page.write(sweep_page.of_sweep(tmp_path), tmp_path).read_text()
+  page = sweep_page.write(sweep_page.read_sweep(tmp_path), tmp_path).read_text()
   _, broken = cells(page, "arms")
   assert "(1 diverged)" in broken[0]
   assert "–" in broken[4]

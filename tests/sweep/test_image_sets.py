@@ -153,7 +153,7 @@ def test_a_sweep_goes_on_with_moved_data_and_not_with_other_data(tmp_path, monke
 def test_a_point_whose_folder_holds_another_run_is_found_before_anything_is_planned(
   planned, tmp_path, monkeypatch
 ):
-  monkeypatch.setattr(runner, "plan", None)
+  monkeypatch.setattr(runner, "make_group_program", None)
   folder = table.folder_of(tmp_path, 1)
   folder.mkdir(parents=True)
   (folder / "config.json").write_text('{"run_id": "other"}')

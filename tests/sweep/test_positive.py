@@ -51,7 +51,7 @@ def tables_with_sensitivity(page):
 
 
 def test_every_table_of_the_page_names_the_one_positive_class(swept, tmp_path):
-  page = page_of(sweep_page.of_sweep(swept), tmp_path / "report")
+  page = page_of(sweep_page.read_sweep(swept), tmp_path / "report")
   assert len(tables_with_sensitivity(page)) == 2
   for part in tables_with_sensitivity(page):
     assert "F1 are of the positive class 'tumour'." in part
@@ -63,7 +63,7 @@ def test_every_table_of_the_page_names_the_one_positive_class(swept, tmp_path):
 
 def test_runs_with_other_positive_classes_name_each(swept, tmp_path):
   folders = renamed(swept, tmp_path, (["no", "yes <b>"], ["DR", "No_DR"]))
-  page = page_of(sweep_page.of_runs(folders), tmp_path / "both")
+  page = page_of(sweep_page.read_runs(folders), tmp_path / "both")
   for part in tables_with_sensitivity(page):
     assert "differs: see the column" in part
     assert re.search(r"noise_multiplier=1</th>(?s:.)*?yes <b>(?s:.)*?No_DR", part)
@@ -74,13 +74,13 @@ def test_runs_with_other_positive_classes_name_each(swept, tmp_path):
 
 def test_arms_of_several_positive_classes_say_that_it_differs(swept, tmp_path):
   folders = renamed(swept, tmp_path, (["no", "yes"], ["yes", "no"]))
-  runs = sweep_page.of_runs(folders)
+  runs = sweep_page.read_runs(folders)
   (arm,) = sweep_page._arms(runs.frame, [])
   assert arm["positive"] == "differs"
   three = renamed(swept, tmp_path / "three", (["a", "b", "c"],) * 2)
-  (arm,) = sweep_page._arms(sweep_page.of_runs(three).frame, [])
+  (arm,) = sweep_page._arms(sweep_page.read_runs(three).frame, [])
   assert arm["positive"] == "macro average"
-  page = page_of(sweep_page.of_runs(three), tmp_path / "page")
+  page = page_of(sweep_page.read_runs(three), tmp_path / "page")
   assert all("macro averages" in part for part in tables_with_sensitivity(page))
   assert "F1 (macro)" in (tmp_path / "page" / "table.tex").read_text()
 
@@ -135,7 +135,7 @@ def test_a_path_with_bytes_that_are_no_text_is_in_every_table(swept, tmp_path):
   ("name", "part"), [("report.html", b"</html>"), ("table.tex", b"toprule"), ("table.csv", b"")]
 )
 def test_what_fails_half_way_leaves_the_old_report(swept, tmp_path, monkeypatch, name, part):
-  runs, written = sweep_page.of_sweep(swept), pathlib.Path.write_bytes
+  runs, written = sweep_page.read_sweep(swept), pathlib.Path.write_bytes
   sweep_page.write(runs, tmp_path)
   (tmp_path / name).write_text("old")
 

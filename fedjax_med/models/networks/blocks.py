@@ -1,7 +1,7 @@
 """What several networks share: sizes by width, halvings, convolution blocks, gates, pools, head."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -35,34 +35,48 @@ def halvings(images: jax.Array, published: int) -> tuple[int, ...]:
   return (1,) * (published - kept) + (2,) * kept
 
 
+class Style(NamedTuple):
+  """Settings that the convolution blocks of a network have in common.
+
+  Attributes:
+    norm: group, batch or frozen_batch.
+    train: whether the network is called in training.
+    dtype: of activations.
+    act: nonlinearity after the norm; None has none.
+    use_bias: whether convolutions have a bias.
+  """
+
+  norm: str
+  train: bool
+  dtype: Any
+  act: Callable[[jax.Array], jax.Array] | None = nn.relu
+  use_bias: bool = False
+
+
 def conv_norm(
   x: jax.Array,  # [B, H, W, C]
   features: int,
   kernel: int = 1,
   stride: int = 1,
   *,
-  act: Callable[[jax.Array], jax.Array] | None = nn.relu,
   groups: int = 1,
-  use_bias: bool = False,
-  norm: str,
-  train: bool,
-  dtype: Any,
+  style: Style,
   name: str,
 ) -> jax.Array:  # [B, ceil(H / stride), ceil(W / stride), features]
-  """Adds a convolution, its normalisation and ``act`` to the module being called; odd kernels."""
+  """Adds a convolution, its norm and nonlinearity to the module being called; odd kernels."""
   conv = nn.Conv(
     features,
     (kernel, kernel),
     (stride, stride),
     padding=kernel // 2,
     feature_group_count=groups,
-    use_bias=use_bias,
-    dtype=dtype,
+    use_bias=style.use_bias,
+    dtype=style.dtype,
     kernel_init=KERNEL_INIT,
     name=name,
   )
-  x = normalise(conv(x), norm, train=train, dtype=dtype, name=f"{name}_norm")
-  return act(x) if act else x
+  x = normalise(conv(x), style.norm, train=style.train, dtype=style.dtype, name=f"{name}_norm")
+  return style.act(x) if style.act else x
 
 
 class SqueezeExcite(nn.Module):

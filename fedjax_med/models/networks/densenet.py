@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from fedjax_med.models.networks.blocks import (
   KERNEL_INIT,
+  Style,
   around_max_pool,
   block_class,
   classify,
@@ -25,19 +26,17 @@ def _norm_conv(
   features: int,
   kernel: int,
   *,
-  norm: str,
-  train: bool,
-  dtype: Any,
+  style: Style,
   name: str,
 ) -> jax.Array:  # [B, H, W, features]
   """Adds normalisation, relu and a convolution, in this order, to the module being called."""
-  x = nn.relu(normalise(x, norm, train=train, dtype=dtype, name=f"{name}_norm"))
+  x = nn.relu(normalise(x, style.norm, train=style.train, dtype=style.dtype, name=f"{name}_norm"))
   conv = nn.Conv(
     features,
     (kernel, kernel),
     padding=kernel // 2,
     use_bias=False,
-    dtype=dtype,
+    dtype=style.dtype,
     kernel_init=KERNEL_INIT,
     name=name,
   )
@@ -53,7 +52,8 @@ class DenseLayer(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array, train: bool) -> jax.Array:  # [B, H, W, C] -> [.., C + growth]
-    layer = functools.partial(_norm_conv, norm=self.norm, train=train, dtype=self.dtype)
+    style = Style(norm=self.norm, train=train, dtype=self.dtype)
+    layer = functools.partial(_norm_conv, style=style)
     y = layer(x, 4 * self.growth, 1, name="conv1")
     return jnp.concatenate([x, layer(y, self.growth, 3, name="conv2")], axis=-1)
 
@@ -84,10 +84,10 @@ class DenseNet(nn.Module):
   @nn.compact
   def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
     """Images [B, H, W, C] to logits [B, num_classes], float32 or wider."""
-    sizes = {"norm": self.norm, "train": train, "dtype": self.dtype}
+    style = Style(norm=self.norm, train=train, dtype=self.dtype)
     block = block_class(DenseLayer, self.remat)
     stem, pool, *transitions = halvings(images, 1 + len(self.stage_layers))
-    x = conv_norm(images.astype(self.dtype), self.stem_features, 7, stem, **sizes, name="stem")
+    x = conv_norm(images.astype(self.dtype), self.stem_features, 7, stem, style=style, name="stem")
     if pool == 2:
       x = around_max_pool(x)
     for stage, layers in enumerate(self.stage_layers, start=1):
@@ -95,7 +95,7 @@ class DenseNet(nn.Module):
         name = f"stage{stage}_layer{index}"
         x = block(growth=self.growth, norm=self.norm, dtype=self.dtype, name=name)(x, train)
       if stage < len(self.stage_layers):
-        x = _norm_conv(x, x.shape[-1] // 2, 1, **sizes, name=f"transition{stage}")
+        x = _norm_conv(x, x.shape[-1] // 2, 1, style=style, name=f"transition{stage}")
         x = mean_pool(x) if transitions[stage - 1] == 2 else x
     x = nn.relu(normalise(x, self.norm, train=train, dtype=self.dtype, name="last_norm"))
     return classify(

@@ -18,6 +18,7 @@ from jax import lax
 
 from fedjax_med.models import ops
 from fedjax_med.models.networks.blocks import (
+  Style,
   block_class,
   classify,
   conv_norm,
@@ -171,9 +172,10 @@ class Stage(nn.Module):
       x = ops.patches(x, (2, 2), (self.stride, self.stride), ((0, below), (0, right)))
       x = nn.LayerNorm(epsilon=EPSILON, dtype=self.dtype, name="merge_norm")(x)
       x = nn.Dense(self.features, use_bias=False, dtype=self.dtype, name="merge")(x)
-    layer = functools.partial(conv_norm, norm=self.norm, train=train, dtype=self.dtype)
+    style = Style(norm=self.norm, train=train, dtype=self.dtype)
+    layer = functools.partial(conv_norm, style=style)
     y = layer(x, self.features, 3, groups=self.features, name="depthwise")
-    x = x + layer(y, self.features, act=None, name="pointwise")
+    x = x + layer(y, self.features, style=style._replace(act=None), name="pointwise")
     x = SwinBlock(0, self.dtype, name="swin1")(x)
     return SwinBlock(WINDOW // 2, self.dtype, name="swin2")(x)
 
@@ -289,11 +291,11 @@ class FedXNet(nn.Module):
 
     In training edge, perceptual and contrastive penalty follow: [B, num_classes + 3].
     """
-    settings: dict[str, Any] = {"norm": self.norm, "dtype": self.dtype}
-    stage = functools.partial(block_class(Stage, self.remat), **settings)
+    style = Style(norm=self.norm, train=train, dtype=self.dtype)
+    stage = functools.partial(block_class(Stage, self.remat), norm=self.norm, dtype=self.dtype)
     first, *strides = halvings(images, len(self.features))
     x = images.astype(self.dtype)
-    x = conv_norm(x, self.features[0], 3, first, train=train, name="stem", **settings)
+    x = conv_norm(x, self.features[0], 3, first, style=style, name="stem")
     x = shallow = stage(self.features[0], 0, name="stage1")(x, train)
     for number, stride in enumerate(strides, start=2):
       x = stage(self.features[number - 1], stride, name=f"stage{number}")(x, train)

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from fedjax_med.models.networks.blocks import (
+  Style,
   around_max_pool,
   block_class,
   ceil_max_pool,
@@ -45,7 +46,8 @@ class Inception(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array, train: bool) -> jax.Array:  # [B, H, W, C] -> [B, H, W, C']
-    layer = functools.partial(conv_norm, norm=self.norm, train=train, dtype=self.dtype)
+    style = Style(norm=self.norm, train=train, dtype=self.dtype)
+    layer = functools.partial(conv_norm, style=style)
     point, reduce2, conv2, reduce3, conv3, pooled = self.branches
     outputs = [
       layer(x, point, name="branch1"),
@@ -82,7 +84,8 @@ class GoogLeNet(nn.Module):
   @nn.compact
   def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
     """Images [B, H, W, C] to logits [B, num_classes], float32 or wider."""
-    layer = functools.partial(conv_norm, norm=self.norm, train=train, dtype=self.dtype)
+    style = Style(norm=self.norm, train=train, dtype=self.dtype)
+    layer = functools.partial(conv_norm, style=style)
     block = block_class(Inception, self.remat)
     stride, *pools = halvings(images, 2 + len(self.stages))
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from fedjax_med.models.networks.blocks import (
   SqueezeExcite,
+  Style,
   block_class,
   classify,
   conv_norm,
@@ -51,15 +52,16 @@ class InvertedResidual(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array, train: bool) -> jax.Array:  # [B, H, W, C] -> [B, H', W', C']
-    layer = functools.partial(conv_norm, norm=self.norm, train=train, dtype=self.dtype)
+    style = Style(norm=self.norm, train=train, dtype=self.dtype, act=self.act)
+    layer = functools.partial(conv_norm, style=style)
     channels = x.shape[-1]
     inner = self.expand * channels
-    y = layer(x, inner, act=self.act, name="expand") if self.expand > 1 else x
-    y = layer(y, inner, self.kernel, self.stride, groups=inner, act=self.act, name="depthwise")
+    y = layer(x, inner, name="expand") if self.expand > 1 else x
+    y = layer(y, inner, self.kernel, self.stride, groups=inner, name="depthwise")
     if self.reduction:
       squeezed = max(1, channels // self.reduction)  # of the block's input, not of y
       y = SqueezeExcite(squeezed, self.dtype, self.act, name="se")(y)
-    y = layer(y, self.features, act=None, name="project")
+    y = layer(y, self.features, style=style._replace(act=None), name="project")
     return x + y if x.shape == y.shape else y
 
 
@@ -95,9 +97,8 @@ class MobileNet(nn.Module):
   @nn.compact
   def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
     """Images [B, H, W, C] to logits [B, num_classes], float32 or wider."""
-    layer = functools.partial(
-      conv_norm, act=self.act, norm=self.norm, train=train, dtype=self.dtype
-    )
+    style = Style(norm=self.norm, train=train, dtype=self.dtype, act=self.act)
+    layer = functools.partial(conv_norm, style=style)
     block = functools.partial(
       block_class(InvertedResidual, self.remat),
       reduction=self.reduction,
@@ -128,23 +129,23 @@ class MobileNet(nn.Module):
 
 # Sandler et al. (2018), table 2: expand, kernel, features, blocks, stride.
 MOBILENET_V2 = (
-  Stage(1, 3, 16, 1, 1),
-  Stage(6, 3, 24, 2, 2),
-  Stage(6, 3, 32, 3, 2),
-  Stage(6, 3, 64, 4, 2),
-  Stage(6, 3, 96, 3, 1),
-  Stage(6, 3, 160, 3, 2),
-  Stage(6, 3, 320, 1, 1),
+  Stage(expand=1, kernel=3, features=16, blocks=1, stride=1),
+  Stage(expand=6, kernel=3, features=24, blocks=2, stride=2),
+  Stage(expand=6, kernel=3, features=32, blocks=3, stride=2),
+  Stage(expand=6, kernel=3, features=64, blocks=4, stride=2),
+  Stage(expand=6, kernel=3, features=96, blocks=3, stride=1),
+  Stage(expand=6, kernel=3, features=160, blocks=3, stride=2),
+  Stage(expand=6, kernel=3, features=320, blocks=1, stride=1),
 )
 # Tan and Le (2019), table 1.
 EFFICIENTNET_B0 = (
-  Stage(1, 3, 16, 1, 1),
-  Stage(6, 3, 24, 2, 2),
-  Stage(6, 5, 40, 2, 2),
-  Stage(6, 3, 80, 3, 2),
-  Stage(6, 5, 112, 3, 1),
-  Stage(6, 5, 192, 4, 2),
-  Stage(6, 3, 320, 1, 1),
+  Stage(expand=1, kernel=3, features=16, blocks=1, stride=1),
+  Stage(expand=6, kernel=3, features=24, blocks=2, stride=2),
+  Stage(expand=6, kernel=5, features=40, blocks=2, stride=2),
+  Stage(expand=6, kernel=3, features=80, blocks=3, stride=2),
+  Stage(expand=6, kernel=5, features=112, blocks=3, stride=1),
+  Stage(expand=6, kernel=5, features=192, blocks=4, stride=2),
+  Stage(expand=6, kernel=3, features=320, blocks=1, stride=1),
 )
 
 

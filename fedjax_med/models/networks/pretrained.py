@@ -119,7 +119,7 @@ def _read(path: str, place: pathlib.Path, modified: int, size: int) -> File:
   del modified, size  # another file under the same name is read again
   data = place.read_bytes()
   try:
-    return File(path, load(data), hashlib.sha256(data).hexdigest())
+    return File(path=path, arrays=load(data), sha256=hashlib.sha256(data).hexdigest())
   except (SafetensorError, KeyError) as error:  # KeyError: a type NumPy has not, such as BF16
     reason = " ".join(str(error).split())
     raise UserError(
@@ -203,7 +203,7 @@ def overlay(path: str, params: Any, state: Any) -> Overlay:
   new_params, new_state = convert_state_dict(file.arrays, params, state, path)
   head = "with its head" if "head" in new_params else "with a new head, its classes being others"
   origin = f"the weights of {path} (SHA-256 {file.sha256[:12]}), {head}"
-  return Overlay(new_params, new_state, origin)
+  return Overlay(params=new_params, state=new_state, origin=origin)
 
 
 def to_state_dict(

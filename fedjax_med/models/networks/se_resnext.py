@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from fedjax_med.models.networks.blocks import (
   KERNEL_INIT,
   SqueezeExcite,
+  Style,
   around_max_pool,
   block_class,
   ceil_max_pool,
@@ -104,9 +105,7 @@ class SEResNeXt(nn.Module):
       self.stem_features,
       self.stem_kernel,
       next(strides),
-      norm=self.norm,
-      train=train,
-      dtype=self.dtype,
+      style=Style(norm=self.norm, train=train, dtype=self.dtype),
       name="stem",
     )
     if self.stem_pool and next(strides) == 2:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from fedjax_med.models import ops
 from fedjax_med.models.networks.blocks import (
   KERNEL_INIT,
+  Style,
   adaptive_mean_pool,
   conv_norm,
   halvings,
@@ -40,20 +41,13 @@ class VGG(nn.Module):
   @nn.compact
   def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
     """Images [B, H, W, C] to logits [B, num_classes], float32 or wider."""
+    # A bias as published, though batch norm takes it out again.
+    style = Style(norm=self.norm, train=train, dtype=self.dtype, use_bias=True)
     x = images.astype(self.dtype)
     strides = halvings(images, len(self.stages))
     for stage, (features, stride) in enumerate(zip(self.stages, strides, strict=True), start=1):
       for index, channels in enumerate(features, start=1):
-        x = conv_norm(
-          x,
-          channels,
-          3,
-          use_bias=True,  # as published, though batch norm takes it out again
-          norm=self.norm,
-          train=train,
-          dtype=self.dtype,
-          name=f"stage{stage}_conv{index}",
-        )
+        x = conv_norm(x, channels, 3, style=style, name=f"stage{stage}_conv{index}")
       if stride == 2:
         x = ops.max_pool(x, (2, 2), (2, 2))
     x = adaptive_mean_pool(x, self.cells).reshape(images.shape[0], -1)

@@ -1,0 +1,256 @@
+"""The recipe of a run: what it computes, made from a config and shapes; how it is laid out is open.
+
+A function here takes the recipe and a ``Choice`` of the layout, and returns what the compiled
+program is made of. Results depend on the recipe alone, but for rounding.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from fedjax_med.core.config import Config, algorithm_options
+from fedjax_med.core.keys import Stream, base_key, key_for
+from fedjax_med.data.dataset import Dataset
+from fedjax_med.federated.algorithm import FederatedAlgorithm, ServerState
+from fedjax_med.federated.local import (
+  Gradient,
+  LocalTraining,
+  local_training,
+  plain_gradient,
+  private_gradient,
+  slots_at_once,
+)
+from fedjax_med.federated.losses import cross_entropy
+from fedjax_med.federated.optimizers import client_optimizer, schedule, server_optimizer
+from fedjax_med.federated.registry import create_algorithm
+from fedjax_med.models.model import Model
+from fedjax_med.models.ops import Lowering
+from fedjax_med.models.registry import create_model
+from fedjax_med.prepare.layout import Choice, choose_lowering
+from fedjax_med.prepare.protection import cohort_cap
+from fedjax_med.privacy.banded import empty_memory
+from fedjax_med.privacy.clipping import uncovered
+from fedjax_med.simulation.mesh import cpu_cores
+from fedjax_med.simulation.processes import least
+from fedjax_med.simulation.rounds import SimulationState, init_state, make_block, make_round
+
+
+class Shapes(NamedTuple):
+  """Sizes that a program is made for; a run may be smaller, but for ``shared_steps``.
+
+  Attributes:
+    steps: [K] local steps a round.
+    max_examples: slots of a client's index row.
+    shared_steps: local steps a round where all clients take the same number, else None.
+    batch_cap: slots of a truncated Poisson batch (private runs).
+    counts: units (examples, patients) of each client of each run, for the microbatch.
+    max_units: slots of a client's table of units that hold several rows; 0 without such.
+    rows_per_unit: rows of a unit that a step looks at.
+  """
+
+  steps: np.ndarray
+  max_examples: int
+  shared_steps: int | None
+  batch_cap: int
+  counts: np.ndarray
+  max_units: int
+  rows_per_unit: int
+
+
+class Recipe(NamedTuple):
+  """The computation of a run.
+
+  Attributes:
+    config: validated config.
+    shapes: largest sizes of the runs that share the program.
+    num_classes: outputs of the network.
+    image: shape of one image [1, H, W, C] float32, as the network sees it.
+    cohort_cap: most clients of a drawn cohort; None if everyone takes part.
+    cores: cores of a CPU, the fewest of all processes.
+    network: (remat, devices) -> Model. The lowering of convolutions depends on the devices.
+  """
+
+  config: Config
+  shapes: Shapes
+  num_classes: int
+  image: jax.ShapeDtypeStruct
+  cohort_cap: int | None
+  cores: int
+  network: Callable[[bool, int], Model]
+
+  @property
+  def num_clients(self) -> int:
+    """Number of clients, K."""
+    return len(self.shapes.steps)
+
+  @property
+  def cohort(self) -> int:
+    """Most clients that train in a round."""
+    return self.cohort_cap or self.num_clients
+
+  @property
+  def private(self) -> bool:
+    """Whether records or patients are protected (DP-SGD)."""
+    return self.config.privacy.mechanism != "none"
+
+  @property
+  def client_level(self) -> bool:
+    """Whether whole hospitals are protected (DP-FedAvg)."""
+    return self.config.client_privacy.mechanism != "none"
+
+  @property
+  def copies(self) -> int:
+    """Random changes of an image that a private step sees."""
+    return self.config.privacy.augmentation_multiplicity if self.private else 1
+
+  @property
+  def bands(self) -> int:
+    """Steps that noise is correlated over; 1 if the noise of steps is independent."""
+    return self.config.privacy.bands if self.private else 1
+
+
+def make_recipe(config: Config, dataset: Dataset, shapes: Shapes) -> Recipe:
+  """The recipe of runs of at most these shapes. The dataset gives image shape and classes."""
+  cap, cores = cohort_cap(config, len(shapes.steps)), int(least(cpu_cores()))
+  num_classes, cohort = len(dataset.class_names), cap or len(shapes.steps)
+
+  @functools.cache
+  def network(remat: bool, devices: int) -> Model:
+    lowering, _ = _lowering(config, cohort, cores, devices)
+    return create_model(config.model, num_classes, lowering, remat=remat)
+
+  return Recipe(
+    config=config,
+    shapes=shapes,
+    num_classes=num_classes,
+    image=jax.ShapeDtypeStruct((1, *dataset.inputs.shape[1:]), jnp.float32),
+    cohort_cap=cap,
+    cores=cores,
+    network=network,
+  )
+
+
+def _lowering(config: Config, cohort: int, cores: int, devices: int) -> tuple[Lowering, str]:
+  training = max(1, min(devices, cohort) // jax.process_count())
+  return choose_lowering(config.execution.lowering, cores // training)
+
+
+def lowering_on(recipe: Recipe, devices: int) -> tuple[Lowering, str]:
+  """Returns (lowering of convolutions, reason) for clients that are dealt over ``devices``."""
+  return _lowering(recipe.config, recipe.cohort, recipe.cores, devices)
+
+
+def clipping_problems(recipe: Recipe, devices: int, remat: bool, microbatch: int) -> Any:
+  """Reasons why a clipping method cannot be trusted with this network and batch, by method."""
+  model, shapes = recipe.network(remat, devices), recipe.shapes
+  params, state = jax.eval_shape(model.init, base_key(0), recipe.image)
+  slots = slots_at_once(microbatch, shapes.batch_cap)
+  rows = slots * shapes.rows_per_unit * recipe.copies
+  return uncovered(model, params, state, recipe.image, rows, recipe.config.model.dtype)
+
+
+def make_gradient(recipe: Recipe, choice: Choice) -> Gradient:
+  """The gradient of a local step, private where the config says so."""
+  config, shapes = recipe.config, recipe.shapes
+  model = recipe.network(choice.remat, choice.devices)
+  loss = cross_entropy(config.client.label_smoothing)
+  if not recipe.private:
+    return plain_gradient(
+      model,
+      loss,
+      batch_size=config.client.batch_size,
+      max_examples=shapes.max_examples,
+      normalisation=config.data.normalisation,
+      augmentation=config.client.augmentation,
+      microbatch=choice.microbatch,
+    )
+  return private_gradient(
+    model,
+    loss,
+    clipping=choice.clipping,
+    batch_cap=shapes.batch_cap,
+    max_examples=shapes.max_examples,
+    normalisation=config.data.normalisation,
+    augmentation=config.client.augmentation,
+    rows_per_unit=shapes.rows_per_unit,
+    copies=recipe.copies,
+    microbatch=choice.microbatch,
+  )
+
+
+def make_training(recipe: Recipe, choice: Choice, shared_steps: int | None) -> LocalTraining:
+  """The local steps of a client in a round, as many for everyone or each client's own (None)."""
+  client = recipe.config.client
+  return local_training(
+    make_gradient(recipe, choice),
+    client_optimizer(client.optimizer, client.momentum, client.weight_decay),
+    schedule(client.schedule, recipe.config.server.num_rounds, client.warmup_rounds),
+    shared_steps,
+  )
+
+
+def make_algorithm(recipe: Recipe, choice: Choice) -> FederatedAlgorithm:
+  """The federated algorithm of the config."""
+  server = recipe.config.server
+
+  def init_memory(params: Any) -> Any:
+    return empty_memory(params, recipe.bands) if recipe.bands > 1 else ()
+
+  return create_algorithm(
+    server.algorithm,
+    make_training(recipe, choice, recipe.shapes.shared_steps),
+    server_optimizer(server.optimizer, server.momentum),
+    average=server.ema_decay > 0,
+    records=recipe.private,
+    clients=recipe.client_level,
+    init_memory=init_memory,
+    options=algorithm_options(recipe.config, traced=False),
+  )
+
+
+def make_rounds(recipe: Recipe, choice: Choice, mesh: Mesh | None) -> Callable[..., Any]:
+  """A block of rounds, not jitted; see ``simulation.rounds.make_block``."""
+  run_round = make_round(
+    make_algorithm(recipe, choice),
+    num_clients=recipe.num_clients,
+    cohort_cap=recipe.cohort_cap,
+    chunk=choice.chunk,
+    mesh=mesh,
+    client_level=recipe.client_level,
+  )
+  return make_block(run_round, recipe.num_clients, recipe.client_level)
+
+
+def make_initial(recipe: Recipe, choice: Choice) -> Callable[..., SimulationState]:
+  """Builds ``initial(seed, pretrained params, pretrained state)``, the state before round 0."""
+  model = recipe.network(False, choice.devices)
+  client_privacy = recipe.config.client_privacy
+
+  def initial(seed: Any, pretrained_params: Any, pretrained_state: Any) -> SimulationState:
+    key = key_for(base_key(seed), Stream.INIT)
+    params, state = model.init(key, jnp.zeros(recipe.image.shape, recipe.image.dtype))
+    params, state = {**params, **pretrained_params}, {**state, **pretrained_state}
+    clip_norm = client_privacy.clip_norm if recipe.client_level else None
+    algorithm = make_algorithm(recipe, choice)
+    return init_state(algorithm, params, state, recipe.num_clients, clip_norm)
+
+  return initial
+
+
+def message_sizes(algorithm: FederatedAlgorithm, server: ServerState) -> tuple[int, int]:
+  """Values that a client gets and sends in a round; non-trained state is not counted."""
+
+  def size(tree: Any) -> int:
+    return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(tree))
+
+  pairs = zip(
+    jax.tree.leaves(server.params), jax.tree.leaves(algorithm.at_home(server.params)), strict=True
+  )
+  shared = size([leaf for leaf, at_home in pairs if not at_home])
+  sent = size(jax.eval_shape(algorithm.blank_extra, server.params))
+  return shared + size(server.extra), shared + sent
