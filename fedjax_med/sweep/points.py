@@ -226,7 +226,10 @@ def plan_points(
     except UserError as error:
       raise UserError(f"point {shown(points[number])}: {error}") from error
     cases = {"": case, **(baselines(case) if config.eval.local_baselines else {})}
-    found += [Planned(Key(number, name), points[number], own) for name, own in cases.items()]
+    found += [
+      Planned(key=Key(number=number, baseline=name), point=points[number], case=case)
+      for name, case in cases.items()
+    ]
   return found
 
 
