@@ -150,7 +150,7 @@ def main() -> None:
   parser.add_argument("--skip_processes", action="store_true")
   options = parser.parse_args()
 
-  from fedjax_med.flags import config_fields
+  from fedjax_med.core.config import declared
   from fedjax_med.run.compilation_cache import use_compilation_cache
   from fedjax_med.sweep import grid, table
   from fedjax_med.sweep.points import configure
@@ -158,7 +158,7 @@ def main() -> None:
   axes = [f"privacy.noise_multiplier={options.sigmas}", f"seed=0:{options.seeds}"]
   base = runpy.run_path(str(ROOT / options.config))["get_config"]()
   base.privacy.target_epsilon = 0.0  # σ is configured
-  points = grid.points(base, list(config_fields()), grid=axes)
+  points = grid.points(base, list(declared()), grid=axes)
   configs = [configure(base, point, ("init", "sampling")) for point in points]
   folder = pathlib.Path(tempfile.mkdtemp(prefix="sweep"))
   shop = Workshop(folder=folder, base=base, points=points, configs=configs)

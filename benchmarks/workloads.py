@@ -216,9 +216,9 @@ def _hyper(workload: specs.Workload, participation_rate: float) -> Hyper:
     "clip_norm": specs.CLIP_NORM,
     "ema_decay": 0.0,
     "participation_rate": participation_rate,
-    "personal_weight": 0.0,
   }
-  return Hyper(**{name: jnp.float32(value) for name, value in values.items()})
+  traced = {name: jnp.float32(value) for name, value in values.items()}
+  return Hyper(**traced, algorithm={})
 
 
 def write_reference(workload: specs.Workload, path: str) -> None:

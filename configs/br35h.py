@@ -1,4 +1,11 @@
-"""SE-ResNeXt-50 on Br35H brain MRI, five hospitals, Dirichlet 0.5, no privacy; needs data.path."""
+"""SE-ResNeXt-50 on Br35H brain MRI, five hospitals, Dirichlet 0.5, no privacy; needs data.path.
+
+    python -m fedjax_med.train --config=configs/br35h.py --config.data.path=FOLDER \\
+        --workdir=runs/br35h
+
+FOLDER holds yes/ and no/, downloaded by hand. To expect on two CPU cores: 30 minutes, test AUROC
+0.927, no ε (one run, seed 0: experiments/br35h/br35h/summary.json and timing.json).
+"""
 
 from fedjax_med.core.config import (
   ClientConfig,

@@ -1,4 +1,11 @@
-"""SE-ResNeXt-50 on Br35H as in br35h.py, with record-level DP-SGD at ε = 8 for each hospital."""
+"""SE-ResNeXt-50 on Br35H as in br35h.py, with record-level DP-SGD at ε = 8 for each hospital.
+
+    python -m fedjax_med.train --config=configs/br35h_private.py --config.data.path=FOLDER \\
+        --workdir=runs/br35h_private
+
+FOLDER holds yes/ and no/, downloaded by hand. To expect on two CPU cores: 18 minutes, test AUROC
+0.918, ε 8.0 (one run, seed 0: experiments/br35h/br35h_private/summary.json and timing.json).
+"""
 
 from fedjax_med.core.config import (
   ClientConfig,

@@ -1,4 +1,12 @@
-"""A small SE-ResNeXt on Br35H at 32 px, five hospitals, ε = 3 for each: minutes on a CPU."""
+"""A small SE-ResNeXt on Br35H at 32 px, five hospitals, ε = 3 for each: minutes on a CPU.
+
+    python -m fedjax_med.train --config=configs/br35h_small_private.py \\
+        --config.data.path=FOLDER --workdir=runs/br35h_small
+
+FOLDER holds yes/ and no/, downloaded by hand. To expect on two CPU cores: 1 minute (five seeds at
+once: 34 s), test AUROC 0.811 ± 0.011 over these seeds, ε 3.0 (arm "plain" of
+experiments/private_training/results.json).
+"""
 
 from fedjax_med.core.config import (
   ClientConfig,

@@ -1,4 +1,10 @@
-"""The smallest real run: three hospitals, tiny phantoms, a tiny network, private; seconds."""
+"""The smallest real run: three hospitals, tiny phantoms, a tiny network, private; seconds.
+
+    python -m fedjax_med.train --config=configs/smoke.py --workdir=runs/smoke
+
+To expect on two CPU cores: half a minute (8 to 21 s measured, 3 to 17 of them to compile), ε 11.23.
+It is no result: test AUROC 0.55 to 0.69 in three runs, of 60 images after 6 rounds of noise.
+"""
 
 from fedjax_med.core.config import (
   ClientConfig,

@@ -1,10 +1,11 @@
-"""Command line of the entry points: flags, --help from the config docstrings, one-line errors.
+"""Command line of the entry points: flags, --help from the fields' declarations, one-line errors.
 
 An entry point is three lines: ``define_config()`` at module level, a ``main`` that calls
 ``load_config()``, and ``run_main(main)``. Whatever the user can put right is answered with one
 sentence on stderr and exit code 2; only our own bugs print a traceback.
 """
 
+import contextlib
 import dataclasses
 import difflib
 import errno
@@ -17,15 +18,24 @@ import sys
 import textwrap
 import traceback
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from absl import flags
 from ml_collections import config_flags
 
-from fedjax_med.core.conditions import DEFAULTS, READ, drop_unread, shown, unmet
-from fedjax_med.core.config import Config, get_field
+from fedjax_med.core.config import (
+  OPTIONS,
+  Config,
+  Options,
+  declared,
+  get_field,
+  sections,
+  set_field,
+)
 from fedjax_med.core.errors import UserError, nearest, require
+from fedjax_med.core.fields import Field
 from fedjax_med.core.text import use_any_terminal, visible
+from fedjax_med.core.unread import default_of, drop_unread, shown, unmet
 from fedjax_med.core.validation import validate
 
 _HELP = ("--help", "-help", "-h", "--helpfull", "--helpshort")
@@ -34,23 +44,6 @@ _PASS_A_PRESET = "start with a preset: --config=configs/quickstart.py"
 _KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 
 flags.DEFINE_bool("debug", False, "Print the traceback of an error too.")
-
-
-@dataclasses.dataclass(frozen=True)
-class Field:
-  """One ``--config.section.field``.
-
-  Attributes:
-    section: name of the section; empty for a field of ``Config`` itself.
-    kind: declared type: str, int, float or bool.
-    default: value of the dataclass; a preset may set another.
-    meaning: the sentence of the dataclass docstring; empty where it has none.
-  """
-
-  section: str
-  kind: type
-  default: Any
-  meaning: str
 
 
 def define_config() -> None:
@@ -94,11 +87,11 @@ def load_config(whole: bool = True) -> Config:
     raise UserError(f"--config is missing; {_PASS_A_PRESET}")
   _check_values(config)
   if whole:
-    values = {path: get_field(config, path) for path in DEFAULTS}
+    values = {path: get_field(config, path) for path in declared()}
     for path in drop_unread(config, inherited()):
       print(
         f"note: {path}={shown(values[path])} of the preset is not read with these flags, and back"
-        f" at {shown(DEFAULTS[path])}",
+        f" at {shown(default_of(path))}",
         file=sys.stderr,
       )
     validate(config)
@@ -110,7 +103,7 @@ def inherited() -> set[str]:
   flag = flags.FLAGS["config"]
   preset = _preset(config_flags.get_config_filename(flag))
   given = config_flags.get_override_values(flag)
-  return {path for path in READ if path not in given and unmet(preset, path) is None}
+  return {path for path in declared() if path not in given and unmet(preset, path) is None}
 
 
 def run_main(main: Callable[[list[str]], None]) -> None:
@@ -122,6 +115,8 @@ def run_main(main: Callable[[list[str]], None]) -> None:
   """
   use_any_terminal()
   if any(argument in _HELP for argument in sys.argv[1:]):
+    with contextlib.suppress(UserError):  # --help answers beside a wrong preset too
+      _register(sys.argv)
     try:
       print(help_text(main), flush=True)
     except BrokenPipeError:  # "--help | head" closed the pipe: nothing more can be written
@@ -164,24 +159,8 @@ def require_company(name: str, there: bool, company: str) -> None:
   )
 
 
-def config_fields() -> dict[str, Field]:
-  """Every field of the configuration by its dotted path, in declaration order."""
-  fields = {}
-  for outer in dataclasses.fields(Config):
-    value = getattr(Config(), outer.name)
-    if not dataclasses.is_dataclass(value):
-      fields[outer.name] = Field("", type(value), value, _meanings(Config).get(outer.name, ""))
-      continue
-    meanings = _meanings(type(value))
-    for inner in dataclasses.fields(value):
-      default = getattr(value, inner.name)
-      meaning = meanings.get(inner.name, "")
-      fields[f"{outer.name}.{inner.name}"] = Field(outer.name, type(default), default, meaning)
-  return fields
-
-
 def help_text(main: Callable[[list[str]], None]) -> str:
-  """What --help prints: the module docstring of ``main``, its flags, every config field."""
+  """The text of --help: the module docstring of ``main``, its flags, every config field."""
   module = inspect.getmodule(main)
   spec = getattr(module, "__spec__", None)
   command = f"python -m {spec.name}" if spec else f"python {sys.argv[0]}"
@@ -201,15 +180,15 @@ def help_text(main: Callable[[list[str]], None]) -> str:
     "Fields of the configuration, with the default that a preset in configs/ may replace.",
     "Give them after --config, for example --config.server.num_rounds=5:",
   ]
-  section = None
-  for path, field in config_fields().items():
-    if field.section not in ("", section):
+  section, records = "", sections()
+  for path, field in declared().items():
+    if field.section != section:
       section = field.section
-      doc = inspect.getdoc(type(getattr(Config(), section))) or ""
+      doc = inspect.getdoc(records[section]) or ""
       lines += ["", f"{section}: {doc.splitlines()[0]}"]
     lines += [f"  --config.{path}={field.default}  ({field.kind.__name__})"]
-    rules = " and ".join(rule.text for rule in READ[path])
-    lines += _indented(field.meaning + (f" Read with {rules}." if rules else ""))
+    rules = " and ".join(rule.wording for rule in field.read)
+    lines += _indented(field.doc + (f" Read with {rules}." if rules else ""))
   return "\n".join(lines)
 
 
@@ -218,16 +197,6 @@ def _indented(text: str) -> list[str]:
   return textwrap.wrap(
     text, _WIDTH, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False
   )
-
-
-def _meanings(record: type) -> dict[str, str]:
-  """Field meanings from the ``Attributes:`` of a docstring, else from its ``name`` sentences."""
-  doc = inspect.getdoc(record) or ""
-  meanings = dict(re.findall(r"``(\w+)`` (\w[^.]*\.)", doc))
-  _, _, attributes = doc.partition("Attributes:\n")
-  for name, text in re.findall(r"^  (\w+): (.*(?:\n    .*)*)", attributes, flags=re.MULTILINE):
-    meanings[name] = " ".join(text.replace("``", "").split())
-  return meanings
 
 
 def _own_flags() -> dict[str, flags.Flag]:
@@ -241,10 +210,8 @@ def _own_flags() -> dict[str, flags.Flag]:
 
 def _parse(argv: list[str]) -> list[str]:
   """Parses absl flags; every way to get them wrong is a UserError with the remedy."""
+  _register(argv)
   _check_config_names(argv)
-  path = _config_path(argv)
-  if path is not None:
-    _preset(path)
   try:
     program, *arguments = flags.FLAGS(argv)
   except flags.UnrecognizedFlagError as error:
@@ -263,6 +230,13 @@ def _parse(argv: list[str]) -> list[str]:
   return [program, *arguments]
 
 
+def _register(argv: list[str]) -> None:
+  """Reads the preset, which may register algorithms: their options are fields from then on."""
+  path = _config_path(argv)
+  if path is not None and "config" in flags.FLAGS:
+    _preset(path)
+
+
 def _bad_value(message: str) -> str:
   """absl's ``flag --config.seed=x: reason``, with the type a config field should have."""
   message = message.removeprefix("flag ")
@@ -270,7 +244,7 @@ def _bad_value(message: str) -> str:
   if match is None:
     return f"{message}; see --help"
   path, value = match.groups()
-  field = config_fields()[path]
+  field = declared()[path]
   return f"--config.{path}={value} must be {_KINDS[field.kind]}; its default is {field.default}"
 
 
@@ -278,7 +252,7 @@ def _check_config_names(argv: list[str]) -> None:
   """Names the nearest field for a --config.section.field that does not exist."""
   if "config" not in flags.FLAGS:
     return
-  known = config_fields()
+  known = declared()
   has_config = False
   for argument in _flags_of(argv):
     has_config |= re.match(r"--?config(=|$)", argument) is not None
@@ -289,7 +263,7 @@ def _check_config_names(argv: list[str]) -> None:
     require(has_config, f"--config.{name} needs a --config before it", _PASS_A_PRESET)
     if name in known:
       continue
-    inside = [f"--config.{path}" for path, field in known.items() if name and field.section == name]
+    inside = [f"--config.{path}" for path in known if path.startswith(f"{name}.")]
     require(not inside, f"--config.{name} is a section", f"set its fields: {', '.join(inside)}")
     raise UserError(f"--config.{name} is unknown; {_nearest_field(name, known)}")
 
@@ -362,32 +336,38 @@ def _preset(argument: str) -> Config:
 
 def _check_values(config: Config) -> None:
   """Config files assign freely: refuses unknown names and wrong types, makes int floats float."""
-  known = config_fields()
-  sections = {"": config} | {field.section: None for field in known.values()}
-  for section in sections:
-    record = getattr(config, section) if section else config
-    sections[section] = record
-    expected = type(getattr(Config(), section)) if section else Config
+  known = declared()
+  for section, expected in sections().items():
+    record = get_field(config, section) if section else config
     require(
       isinstance(record, expected),
       f"{section} is {type(record).__name__}, not {expected.__name__}",
       "assign to its fields instead of replacing it",
     )
-    names = {field.name for field in dataclasses.fields(record)}
+    names = {part.name for part in dataclasses.fields(record)}
     for name in vars(record).keys() - names:
-      path = f"{section}.{name}".lstrip(".")
-      raise UserError(f"{path}, set by the config file, is unknown; {_nearest_field(path, known)}")
+      _refuse_name(f"{section}.{name}".lstrip("."), known)
+  require(
+    isinstance(config.options, Options),
+    f"options is {type(config.options).__name__}, not Options",
+    "assign to its fields instead of replacing it",
+  )
+  for name in vars(config.options).keys() - OPTIONS.keys():
+    _refuse_name(f"options.{name}", known)
   for path, field in known.items():
-    record, name = sections[field.section], path.rpartition(".")[2]
-    value = getattr(record, name)
+    value = get_field(config, path)
     if field.kind is float and type(value) is int:
       value = float(value)
-      setattr(record, name, value)
+      set_field(config, path, value)
     require(
       isinstance(value, field.kind) and not (field.kind is int and isinstance(value, bool)),
       f"{path}={value!r} is {type(value).__name__}",
       f"give {_KINDS[field.kind]} such as {field.default!r}",
     )
+
+
+def _refuse_name(path: str, known: dict[str, Field]) -> NoReturn:
+  raise UserError(f"{path}, set by the config file, is unknown; {_nearest_field(path, known)}")
 
 
 def _fail(message: str, code: int) -> NoReturn:

@@ -7,8 +7,7 @@ import sys
 
 import pytest
 
-from fedjax_med import flags as command_line
-from fedjax_med.core.config import Config, get_field
+from fedjax_med.core.config import Config, declared, get_field
 from tests.command import start
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -16,8 +15,8 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 ENTRY_POINT = '''
 """Prints the configuration it was given."""
 
-from fedjax_med.core.config import get_field
-from fedjax_med.flags import config_fields, define_config, load_config, run_main
+from fedjax_med.core.config import declared, get_field
+from fedjax_med.flags import define_config, load_config, run_main
 
 define_config()
 
@@ -28,7 +27,7 @@ def main(argv):
     raise KeyboardInterrupt
   if config.seed == 1:
     raise RuntimeError("a bug of ours")
-  for path in config_fields():
+  for path in declared():
     print(f"{path}={get_field(config, path)!r}")
 
 
@@ -85,7 +84,7 @@ def test_overrides_reach_the_config_and_the_last_one_counts(folder):
     "--config.data.patient_pattern=(p[0-9]+)=x",
   )
   assert (code, err) == (0, "")
-  expected = {path: get_field(Config(), path) for path in command_line.config_fields()}
+  expected = {path: get_field(Config(), path) for path in declared()}
   expected |= {
     "seed": 3,
     "server.num_rounds": 5,
@@ -250,18 +249,18 @@ def test_help_describes_the_command_and_every_field_with_type_and_default(folder
   words = " ".join(out.split())
   for flag in ("--config=", "--workdir=", "--debug", "--help"):
     assert f"\n  {flag}" in out
-  for path, field in command_line.config_fields().items():
-    assert f"--config.{path}={field.default} ({field.kind.__name__}) {field.meaning}" in words
+  for path, field in declared().items():
+    assert f"--config.{path}={field.default} ({field.kind.__name__}) {field.doc}" in words
   assert "of optimizer=adamw. Read with client.optimizer=adamw." in words
 
 
 def test_every_config_field_has_a_meaning():
-  fields = command_line.config_fields()
+  fields = declared()
   assert len(fields) > 50
-  assert [path for path, field in fields.items() if len(field.meaning) < 4] == []
-  assert fields["privacy.clip_norm"].meaning == "C, largest l2 norm of one example's gradient."
+  assert [path for path, field in fields.items() if len(field.doc) < 4] == []
+  assert fields["privacy.clip_norm"].doc == "C, largest l2 norm of one example's gradient."
   assert fields["data.path"].default == ""
-  assert "``" not in "".join(field.meaning for field in fields.values())
+  assert "``" not in "".join(field.doc for field in fields.values())
 
 
 def test_main_gets_arguments_that_are_not_flags_when_there_is_no_config(folder):

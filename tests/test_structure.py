@@ -29,17 +29,13 @@ LONG_FUNCTIONS: dict[str, tuple[int, int]] = {
 # file: number of records that are built by position, or read by it.
 POSITIONS: dict[str, int] = {
   "fedjax_med/audit/shadow_models.py": 3,
-  "fedjax_med/core/conditions.py": 7,
   "fedjax_med/federated/fedavg.py": 3,
   "fedjax_med/federated/local.py": 4,
-  "fedjax_med/flags.py": 2,
-  "fedjax_med/prepare/experiment.py": 2,
   "fedjax_med/privacy/clipping.py": 5,
   "fedjax_med/report/sweep_page.py": 3,
   "fedjax_med/run/checkpoints.py": 2,
   "fedjax_med/run/loop.py": 5,
   "fedjax_med/simulation/rounds.py": 3,
-  "fedjax_med/sweep/points.py": 1,
   "fedjax_med/sweep/programs.py": 2,
   "fedjax_med/sweep/runner.py": 2,
 }

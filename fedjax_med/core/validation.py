@@ -2,97 +2,12 @@
 
 import re
 
-from fedjax_med.core.conditions import require_read
-from fedjax_med.core.config import Config, get_field
+from fedjax_med.core.config import Config, declared, get_field
 from fedjax_med.core.errors import UserError, require, require_choice
-from fedjax_med.core.rounding import MIN_CLIP_NORM
-
-CHOICES = {
-  "data.source": ("phantoms", "folder", "br35h", "sars_cov2_ct"),
-  "data.split": ("grouped", "paper"),
-  "data.normalisation": ("image", "fixed"),
-  "partition.scheme": ("auto", "iid", "dirichlet", "quantity", "shards", "site"),
-  "model.norm": ("group", "batch", "frozen_batch"),
-  "model.dtype": ("float32", "bfloat16"),
-  "client.optimizer": ("sgd", "momentum", "adam", "adamw"),
-  "client.schedule": ("constant", "cosine", "linear"),
-  "server.optimizer": ("sgd", "momentum", "adam", "yogi"),
-  "server.weighting": ("examples", "uniform"),
-  "server.participation": ("full", "poisson"),
-  "privacy.mechanism": ("none", "dp_sgd"),
-  "privacy.clipping": ("auto", "book_keeping", "two_pass", "reference"),
-  "privacy.unit": ("record", "group", "patient"),
-  "privacy.solve_for": ("noise", "rounds", "batch_size", "clip_norm"),
-  "privacy.adjacency": ("zero_out",),
-  "privacy.sampling": ("poisson",),
-  "client_privacy.mechanism": ("none", "dp_fedavg"),
-  "client_privacy.clipping": ("fixed", "adaptive"),
-  "client.augmentation": ("none", "flip", "shift", "flip_shift"),
-  "client.synthetic": ("none", "gan"),
-  "eval.tracker": ("none", "tensorboard", "wandb", "mlflow"),
-  "execution.layout": ("auto", "vmap", "chunk", "scan"),
-  "execution.lowering": ("auto", "matmul", "native"),
-  "execution.remat": ("auto", "off", "blocks"),
-  "execution.probe": ("auto", "on", "off"),
-}
+from fedjax_med.core.fields import Bounds
+from fedjax_med.core.unread import require_read
 
 MIN_TARGET = 1e-6  # ε
-# field: (lowest, highest, lowest itself allowed, remedy)
-RANGES: dict[str, tuple[float, float, bool, str]] = {
-  "data.image_size": (8, 4096, True, "use 64 to 224; the paper uses 192"),
-  "seed": (0, 2**31 - 1, True, "use 0"),
-  "data.seed": (0, 2**31 - 1, True, "use 0"),
-  "model.init_seed": (-1, 2**31 - 1, True, "use -1 for the seed of the run"),
-  "data.min_size": (1, 4096, True, "use 32"),
-  "data.test_fraction": (0, 0.9, False, "use 0.2"),
-  "data.num_examples": (50, 10_000_000, True, "use 4000"),
-  "partition.num_clients": (0, 100_000, True, "use 5"),
-  "partition.alpha": (0, float("inf"), False, "0.1 is strong skew, 100 is nearly IID"),
-  "partition.classes_per_client": (1, 100_000, True, "use 1 or more"),
-  "partition.min_client_size": (1, 10_000_000, True, "use 8"),
-  "model.dropout": (0, 0.95, True, "use 0 to 0.5"),
-  "model.width": (0, 16, False, "use 1 for the published network, 0.25 for a small computer"),
-  "client.learning_rate": (0, float("inf"), False, "use 0.01 to 0.1 with sgd"),
-  "client.warmup_rounds": (0, 1_000_000, True, "use 0"),
-  "client.momentum": (0, 0.9999, True, "use 0.9"),
-  "client.weight_decay": (0, 10, True, "use 0"),
-  "client.batch_size": (1, 1_000_000, True, "use 32"),
-  "client.num_local_steps": (0, 1_000_000, True, "use 0 to let num_local_epochs decide"),
-  "client.num_local_epochs": (0, 10_000, False, "use 1"),
-  "client.label_smoothing": (0, 0.9, True, "use 0"),
-  "client.synthetic_share": (0, 100, False, "use 0.5, or client.synthetic=none for none"),
-  "client.gan_steps": (1, 10_000_000, True, "use 500"),
-  "server.num_rounds": (1, 10_000_000, True, "use 10"),
-  "server.learning_rate": (0, float("inf"), False, "use 1 with sgd"),
-  "server.momentum": (0, 0.9999, True, "use 0.9"),
-  "server.participation_rate": (0, 1, False, "use 1 for every client in every round"),
-  "server.proximal_weight": (0, float("inf"), True, "use 0 for plain FedAvg, 0.01 for FedProx"),
-  "server.personal_weight": (0, float("inf"), True, "use 0.1 to 1 for Ditto"),
-  "server.ema_decay": (0, 0.9999, True, "use 0 or 0.9"),
-  "privacy.noise_multiplier": (0, 1e6, True, "use 1"),
-  "privacy.target_epsilon": (0, 1e6, True, "use 8, or 0 for none"),
-  "privacy.clip_norm": (MIN_CLIP_NORM, 1e6, True, "use 1"),
-  "privacy.delta": (0, 1, True, "use 0 for 1/(10 n)"),
-  "privacy.batch_cap": (0, 1_000_000, True, "use 0 to let it be chosen"),
-  "privacy.bands": (1, 1000, True, "use 1 for independent noise"),
-  "privacy.rows_per_unit": (0, 100_000, True, "use 0 to let it be chosen"),
-  "privacy.augmentation_multiplicity": (1, 1000, True, "use 1, or 4 to 16"),
-  "privacy.noise_stddev": (0, 1e6, True, "use 0 unless solve_for=clip_norm"),
-  "client_privacy.noise_multiplier": (0, 1e6, True, "use 1"),
-  "client_privacy.target_epsilon": (0, 1e6, True, "use 8, or 0 for none"),
-  "client_privacy.clip_norm": (MIN_CLIP_NORM, 1e6, True, "use 1"),
-  "client_privacy.delta": (0, 1, True, "use 0 for 1/(10 K)"),
-  "client_privacy.quantile": (0, 1, False, "use 0.5"),
-  "client_privacy.clip_learning_rate": (0, 10, True, "use 0.2"),
-  "client_privacy.count_noise": (0, 1e6, True, "use 0 to let it be chosen"),
-  "execution.chunk_size": (0, 100_000, True, "use 0 unless layout=chunk"),
-  "execution.devices": (0, 100_000, True, "use 0 to let them be chosen"),
-  "execution.microbatch": (0, 1_000_000, True, "use 0 to let it be chosen"),
-  "execution.memory_gib": (0, 1_000_000, True, "use 0 for a share of what the device has"),
-  "eval.every": (1, 1_000_000, True, "use 1"),
-  "eval.batch_size": (1, 1_000_000, True, "use 64"),
-}
-
 
 # Values that people ask for and that ε would not hold with: why, and what to do instead.
 REFUSED = {
@@ -123,15 +38,12 @@ REFUSED = {
 def validate(config: Config) -> None:
   """Checks every rule that needs no data; raises UserError with value, rule and remedy."""
   _refuse(config)
-  for path, choices in CHOICES.items():
-    require_choice(path, get_field(config, path), choices)
-  for path, (low, high, low_allowed, remedy) in RANGES.items():
+  for path, field in declared().items():
     value = get_field(config, path)
-    inside = (value >= low if low_allowed else value > low) and value <= high
-    inside = inside and value != float("inf")
-    rule = f"{'at least' if low_allowed else 'above'} {low:g}"
-    rule += " and finite" if high == float("inf") else f" and at most {high:g}"
-    require(inside, f"{path}={value} must be {rule}", remedy)
+    if field.choices:
+      require_choice(path, value, field.choices)
+    if field.bounds is not None:
+      _require_inside(path, value, field.bounds)
 
   for path in ("privacy.target_epsilon", "client_privacy.target_epsilon"):
     target = get_field(config, path)
@@ -153,7 +65,7 @@ def validate(config: Config) -> None:
     "use at least two hospitals, or 1 for training on pooled data",
   )
   _validate_central(config)
-  _validate_algorithm(config)
+  _validate_layers(config)
   layout, chunk = config.execution.layout, config.execution.chunk_size
   require(
     layout != "chunk" or chunk > 0,
@@ -185,6 +97,15 @@ def validate(config: Config) -> None:
   require_read(config)
 
 
+def _require_inside(path: str, value: float, bounds: Bounds) -> None:
+  """Raises UserError for a number outside its range, and for one that is not finite."""
+  low, high = bounds.low, bounds.high
+  inside = (value >= low if bounds.low_allowed else value > low) and value <= high
+  rule = f"{'at least' if bounds.low_allowed else 'above'} {low:g}"
+  rule += " and finite" if high == float("inf") else f" and at most {high:g}"
+  require(inside and value != float("inf"), f"{path}={value} must be {rule}", bounds.remedy)
+
+
 def _refuse(config: Config) -> None:
   for (path, value), (why, remedy) in REFUSED.items():
     require(get_field(config, path) != value, f"{path}='{value}' is refused: {why}", remedy)
@@ -211,27 +132,8 @@ def _validate_central(config: Config) -> None:
   )
 
 
-def _validate_algorithm(config: Config) -> None:
-  server, optimizer = config.server, config.client.optimizer
-  if server.algorithm in ("scaffold", "fednova"):
-    require(
-      server.proximal_weight == 0,
-      f"server.algorithm='{server.algorithm}' with server.proximal_weight="
-      f"{server.proximal_weight:g}: it takes the weights a client moves for a sum of gradients",
-      "use server.proximal_weight=0, or server.algorithm=fedavg (FedProx)",
-    )
-  require(
-    server.algorithm != "scaffold" or optimizer == "sgd",
-    f"server.algorithm='scaffold' with client.optimizer='{optimizer}': its control variates are"
-    " mean gradients only after plain SGD steps",
-    "use client.optimizer=sgd",
-  )
-  require(
-    server.algorithm != "fednova" or optimizer in ("sgd", "momentum"),
-    f"server.algorithm='fednova' with client.optimizer='{optimizer}': the effective number of its"
-    " steps is known for SGD and momentum only",
-    "use client.optimizer=sgd or momentum",
-  )
+def _validate_layers(config: Config) -> None:
+  server = config.server
   try:
     re.compile(server.personal_layers)
   except re.error as error:

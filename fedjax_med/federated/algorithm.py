@@ -1,6 +1,6 @@
 """A federated algorithm: a few functions, and records of what moves between server and clients."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -77,7 +77,7 @@ class Hyper(NamedTuple):
     clip_norm: C, bound on one example's gradient norm.
     ema_decay: decay of the evaluated average over rounds.
     participation_rate: probability that a client takes part in a round.
-    personal_weight: Ditto's λ (Li et al. 2021, eq. 2).
+    algorithm: options of the algorithm in use that are traced, by name: Ditto's personal_weight.
     client_level: settings of client-level privacy, or None without it.
   """
 
@@ -87,7 +87,7 @@ class Hyper(NamedTuple):
   clip_norm: jax.Array
   ema_decay: jax.Array
   participation_rate: jax.Array
-  personal_weight: jax.Array
+  algorithm: Mapping[str, jax.Array]
   client_level: ClientLevel | None = None
 
 
@@ -101,7 +101,7 @@ def plain_hyper() -> Hyper:
     clip_norm=one,
     ema_decay=zero,
     participation_rate=one,
-    personal_weight=zero,
+    algorithm={},
   )
 
 

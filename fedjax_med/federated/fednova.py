@@ -4,9 +4,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from fedjax_med.core.config import Config
+from fedjax_med.core.errors import require
 from fedjax_med.federated.algorithm import FederatedAlgorithm
 from fedjax_med.federated.fedavg import fedavg
 from fedjax_med.federated.local import LocalTraining
+from fedjax_med.federated.rules import require_no_proximal_term
 
 
 def effective_steps(optimizer: optax.GradientTransformation, steps: jax.Array) -> jax.Array:
@@ -51,4 +54,16 @@ def fednova(
 
   return plain._replace(
     client_update=client_update, server_update=server_update, blank_delta=blank_delta
+  )
+
+
+def require_known_steps(config: Config) -> None:
+  """Raises UserError where the effective number of local steps is not known."""
+  require_no_proximal_term(config)
+  optimizer = config.client.optimizer
+  require(
+    optimizer in ("sgd", "momentum"),
+    f"server.algorithm='fednova' with client.optimizer='{optimizer}': the effective number of its"
+    " steps is known for SGD and momentum only",
+    "use client.optimizer=sgd or momentum",
   )

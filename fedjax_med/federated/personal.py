@@ -165,7 +165,7 @@ def ditto(
   """Ditto (Li et al. 2021, algorithm 1): FedAvg, and a whole model of its own at every client.
 
   The client's model takes as many local steps of its own, pulled to the received weights w by
-  λ(v − w), λ being ``hyper.personal_weight``. Arguments as of ``fedavg``.
+  λ(v − w), λ being ``hyper.algorithm["personal_weight"]``. Arguments as of ``fedavg``.
   """
   plain = fedavg(local, optimizer, average=average)
 
@@ -180,7 +180,7 @@ def ditto(
     end, extra = local.train(
       Weights(params=client_state[1], state=client_state[2]),
       first_step(server, client, pool, hyper, key),
-      pull=(hyper.personal_weight, server.params),
+      pull=(hyper.algorithm["personal_weight"], server.params),
     )
     metrics = metrics._replace(finite=metrics.finite & extra.finite)
     return delta, (memory, end.params, end.state), metrics

@@ -9,9 +9,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from fedjax_med.core.config import Config
+from fedjax_med.core.errors import require
 from fedjax_med.federated.algorithm import FederatedAlgorithm
 from fedjax_med.federated.fedavg import difference, fedavg, first_step
 from fedjax_med.federated.local import LocalTraining, Weights
+from fedjax_med.federated.rules import require_no_proximal_term
 
 
 def scaffold(
@@ -54,4 +57,16 @@ def scaffold(
     client_update=client_update,
     server_update=server_update,
     blank_delta=blank_delta,
+  )
+
+
+def require_plain_sgd(config: Config) -> None:
+  """Raises UserError where control variates would be no mean gradients of the local loss."""
+  require_no_proximal_term(config)
+  optimizer = config.client.optimizer
+  require(
+    optimizer == "sgd",
+    f"server.algorithm='scaffold' with client.optimizer='{optimizer}': its control variates are"
+    " mean gradients only after plain SGD steps",
+    "use client.optimizer=sgd",
   )

@@ -2,9 +2,7 @@
 
 import dataclasses
 import functools
-import hashlib
 import inspect
-import pathlib
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +12,7 @@ import jax.numpy as jnp
 
 from fedjax_med.core.config import ModelConfig
 from fedjax_med.core.errors import require, require_choice
+from fedjax_med.core.sources import read_again, source_digest
 from fedjax_med.models import ops
 from fedjax_med.models.model import Model, from_flax
 from fedjax_med.models.networks import (
@@ -62,27 +61,11 @@ def register(name: str, constructor: Callable[..., nn.Module]) -> None:
   """
   known = MODELS.get(name, constructor)
   require(
-    known is constructor or _read_again(known, constructor),
+    known is constructor or read_again(known, constructor),
     f"a model named '{name}' is registered already",
     "choose another name",
   )
   MODELS[name] = constructor
-
-
-def _read_again(one: Any, other: Any) -> bool:
-  """Whether both are functions that the same lines of a file define, with the same defaults."""
-  if not all(inspect.isfunction(each) and not each.__closure__ for each in (one, other)):
-    return False
-  first, second = (
-    (
-      pathlib.Path(code.co_filename).absolute(),
-      code,
-      function.__defaults__,
-      function.__kwdefaults__,
-    )
-    for function, code in ((one, one.__code__), (other, other.__code__))
-  )
-  return first == second
 
 
 def code_of(name: str) -> str:
@@ -92,18 +75,7 @@ def code_of(name: str) -> str:
   releases would have no noise.
   """
   require_choice("model.name", name, MODELS)
-  constructor: Any = MODELS[name]
-  while isinstance(constructor, functools.partial):
-    constructor = constructor.func
-  if getattr(constructor, "__module__", "").startswith("fedjax_med."):
-    return ""
-  try:
-    source = pathlib.Path(inspect.getsourcefile(constructor) or "").read_bytes()
-  except (TypeError, OSError):  # typed into a session
-    code: Any = getattr(constructor, "__code__", None)
-    require(code is not None, f"the source of model '{name}' cannot be read", "put it in a file")
-    source = code.co_code + repr(code.co_consts).encode()
-  return hashlib.sha256(source).hexdigest()
+  return source_digest(MODELS[name], f"model '{name}'")
 
 
 def create_module(config: ModelConfig, num_classes: int) -> nn.Module:

@@ -15,6 +15,7 @@ from fedjax_med.data.dataset import (
   client_table,
 )
 from fedjax_med.data.patients import described
+from fedjax_med.federated.registry import require_rules
 from fedjax_med.folder import secret as secrets
 from fedjax_med.prepare.protection import Protection, protect
 from fedjax_med.prepare.run_id import Identity, identify
@@ -63,6 +64,7 @@ def federation(config: Config, hospitals: Hospitals, secret: bytes | None = None
   ``secret`` is that of a private run; with None it draws one, and no other run has its noise.
   UserError if patients are to be protected and a name does not say which patient it is of.
   """
+  require_rules(config)
   counts, images = hospitals.dataset.patient_counts, hospitals.dataset.num_real
   require(
     config.privacy.unit != "patient" or (counts is not None and counts.named == images),

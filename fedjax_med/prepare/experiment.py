@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from fedjax_med.core.config import Config
+from fedjax_med.core.config import Config, algorithm_options
 from fedjax_med.core.keys import base_key
 from fedjax_med.data.dataset import (
   Hospitals,
@@ -90,32 +90,32 @@ class Experiment(NamedTuple):
 
 
 def _hyper(config: Config, protection: Protection) -> Hyper:
-  def scalars(*values: float) -> list[jax.Array]:
-    return [jnp.asarray(value, jnp.float32) for value in values]
+  def scalar(value: float) -> jax.Array:
+    return jnp.asarray(value, jnp.float32)
 
   level = None
   if protection.central is not None:
     (mechanism,) = protection.central.mechanisms
     client = config.client_privacy
+    adaptive = client.clipping == "adaptive"
     level = ClientLevel(
-      *scalars(
-        mechanism.sum_noise_multiplier,
-        mechanism.expected_batch_size,
-        mechanism.count_noise,
-        client.quantile,
-        client.clip_learning_rate if client.clipping == "adaptive" else 0.0,
-      )
+      noise_multiplier=scalar(mechanism.sum_noise_multiplier),
+      expected_cohort=scalar(mechanism.expected_batch_size),
+      count_noise=scalar(mechanism.count_noise),
+      quantile=scalar(client.quantile),
+      clip_learning_rate=scalar(client.clip_learning_rate if adaptive else 0.0),
     )
-  values = scalars(
-    config.client.learning_rate,
-    config.server.learning_rate,
-    config.server.proximal_weight,
-    config.privacy.clip_norm,
-    config.server.ema_decay,
-    config.server.participation_rate,
-    config.server.personal_weight,
+  options = algorithm_options(config, traced=True)
+  return Hyper(
+    client_learning_rate=scalar(config.client.learning_rate),
+    server_learning_rate=scalar(config.server.learning_rate),
+    proximal_weight=scalar(config.server.proximal_weight),
+    clip_norm=scalar(config.privacy.clip_norm),
+    ema_decay=scalar(config.server.ema_decay),
+    participation_rate=scalar(config.server.participation_rate),
+    algorithm={name: scalar(value) for name, value in options.items()},
+    client_level=level,
   )
-  return Hyper(*values, client_level=level)
 
 
 def _stack_clients(case: Case, shapes: Shapes) -> Client:

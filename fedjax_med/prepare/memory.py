@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fedjax_med.core.config import algorithm_options
 from fedjax_med.core.keys import base_key
 from fedjax_med.data.dataset import Dataset
 from fedjax_med.federated.algorithm import Client, Hyper, Pool, Units, plain_hyper
@@ -190,7 +191,7 @@ def block_arguments(
     clients = clients._replace(batch_cap=number)
   if recipe.bands > 1:
     clients = clients._replace(coefficients=shape((recipe.num_clients, recipe.bands), jnp.float32))
-  level = None
+  level, options = None, algorithm_options(recipe.config, traced=True)
   if recipe.client_level:
     level = ClientLevel(**dict.fromkeys(ClientLevel._fields, scalar))
   inputs, labels = dataset.inputs, dataset.labels
@@ -198,7 +199,9 @@ def block_arguments(
     state=jax.eval_shape(initial),
     clients=clients,
     pool=Pool(shape(inputs.shape, inputs.dtype), shape(labels.shape, labels.dtype)),
-    hyper=jax.eval_shape(plain_hyper)._replace(client_level=level),
+    hyper=jax.eval_shape(plain_hyper)._replace(
+      algorithm=dict.fromkeys(options, scalar), client_level=level
+    ),
     key=jax.eval_shape(lambda: base_key(0)),
     rounds=shape((), jnp.int32),
   )

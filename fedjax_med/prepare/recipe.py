@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from fedjax_med.core.config import Config
+from fedjax_med.core.config import Config, algorithm_options
 from fedjax_med.core.keys import Stream, base_key, key_for
 from fedjax_med.data.dataset import Dataset
 from fedjax_med.federated.algorithm import FederatedAlgorithm, ServerState
@@ -203,7 +203,7 @@ def make_algorithm(recipe: Recipe, choice: Choice) -> FederatedAlgorithm:
     average=server.ema_decay > 0,
     records=recipe.private,
     clients=recipe.client_level,
-    personal_layers=server.personal_layers,
+    options=algorithm_options(recipe.config, traced=False),
   )
 
 

@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fedjax_med import __version__
-from fedjax_med.core.config import Config, fingerprint, init_seed, to_dict
+from fedjax_med.core.config import Config, declared, fingerprint, flat, init_seed, nested, to_dict
 from fedjax_med.data.dataset import Hospitals
+from fedjax_med.federated.registry import algorithm_code
 from fedjax_med.models.networks.pretrained import load_safetensors
 from fedjax_med.models.registry import code_of
 from fedjax_med.privacy.guarantees import Guarantee
@@ -91,31 +92,16 @@ def sources_digest() -> str:
 
 
 def _shaping(config: Config) -> dict[str, Any]:
-  """The part of a config that shapes the trajectory."""
-  values: dict[str, Any] = to_dict(config)
-  # Neither what is measured, nor the layout, nor where files lie changes the trajectory; how they
-  # are read does so only by the images, labels and table below.
-  for name in ("path", "cache_dir", "strict", "layout", "window", "positive"):
-    del values["data"][name]
-  del values["execution"], values["eval"]
-  values["model"]["init_seed"] = init_seed(config)
-  if config.client.synthetic == "none":
-    for name in ("synthetic", "synthetic_share", "gan_steps"):
-      del values["client"][name]
+  """The part of a config that shapes the trajectory: ``Field.shapes_run`` says of which fields."""
+  fields = declared()
+  shaping = {p: v for p, v in flat(to_dict(config)).items() if fields[p].shapes_run(config)}
+  shaping["model.init_seed"] = init_seed(config)
+  if config.model.pretrained:  # the content counts, not the name of the file
+    shaping["model.pretrained_sha256"] = load_safetensors(config.model.pretrained).sha256
   # Other code is another training, and must have other noise.
-  values["code"] = [__version__, code_of(config.model.name)]
-  path = values["model"].pop("pretrained")  # its content counts, not its name
-  if path:
-    values["model"]["pretrained_sha256"] = load_safetensors(path).sha256
-  levels = config.privacy, config.client_privacy
-  calibrated = [p.target_epsilon > 0 and p.noise_multiplier == 0 for p in levels]
-  independent = config.privacy.bands == 1  # else the noise's correlation is made for the rounds
-  if config.client.schedule == "constant" and independent and not any(calibrated):
-    del values["server"]["num_rounds"]  # so that 5 rounds and 5 more equal 10
-  for section, is_calibrated in zip(("privacy", "client_privacy"), calibrated, strict=True):
-    if not is_calibrated:
-      del values[section]["target_epsilon"]  # a budget: it ends a run, it does not change it
-  return values
+  codes = [code_of(config.model.name), algorithm_code(config.server.algorithm)]
+  shaping["code"] = [__version__, codes[0], *filter(None, codes[1:])]
+  return nested(shaping)
 
 
 def _data_digest(hospitals: Hospitals, table: Sequence[np.ndarray]) -> str:

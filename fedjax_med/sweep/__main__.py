@@ -23,11 +23,10 @@ from ml_collections import config_flags
 from rich.console import Console
 from rich.markup import escape
 
-from fedjax_med.core.config import Config, get_field
+from fedjax_med.core.config import Config, declared, get_field
 from fedjax_med.core.errors import UserError, require, require_choice
 from fedjax_med.core.text import command_line
 from fedjax_med.flags import (
-  config_fields,
   define_config,
   define_noise_key,
   inherited,
@@ -103,7 +102,7 @@ def _command(base: Config, config: Config) -> str:
   given = config_flags.get_override_values(flag)
   changed = {
     name: get_field(config, name)
-    for name in config_fields()
+    for name in declared()
     if get_field(config, name) != get_field(base, name)
   }
   fields = [f"--config.{name}={value}" for name, value in {**given, **changed}.items()]
@@ -131,7 +130,7 @@ def _points(base: Config) -> list[grid.Point]:
     require_choice("--submit", values.submit, ("slurm", "local"))
   points = grid.points(
     base,
-    list(config_fields()),
+    list(declared()),
     grid=values.grid,
     together=values.zip,
     random=values.random,

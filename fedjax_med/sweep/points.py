@@ -8,22 +8,25 @@ import math
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
 
-from fedjax_med.core import conditions
 from fedjax_med.core.config import (
   ClientPrivacyConfig,
   Config,
   DataConfig,
   PrivacyConfig,
+  declared,
   flat,
   get_field,
   set_field,
   to_dict,
 )
 from fedjax_med.core.errors import UserError, require, require_choice
+from fedjax_med.core.unread import changed, default_of, drop_unread, state, unmet
+from fedjax_med.core.unread import shown as shown_value
 from fedjax_med.core.validation import validate
 from fedjax_med.data.dataset import Dataset, Hospitals
 from fedjax_med.data.hospitals import build_hospitals
 from fedjax_med.data.sources import load_dataset
+from fedjax_med.federated.registry import require_rules
 from fedjax_med.models import registry
 from fedjax_med.prepare.case import Case, baselines, federation
 from fedjax_med.prepare.protection import cohort_cap
@@ -31,53 +34,6 @@ from fedjax_med.prepare.synthetic_images import image_key, reserve_synthetic
 from fedjax_med.sweep.grid import Point
 
 SEED_AXES = ("partition", "init", "sampling")
-# What a program takes as data, or the host alone reads: points that differ in nothing else share
-# one. Whatever is not here compiles anew, so that a field left out costs time and nothing else.
-TRACED = frozenset(
-  {
-    "seed",
-    "data.seed",
-    "data.split",
-    "data.test_fraction",
-    "data.patient_pattern",
-    "data.layout",
-    "data.positive",
-    "data.window",
-    "partition.scheme",
-    "partition.num_clients",  # the number of hospitals itself is among the shapes
-    "partition.alpha",
-    "partition.classes_per_client",
-    "partition.min_client_size",
-    "model.init_seed",
-    "client.learning_rate",
-    "client.num_local_epochs",
-    "client.synthetic",  # more images, and pools are filled up to the largest
-    "client.synthetic_share",
-    "client.gan_steps",
-    "server.learning_rate",
-    "server.weighting",
-    "server.proximal_weight",
-    "server.personal_weight",
-    "server.ema_decay",
-    "server.participation_rate",
-    "privacy.unit",
-    "privacy.rows_per_unit",
-    "privacy.noise_multiplier",
-    "privacy.target_epsilon",
-    "privacy.same_noise",
-    "privacy.solve_for",
-    "privacy.noise_stddev",
-    "privacy.clip_norm",
-    "privacy.delta",
-    "client_privacy.noise_multiplier",
-    "client_privacy.target_epsilon",
-    "client_privacy.delta",
-    "client_privacy.clipping",
-    "client_privacy.quantile",
-    "client_privacy.clip_learning_rate",
-    "client_privacy.count_noise",
-  }
-)
 
 
 class Key(NamedTuple):
@@ -126,12 +82,13 @@ def configure(base: Config, point: Point, seed_axes: Sequence[str]) -> Config:
     config.privacy = PrivacyConfig()
   if math.isinf(config.client_privacy.target_epsilon):
     config.client_privacy = ClientPrivacyConfig()
-  others = conditions.READ.keys() - values.keys()
-  conditions.drop_unread(config, others)
+  others = declared().keys() - values.keys()
+  drop_unread(config, others)
   try:
     for name in others & {f"model.{setting}" for setting in registry.unread(config.model)}:
-      set_field(config, name, conditions.DEFAULTS[name])
+      set_field(config, name, default_of(name))
     validate(config)
+    require_rules(config)
     registry.require_read(config.model)
   except UserError as error:
     raise UserError(f"point {shown(point)}: {error}") from error
@@ -160,17 +117,17 @@ def require_read(
     "axis seed is read at no point, because --seed_axes is empty",
     "name what it moves, such as --seed_axes=init,sampling",
   )
-  settings = [path for path in conditions.changed(base) if path not in {*axes, *excused}]
+  settings = [path for path in changed(base) if path not in {*axes, *excused}]
   for path in [*axes, *settings]:
     if any(map(functools.partial(_reads, base, path), points, configs)):
       continue
-    what = f"axis {path}" if path in axes else f"{path}={conditions.shown(get_field(base, path))}"
-    default = conditions.shown(conditions.DEFAULTS[path])
+    what = f"axis {path}" if path in axes else f"{path}={shown_value(get_field(base, path))}"
+    default = shown_value(default_of(path))
     remedy = "leave the axis out" if path in axes else f"leave it at {default}"
-    rule, config = conditions.unmet(configs[0], path), configs[0]
+    rule, config = unmet(configs[0], path), configs[0]
     reason, first = f"model.name='{config.model.name}' has no such setting", "use another network"
     if rule is not None:
-      reason = f"it is read with {rule.text} only, and {conditions.state(config, rule)}"
+      reason = f"it is read with {rule.wording} only, and {state(config, rule)}"
       first = rule.remedy
     raise UserError(f"{what} is read at no point of the sweep: {reason}; {first}, or {remedy}")
 
@@ -182,7 +139,7 @@ def _reads(base: Config, path: str, point: Point, config: Config) -> bool:
     mechanism = f"{section}.mechanism"  # that an infinite target switches off
     return point.get(mechanism, get_field(base, mechanism)) != "none"
   lacks = section == "model" and name in registry.unread(config.model)
-  return conditions.unmet(config, path) is None and not lacks
+  return unmet(config, path) is None and not lacks
 
 
 def _with_seeds(base: Config, point: Point, seed_axes: Sequence[str]) -> Point:
@@ -269,14 +226,19 @@ def plan_points(
     except UserError as error:
       raise UserError(f"point {shown(points[number])}: {error}") from error
     cases = {"": case, **(baselines(case) if config.eval.local_baselines else {})}
-    found += [Planned(Key(number, name), points[number], own) for name, own in cases.items()]
+    found += [
+      Planned(key=Key(number=number, baseline=name), point=points[number], case=case)
+      for name, case in cases.items()
+    ]
   return found
 
 
 def static_key(case: Case) -> str:
   """What a program is made from: runs of one key share it."""
   config, protection = case.config, case.protection
-  values = {name: value for name, value in flat(to_dict(config)).items() if name not in TRACED}
+  # What is taken for not traced compiles anew: such a mistake costs time and nothing else.
+  fields = declared()
+  values = {path: value for path, value in flat(to_dict(config)).items() if not fields[path].traced}
   if config.client.schedule == "constant":
     del values["server.num_rounds"]
   steps = protection.steps

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from fedjax_med import __version__
-from fedjax_med.core.config import Config, from_dict
+from fedjax_med.core.config import Config, algorithm_options, from_dict
 from fedjax_med.core.errors import UserError, require, require_choice
 from fedjax_med.core.keys import base_key
 from fedjax_med.data.grey import EIGHT_BITS, Grey
@@ -256,7 +256,7 @@ def _algorithm(config: Config, layout: NetworkLayout) -> FederatedAlgorithm:
     LocalTraining(train=nothing, optimizer=nothing, rate=nothing, layout=layout, bands=bands),
     optax.identity(),
     average=config.server.ema_decay > 0,
-    personal_layers=config.server.personal_layers,
+    options=algorithm_options(config, traced=False),
   )
 
 

@@ -1,33 +1,41 @@
 """The configuration's rules: every wrong value is a sentence with value, rule and remedy."""
 
-import dataclasses
+import doctest
 
 import pytest
 
-from configs import br35h, br35h_private, quickstart, smoke
-from fedjax_med.core.config import Config, fingerprint, from_dict, get_field, to_dict
+from configs import smoke
+from fedjax_med.core import fields
+from fedjax_med.core.config import (
+  Config,
+  declared,
+  fingerprint,
+  flat,
+  get_field,
+  nested,
+  set_field,
+  to_dict,
+)
 from fedjax_med.core.errors import UserError
-from fedjax_med.core.validation import CHOICES, RANGES, REFUSED, validate
+from fedjax_med.core.validation import REFUSED, validate
+
+FIELDS = declared()
+NUMBERS = [path for path, field in FIELDS.items() if field.bounds is not None]
+NAMES = [path for path, field in FIELDS.items() if field.choices]
 
 
 def with_value(path: str, value, config: Config | None = None) -> Config:
   config = smoke.get_config() if config is None else config
-  *sections, name = path.split(".")
-  setattr(get_field(config, ".".join(sections)) if sections else config, name, value)
+  set_field(config, path, value)
   return config
 
 
-@pytest.mark.parametrize("preset", [quickstart, smoke, br35h, br35h_private])
-def test_every_preset_is_valid_and_survives_the_trip_through_json(preset):
-  config = preset.get_config()
-  validate(config)
-  assert from_dict(to_dict(config)) == config
-
-
-@pytest.mark.parametrize("path", RANGES)
+@pytest.mark.parametrize("path", NUMBERS)
 def test_values_below_and_above_their_range_are_refused_with_a_remedy(path):
-  low, high, low_allowed, remedy = RANGES[path]
-  kind = type(get_field(Config(), path))
+  bounds = FIELDS[path].bounds
+  assert bounds is not None
+  low, high, low_allowed, remedy = bounds
+  kind = FIELDS[path].kind
   wrong = [kind(low) - 1 if low_allowed else kind(low), float("inf"), float("nan")]
   wrong += [] if high == float("inf") else [kind(high) + 1]
   for value in wrong:
@@ -37,24 +45,40 @@ def test_values_below_and_above_their_range_are_refused_with_a_remedy(path):
     assert str(caught.value).endswith(f"; {remedy}")
 
 
-@pytest.mark.parametrize("path", CHOICES)
+@pytest.mark.parametrize("path", NAMES)
 def test_unknown_choices_are_answered_with_the_nearest(path):
-  right = CHOICES[path][-1]
+  right = FIELDS[path].choices[-1]
   with pytest.raises(UserError, match=f"{path}='{right}x' is unknown; did you mean '{right}'"):
     validate(with_value(path, right + "x"))
 
 
-def test_every_number_has_a_range_and_every_two_way_name_its_choices():
+def test_every_number_has_a_range_and_every_name_its_choices_unless_a_registry_has_them():
   free = {"data.path", "data.cache_dir", "data.patient_pattern", "model.name", "server.algorithm"}
   free |= {"server.personal_layers", "data.layout", "data.positive", "data.window"}
-  free |= {"execution.compilation_cache", "data.strict", "eval.local_baselines", "model.pretrained"}
-  free |= {"privacy.same_noise"}
-  known = set(RANGES) | set(CHOICES) | free
-  for field in dataclasses.fields(Config):
-    value = getattr(Config(), field.name)
-    names = [f.name for f in dataclasses.fields(value)] if dataclasses.is_dataclass(value) else []
-    for path in [f"{field.name}.{name}" for name in names] or [field.name]:
-      assert path in known, path
+  free |= {"execution.compilation_cache", "model.pretrained"}
+  bare = {path for path, field in FIELDS.items() if not field.choices and field.bounds is None}
+  assert {path for path in bare if FIELDS[path].kind is not bool} == free
+  assert [path for path in NUMBERS if FIELDS[path].kind not in (int, float)] == []
+  assert [path for path in NAMES if FIELDS[path].kind is not str] == []
+
+
+def test_every_default_is_in_its_range_and_one_of_its_choices():
+  for path, field in FIELDS.items():
+    assert get_field(Config(), path) == field.default
+    assert not field.choices or field.default in field.choices, path
+    if field.bounds is not None:
+      assert field.bounds.low <= field.default <= field.bounds.high, path
+
+
+def test_the_example_of_a_declaration_is_true():
+  outcome = doctest.testmod(fields)
+  assert outcome.attempted > 0
+  assert outcome.failed == 0
+
+
+def test_every_part_of_the_configuration_is_declared_in_its_order():
+  assert list(FIELDS) == list(flat(to_dict(Config())))
+  assert nested(flat(to_dict(Config()))) == to_dict(Config())
 
 
 @pytest.mark.parametrize(

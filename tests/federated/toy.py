@@ -6,14 +6,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedjax_med.core.config import ModelConfig
+from fedjax_med.core.config import Config, ModelConfig, algorithm_options
 from fedjax_med.core.keys import base_key
 from fedjax_med.data.dataset import client_table
 from fedjax_med.federated.algorithm import Client, Hyper, Pool
 from fedjax_med.federated.local import BatchShape, local_training, plain_gradient, private_gradient
 from fedjax_med.federated.losses import cross_entropy
 from fedjax_med.federated.optimizers import client_optimizer, schedule, server_optimizer
-from fedjax_med.federated.registry import create_algorithm
+from fedjax_med.federated.registry import ALGORITHMS, create_algorithm
 from fedjax_med.federated.vector import network_layout, ravel
 from fedjax_med.models.registry import create_model
 from fedjax_med.simulation.mesh import client_mesh
@@ -55,7 +55,10 @@ def make_clients(steps: tuple[int, ...] = (2, 2, 2), sigma: float = 0.5) -> Clie
 
 
 def make_hyper(**changes: float) -> Hyper:
-  """Learning rate 0.5 at clients, 1 at the server, no proximal term, C=1, full participation."""
+  """Learning rate 0.5 at clients, 1 at the server, no proximal term, C=1, full participation.
+
+  The traced options of all algorithms have their defaults.
+  """
   values = {
     "client_learning_rate": 0.5,
     "server_learning_rate": 1.0,
@@ -63,9 +66,13 @@ def make_hyper(**changes: float) -> Hyper:
     "clip_norm": 1.0,
     "ema_decay": 0.0,
     "participation_rate": 1.0,
-    "personal_weight": 0.1,
   }
-  return Hyper(**{name: jnp.float32(value) for name, value in {**values, **changes}.items()})
+  options, config = {}, Config()
+  for config.server.algorithm in ALGORITHMS:
+    options |= algorithm_options(config, traced=True)
+  traced = {n: jnp.float32(value) for n, value in {**values, **options, **changes}.items()}
+  algorithm = {name: traced.pop(name) for name in options}
+  return Hyper(**traced, algorithm=algorithm)
 
 
 @functools.cache  # tests share compiled programs

@@ -3,12 +3,11 @@
 import jax
 import pytest
 
-from fedjax_med.core.conditions import DEFAULTS, READ, unmet
-from fedjax_med.core.config import Config
+from fedjax_med.core.config import Config, declared
 from fedjax_med.core.errors import UserError
+from fedjax_med.core.unread import default_of, unmet
 from fedjax_med.core.validation import validate
-from fedjax_med.federated.registry import ALGORITHMS
-from fedjax_med.flags import config_fields
+from fedjax_med.federated.registry import require_rules
 from fedjax_med.models import registry
 from fedjax_med.prepare.experiment import build
 from tests.prepare import setting_moves
@@ -49,6 +48,7 @@ def files(tmp_path_factory):
 def check(config: Config) -> None:
   """Refuses what a run would refuse before it compiles."""
   validate(config)
+  require_rules(config)
   registry.require_read(config.model)
 
 
@@ -66,22 +66,14 @@ def unread(config: Config, path: str) -> bool:
   )
 
 
-def test_every_field_has_conditions_and_a_case():
-  assert config_fields().keys() == READ.keys() == CASES.keys() == DEFAULTS.keys()
-
-
-def test_the_algorithms_that_read_layers_are_those_that_name_them():
-  names = {name for name, entry in ALGORITHMS.items() if entry.names_layers}
-  config = Config()
-  for config.server.algorithm in ALGORITHMS:
-    read = unmet(config, "server.personal_layers") is None
-    assert read == (config.server.algorithm in names)
+def test_every_field_has_a_case():
+  assert declared().keys() == CASES.keys()
 
 
 def pairs_without(path, files):
   """Configurations that do not read the field: with its default, and with the other value."""
   for changes in CASES[path].without:
-    one = changed({**changes, path: DEFAULTS[path]}, files)
+    one = changed({**changes, path: default_of(path)}, files)
     yield one, changed({**changes, path: CASES[path].value}, files)
 
 
@@ -99,7 +91,7 @@ def test_a_setting_without_effect_is_refused_with_its_name(path, files):
       check(other)
     if CASES[path].moves == "holders":
       assert not setting_moves.holders(one, other)
-  assert broken >= set(READ[path])
+  assert broken >= set(declared()[path].read)
 
 
 def test_settings_without_effect_for_one_reason_are_one_sentence(files):

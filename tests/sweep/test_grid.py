@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 
 from configs.smoke import get_config
+from fedjax_med.core.config import declared
 from fedjax_med.core.errors import UserError
-from fedjax_med.flags import config_fields
 from fedjax_med.sweep import grid
 
-KNOWN = list(config_fields())
+KNOWN = list(declared())
 SIGMA, RATE = "privacy.noise_multiplier", "client.learning_rate"
 
 

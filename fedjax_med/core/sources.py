@@ -1,0 +1,59 @@
+"""Functions that users register: whether one was read once more, and what its source is."""
+
+import functools
+import hashlib
+import inspect
+import pathlib
+from typing import Any
+
+from fedjax_med.core.errors import require
+
+
+def read_again(one: Any, other: Any) -> bool:
+  """Whether both are functions that the same lines of a file define, with the same defaults.
+
+  Config files are read several times. Of two ``functools.partial`` the arguments are compared too.
+  """
+  if one is other:
+    return True
+  if isinstance(one, functools.partial) and isinstance(other, functools.partial):
+    first, second = ({**dict(enumerate(p.args)), **p.keywords} for p in (one, other))
+    same = first.keys() == second.keys() and all(
+      value == second[name] or read_again(value, second[name]) for name, value in first.items()
+    )
+    return same and read_again(one.func, other.func)
+  if not all(inspect.isfunction(f) and not f.__closure__ for f in (one, other)):
+    return False
+  first, second = (
+    (
+      pathlib.Path(code.co_filename).absolute(),
+      code,
+      function.__defaults__,
+      function.__kwdefaults__,
+    )
+    for function, code in ((one, one.__code__), (other, other.__code__))
+  )
+  return first == second
+
+
+def source_digest(function: Any, what: str) -> str:
+  """SHA-256 of the file that defines a registered function; empty for this package's own.
+
+  Args:
+    function: what was registered.
+    what: for people, such as ``model 'mine'``.
+
+  Raises:
+    UserError: neither a file nor compiled code of it can be read.
+  """
+  while isinstance(function, functools.partial):
+    function = function.func
+  if getattr(function, "__module__", "").startswith("fedjax_med."):
+    return ""
+  try:
+    source = pathlib.Path(inspect.getsourcefile(function) or "").read_bytes()
+  except (TypeError, OSError):  # typed into a session
+    code: Any = getattr(function, "__code__", None)
+    require(code is not None, f"the source of {what} cannot be read", "put it in a file")
+    source = code.co_code + repr(code.co_consts).encode()
+  return hashlib.sha256(source).hexdigest()
