@@ -65,7 +65,7 @@ def main() -> None:
   from fedjax_med.prepare.experiment import place, plan_together
   from fedjax_med.run import training as runs
   from fedjax_med.run.compilation_cache import use_compilation_cache
-  from fedjax_med.run.loop import train_rounds
+  from fedjax_med.run.single import train_rounds
   from fedjax_med.simulation.mesh import replicate
   from fedjax_med.sweep import grid, programs, runner, table
   from fedjax_med.sweep.points import Key, configure, groups, plan_points
@@ -110,7 +110,7 @@ def main() -> None:
   mesh, dataset = program.devices.mesh, group[0].case.hospitals.dataset
   pool = Pool(replicate(dataset.inputs, mesh), replicate(dataset.labels, mesh))
   warm = programs.prepare(group, 0)
-  turn, start = iter(range(1000)), runner.Progress(0, 0, None, "")
+  turn = iter(range(1000))
 
   def in_one_program() -> float:
     place_of = folder / f"sweep{next(turn)}"
@@ -120,7 +120,10 @@ def main() -> None:
       return table.folder_of(place_of, *key)
 
     def run() -> None:
-      runner.run_group(warm, set(), folder_of, "", lambda _: "", lambda _: None, start)
+      output = runner.Output(
+        folder_of=folder_of, name="", command_of=lambda _: "", listen=lambda _: None
+      )
+      runner.run_group(warm, set(), output)
 
     return common.seconds(run)
 
@@ -131,7 +134,8 @@ def main() -> None:
       for each in group:
         own = place_of / str(each.key.number)
         own.mkdir(parents=True)
-        train_rounds(place(each.case, program, shapes, pool, mesh), own, lambda _: None, lambda: 0)
+        run = place(each.case, program, shapes, pool, mesh)
+        train_rounds(run, own, compiling=lambda: 0)
 
     return common.seconds(run)
 
