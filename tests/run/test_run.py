@@ -21,7 +21,7 @@ from fedjax_med.core.errors import UserError
 from fedjax_med.core.validation import validate
 from fedjax_med.data.hospitals import load_hospitals
 from fedjax_med.models.registry import MODELS
-from fedjax_med.prepare import plan
+from fedjax_med.prepare import memory
 from fedjax_med.prepare.experiment import build
 from tests.running import metrics, run, smoke_config
 
@@ -229,8 +229,8 @@ def test_an_unwritable_workdir_is_a_sentence(tmp_path):
 
 def test_a_network_with_more_columns_than_classes_is_refused_before_it_is_planned(monkeypatch):
   monkeypatch.setitem(MODELS, "mine", lambda num_classes, **_: MODELS["linear"](num_classes + 1))
-  monkeypatch.setattr(plan, "block_arguments", None)
-  monkeypatch.setattr(plan, "footprint", None)
+  monkeypatch.setattr(memory, "block_arguments", None)
+  monkeypatch.setattr(memory, "footprint", None)
   message = r"shape \[2, 3\] for 2 images in training, where 2 classes make \[2, 2\]"
   with pytest.raises(UserError, match=message):
     build(smoke_config(model__name="mine"), load_hospitals(smoke_config()))
