@@ -28,6 +28,7 @@ class Dataset:
     tumour_masks: [N, H, W] bool ground truth of the phantoms, else None.
     grey: how grey values of the files became pixels.
     in_test: [N] bool, the test part that the source gives; None where it gives none.
+    task: name of what is predicted, of ``tasks.registry.TASKS``.
     num_synthetic: examples at the end that were made from training images of a hospital, and are in
       its training row only; sites, patients, masks and sides end before them.
   """
@@ -45,6 +46,7 @@ class Dataset:
   tumour_masks: np.ndarray | None = None
   grey: Grey = EIGHT_BITS
   in_test: np.ndarray | None = None
+  task: str = "classification"
   num_synthetic: int = 0
 
   @property

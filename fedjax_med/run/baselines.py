@@ -13,6 +13,7 @@ from fedjax_med.privacy import claims, ledger
 from fedjax_med.run import console as terminal
 from fedjax_med.run.loop import train_rounds
 from fedjax_med.simulation.processes import is_first
+from fedjax_med.tasks.registry import task_named
 
 
 def _curve(folder: pathlib.Path) -> list[dict[str, Any]]:
@@ -29,7 +30,8 @@ def run_baselines(federation: Experiment, folder: pathlib.Path, console: Console
     place = folder / "baselines" / name
     files.prepare(place)
     title = f"{run.names[0]} alone" if name != "pooled" else "pooled data"
-    with terminal.progress(console, title, run.config.server.num_rounds) as listen:
+    task = task_named(run.hospitals.dataset.task)
+    with terminal.progress(console, title, run.config.server.num_rounds, task) as listen:
       train_rounds(run, place, listen)
   if is_first():
     write_baselines(federation.case, folder)

@@ -32,6 +32,7 @@ from fedjax_med.run.statement import write_statement
 from fedjax_med.run.summaries import config_record, num_parameters, summary_record, write_hospitals
 from fedjax_med.run.trackers import require_installed, track
 from fedjax_med.simulation.processes import is_first, least, require_same_run
+from fedjax_med.tasks.registry import task_named
 
 
 def planned(experiment: Experiment) -> tuple[int, tuple[float, ...], float | None]:
@@ -175,9 +176,10 @@ def _run(
     write_hospitals(folder, experiment)
 
   values, run_id = to_dict(experiment.config), experiment.run_id
+  task = task_named(experiment.hospitals.dataset.task)
   with (
-    terminal.progress(console, "federation", experiment.config.server.num_rounds) as listen,
-    track(config.eval.tracker if is_first() else "none", folder, run_id, values) as record,
+    terminal.progress(console, "federation", experiment.config.server.num_rounds, task) as listen,
+    track(config.eval.tracker if is_first() else "none", folder, run_id, values, task) as record,
   ):
 
     def log(point: LogPoint) -> None:

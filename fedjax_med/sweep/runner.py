@@ -45,6 +45,7 @@ from fedjax_med.sweep.programs import (
   put,
   stack,
 )
+from fedjax_med.tasks.registry import task_named
 
 
 class Progress(NamedTuple):
@@ -299,7 +300,8 @@ def write_point(
   (folder / "metrics.jsonl").unlink(missing_ok=True)
   files.append_metrics(folder, lines)
   tracker = experiment.config.eval.tracker
-  with track(tracker, folder, experiment.run_id, to_dict(experiment.config)) as record:
+  task = task_named(experiment.hospitals.dataset.task)
+  with track(tracker, folder, experiment.run_id, to_dict(experiment.config), task) as record:
     for line in lines:
       if line["split"] == "test":
         record(line)

@@ -9,13 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax import export
 
-from fedjax_med.core.metrics import positive_class
 from fedjax_med.core.text import encodable
 from fedjax_med.folder.writing import write_text, write_whole
 from fedjax_med.models.networks.norms import EPSILON
 from fedjax_med.models.networks.pretrained import to_state_dict
 from fedjax_med.privacy import claims
 from fedjax_med.simulation.evaluation import make_classify
+from fedjax_med.tasks.classification import positive_class
 from fedjax_med.trained.loading import Trained
 
 PLATFORMS = ("cpu", "cuda", "tpu")

@@ -12,7 +12,6 @@ import jax
 import numpy as np
 
 from fedjax_med.core.errors import UserError, require, require_choice
-from fedjax_med.core.metrics import positive_class
 from fedjax_med.core.text import readable
 from fedjax_med.data.dataset import Hospitals, client_rows
 from fedjax_med.data.hospitals import load_hospitals
@@ -22,6 +21,7 @@ from fedjax_med.prepare.synthetic_images import reserve_synthetic
 from fedjax_med.report.figure_labels import drawable, labels, stand_ins
 from fedjax_med.report.run_page import environment
 from fedjax_med.run.summaries import hospital_record
+from fedjax_med.tasks.classification import positive_class
 from fedjax_med.trained import heat_pictures
 from fedjax_med.trained.loading import Trained
 from fedjax_med.trained.pointing_game import score

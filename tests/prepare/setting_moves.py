@@ -22,6 +22,7 @@ from fedjax_med.run import trackers
 from fedjax_med.run.checkpoints import digest
 from fedjax_med.run.compilation_cache import use_compilation_cache
 from fedjax_med.run.loop import block_arguments, evaluated, next_rounds, planned_rounds
+from fedjax_med.tasks.classification import CLASSIFICATION
 
 KEPT: dict[str, Any] = {}  # of configurations that many cases share
 
@@ -217,7 +218,7 @@ def tracked(one: Config, other: Config) -> bool:
     patch.setitem(trackers.TRACKERS, "tensorboard", tracker)
     for config in (one, other):
       try:
-        with trackers.track(config.eval.tracker, "folder", "", {}):  # pyright: ignore
+        with trackers.track(config.eval.tracker, "folder", "", {}, CLASSIFICATION):  # pyright: ignore
           pass
       except UserError:
         pass
