@@ -56,6 +56,7 @@ def config_record(experiment: Experiment, command: str) -> dict[str, Any]:
     "run_id": experiment.run_id,
     "command": command,
     "task": experiment.hospitals.dataset.task,
+    "modality": experiment.hospitals.dataset.modality,
     "device": f"{jax.devices()[0].device_kind} x {jax.device_count()}",
     "versions": versions,
     "notes": notes,
@@ -84,10 +85,10 @@ def hospital_record(hospitals: Hospitals, names: bool = True) -> dict[str, Any]:
   words, and pictures that contradict each other are only counted.
   """
   dataset, split = hospitals.dataset, hospitals.split
-  classes = len(dataset.class_names)
+  classes, strata = len(dataset.class_names), task_named(dataset.task).strata(dataset)
 
   def per_class(rows: np.ndarray) -> list[int]:
-    return np.bincount(dataset.labels[rows], minlength=classes).tolist()
+    return np.bincount(strata[rows], minlength=classes).tolist()
 
   def holds(k: int, name: str) -> dict[str, Any]:
     real, made = np.split(client_rows(hospitals.train)[k], [hospitals.real_counts[k]])

@@ -111,7 +111,8 @@ class Task(NamedTuple):
     details: (predictions, targets) -> what else summary.json holds of the predictions.
     problem: (summary.json, class names) -> what is wrong with the details; empty if nothing is.
     shown: the metrics, the headline first.
-    strata: dataset -> [N] int numbers of groups that split and partition share out evenly.
+    strata: dataset -> [N] int numbers, as many as class_names, of groups of like examples, which
+      the split keeps in proportion, the partition deals by, and hospitals.json counts.
     figures: drawn from the details.
     positive: (class names) -> name of the class that some metrics are of; empty without one.
     about: (positive classes of the runs of a table) -> what must be said under its metrics.

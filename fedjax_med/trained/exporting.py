@@ -10,6 +10,7 @@ import numpy as np
 from jax import export
 
 from fedjax_med.core.text import encodable
+from fedjax_med.data.modality import preparation
 from fedjax_med.folder.writing import write_text, write_whole
 from fedjax_med.models.networks.norms import EPSILON
 from fedjax_med.models.networks.pretrained import to_state_dict
@@ -30,7 +31,7 @@ def export_program(trained: Trained) -> bytes:
   ``jax.export.deserialize(data).call(images)`` needs jax and nothing of this package. ``trained``
   should be lowered natively, which every platform knows best.
   """
-  classify = make_classify(trained.model, trained.config.data.normalisation)
+  classify = make_classify(trained.model, preparation(trained.modality, trained.config.data))
   params, state = jax.tree.map(jnp.asarray, (trained.params, trained.state))
   (batch,) = export.symbolic_shape("b")
   images = jax.ShapeDtypeStruct((batch, *trained.image_shape), trained.grey.dtype)

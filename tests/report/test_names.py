@@ -17,6 +17,7 @@ from fedjax_med.core.errors import UserError
 from fedjax_med.core.text import encodable, readable, use_any_terminal
 from fedjax_med.data.grey import EIGHT_BITS
 from fedjax_med.data.hospitals import load_hospitals
+from fedjax_med.data.modality import PICTURES
 from fedjax_med.report import reported_run as runs
 from fedjax_med.report import run_page
 from fedjax_med.run import console as terminal
@@ -153,6 +154,7 @@ def test_what_goes_with_an_exported_model_can_be_written_whatever_its_run_holds(
     params={},
     state={},
     grey=EIGHT_BITS,
+    modality=PICTURES,
     stem_pool_padding="",
     hospital="\udcaa",
   )
