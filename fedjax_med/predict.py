@@ -19,9 +19,9 @@ import sys
 from absl import flags
 
 from fedjax_med.core.errors import require
-from fedjax_med.core.metrics import positive_class
 from fedjax_med.core.text import encodable, visible
 from fedjax_med.flags import require_company, run_main
+from fedjax_med.tasks.classification import positive_class
 
 flags.DEFINE_string("workdir", "", "Folder of the run whose model predicts; it may be unfinished.")
 flags.DEFINE_string("images", "", "Folder of pictures, searched with all below it, or one picture.")

@@ -16,7 +16,8 @@ import pandas as pd
 from scipy import stats
 
 from fedjax_med.core.errors import UserError, require, require_choice
-from fedjax_med.core.metrics import LOWER_IS_BETTER, METRICS
+from fedjax_med.tasks.registry import DEFAULT, task_named
+from fedjax_med.tasks.task import Metric
 
 
 class Comparison(NamedTuple):
@@ -43,7 +44,8 @@ class Comparison(NamedTuple):
 def load(workdir: str | pathlib.Path) -> pd.DataFrame:
   """A row a point and hospital of a sweep, with the seconds that its point took.
 
-  METRIC, alone.METRIC and alone.all.METRIC are of the hospital of the row; see ``by_point``.
+  METRIC, alone.METRIC and alone.all.METRIC are of the hospital of the row; see ``by_point``. A
+  metric that the sweep was not measured by, as it is newer, is nan.
 
   Raises:
     UserError: the folder has no table.
@@ -55,7 +57,16 @@ def load(workdir: str | pathlib.Path) -> pd.DataFrame:
     "give the --workdir of a sweep that has ended, or merge its shards",
   )
   frame = pd.read_parquet(folder / "results.parquet")
+  for column in (f"{prefix}{name}" for prefix in PREFIXES for name in metrics_of(frame)):
+    if column not in frame:
+      frame[column] = np.nan
   return with_seconds(frame, pd.read_csv(folder / "timing.csv"))
+
+
+def metrics_of(frame: pd.DataFrame) -> dict[str, Metric]:
+  """The metrics of the tasks of a table, by name; tables of older versions name no task."""
+  names = dict.fromkeys(frame["task"]) if "task" in frame else (DEFAULT,)
+  return {metric.name: metric for name in names for metric in task_named(name).shown}
 
 
 def with_seconds(frame: pd.DataFrame, timing: pd.DataFrame) -> pd.DataFrame:
@@ -65,6 +76,9 @@ def with_seconds(frame: pd.DataFrame, timing: pd.DataFrame) -> pd.DataFrame:
 
 # Columns that say something of one hospital, and of which a row a point has nothing.
 OF_HOSPITALS = ("hospital", "num_train", "num_test", "epsilon", "delta", "sigma")
+# Prefixes of metrics: of the run's model on the hospital's test images and on all, of the one that
+# the hospital trained alone on both, and of the one trained on pooled data on all.
+PREFIXES = ("", "all.", "alone.", "alone.all.", "pooled.all.")
 # Prefixes of metrics that differ from hospital to hospital, and what their mean begins with.
 REDUCED = {"": "mean.", "alone.": "alone.", "alone.all.": "alone.all."}
 
@@ -76,17 +90,17 @@ def by_point(frame: pd.DataFrame) -> pd.DataFrame:
   (the mean) and worst.alone.METRIC are of the models that hospitals trained by themselves, on the
   same images, alone.all.METRIC and worst.alone.all.METRIC of those models on all test images.
   all.METRIC is of the run's model on all test images, and is no mean. The worst has the highest
-  loss or ece, or the lowest value of any other metric; hospitals where a metric is undefined do not
-  count.
+  value of a metric of which lower is better, such as loss and ece, or the lowest value of any other
+  metric; hospitals where a metric is undefined do not count.
 
   Raises:
     UserError: another column has several values in one point.
   """
-  grouped = frame.groupby("point", sort=True)
+  grouped, metrics = frame.groupby("point", sort=True), metrics_of(frame)
   reduced = {
     f"{prefix}{metric}": (f"{name}{metric}", f"worst.{prefix}{metric}", metric)
     for prefix, name in REDUCED.items()
-    for metric in METRICS
+    for metric in metrics
     if f"{prefix}{metric}" in frame
   }
   shared = frame.drop(columns=[*reduced, *OF_HOSPITALS], errors="ignore")
@@ -95,7 +109,8 @@ def by_point(frame: pd.DataFrame) -> pd.DataFrame:
   columns: dict[str, np.ndarray] = {}
   for column, (mean, worst, metric) in reduced.items():
     columns[mean] = grouped[column].mean().to_numpy()
-    ends = grouped[column].max() if metric in LOWER_IS_BETTER else grouped[column].min()
+    lower = metrics[metric].better == "lower"
+    ends = grouped[column].max() if lower else grouped[column].min()
     columns[worst] = ends.to_numpy()
   return pd.concat([rows, pd.DataFrame(columns)], axis=1)
 
@@ -113,10 +128,10 @@ def _require_one_value(frame: pd.DataFrame) -> None:
     )
 
 
-def bounds_of(column: str) -> tuple[float, float]:
-  """Least and largest value of a column: 0 and 1 of metrics but for the loss, else infinite."""
-  metric = column.rpartition(".")[2]
-  return (0.0, 1.0) if metric in METRICS and metric != "loss" else (-np.inf, np.inf)
+def bounds_of(frame: pd.DataFrame, column: str) -> tuple[float, float]:
+  """Least and largest value of a column: the bounds of its metric, infinite if it is of none."""
+  metric = metrics_of(frame).get(column.rpartition(".")[2])
+  return (-np.inf, np.inf) if metric is None else metric.bounds
 
 
 def aggregate(
@@ -139,7 +154,7 @@ def aggregate(
   Returns:
     A row a group, in the order of ``by``: its columns, n, mean, low, high. Points that diverged or
     have no such metric are not in n but in ``missing``. With a single value low and high are nan.
-    Intervals of metrics but for the loss stay in [0, 1].
+    Intervals stay within the bounds of the metric, such as [0, 1].
   """
   require_choice("interval", interval, ("t", "bootstrap"))
   require(0 < confidence < 1, f"confidence={confidence} is not between 0 and 1", "use 0.95")
@@ -147,7 +162,8 @@ def aggregate(
   points = by_point(frame)
   for name in [*names, metric]:
     require_choice("column", name, points.columns)
-  of_a_class = metric.rpartition(".")[2] in ("recall", "precision", "specificity", "f1")
+  known = metrics_of(frame).get(metric.rpartition(".")[2])
+  of_a_class = known is not None and known.of == "positive"
   rows: list[dict[str, Any]] = []
   for key, group in points.groupby(names, sort=True, dropna=False):
     positives = sorted(set(group.get("positive_class", ())))
@@ -160,7 +176,7 @@ def aggregate(
     rows.append(
       {
         **dict(zip(names, key, strict=True)),
-        **mean_interval(values, interval, confidence, bounds_of(metric)),
+        **mean_interval(values, interval, confidence, bounds_of(frame, metric)),
       }
     )
   return pd.DataFrame(rows)
@@ -202,7 +218,7 @@ def compare(
     second: another one.
     metric: a column of ``by_point``.
     pair_by: columns whose values make a pair; each pair must have one point of either arm.
-    confidence: of the interval, which stays in [-1, 1] for metrics but the loss.
+    confidence: of the interval, which stays within what the bounds of the metric allow.
 
   Raises:
     UserError: no such column, or points that do not pair.
@@ -227,7 +243,7 @@ def compare(
     f"{len(differences)} of {max(map(len, sides))} points have a partner, or a metric is undefined",
     "run both arms with the same seeds; leave out points that diverged",
   )
-  least, largest = bounds_of(metric)
+  least, largest = bounds_of(frame, metric)
   low, high = _interval(differences, "t", confidence, (least - largest, largest - least))
   varied = len(differences) > 1 and bool(np.ptp(differences) > 0)
   wilcoxon = float(stats.wilcoxon(differences).pvalue) if bool(differences.any()) else np.nan

@@ -17,6 +17,7 @@ from ml_collections import config_flags
 from fedjax_med.core.errors import require
 from fedjax_med.core.text import command_line
 from fedjax_med.data.hospitals import load_hospitals
+from fedjax_med.data.sources import source_named
 from fedjax_med.flags import define_config, define_noise_key, load_config, noise_key, run_main
 
 define_config()
@@ -61,10 +62,9 @@ def main(_: list[str]) -> None:
     from fedjax_med.simulation.processes import join
 
     join(*places)
-  # Without jax, whose imports take as long. tensorflow-datasets changes how the whole process
-  # imports while it is imported itself: it must not do so beside jax.
+  # Without jax, whose imports take as long.
   load: Callable[[], Any] = functools.partial(load_hospitals, config)
-  hospitals = _meanwhile(load) if config.data.source in ("phantoms", "folder") else load
+  hospitals = _meanwhile(load) if source_named(config.data.source).beside_jax else load
   from fedjax_med.report import reported_run  # after the flags: a typo must not wait for jax
   from fedjax_med.run.compilation_cache import use_compilation_cache
   from fedjax_med.run.training import dry_run

@@ -8,6 +8,7 @@ import pytest
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 LAYERS = (
   "core",
+  "tasks",
   "data",
   "models",
   "privacy",

@@ -9,7 +9,7 @@ from scipy import stats
 
 from fedjax_med import study
 from fedjax_med.core.errors import UserError
-from fedjax_med.core.metrics import METRICS
+from fedjax_med.tasks.classification import NAMES
 
 SIGMA = "privacy.noise_multiplier"
 
@@ -22,13 +22,13 @@ def table(sigmas=(1.0, 2.0), seeds=6, hospitals=3):
   rows = []
   for point, (sigma, seed) in enumerate((s, k) for s in sigmas for k in range(seeds)):
     shared = {"point": point, SIGMA: sigma, "seed": seed}
-    shared |= {f"all.{metric}": rng.uniform(0.6, 0.7) - 0.1 * sigma for metric in METRICS}
+    shared |= {f"all.{metric}": rng.uniform(0.6, 0.7) - 0.1 * sigma for metric in NAMES}
     rows += [
       {
         **shared,
         "hospital": f"hospital {k}",
         **{"num_train": 9, "num_test": 3, "epsilon": 1.0, "delta": 1e-3, "sigma": sigma},
-        **{metric: rng.uniform() for metric in (*METRICS, *ALONE)},
+        **{metric: rng.uniform() for metric in (*NAMES, *ALONE)},
       }
       for k in range(hospitals)
     ]
@@ -75,7 +75,7 @@ def test_no_value_of_one_hospital_is_taken_for_all():
   reduced = frame.assign(age=frame.groupby("point")["age"].transform("mean"))
   assert study.by_point(reduced)["age"].tolist() == [50.0] * 12
   left = set(study.by_point(table()).columns)
-  assert not left & {"hospital", "num_train", "num_test", "epsilon", "delta", "sigma", *METRICS}
+  assert not left & {"hospital", "num_train", "num_test", "epsilon", "delta", "sigma", *NAMES}
 
 
 @pytest.mark.parametrize(
@@ -87,7 +87,7 @@ def test_intervals_of_metrics_stay_where_metrics_can_be(column, least, largest):
   for values in (high, low):
     ends = stats.t.interval(0.95, 2, values.mean(), stats.sem(values))
     assert ends[0] < 0 or ends[1] > 1
-    found = study.mean_interval(values, bounds=study.bounds_of(column))
+    found = study.mean_interval(values, bounds=study.bounds_of(table(), column))
     expected = ends if least is None else np.clip(ends, least, largest)
     assert (found["low"], found["high"]) == pytest.approx(tuple(expected))
     assert found["mean"] == values.mean()

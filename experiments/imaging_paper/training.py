@@ -14,8 +14,8 @@ from rich.console import Console
 from experiments.imaging_paper.systems import SCALES, SETS, SYSTEMS, Row, base_config, rows
 from fedjax_med.core.config import Config
 from fedjax_med.core.errors import require, require_choice
-from fedjax_med.core.metrics import METRICS
 
+METRICS = ("loss", "accuracy", "precision", "recall", "specificity", "f1", "auroc", "ece")
 # A seed draws split, partition, initial weights, sampling and phantoms.
 SEED_AXES = ("partition", "init", "sampling")
 

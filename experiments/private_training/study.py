@@ -18,10 +18,10 @@ from scipy import stats
 from configs.br35h_small_private import get_config
 from fedjax_med.core.config import Config
 from fedjax_med.core.errors import require_choice
-from fedjax_med.core.metrics import classification_metrics
 from fedjax_med.core.validation import validate
 from fedjax_med.data.hospitals import load_hospitals
 from fedjax_med.flags import run_main
+from fedjax_med.tasks.classification import classification_metrics
 
 _PATH = flags.DEFINE_string("path", "data/Br35H", "Folder with yes/ and no/ of Br35H.")
 _SEEDS = flags.DEFINE_integer("seeds", 5, "Seeds 0, 1, ... of each arm.")

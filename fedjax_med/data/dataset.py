@@ -1,7 +1,7 @@
 """What a data source returns and what a split and a partition make of it (host arrays, NumPy)."""
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -15,7 +15,8 @@ class Dataset:
   """All examples of one source, in a fixed order that does not depend on the machine.
 
   Attributes:
-    inputs: [N, H, W, 1] images, uint8 or, of files with more than 8 bits, uint16.
+    inputs: raw examples of the modality. Of pictures [N, H, W, 1], uint8 or, of files with more
+      than 8 bits, uint16; of others an array or a tree of dictionaries of arrays [N, ...].
     labels: [N] int32 class numbers, 0 .. len(class_names) - 1; with two classes 1 is the positive.
     names: N file names relative to the source, for reports and errors.
     class_names: name of each class.
@@ -28,11 +29,13 @@ class Dataset:
     tumour_masks: [N, H, W] bool ground truth of the phantoms, else None.
     grey: how grey values of the files became pixels.
     in_test: [N] bool, the test part that the source gives; None where it gives none.
+    task: name of what is predicted, of ``tasks.registry.TASKS``.
+    modality: name of what an example is, of ``data.modality.MODALITIES``.
     num_synthetic: examples at the end that were made from training images of a hospital, and are in
       its training row only; sites, patients, masks and sides end before them.
   """
 
-  inputs: np.ndarray
+  inputs: Any
   labels: np.ndarray
   names: tuple[str, ...]
   class_names: tuple[str, ...]
@@ -45,12 +48,26 @@ class Dataset:
   tumour_masks: np.ndarray | None = None
   grey: Grey = EIGHT_BITS
   in_test: np.ndarray | None = None
+  task: str = "classification"
+  modality: str = "pictures"
   num_synthetic: int = 0
 
   @property
   def num_real(self) -> int:
     """Examples that are not synthetic."""
     return len(self.labels) - self.num_synthetic
+
+
+def array_leaves(values: Any) -> list[np.ndarray]:
+  """The arrays of an array or a tree of dictionaries, by sorted keys, as ``jax.tree.leaves``."""
+  if isinstance(values, dict):
+    return [leaf for key in sorted(values) for leaf in array_leaves(values[key])]
+  return [values]
+
+
+def input_bytes(dataset: Dataset) -> int:
+  """Bytes of the raw examples of a dataset."""
+  return sum(leaf.nbytes for leaf in array_leaves(dataset.inputs))
 
 
 class Contradictions(NamedTuple):

@@ -1,7 +1,8 @@
 """Finds near-duplicate images: mirrored, contrast-changed, re-cropped or re-compressed copies."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -9,7 +10,7 @@ from scipy import ndimage
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from fedjax_med.data.dataset import Contradictions, Dataset
+from fedjax_med.data.dataset import Contradictions, Dataset, array_leaves
 from fedjax_med.data.grey import stretched
 
 SIDE = 32  # pixels of a descriptor's side
@@ -35,15 +36,27 @@ def near_duplicate_groups(images: np.ndarray, threshold: float = THRESHOLD) -> n
   Returns:
     [N] int32 group numbers in the order in which groups first appear.
   """
-  pairs = list(_similar_pairs(descriptors(images), threshold))
+  pairs = list(similar_pairs(images, threshold))
   rows, columns = np.concatenate(pairs, axis=1) if pairs else np.zeros((2, 0), np.int64)
   graph = coo_array((np.ones(len(rows), bool), (rows, columns)), shape=(len(images),) * 2)
   return number_groups(connected_components(graph, directed=False)[1])
 
 
-def _contents(images: np.ndarray) -> np.ndarray:
-  """[N] numbers, equal for images that are equal pixel for pixel."""
-  digests = [hashlib.blake2b(image.tobytes(), digest_size=16).digest() for image in images]
+def similar_pairs(images: np.ndarray, threshold: float = THRESHOLD) -> Iterator[np.ndarray]:
+  """Yields [2, pairs] numbers of images that are copies by themselves, block of rows by block.
+
+  Args:
+    images: [N, H, W] or [N, H, W, 1] uint8 or uint16.
+    threshold: correlation of the descriptors from which two images are copies.
+  """
+  return _correlated_pairs(descriptors(images), threshold)
+
+
+def _contents(inputs: Any) -> np.ndarray:
+  """[N] numbers, equal for examples that are equal value for value."""
+  examples = zip(*array_leaves(inputs), strict=True)
+  whole = (b"".join(leaf.tobytes() for leaf in example) for example in examples)
+  digests = [hashlib.blake2b(values, digest_size=16).digest() for values in whole]
   return np.unique(digests, return_inverse=True)[1]
 
 
@@ -88,7 +101,7 @@ def _content(image: np.ndarray, noise_level: float) -> np.ndarray:
   return image[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
 
 
-def _similar_pairs(found: np.ndarray, threshold: float) -> Iterator[np.ndarray]:
+def _correlated_pairs(found: np.ndarray, threshold: float) -> Iterator[np.ndarray]:
   """[2, pairs] image numbers that correlate, block of rows by block of rows."""
   n = len(found)
   # A mirror changes the sign of the parts that are odd along its axis, so four products of a
@@ -113,13 +126,18 @@ def _even_odd(images: np.ndarray, axis: int) -> tuple[np.ndarray, np.ndarray]:
   return (first + mirrored) * np.float32(0.5**0.5), (first - mirrored) * np.float32(0.5**0.5)
 
 
-def find_contradictions(dataset: Dataset, groups: np.ndarray) -> Contradictions:
-  """Finds pictures that stand in several classes, themselves or as near-duplicates.
+def find_contradictions(
+  dataset: Dataset,
+  groups: np.ndarray,
+  similar: Callable[[np.ndarray], Iterator[np.ndarray]] = similar_pairs,
+) -> Contradictions:
+  """Finds examples that stand in several classes, themselves or as near-duplicates.
 
   Args:
     dataset: the examples.
     groups: [N] near-duplicate group of each. Within a group only pairs that are similar themselves
       count: a chain may lead from one class to another by small steps.
+    similar: of the dataset's modality.
   """
   same = _contents(dataset.inputs)
   identical, similar = np.zeros((2, len(groups)), bool)
@@ -129,7 +147,7 @@ def find_contradictions(dataset: Dataset, groups: np.ndarray) -> Contradictions:
     labels = dataset.labels[members]
     pairs.append((int(members[0]), int(members[labels != labels[0]][0])))
   for members in _mixed(groups, dataset.labels):
-    found = list(_similar_pairs(descriptors(dataset.inputs[members]), THRESHOLD))
+    found = list(similar(dataset.inputs[members]))
     rows, others = members[np.concatenate(found, axis=1)]
     close = dataset.labels[rows] != dataset.labels[others]
     similar[rows[close]] = similar[others[close]] = True

@@ -8,9 +8,11 @@ from fedjax_med.core.config import Config, DataConfig, PartitionConfig
 from fedjax_med.core.errors import require
 from fedjax_med.data import partitions, splits
 from fedjax_med.data.dataset import Dataset, Hospitals, Split, client_table
-from fedjax_med.data.duplicates import find_contradictions, join_groups, near_duplicate_groups
+from fedjax_med.data.duplicates import find_contradictions, join_groups
+from fedjax_med.data.modality import modality_named
 from fedjax_med.data.patients import apart_by_site
 from fedjax_med.data.sources import load_dataset
+from fedjax_med.tasks.registry import task_named
 
 
 def load_hospitals(config: Config) -> Hospitals:
@@ -67,7 +69,8 @@ def split_with_duplicates(dataset: Dataset, data: DataConfig, by_site: bool = Fa
     data: ``split``, ``test_fraction`` and ``seed`` are read.
     by_site: keep the test share within every site too (``data.split='grouped'`` only).
   """
-  groups = near_duplicate_groups(dataset.inputs)
+  modality, strata = modality_named(dataset.modality), task_named(dataset.task).strata(dataset)
+  groups = modality.copies(dataset.inputs)
   if data.split == "paper":
     units = np.arange(len(groups), dtype=np.int32)
   elif dataset.patients is None:
@@ -80,7 +83,7 @@ def split_with_duplicates(dataset: Dataset, data: DataConfig, by_site: bool = Fa
   if dataset.in_test is None:
     scheme = data.split
     train, test = splits.split_dataset(
-      dataset.labels,
+      strata,
       units,
       len(dataset.class_names),
       data.test_fraction,
@@ -89,7 +92,7 @@ def split_with_duplicates(dataset: Dataset, data: DataConfig, by_site: bool = Fa
       dataset.sites if by_site else None,
     )
   else:
-    scheme, (train, test) = "given", splits.given_split(dataset.labels, dataset.in_test)
+    scheme, (train, test) = "given", splits.given_split(strata, dataset.in_test)
   sizes = np.bincount(groups)
   return Split(
     train=train,
@@ -100,7 +103,7 @@ def split_with_duplicates(dataset: Dataset, data: DataConfig, by_site: bool = Fa
     num_in_duplicate_groups=int(sizes[sizes > 1].sum()),
     num_test_with_duplicate_in_train=int(np.isin(groups[test], groups[train]).sum()),
     num_test_of_train_patients=_shared_patients(dataset, train, test),
-    contradictions=find_contradictions(dataset, groups),
+    contradictions=find_contradictions(dataset, groups, modality.similar),
   )
 
 
@@ -119,6 +122,7 @@ def _by_shares(
   The shift of a client that needed no examples is nan.
   """
   num_classes, num_clients = len(dataset.class_names), partition.num_clients
+  strata = task_named(dataset.task).strata(dataset)
   require(
     num_clients >= 1,
     f"partition.num_clients={num_clients} is under 1",
@@ -140,7 +144,7 @@ def _by_shares(
   sides = []
   for side, min_size in ((split.train, partition.min_client_size), (split.test, 1)):
     units = np.unique(numbers[side], return_inverse=True)[1]
-    classes = splits.unit_classes(dataset.labels[side], units, num_classes)
+    classes = splits.unit_classes(strata[side], units, num_classes)
     sizes = np.bincount(units)
     owner = partitions.apportion(classes, sizes, shares, rng)
     small = np.bincount(owner, weights=sizes, minlength=num_clients) < min_size

@@ -13,7 +13,7 @@ from fedjax_med.core.errors import UserError, require
 from fedjax_med.data.classes import order_classes, require_distinct
 from fedjax_med.data.dataset import Dataset
 from fedjax_med.data.files import SYSTEM, counted, walk
-from fedjax_med.data.grey import Values, choose_grey, parse_window, stored_levels, to_pixels
+from fedjax_med.data.grey import Grey, Values, choose_grey, parse_window, stored_levels, to_pixels
 from fedjax_med.data.layouts import (
   Arrangement,
   LeftOut,
@@ -58,6 +58,34 @@ def read_values(path: pathlib.Path, min_size: int, size: int, exact: bool = Fals
     text = str(error).replace(repr(str(path)), "").replace(str(path), "the file")
     reason = " ".join(text.split()).rstrip(" :")[:120] or type(error).__name__
     return f"cannot be read ({reason})"
+
+
+def read_pixels(
+  path: pathlib.Path, min_size: int, size: int, grey: Grey, window: bool
+) -> np.ndarray | str:
+  """Returns [H, W, 1] pixels of a picture by the rule of a run, or why they cannot be had.
+
+  Args:
+    path: the file.
+    min_size: least side in pixels.
+    size: side of the square; 0 keeps the picture's own.
+    grey: how the run made pixels of grey values.
+    window: whether the run's values were cut to a window.
+  """
+  values = read_values(path, min_size, size, exact=window)
+  if isinstance(values, str):
+    return values
+  if values.deep != grey.deep and not window:
+    kinds = ("more than 8", "8") if values.deep else ("8", "more than 8")
+    return (
+      f"{kinds[0]} bits, and the run was trained on pictures of {kinds[1]}; export it as those were"
+    )
+  if not window and (values.low < grey.low or values.high > grey.high):
+    return (
+      f"grey values {values.low:g} to {values.high:g}, and the run was trained on {grey.low:g} to"
+      f" {grey.high:g}; export it as those were"
+    )
+  return to_pixels(values, grey)[..., None]
 
 
 def values_of(image: Image.Image, min_size: int, size: int, exact: bool) -> Values | str:

@@ -2,23 +2,15 @@
 
 import json
 import pathlib
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fedjax_med.core.errors import UserError, require
-from fedjax_med.core.metrics import METRICS
 from fedjax_med.privacy import claims
-
-if TYPE_CHECKING:
-  pass
+from fedjax_med.tasks.registry import task_of
+from fedjax_med.tasks.task import Task
 
 # The shape a file must have: {key: shape}, [shape of every element] or an isinstance type.
 NUMBER = int | float | None
-
-
-VALUES = dict.fromkeys(METRICS, NUMBER)
-
-
-CLIENT = {"name": str, **VALUES}
 
 
 SHAPES: dict[str, Any] = {
@@ -37,9 +29,9 @@ SHAPES: dict[str, Any] = {
   },
   "privacy.json": {"mechanism": str, "epsilon_max": NUMBER},
   "summary.json": {
-    "run_id": str, "config_name": str, "rounds": int, "stopped": str, "test": VALUES,
-    "clients": [CLIENT], "epsilon_max": NUMBER, "confusion": [[int]],
-    "num_parameters": int, "predicts": str,
+    "run_id": str, "config_name": str, "rounds": int, "stopped": str, "test": dict,
+    "clients": [{"name": str}], "epsilon_max": NUMBER, "num_parameters": int,
+    "predicts": str,
     "plan": {"layout": str, "clipping": str, "lowering": str, "reasons": [str]},
   },
   "timing.json": {"compile": NUMBER, "train": NUMBER, "total": NUMBER},
@@ -61,17 +53,17 @@ PRIVATE = {"guarantees": [GUARANTEE], "not_covered": [str], "ledger": str}
 
 
 LINES = {
-  "test": {"round": int, "epsilon_max": NUMBER, "clients": [CLIENT], **VALUES},
+  "test": {"round": int, "epsilon_max": NUMBER, "clients": [{"name": str}]},
   "train": {"round": int, "loss": NUMBER},
 }
 
 
-POINT = {"round": int, "all": VALUES}
+POINT = {"round": int, "all": dict}
 
 
 BASELINES = {
-  "alone": [{"name": str, "curve": [{**POINT, "own": VALUES}]}],
-  "pooled": {"curve": [{**POINT, "clients": [VALUES]}]},
+  "alone": [{"name": str, "curve": [{**POINT, "own": dict}]}],
+  "pooled": {"curve": [{**POINT, "clients": [dict]}]},
 }
 
 
@@ -86,6 +78,8 @@ RESTORE = "restore it or run the experiment again"
 
 def read_run(workdir: pathlib.Path) -> dict[str, Any]:
   """Reads and checks a workdir: config, hospitals, privacy, summary, log and baselines (or None).
+
+  A metric of the run's task that the folder lacks is None, as one that is not defined.
 
   Raises:
     UserError: see ``write_report``.
@@ -120,9 +114,8 @@ def read_run(workdir: pathlib.Path) -> dict[str, Any]:
 
   held, path = run["hospitals"], workdir / "hospitals.json"
   counts = [hospital[side] for hospital in held["hospitals"] for side in ("train", "test")]
-  confusion = [run["summary"]["confusion"], *run["summary"]["confusion"]]
   require(
-    len(counts) > 0 and all(len(row) == len(held["class_names"]) for row in (*counts, *confusion)),
+    len(counts) > 0 and all(len(row) == len(held["class_names"]) for row in counts),
     f"{path} names {len(held['class_names'])} classes, which is not the length of every count",
     RESTORE,
   )
@@ -131,6 +124,10 @@ def read_run(workdir: pathlib.Path) -> dict[str, Any]:
     f"{path} has a skipped file that is not [name, reason, class]",
     RESTORE,
   )
+  task = task_of(run["config"])
+  problem = task.problem(run["summary"], held["class_names"])
+  require(not problem, f"{workdir / 'summary.json'}: {problem}", RESTORE)
+  _fill_metrics(task, workdir, run["summary"], log, baselines)
   names = [hospital["name"] for hospital in held["hospitals"]]
   _same_hospitals(names, run["summary"]["clients"], workdir / "summary.json")
   for guarantee in run["privacy"].get("guarantees", []):
@@ -141,6 +138,32 @@ def read_run(workdir: pathlib.Path) -> dict[str, Any]:
     curves = [row["curve"] for row in (baselines["pooled"], *baselines["alone"])]
     require(all(curves), f"{workdir / 'baselines.json'} has curves that are empty", RESTORE)
   return {**run, "log": log, "baselines": baselines}
+
+
+def _fill_metrics(
+  task: Task,
+  workdir: pathlib.Path,
+  summary: dict[str, Any],
+  log: list[dict[str, Any]],
+  baselines: dict[str, Any] | None,
+) -> None:
+  """Sets the metrics of ``task`` that these records lack to None; the others must be numbers."""
+  places = {"summary.json": [summary["test"], *summary["clients"]], "metrics.jsonl": []}
+  for line in log:
+    if line["split"] == "test":
+      places["metrics.jsonl"] += [line, *line["clients"]]
+  if baselines is not None:
+    alone = [point[key] for row in baselines["alone"] for point in row["curve"]
+             for key in ("own", "all")]  # fmt: skip
+    pooled = [values for point in baselines["pooled"]["curve"]
+              for values in (point["all"], *point["clients"])]  # fmt: skip
+    places["baselines.json"] = alone + pooled
+  shape = dict.fromkeys((metric.name for metric in task.shown), NUMBER)
+  for name, records in places.items():
+    for values in records:
+      for metric in shape:
+        values.setdefault(metric, None)
+      require_shape(values, shape, workdir / name)
 
 
 def read_utf8(path: pathlib.Path) -> str:

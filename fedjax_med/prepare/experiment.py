@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from fedjax_med.core.config import Config, algorithm_options
 from fedjax_med.core.keys import base_key
 from fedjax_med.data.dataset import (
+  Dataset,
   Hospitals,
   real_counts,
 )
@@ -25,6 +26,7 @@ from fedjax_med.prepare.run_id import Identity, identify
 from fedjax_med.privacy.client_level import ClientLevel
 from fedjax_med.privacy.guarantees import Guarantee
 from fedjax_med.simulation.mesh import Devices, choose_devices, replicate
+from fedjax_med.tasks.registry import task_named
 
 
 class Experiment(NamedTuple):
@@ -168,8 +170,12 @@ def build(config: Config, hospitals: Hospitals, secret: bytes | None = None) -> 
   require_a_round(case.protection)  # a point of a sweep and a baseline may end at once
   program, shapes = make_shared_program([case])
   mesh, dataset = program.devices.mesh, hospitals.dataset
-  pool = Pool(replicate(dataset.inputs, mesh), replicate(dataset.labels, mesh))
-  return make_experiment(case, program, shapes, pool, mesh)
+  return make_experiment(case, program, shapes, replicate(host_pool(dataset), mesh), mesh)
+
+
+def host_pool(dataset: Dataset) -> Pool:
+  """The examples of a dataset and their targets, on the host."""
+  return Pool(inputs=dataset.inputs, labels=task_named(dataset.task).targets(dataset))
 
 
 def make_shared_program(cases: Sequence[Case]) -> tuple[Program, Shapes]:

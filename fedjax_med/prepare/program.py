@@ -10,6 +10,7 @@ import numpy as np
 from fedjax_med.core.config import Config, init_seed
 from fedjax_med.core.keys import base_key
 from fedjax_med.data.dataset import Dataset
+from fedjax_med.data.modality import modality_named, preparation
 from fedjax_med.federated.vector import NetworkLayout
 from fedjax_med.models.networks.pretrained import Overlay, overlay
 from fedjax_med.models.registry import create_model, has_remat, require_columns, require_read
@@ -132,7 +133,8 @@ def make_program(
   devices = _fewer_devices(devices, choice.devices)
   algorithm = make_algorithm(recipe, choice)
   model = recipe.network(False, choice.devices)
-  evaluate = make_evaluate(model, config.data.normalisation, recipe.layout, algorithm.personal)
+  prepare = preparation(modality_named(dataset.modality), config.data)
+  evaluate = make_evaluate(model, prepare, recipe.layout, algorithm.personal)
   predict, lower_predict = make_predict(
     evaluate, batch_size=config.eval.batch_size, mesh=devices.mesh
   )

@@ -14,11 +14,12 @@ import numpy as np
 
 from fedjax_med import __version__
 from fedjax_med.core.config import Config, declared, fingerprint, flat, init_seed, nested, to_dict
-from fedjax_med.data.dataset import Hospitals
+from fedjax_med.data.dataset import Hospitals, array_leaves
 from fedjax_med.federated.registry import algorithm_code
 from fedjax_med.models.networks.pretrained import load_safetensors
 from fedjax_med.models.registry import code_of
 from fedjax_med.privacy.guarantees import Guarantee
+from fedjax_med.tasks.registry import task_named
 
 # Packages whose version may move a mechanism, a draw or a rounding.
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "scipy", "dp-accounting")
@@ -107,7 +108,9 @@ def _shaping(config: Config) -> dict[str, Any]:
 def _data_digest(hospitals: Hospitals, table: Sequence[np.ndarray]) -> str:
   sha = hashlib.sha256()
   # Synthetic images follow from the rest, and the id is known before they are made.
-  inputs = hospitals.dataset.inputs[: hospitals.dataset.num_real]
-  for array in (inputs, hospitals.dataset.labels, *table):
+  dataset = hospitals.dataset
+  inputs = [leaf[: dataset.num_real] for leaf in array_leaves(dataset.inputs)]
+  targets = array_leaves(task_named(dataset.task).targets(dataset))
+  for array in (*inputs, *targets, *table):
     sha.update(np.ascontiguousarray(array).tobytes())
   return sha.hexdigest()

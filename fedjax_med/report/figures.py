@@ -15,6 +15,7 @@ import numpy as np
 from fedjax_med.folder.writing import write_whole
 from fedjax_med.privacy.accounting import round_up
 from fedjax_med.report.figure_labels import families, inches, labels
+from fedjax_med.tasks.task import Figure, Metric, Place, Task
 
 GLOBAL, ALONE, POOLED, QUIET = "#0072B2", "#E69F00", "#009E73", "#8C8C8C"
 CLASS_COLOURS = ("#56B4E9", "#D55E00", "#009E73", "#CC79A7", "#F0E442", "#0072B2", "#E69F00")
@@ -116,17 +117,24 @@ def draw_rounds(
   baselines: dict[str, Any] | None,
   split_scheme: str,
   who: str,
+  task: Task,
 ) -> None:
-  """Accuracy, AUROC and loss at the log points of metrics.jsonl, and the ε spent by then."""
+  """Metrics of the task at the log points of metrics.jsonl, and the ε spent by then."""
   test = [line for line in log if line["split"] == "test"]
   train = [line for line in log if line["split"] == "train"]
   private = any(line["epsilon_max"] is not None for line in test)
   epsilon = test[-1]["epsilon_max"]
   title = f"{who.capitalize()} on the test images · {context_line(split_scheme, epsilon)}"
-  with new_figure(path, (WIDTH, 6.2) if private else (WIDTH, 3.6), title) as figure:
-    axes = (figure.subplots(2, 2) if private else figure.subplots(1, 3)).ravel()
-    panels = [("accuracy", "accuracy"), ("auroc", "AUROC"), ("loss", "loss (nats)")]
-    for axis, (key, label) in zip(axes, panels, strict=False):
+  metrics = task.metrics_in(Place.CURVES)
+  panels = len(metrics) + private
+  columns = 2 if panels == 4 else min(3, panels)
+  rows = -(-panels // columns)
+  with new_figure(path, (WIDTH, 1.0 + 2.6 * rows), title) as figure:
+    axes = figure.subplots(rows, columns, squeeze=False).ravel()
+    for axis in axes[panels:]:
+      axis.remove()
+    for axis, metric in zip(axes, metrics, strict=False):
+      key = metric.name
       _draw_hospital_lines(axis, test, key)
       if baselines is not None:
         for name, colour, style, curve in _baseline_curves(baselines, key):
@@ -137,11 +145,11 @@ def draw_rounds(
       )  # fmt: skip
       if key == "loss" and train:
         axis.plot(*_curve(train, key), color="#444444", linestyle=":", label="local training")
-      axis.set(title=label, xlabel="round")
-      if key != "loss":
+      axis.set(title=metric.axis, xlabel="round")
+      if metric.is_share:
         axis.set_ylim(min(axis.get_ylim()[0], 0.9), 1.01)
     if private:
-      axis = axes[3]
+      axis = axes[len(metrics)]
       axis.plot(*_curve(test, "epsilon_max"), color="#D55E00", linewidth=2, marker=_marker(test))
       axis.set(title="privacy spent: largest ε of the hospitals", xlabel="round", ylim=(0, None))
       axis.annotate(
@@ -153,13 +161,14 @@ def draw_rounds(
       axis.yaxis.get_major_formatter().set_useOffset(False)
       if len(test) == 1:
         axis.set_xlim(test[0]["round"] - 1, test[0]["round"] + 1)
-    add_legend(figure, figure.axes[2])
+    fullest = max(figure.axes, key=lambda axis: len(axis.get_legend_handles_labels()[1]))
+    add_legend(figure, fullest)
 
 
 def _draw_hospital_lines(axis: Any, test: list[dict[str, Any]], key: str) -> None:
   """A thin line for each hospital, or for many the band that holds their middle 80%."""
   rounds = [line["round"] for line in test]
-  values = _array([[client[key] for client in line["clients"]] for line in test])
+  values = _array([[client.get(key) for client in line["clients"]] for line in test])
   if values.shape[1] <= MAX_LINES:
     for number, curve in enumerate(values.T):
       label = "each hospital's test images" if number == 0 else None
@@ -180,10 +189,10 @@ def _baseline_curves(
   """(name, colour, line style, curve) of pooled training and of the mean of training alone."""
   pooled = baselines["pooled"]["curve"]
   rounds = np.array([point["round"] for point in pooled])
-  yield "pooled data", POOLED, "--", (rounds, _array([point["all"][key] for point in pooled]))
+  yield "pooled data", POOLED, "--", (rounds, _array([point["all"].get(key) for point in pooled]))
   # Budgets may end each of them after another round: it stays where it ended.
   known = [
-    {point["round"]: point["all"][key] for point in hospital["curve"]}
+    {point["round"]: point["all"].get(key) for point in hospital["curve"]}
     for hospital in baselines["alone"]
   ]
   every = sorted({round for curve in known for round in curve})
@@ -198,40 +207,44 @@ def draw_hospitals(
   summary: dict[str, Any],
   hospitals: dict[str, Any],
   baselines: dict[str, Any] | None,
+  task: Task,
 ) -> None:
-  """Accuracy and AUROC of the model on each hospital's test images; alone next to it."""
+  """Metrics of the model on each hospital's test images; of the one trained alone next to it."""
   clients, scheme, who = summary["clients"], hospitals["split"]["scheme"], summary["predicts"]
   alone = None
   if baselines is not None:
     last = {hospital["name"]: hospital["curve"][-1]["own"] for hospital in baselines["alone"]}
     alone = [last[client["name"]] for client in clients]
   title = f"Each hospital's own test images · {context_line(scheme, summary['epsilon_max'])}"
-  panels = (("accuracy", "accuracy"), ("auroc", "AUROC"))
+  metrics = task.metrics_in(Place.LINE)
   if len(clients) > MAX_BARS:
     sizes = [sum(row["train"]) for row in hospitals["hospitals"]]
     with new_figure(path, (WIDTH, 4.6), f"{title} · {len(clients)} hospitals") as figure:
-      for axis, (key, label) in zip(figure.subplots(1, 2), panels, strict=True):
-        _draw_hospital_dots(axis, key, label, who, clients, alone, sizes)
+      axes = figure.subplots(1, len(metrics), squeeze=False)[0]
+      for axis, metric in zip(axes, metrics, strict=True):
+        _draw_hospital_dots(axis, metric, who, clients, alone, sizes)
     return
   height = 0.62 if alone else 0.36
   with new_figure(path, (WIDTH, 1.9 + height * len(clients)), title) as figure:
-    axes = figure.subplots(1, 2, sharey=True)
-    for axis, (key, label) in zip(axes, panels, strict=True):
+    axes = figure.subplots(1, len(metrics), sharey=True, squeeze=False)[0]
+    for axis, metric in zip(axes, metrics, strict=True):
+      key, (low, high) = metric.name, _bar_range(metric, [*clients, *(alone or [])])
       groups = [(who, GLOBAL, clients)]
       groups += [("trained alone", ALONE, alone)] if alone else []
       thickness = 0.76 / len(groups)
       for place, (name, colour, rows) in enumerate(groups):
-        values = _array([row[key] for row in rows])
+        values = _array([row.get(key) for row in rows])
         y = np.arange(len(rows)) + (place - (len(groups) - 1) / 2) * thickness
         axis.barh(y, values, height=thickness * 0.94, color=colour, label=name)
         for at, value in zip(y, values, strict=True):
           text = "–" if np.isnan(value) else f"{value:.3f}"
-          axis.text(1.025, at, text, va="center", fontsize=9, color="#444444")
-      overall = summary["test"][key]
+          axis.text(high + 0.025 * (high - low), at, text, va="center", fontsize=9, color="#444444")
+      overall = summary["test"].get(key)
       if overall is not None:
         axis.axvline(overall, color=GLOBAL, linestyle="--", linewidth=1.2, zorder=0.5,
                      label=f"{who}, all test images")  # fmt: skip
-      axis.set(title=label, xlim=(0, 1.13), xticks=np.linspace(0, 1, 6))
+      reach = (low, low + 1.13 * (high - low))
+      axis.set(title=metric.axis, xlim=reach, xticks=np.linspace(low, high, 6))
       axis.grid(visible=False, axis="y")
     names = labels([client["name"] for client in clients], "hospital")
     axes[0].set_yticks(range(len(clients)), names)
@@ -239,53 +252,63 @@ def draw_hospitals(
     add_legend(figure, axes[0])
 
 
+def _bar_range(metric: Metric, rows: Sequence[dict[str, Any]]) -> tuple[float, float]:
+  """Least and largest value of the bars of a metric: its bounds, or those of the values and 0."""
+  known = [0.0, *(row[metric.name] for row in rows if row.get(metric.name) is not None)]
+  low, high = metric.bounds
+  low, high = low if np.isfinite(low) else min(known), high if np.isfinite(high) else max(known)
+  return low, high if high > low else low + 1.0
+
+
 def _draw_hospital_dots(
   axis: Any,
-  key: str,
-  label: str,
+  metric: Metric,
   who: str,
   clients: list[dict[str, Any]],
   alone: list[dict[str, Any]] | None,
   sizes: list[int],
 ) -> None:
   """A dot for each of many hospitals: against the one trained alone, or against its size."""
-  values = _array([client[key] for client in clients])
+  values = _array([client.get(metric.name) for client in clients])
   if alone is None:
     axis.scatter(sizes, values, s=16, color=GLOBAL, alpha=0.6, linewidth=0)
-    axis.set(title=label, xlabel="train images of the hospital", ylabel=who)
-    axis.set(xscale="log", ylim=(min(axis.get_ylim()[0], 0.9), 1.01))
+    axis.set(title=metric.axis, xlabel="train images of the hospital", ylabel=who, xscale="log")
+    if metric.is_share:
+      axis.set_ylim(min(axis.get_ylim()[0], 0.9), 1.01)
     axis.xaxis.set_major_formatter("{x:.0f}")
     return
-  local = _array([row[key] for row in alone])
-  axis.plot([0, 1], [0, 1], color=QUIET, linewidth=1, linestyle="--")
+  local = _array([row.get(metric.name) for row in alone])
   axis.scatter(local, values, s=16, color=GLOBAL, alpha=0.6, linewidth=0)
   both = ~(np.isnan(values) | np.isnan(local))
-  better = int(np.sum(values[both] > local[both]))
-  low = min([0.9, *local[both], *values[both]]) - 0.02
+  ahead = values - local if metric.better == "higher" else local - values
+  better = int(np.sum(ahead[both] > 0))
+  known = [*local[both], *values[both]]
+  low, high = min([0.9, *known]) - 0.02, 1.01
+  if not metric.is_share:
+    low, high = min(known, default=0.0), max(known, default=1.0)
+  axis.plot([low, high], [low, high], color=QUIET, linewidth=1, linestyle="--", zorder=0.5)
   axis.set(
-    title=f"{label}: {who} better in {better} of {int(both.sum())}",
-    xlabel="trained alone", ylabel=who, xlim=(low, 1.01), ylim=(low, 1.01),
+    title=f"{metric.label}: {who} better in {better} of {int(both.sum())}",
+    xlabel="trained alone", ylabel=who,
   )  # fmt: skip
+  if low < high:
+    axis.set(xlim=(low, high), ylim=(low, high))
 
 
-def draw_confusion(path: pathlib.Path, summary: dict[str, Any], hospitals: dict[str, Any]) -> None:
-  """Confusion matrix of the last round over all test images: counts and share of the true class."""
-  names, counts = labels(hospitals["class_names"], "class"), np.array(summary["confusion"])
-  shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-  side, turned = 2.2 + 0.85 * len(names), len(names) >= 4 or inches(names) > 0.9
-  side += max(0.0, inches(names) - 0.9)
+def draw_details(
+  path: pathlib.Path, drawn: Figure, summary: dict[str, Any], hospitals: dict[str, Any]
+) -> None:
+  """A figure of the task's own, of the predictions on all test images after the last round."""
+  names = labels(hospitals["class_names"], "class")
   context = context_line(hospitals["split"]["scheme"], summary["epsilon_max"])
-  with new_figure(path, (side + 0.9, side), f"Round {summary['rounds']}\n{context}") as figure:
+  size, title = drawn.size(names, inches(names)), f"Round {summary['rounds']}\n{context}"
+  with new_figure(path, size, title) as figure:
     axis = figure.subplots()
-    axis.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-    for row, column in np.ndindex(counts.shape):
-      colour = "white" if shares[row, column] > 0.55 else "#222222"
-      text = f"{counts[row, column]}\n{shares[row, column]:.1%}"
-      axis.text(column, row, text, ha="center", va="center", color=colour)
-    axis.set(title="images, and share of the true class", xlabel="predicted", ylabel="true class")
+    drawn.draw(axis, summary, names, False)
+    axis.set(title=drawn.title)
+    turned = len(names) >= 4 or inches(names) > 0.9
     axis.set_xticks(range(len(names)), names, rotation=45 if turned else 0)
     axis.set_yticks(range(len(names)), names)
-    axis.grid(visible=False)
 
 
 def draw_examples(
@@ -372,7 +395,7 @@ def _all_nan(values: np.ndarray) -> bool:
 
 def _curve(lines: list[dict[str, Any]], key: str) -> tuple[np.ndarray, np.ndarray]:
   """Rounds and values of one key of the log lines."""
-  return np.array([line["round"] for line in lines]), _array([line[key] for line in lines])
+  return np.array([line["round"] for line in lines]), _array([line.get(key) for line in lines])
 
 
 def _marker(lines: list[dict[str, Any]]) -> str | None:

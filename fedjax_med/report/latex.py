@@ -5,8 +5,9 @@ from collections.abc import Sequence
 
 import pandas as pd
 
-from fedjax_med.core.metrics import NO_CLASS
 from fedjax_med.privacy.accounting import round_up
+from fedjax_med.tasks.classification import NO_CLASS
+from fedjax_med.tasks.task import Metric, Place, Task, qualified
 
 _SPECIAL = {
   **{letter: f"\\{letter}" for letter in "_&%$#{}"},
@@ -20,15 +21,15 @@ def as_text(text: str) -> str:
   return "".join(_SPECIAL.get(letter, letter) for letter in text)
 
 
-def table_of(shown: pd.DataFrame, axes: Sequence[str], metrics: Sequence[tuple[str, str]]) -> str:
+def table_of(shown: pd.DataFrame, axes: Sequence[str], task: Task) -> str:
   """Mean and ends of the interval of each metric, a row an arm (package booktabs).
 
-  The head of F1 names the positive class; where it differs, a column does.
+  The head of a metric of the positive class names it; where it differs, a column does.
 
   Args:
     shown: the table of a report.
     axes: columns that tell its rows apart.
-    metrics: further columns and their heads.
+    task: whose metrics are the further columns.
   """
   short = shown[list(axes)].map(lambda value: as_text(str(value)))
   short.columns = [as_text(name) for name in axes]
@@ -39,18 +40,24 @@ def table_of(shown: pd.DataFrame, axes: Sequence[str], metrics: Sequence[tuple[s
   short["$\\varepsilon$"] = [
     "$\\infty$" if math.isinf(e) else round_up(e) for e in shown["epsilon"]
   ]
-  for name, label in metrics:
-    head = _head_of_f1(positives) if name == "f1" else label
-    columns = [name, f"{name}.low", f"{name}.high"]
-    short[head] = [_with_ends(*row) for row in shown[columns].to_numpy(float)]
+  columns = {
+    metric.name: f"{metric.heading}{_suffix(metric, positives)}"
+    for metric in task.metrics_in(Place.PAPER)
+  }
+  headline = task.headline
+  columns[f"worst.{headline.name}"] = f"{headline.heading}, worst hospital"
+  for name, head in columns.items():
+    ends = [name, f"{name}.low", f"{name}.high"]
+    short[as_text(head)] = [_with_ends(*row) for row in shown[ends].to_numpy(float)]
   text = short.to_latex(index=False, escape=False, na_rep="--")
   return text if all(ord(letter) < 0x180 for letter in text) else _XELATEX + text
 
 
-def _head_of_f1(positives: Sequence[str]) -> str:
+def _suffix(metric: Metric, positives: Sequence[str]) -> str:
+  """What the head of a column says of the class; nothing where a column of its own does."""
   if len(positives) > 1:
-    return "F1"
-  return "F1 (macro)" if positives[0] == NO_CLASS else f"F1 (positive: {as_text(positives[0])})"
+    return ""
+  return qualified(metric, "" if positives[0] == NO_CLASS else positives[0])
 
 
 def _with_ends(mean: float, low: float, high: float) -> str:

@@ -9,6 +9,7 @@ import numpy as np
 from fedjax_med.core.config import Config
 from fedjax_med.data.dataset import Hospitals, client_rows
 from fedjax_med.data.grey import to_eight_bits
+from fedjax_med.data.sources import source_named
 from fedjax_med.prepare.experiment import Experiment
 from fedjax_med.report import figures
 from fedjax_med.report.figure_labels import labels
@@ -30,7 +31,7 @@ def run(
 
 
 def _report(folder: pathlib.Path, experiment: Experiment) -> pathlib.Path:
-  if not experiment.guarantees or experiment.config.data.source == "phantoms":
+  if not experiment.guarantees or source_named(experiment.config.data.source).synthetic_people:
     _draw_examples(experiment, folder)  # pictures of patients are no private release
   return write_report(folder)
 

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fedjax_med.core.errors import require
-from fedjax_med.core.metrics import LOWER_IS_BETTER, about_classes, positive_class
 from fedjax_med.folder.data_notes import data_notes
 from fedjax_med.folder.reading import EXPLANATION, read_json, read_run, read_utf8, require_shape
 from fedjax_med.folder.writing import write_text
@@ -29,6 +28,8 @@ from fedjax_med.privacy.statement import (
 from fedjax_med.report import figures
 from fedjax_med.report.figure_labels import stand_ins
 from fedjax_med.run.statement import read_audit, statement_text
+from fedjax_med.tasks.registry import task_of
+from fedjax_med.tasks.task import Metric, Place, qualified
 
 if TYPE_CHECKING:
   import jinja2
@@ -106,6 +107,10 @@ def _shortened(text: str, other: str) -> str:
 
 def _page(workdir: pathlib.Path, run: dict[str, Any], images: dict[str, dict[str, Any]]) -> str:
   statement = _statement(workdir, run)
+  task, class_names = task_of(run["config"]), run["hospitals"]["class_names"]
+  positive = task.positive(class_names)
+  quoted = f"“{positive}”" if positive else ""
+  tiles = task.metrics_in(Place.TERMINAL)
   view = {
     **run,
     "images": images,
@@ -119,7 +124,12 @@ def _page(workdir: pathlib.Path, run: dict[str, Any], images: dict[str, dict[str
     "explanation": _explanation(workdir, run),
     "stopped": STOPPED.get(run["summary"]["stopped"], run["summary"]["stopped"]),
     "max_bars": figures.MAX_BARS,
-    "about_classes": about_classes(positive_class(run["hospitals"]["class_names"])),
+    "columns": task.shown,
+    "few": task.metrics_in(Place.LINE),
+    "tiles": [(metric, f"{metric.heading}{qualified(metric, quoted)}") for metric in tiles],
+    "about_classes": task.about([positive]),
+    "explained": task.explained(class_names),
+    "own_figures": [(drawn.name, drawn.caption(class_names)) for drawn in task.figures],
     "stand_ins": _stand_ins(run["hospitals"]),
   }
   return environment().get_template("report.html").render(view)
@@ -152,13 +162,13 @@ def _draw(workdir: pathlib.Path, run: dict[str, Any]) -> dict[str, dict[str, Any
   """Draws the figures; returns PNGs and widths by name, with the run's own examples.png if any."""
   folder = workdir / "figures"
   _draw_all(folder, run, ".png")
-  return embedded(
-    folder, ("partition", "rounds", "hospitals", "confusion", "examples", "synthetic")
-  )
+  own = [drawn.name for drawn in task_of(run["config"]).figures]
+  return embedded(folder, ("partition", "rounds", "hospitals", *own, "examples", "synthetic"))
 
 
 def _draw_all(folder: pathlib.Path, run: dict[str, Any], suffix: str) -> None:
   hospitals, summary, baselines = run["hospitals"], run["summary"], run["baselines"]
+  task = task_of(run["config"])
   figures.draw_partition(folder / f"partition{suffix}", hospitals)
   figures.draw_rounds(
     folder / f"rounds{suffix}",
@@ -166,9 +176,12 @@ def _draw_all(folder: pathlib.Path, run: dict[str, Any], suffix: str) -> None:
     baselines,
     hospitals["split"]["scheme"],
     summary["predicts"],
+    task,
   )
-  figures.draw_hospitals(folder / f"hospitals{suffix}", summary, hospitals, baselines)
-  figures.draw_confusion(folder / f"confusion{suffix}", summary, hospitals)
+  figures.draw_hospitals(folder / f"hospitals{suffix}", summary, hospitals, baselines, task)
+  for drawn in task.figures:
+    if drawn.name in summary:
+      figures.draw_details(folder / f"{drawn.name}{suffix}", drawn, summary, hospitals)
 
 
 def embedded(folder: pathlib.Path, names: Sequence[str]) -> dict[str, dict[str, Any]]:
@@ -262,6 +275,6 @@ def _mean(values: list[float | None]) -> float | None:
   return float(np.mean(known)) if known else None
 
 
-def _worst(values: list[float | None], metric: str) -> float | None:
-  """The highest loss or calibration error, or the lowest of any other metric."""
-  return (max if metric in LOWER_IS_BETTER else min)(_defined(values), default=None)
+def _worst(values: list[float | None], metric: Metric) -> float | None:
+  """The worst of the values that are defined."""
+  return metric.worst(_defined(values))

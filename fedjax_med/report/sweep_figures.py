@@ -9,6 +9,7 @@ import numpy as np
 
 from fedjax_med.report import figure_labels as texts
 from fedjax_med.report.figures import QUIET, WIDTH, add_legend, new_figure
+from fedjax_med.tasks.task import Figure, Metric
 
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7A5195", "#444444")
 
@@ -98,11 +99,11 @@ def _draw_lines(axis: Any, lines: Sequence[Series], log: bool) -> None:
 
 
 def draw_spread(
-  path: pathlib.Path, labels: Sequence[str], values: Sequence[np.ndarray], y_name: str
+  path: pathlib.Path, labels: Sequence[str], values: Sequence[np.ndarray], metric: Metric
 ) -> None:
   """Every hospital of every point of each arm: a dot each, the worst and the mean marked."""
   with new_figure(
-    path, (WIDTH, 1.8 + 0.34 * len(labels)), f"{y_name} on each hospital's own test images"
+    path, (WIDTH, 1.8 + 0.34 * len(labels)), f"{metric.heading} on each hospital's own test images"
   ) as figure:
     axis = figure.subplots()
     rng = np.random.default_rng(0)
@@ -116,12 +117,12 @@ def draw_spread(
                    label="hospital of a run" if first else None)  # fmt: skip
       axis.scatter(known.mean(), row, s=46, color=PALETTE[0], zorder=3,
                    label="mean" if first else None)  # fmt: skip
-      axis.scatter(known.min(), row, s=46, marker="v", color=PALETTE[1], zorder=3,
+      axis.scatter(metric.worst(known.tolist()), row, s=46, marker="v", color=PALETTE[1], zorder=3,
                    label="worst" if first else None)  # fmt: skip
     rows = [textwrap.fill(texts.drawable(label), 52) for label in labels]
     axis.set_yticks(range(len(labels)), rows)
     axis.invert_yaxis()
-    axis.set(xlabel=y_name)
+    axis.set(xlabel=metric.axis)
     axis.grid(visible=False, axis="y")
     add_legend(figure, axis)
 
@@ -146,29 +147,23 @@ def draw_curves(
     add_legend(figure, axis)
 
 
-def draw_confusions(
+def draw_details(
   path: pathlib.Path,
-  # label, counts [classes, classes] summed over points, class names
-  arms: Sequence[tuple[str, np.ndarray, Sequence[str]]],
+  drawn: Figure,
+  # label, details pooled over points, class names
+  arms: Sequence[tuple[str, dict[str, Any], Sequence[str]]],
 ) -> None:
-  """Confusion matrices of several arms, shares of the true class over all of their points."""
+  """Draws a figure of the task's own for several arms, a panel each."""
   long = any(texts.inches(texts.labels(names, "class"), 7.5) > 0.65 for _, _, names in arms)
   columns = min(2 if long else 4, len(arms))
   rows = -(-len(arms) // columns)
-  with new_figure(path, (WIDTH, 0.9 + 2.5 * rows), "Shares of the true class") as figure:
+  with new_figure(path, (WIDTH, 0.9 + 2.5 * rows), drawn.pooled_title) as figure:
     grid: Any = figure.subplots(rows, columns, squeeze=False)
     for axis in grid.ravel()[len(arms) :]:
       axis.set_visible(False)
-    for axis, (label, count, names) in zip(grid.ravel(), arms, strict=False):
-      shares = count / np.maximum(count.sum(axis=1, keepdims=True), 1)
-      axis.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-      if len(names) <= 6:
-        for row, column in np.ndindex(count.shape):
-          colour = "white" if shares[row, column] > 0.55 else "#222222"
-          axis.text(column, row, f"{shares[row, column]:.0%}", ha="center", va="center",
-                    color=colour, fontsize=9)  # fmt: skip
-      axis.set_title(texts.drawable(label), fontsize=8.5, wrap=True)
+    for axis, (label, details, names) in zip(grid.ravel(), arms, strict=False):
       ticks = texts.labels(names, "class")
+      drawn.draw(axis, details, ticks, True)
+      axis.set_title(texts.drawable(label), fontsize=8.5, wrap=True)
       axis.set_xticks(range(len(names)), ticks, fontsize=7.5, rotation=30 if long else 0)
       axis.set_yticks(range(len(names)), ticks, fontsize=7.5)
-      axis.grid(visible=False)

@@ -13,7 +13,6 @@ import pandas as pd
 
 from fedjax_med import study
 from fedjax_med.core.errors import require
-from fedjax_med.core.metrics import NO_CLASS, about_points
 from fedjax_med.folder.data_notes import Note, data_notes
 from fedjax_med.folder.writing import read_metrics, write_text, write_whole
 from fedjax_med.privacy import claims
@@ -24,16 +23,10 @@ from fedjax_med.report.run_page import embedded, environment
 from fedjax_med.run.statement import statement_text
 from fedjax_med.sweep import table
 from fedjax_med.sweep.grid import Point
+from fedjax_med.tasks.classification import NO_CLASS
+from fedjax_med.tasks.registry import task_named
+from fedjax_med.tasks.task import Figure, Metric, Place, Task
 
-METRICS = (
-  ("auroc", "AUROC"),
-  ("accuracy", "Accuracy"),
-  ("f1", "F1"),
-  ("recall", "Sensitivity"),
-  ("specificity", "Specificity"),
-  ("ece", "Calibration error"),
-)
-LATEX = (*METRICS[:3], ("worst.auroc", "AUROC, worst hospital"))
 SEEDS = ("seed", "data.seed", "model.init_seed")
 # Axes that move ε: points that differ in them are one line of the frontier.
 PRIVACY = tuple(
@@ -58,6 +51,7 @@ class ComparedRuns(NamedTuple):
     frame: the table, a row a run and hospital.
     missing: runs that have not ended.
     command: that started all of them; empty for runs by themselves.
+    task: of all of them.
   """
 
   title: str
@@ -66,6 +60,7 @@ class ComparedRuns(NamedTuple):
   frame: pd.DataFrame
   missing: int
   command: str
+  task: Task
 
 
 def read_sweep(workdir: pathlib.Path) -> ComparedRuns:
@@ -73,13 +68,15 @@ def read_sweep(workdir: pathlib.Path) -> ComparedRuns:
   definition = table.read(workdir)
   numbers = [k for k in range(len(definition["points"])) if table.done(workdir, k)]
   require(bool(numbers), f"no point of {workdir} has ended", "start the sweep with --resume")
+  frame = study.with_seconds(table.collect(workdir), table.timing(workdir, numbers))
   return ComparedRuns(
-    f"Sweep {definition['sweep_id']}",
-    [table.folder_of(workdir, number) for number in numbers],
-    [definition["points"][number] for number in numbers],
-    study.with_seconds(table.collect(workdir), table.timing(workdir, numbers)),
-    len(definition["points"]) - len(numbers),
-    definition.get("command", ""),
+    title=f"Sweep {definition['sweep_id']}",
+    folders=[table.folder_of(workdir, number) for number in numbers],
+    points=[definition["points"][number] for number in numbers],
+    frame=frame,
+    missing=len(definition["points"]) - len(numbers),
+    command=definition.get("command", ""),
+    task=_only_task(frame),
   )
 
 
@@ -104,21 +101,40 @@ def read_runs(folders: Sequence[pathlib.Path]) -> ComparedRuns:
   frame = pd.DataFrame([row for own in rows for row in own])
   seconds = [table.read_json(folder / "timing.json")["total"] for folder in folders]
   timing = pd.DataFrame({"point": range(len(folders)), "seconds": seconds})
-  title = f"{len(folders)} runs"
-  return ComparedRuns(title, list(folders), points, study.with_seconds(frame, timing), 0, "")
+  return ComparedRuns(
+    title=f"{len(folders)} runs",
+    folders=list(folders),
+    points=points,
+    frame=study.with_seconds(frame, timing),
+    missing=0,
+    command="",
+    task=_only_task(frame),
+  )
+
+
+def _only_task(frame: pd.DataFrame) -> Task:
+  """The task of all runs of a table; raises UserError where they have several."""
+  names = sorted(set(frame["task"]))
+  require(
+    len(names) == 1,
+    f"the runs have the tasks {', '.join(names)}, whose metrics do not compare",
+    "make a report for the runs of each task",
+  )
+  return task_named(names[0])
 
 
 def write(runs: ComparedRuns, target: pathlib.Path) -> pathlib.Path:
   """Writes report.html, figures (PNG and PDF) and tables (CSV and LaTeX) into ``target``."""
-  axes = _axes(runs)
+  task, axes = runs.task, _axes(runs)
   arms = _arms(runs.frame, axes)
   folder = target / "figures"
   folder.mkdir(parents=True, exist_ok=True)
   _draw(runs, axes, arms, folder)
-  names = ("frontier", "spread", "curves", "confusions", "partition")
-  shown = _table(arms, axes)
+  own = [f"{drawn.name}s" for drawn in task.figures]
+  names = ("frontier", "spread", "curves", *own, "partition")
+  shown = _table(arms, axes, task.metrics_in(Place.SWEEP))
   write_whole(target / "table.csv", lambda place: shown.to_csv(place, index=False))
-  write_text(target / "table.tex", latex.table_of(shown, axes, LATEX))
+  write_text(target / "table.tex", latex.table_of(shown, axes, runs.task))
   first = runs.folders[0]
   held = _holdings(first)
   names_of = [hospital["name"] for hospital in held["hospitals"]]
@@ -135,9 +151,12 @@ def write(runs: ComparedRuns, target: pathlib.Path) -> pathlib.Path:
       num_points=len(runs.folders),
       missing=runs.missing,
       hospitals=sorted(set(runs.frame.groupby("point").size())),
-      metrics=METRICS,
+      metrics=task.metrics_in(Place.SWEEP),
+      headline=task.headline,
+      worst=task.metrics_in(Place.WORST),
+      own_figures=[(f"{drawn.name}s", drawn.pooled_caption) for drawn in task.figures],
       positives=sorted(set(runs.frame["positive_class"])),
-      about_classes=about_points(sorted(set(runs.frame["positive_class"]))),
+      about_classes=task.about(sorted(set(runs.frame["positive_class"]))),
       stand_ins=[
         *stand_ins(held["class_names"], "class"),
         *(stand_ins(names_of, "hospital") if len(names_of) <= MAX_BARS else []),
@@ -154,7 +173,7 @@ def write(runs: ComparedRuns, target: pathlib.Path) -> pathlib.Path:
         for place, point in zip(runs.folders, runs.points, strict=True)
       ],
       has_clients=bool(np.isfinite(runs.frame["client_epsilon"]).any()),
-      has_alone=bool(runs.frame["alone.auroc"].notna().any()),
+      has_alone=bool(runs.frame[f"alone.{task.headline.name}"].notna().any()),
     )
   )
   path = target / "report.html"
@@ -170,7 +189,7 @@ def _axes(runs: ComparedRuns) -> list[str]:
 
 def _arms(frame: pd.DataFrame, axes: list[str]) -> list[dict[str, Any]]:
   """A record for each combination of the axes: numbers of its points, means, intervals, costs."""
-  points = study.by_point(frame)
+  points, metrics = study.by_point(frame), study.metrics_of(frame)
   points["arm"] = 0
   keys = axes or ["arm"]
   arms = []
@@ -178,11 +197,11 @@ def _arms(frame: pd.DataFrame, axes: list[str]) -> list[dict[str, Any]]:
     values = dict(zip(keys, key, strict=True)) if axes else {}
     diverged = group["stopped"] == "diverged"
     stats = {}
-    for name, _ in METRICS:
+    for name, metric in metrics.items():
       for key in (name, f"mean.{name}", f"worst.{name}", f"alone.{name}"):
         column = f"all.{name}" if key == name else key
         reached = group[column].to_numpy(float)
-        stats[key] = study.mean_interval(reached, bounds=study.bounds_of(column))
+        stats[key] = study.mean_interval(reached, bounds=metric.bounds)
     arms.append(
       {
         "values": values,
@@ -231,34 +250,49 @@ def _telling(axes: list[str], arms: list[dict[str, Any]]) -> list[str]:
 def _draw(
   runs: ComparedRuns, axes: list[str], arms: list[dict[str, Any]], folder: pathlib.Path
 ) -> None:
-  frontier = _frontier(axes, arms)
+  headline = runs.task.headline
+  frontier = _frontier(axes, arms, headline.name)
   some = arms[:MOST_ARMS]
   labels = [arm["short"] for arm in some]
   by_point = {int(number): place for number, place in _places(runs).items()}
   own = [
-    runs.frame[runs.frame["point"].isin(arm["points"])]["auroc"].to_numpy(float) for arm in some
+    runs.frame[runs.frame["point"].isin(arm["points"])][headline.name].to_numpy(float)
+    for arm in some
   ]
   curves = [
-    (arm["short"], *_curve([by_point[number] for number in arm["points"]]))
+    (arm["short"], *_curve([by_point[number] for number in arm["points"]], headline.name))
     for arm in arms[:MOST_LINES]
   ]
-  confusions = []
-  for arm in arms[:MOST_LINES]:
-    ended = [table.read_json(by_point[k] / "summary.json") for k in arm["points"]]
-    known = [np.array(e["confusion"]) for e in ended if e["stopped"] != "diverged"]
-    classes = {tuple(_holdings(by_point[k])["class_names"]) for k in arm["points"]}
-    if known and len(classes) == 1:  # counts of other classes do not add up
-      confusions.append((arm["short"], sum(known), *classes))
+  details = [(drawn, _pooled(drawn, arms[:MOST_LINES], by_point)) for drawn in runs.task.figures]
   hospitals = _holdings(runs.folders[0])
   for suffix in (".png", ".pdf"):
     if frontier is not None:
       panels, name, log = frontier
-      sweep_figures.draw_frontier(folder / f"frontier{suffix}", panels, name, "AUROC", log)
-    sweep_figures.draw_spread(folder / f"spread{suffix}", labels, own, "AUROC")
-    sweep_figures.draw_curves(folder / f"curves{suffix}", curves, "Accuracy")
-    if confusions:
-      sweep_figures.draw_confusions(folder / f"confusions{suffix}", confusions)
+      sweep_figures.draw_frontier(folder / f"frontier{suffix}", panels, name, headline.label, log)
+    sweep_figures.draw_spread(folder / f"spread{suffix}", labels, own, headline)
+    sweep_figures.draw_curves(folder / f"curves{suffix}", curves, headline.label)
+    for drawn, pooled in details:
+      if pooled:
+        path = folder / f"{drawn.name}s{suffix}"
+        sweep_figures.draw_details(path, drawn, pooled)
     draw_partition(folder / f"partition{suffix}", hospitals)
+
+
+def _pooled(
+  drawn: Figure, arms: Sequence[dict[str, Any]], by_point: dict[int, pathlib.Path]
+) -> list[tuple[str, dict[str, Any], tuple[str, ...]]]:
+  """(label, details, class names) of each arm of a figure of the task, over all points of the arm.
+
+  Arms whose points differ in their classes are left out: their details do not add up.
+  """
+  found = []
+  for arm in arms:
+    ended = [table.read_json(by_point[number] / "summary.json") for number in arm["points"]]
+    known = [each for each in ended if each["stopped"] != "diverged" and drawn.name in each]
+    classes = {tuple(_holdings(by_point[number])["class_names"]) for number in arm["points"]}
+    if known and len(classes) == 1:
+      found.append((arm["short"], drawn.pool(known), *classes))
+  return found
 
 
 def _places(runs: ComparedRuns) -> dict[int, pathlib.Path]:
@@ -267,9 +301,9 @@ def _places(runs: ComparedRuns) -> dict[int, pathlib.Path]:
 
 
 def _frontier(
-  axes: list[str], arms: list[dict[str, Any]]
+  axes: list[str], arms: list[dict[str, Any]], metric: str
 ) -> tuple[list[tuple[str, list[sweep_figures.Series]]], str, bool] | None:
-  """Panels of the first figure, the name of its x, whether that is logarithmic; None without any.
+  """Panels of the figure of a metric, the name of its x, whether that is logarithmic; or None.
 
   Axes that move ε are the x; of the others those that come first are panels, as many as it takes
   for few lines in each.
@@ -298,10 +332,10 @@ def _frontier(
       return arm["epsilon"] if log else float(arm["values"][moved[0]])
 
     # Arms that all diverged have no place, nor has ε = 0 (no step was taken) on a log axis.
-    shown = [arm for arm in own if arm["stats"]["auroc"]["n"] and (x_of(arm) > 0 or not log)]
+    shown = [arm for arm in own if arm["stats"][metric]["n"] and (x_of(arm) > 0 or not log)]
     own = sorted(shown, key=x_of)
-    stats = [arm["stats"]["auroc"] for arm in own]
-    alone = np.array([arm["stats"]["alone.auroc"]["mean"] for arm in own], float)
+    stats = [arm["stats"][metric] for arm in own]
+    alone = np.array([arm["stats"][f"alone.{metric}"]["mean"] for arm in own], float)
     mean, low, high = (np.array([each[key] for each in stats], float) for key in ENDS)
     x = np.array([x_of(arm) for arm in own], float)
     return sweep_figures.Series(label or "federation", x, mean, low, high, alone)
@@ -313,25 +347,24 @@ def _frontier(
   return found, name, log
 
 
-def _curve(folders: Sequence[pathlib.Path]) -> tuple[np.ndarray, np.ndarray]:
-  """Rounds and accuracies [points, n] at those log points that all of an arm's points have."""
+def _curve(folders: Sequence[pathlib.Path], metric: str) -> tuple[np.ndarray, np.ndarray]:
+  """Rounds and values [points, n] of a metric at the log points that all of these runs have."""
   logs = []
   for folder in folders:
     lines = [line for line in read_metrics(folder) if line["split"] == "test"]
-    known = {line["round"]: line["accuracy"] for line in lines if line["accuracy"] is not None}
-    logs.append(known)
+    logs.append({line["round"]: line[metric] for line in lines if line.get(metric) is not None})
   shared = sorted(set.intersection(*map(set, logs)))
   return np.array(shared), np.array([[log[number] for number in shared] for log in logs])
 
 
-def _table(arms: list[dict[str, Any]], axes: list[str]) -> pd.DataFrame:
+def _table(arms: list[dict[str, Any]], axes: list[str], metrics: Sequence[Metric]) -> pd.DataFrame:
   rows = []
   for arm in arms:
     row: dict[str, Any] = {name: arm["values"][name] for name in axes}
     row |= {"points": arm["n"], "unit": arm["unit"], "epsilon": arm["epsilon"]}
     row |= {"client_epsilon": arm["client_epsilon"], "positive_class": arm["positive"]}
-    for name, _ in METRICS:
-      for key in (name, f"worst.{name}"):
+    for metric in metrics:
+      for key in (metric.name, f"worst.{metric.name}"):
         stats = arm["stats"][key]
         row |= {key: stats["mean"], f"{key}.low": stats["low"], f"{key}.high": stats["high"]}
     rows.append(row)

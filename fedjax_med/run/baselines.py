@@ -11,6 +11,7 @@ from fedjax_med.run import writer
 from fedjax_med.run.drive import Outcome
 from fedjax_med.run.single import train_rounds
 from fedjax_med.run.summaries import summary_record
+from fedjax_med.tasks.registry import task_named
 
 
 def run_baselines(
@@ -27,7 +28,8 @@ def run_baselines(
     if place is not None:
       files.prepare(place)
     title = f"{run.names[0]} alone" if baseline != "pooled" else "pooled data"
-    with terminal.progress(console, title, run.config.server.num_rounds) as listen:
+    task = task_named(run.hospitals.dataset.task)
+    with terminal.progress(console, title, run.config.server.num_rounds, task) as listen:
       outcome = train_rounds(run, place, listen, command=command)
     if place is not None:
       seconds = {**outcome.seconds, "total": sum(outcome.seconds.values())}

@@ -19,7 +19,6 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from fedjax_med.core.metrics import about_classes, positive_class
 from fedjax_med.core.text import encodable, visible
 from fedjax_med.folder.data_notes import data_notes
 from fedjax_med.folder.secret import is_private
@@ -30,6 +29,8 @@ from fedjax_med.run.drive import BUDGET, Outcome
 from fedjax_med.run.measure import Listener, LogPoint
 from fedjax_med.run.summaries import FILES, hospital_record
 from fedjax_med.simulation.processes import is_first
+from fedjax_med.tasks.registry import task_named
+from fedjax_med.tasks.task import Place, Task
 
 MOST_ROWS = 20  # hospitals in a table on the terminal; files and report hold all of them
 
@@ -75,7 +76,7 @@ def describe(
   config, hospitals = experiment.config, experiment.hospitals
   dataset, split = hospitals.dataset, hospitals.split
   height, width = dataset.inputs.shape[1:3]
-  positive = positive_class(dataset.class_names)
+  positive = task_named(dataset.task).positive(dataset.class_names)
   classes = ", ".join(dataset.class_names) + (f"; positive class: '{positive}'" if positive else "")
   console.print(
     f"[bold]{len(hospitals.names)} hospitals[/] share {dataset.num_real} images"
@@ -163,12 +164,13 @@ def _rest(total: int) -> str | None:
 
 
 @contextlib.contextmanager
-def progress(console: Console, name: str, num_rounds: int) -> Iterator[Listener]:
+def progress(console: Console, name: str, num_rounds: int, task: Task) -> Iterator[Listener]:
   """A listener for ``train_rounds``: a live bar on a terminal, a line a log point elsewhere."""
   started: list[tuple[float, int]] = []  # (time, round) of the first log point of this process
 
   def status(point: LogPoint) -> str:
-    parts = [f"accuracy {number(point.test['accuracy'])}", f"AUROC {number(point.test['auroc'])}"]
+    shown = task.metrics_in(Place.LINE)
+    parts = [f"{metric.label} {number(point.test.get(metric.name))}" for metric in shown]
     if point.epsilons:
       parts.append(f"ε {max(point.epsilons):.3f}")
     if point.client_epsilon is not None:
@@ -201,10 +203,10 @@ def progress(console: Console, name: str, num_rounds: int) -> Iterator[Listener]
     TimeRemainingColumn(),
   )
   with Progress(*columns, console=console) as bar:
-    task = bar.add_task(name, total=num_rounds, status="compiling")
+    row = bar.add_task(name, total=num_rounds, status="compiling")
 
     def update(point: LogPoint) -> None:
-      bar.update(task, completed=point.rounds, status=status(point))
+      bar.update(row, completed=point.rounds, status=status(point))
 
     yield update
 
@@ -214,12 +216,15 @@ def results(console: Console, experiment: Experiment, outcome: Outcome) -> None:
   point = outcome.last
   table = Table(title=f"Test results after {point.rounds} rounds", title_justify="left")
   table.add_column("hospital")
-  names = ["n test", "accuracy", "AUROC", "sensitivity", "specificity", "F1"]
+  dataset = experiment.hospitals.dataset
+  task = task_named(dataset.task)
+  metrics = task.metrics_in(Place.TERMINAL)
+  names = ["n test", *(metric.label for metric in metrics)]
   for column in [*names, *(["ε"] if point.epsilons else [])]:
     table.add_column(column, justify="right")
 
   def add(name: str, line: dict[str, Any], spent: float | None) -> None:
-    values = [line[key] for key in ("accuracy", "auroc", "recall", "specificity", "f1")]
+    values = [line.get(metric.name) for metric in metrics]
     row = [escape(name), str(line["n"]), *map(number, values)]
     table.add_row(*row, *([number(spent)] if point.epsilons else []))
 
@@ -231,7 +236,7 @@ def results(console: Console, experiment: Experiment, outcome: Outcome) -> None:
     point.test,
     float(np.max(point.epsilons)) if point.epsilons else None,
   )
-  about = escape(about_classes(positive_class(experiment.hospitals.dataset.class_names)))
+  about = escape(task.about([task.positive(dataset.class_names)]))
   table.caption = "\n".join(filter(None, [_rest(len(point.clients)), about]))
   console.print(table)
   if outcome.stopped == BUDGET:

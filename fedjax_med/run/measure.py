@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from fedjax_med.core.metrics import classification_metrics
 from fedjax_med.data.dataset import Hospitals, client_rows
 from fedjax_med.federated.algorithm import RoundMetrics
 from fedjax_med.prepare.experiment import Experiment
@@ -15,6 +14,7 @@ from fedjax_med.prepare.program import Parts
 from fedjax_med.run.budget import hides_who_takes_part
 from fedjax_med.simulation.evaluation import EvaluatedModel
 from fedjax_med.simulation.rounds import NEVER, BlockMetrics, SimulationState
+from fedjax_med.tasks.registry import task_named
 
 
 class LogPoint(NamedTuple):
@@ -70,21 +70,20 @@ def measure(
   client_epsilon: float | None,
 ) -> LogPoint:
   """The log point of predictions [n_test, classes], in the order of ``evaluation_rows``."""
-  labels = experiment.hospitals.dataset.labels[evaluation_rows(experiment)]
+  task, rows = task_named(experiment.hospitals.dataset.task), evaluation_rows(experiment)
+  targets = jax.tree.map(lambda leaf: leaf[rows], task.targets(experiment.hospitals.dataset))
   by_name = dict(zip(experiment.names, epsilons, strict=False))
   ends = np.cumsum(experiment.hospitals.test.counts)
   clients = []
-  for name, part, part_labels in zip(
-    experiment.hospitals.names,
-    np.split(probabilities, ends[:-1]),
-    np.split(labels, ends[:-1]),
-    strict=True,
+  for name, part in zip(
+    experiment.hospitals.names, np.split(np.arange(len(rows)), ends[:-1]), strict=True
   ):
-    line = {"name": name, **classification_metrics(part, part_labels)}
+    part_targets = jax.tree.map(lambda leaf, part=part: leaf[part], targets)
+    line = {"name": name, **task.metrics(probabilities[part], part_targets)}
     clients.append({**line, "epsilon": by_name.get(name)} if by_name else line)
   return LogPoint(
     rounds=rounds,
-    test=classification_metrics(probabilities, labels),
+    test=task.metrics(probabilities, targets),
     clients=clients,
     probabilities=probabilities,
     epsilons=epsilons,

@@ -10,7 +10,6 @@ import numpy as np
 
 from fedjax_med import __version__
 from fedjax_med.core.config import to_dict
-from fedjax_med.core.metrics import confusion_matrix
 from fedjax_med.data.dataset import Hospitals, client_rows
 from fedjax_med.folder import writing as files
 from fedjax_med.folder.secret import is_private
@@ -23,6 +22,7 @@ from fedjax_med.run.checkpoints import digest
 from fedjax_med.run.drive import Outcome
 from fedjax_med.run.measure import evaluated, evaluation_rows
 from fedjax_med.simulation.evaluation import EvaluatedModel
+from fedjax_med.tasks.registry import task_named
 
 # Names of files of a private run: left out, or with a twin in another class.
 FILES = "files.json"
@@ -56,6 +56,8 @@ def config_record(experiment: Experiment, command: str) -> dict[str, Any]:
   return {
     "run_id": experiment.run_id,
     "command": command,
+    "task": experiment.hospitals.dataset.task,
+    "modality": experiment.hospitals.dataset.modality,
     "device": f"{jax.devices()[0].device_kind} x {jax.device_count()}",
     "versions": versions,
     "notes": notes,
@@ -84,10 +86,10 @@ def hospital_record(hospitals: Hospitals, names: bool = True) -> dict[str, Any]:
   words, and pictures that contradict each other are only counted.
   """
   dataset, split = hospitals.dataset, hospitals.split
-  classes = len(dataset.class_names)
+  classes, strata = len(dataset.class_names), task_named(dataset.task).strata(dataset)
 
   def per_class(rows: np.ndarray) -> list[int]:
-    return np.bincount(dataset.labels[rows], minlength=classes).tolist()
+    return np.bincount(strata[rows], minlength=classes).tolist()
 
   def holds(k: int, name: str) -> dict[str, Any]:
     real, made = np.split(client_rows(hospitals.train)[k], [hospitals.real_counts[k]])
@@ -144,7 +146,9 @@ def _cost(experiment: Experiment, outcome: Outcome) -> dict[str, Any]:
 def summary_record(experiment: Experiment, outcome: Outcome, name: str) -> dict[str, Any]:
   """Results only, no times: an interrupted and an unbroken run write the same bytes."""
   hospitals = experiment.hospitals
-  labels = hospitals.dataset.labels[evaluation_rows(experiment)]
+  task = task_named(hospitals.dataset.task)
+  rows = evaluation_rows(experiment)
+  targets = jax.tree.map(lambda leaf: leaf[rows], task.targets(hospitals.dataset))
   plan = experiment.program.plan
   weights = evaluated(experiment.program.parts, outcome.state)
   images = {}
@@ -161,7 +165,7 @@ def summary_record(experiment: Experiment, outcome: Outcome, name: str) -> dict[
     "client_epsilon": outcome.last.client_epsilon,
     "test": outcome.last.test,
     "clients": outcome.last.clients,
-    "confusion": confusion_matrix(outcome.last.probabilities, labels).tolist(),
+    **task.details(outcome.last.probabilities, targets),
     "num_parameters": num_parameters(experiment),
     **_cost(experiment, outcome),
     "split": hospitals.split.scheme,

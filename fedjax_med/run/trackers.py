@@ -15,8 +15,8 @@ from typing import Any
 
 from fedjax_med.core.config import flat
 from fedjax_med.core.errors import UserError
-from fedjax_med.core.metrics import METRICS
 from fedjax_med.core.text import encodable
+from fedjax_med.tasks.task import Task
 
 Write = Callable[[int, dict[str, float]], None]
 
@@ -29,7 +29,7 @@ def require_installed(name: str) -> None:
 
 @contextlib.contextmanager
 def track(
-  name: str, folder: pathlib.Path, run_id: str, config: dict[str, Any]
+  name: str, folder: pathlib.Path, run_id: str, config: dict[str, Any], task: Task
 ) -> Iterator[Callable[[dict[str, Any]], None]]:
   """Yields what records a test line of metrics.jsonl.
 
@@ -38,6 +38,7 @@ def track(
     folder: the workdir; TensorBoard and MLflow write below it.
     run_id: fingerprint of the run.
     config: the configuration as nested dictionaries.
+    task: whose metrics are recorded.
 
   Raises:
     UserError: the tracker's package is not installed.
@@ -46,7 +47,7 @@ def track(
     yield lambda line: None
     return
   with TRACKERS[name](folder, run_id, _encodable(config)) as write:
-    yield lambda line: write(line["round"], values_of(line))
+    yield lambda line: write(line["round"], values_of(line, task))
 
 
 def _encodable(value: Any) -> Any:
@@ -56,18 +57,19 @@ def _encodable(value: Any) -> Any:
   return encodable(value) if isinstance(value, str) else value
 
 
-def values_of(line: dict[str, Any]) -> dict[str, float]:
+def values_of(line: dict[str, Any], task: Task) -> dict[str, float]:
   """Numbers of a test line by slash-separated names; what is undefined is left out."""
-  found = {f"test/{metric}": line[metric] for metric in METRICS}
+  names = [metric.name for metric in task.shown]
+  found = {f"test/{name}": line.get(name) for name in names}
   found["epsilon"] = line.get("epsilon_max")
   for client in line["clients"]:
-    found |= {f"{client['name']}/{metric}": client[metric] for metric in METRICS}
+    found |= {f"{client['name']}/{name}": client.get(name) for name in names}
   named: dict[str, Any] = {}
   for key, value in found.items():
-    name = re.sub(r"[^\w\-./ ]", "_", key)  # what MLflow allows in a name
-    while name in named:  # two hospitals may differ in what is not allowed only
-      name += "_"
-    named[name] = value
+    allowed = re.sub(r"[^\w\-./ ]", "_", key)  # what MLflow allows in a name
+    while allowed in named:  # two hospitals may differ in what is not allowed only
+      allowed += "_"
+    named[allowed] = value
   return {
     name: float(value)
     for name, value in named.items()

@@ -28,6 +28,7 @@ from fedjax_med.run.summaries import num_parameters, summary_record
 from fedjax_med.run.trackers import require_installed, track
 from fedjax_med.simulation.evaluation import EvaluatedModel
 from fedjax_med.simulation.processes import is_first, require_same_run
+from fedjax_med.tasks.registry import task_named
 
 
 class RunResult(NamedTuple):
@@ -177,9 +178,10 @@ def _trained(
   terminal.describe(console, experiment, *planned(experiment), num_parameters(experiment))
   curve: list[LogPoint] = []
   tracker = config.eval.tracker if is_first() else "none"
+  task = task_named(experiment.hospitals.dataset.task)
   with (
-    terminal.progress(console, "federation", config.server.num_rounds) as listen,
-    track(tracker, folder or pathlib.Path(), experiment.run_id, to_dict(config)) as record,
+    terminal.progress(console, "federation", config.server.num_rounds, task) as listen,
+    track(tracker, folder or pathlib.Path(), experiment.run_id, to_dict(config), task) as record,
   ):
 
     def log(point: LogPoint) -> None:

@@ -8,21 +8,21 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
-from fedjax_med.data.normalisation import normalise
 from fedjax_med.federated.algorithm import Pool, Tree
 from fedjax_med.federated.vector import NetworkLayout
 from fedjax_med.models.model import Model
 from fedjax_med.simulation.mesh import CLIENTS, replicated
 
 
-def make_classify(model: Model, normalisation: str) -> Callable[..., jax.Array]:
-  """Builds ``classify(params, state, images [B, H, W, C]) -> [B, classes]``, not jitted.
+def make_classify(model: Model, prepare: Callable[[Tree], jax.Array]) -> Callable[..., jax.Array]:
+  """Builds ``classify(params, state, examples) -> [B, classes]``, not jitted.
 
-  The result is float32 class probabilities.
+  The result is float32 class probabilities of B raw examples, which ``prepare`` makes into network
+  inputs (see ``data.modality.preparation``).
   """
 
-  def classify(params: Tree, state: Tree, images: jax.Array) -> jax.Array:
-    logits, _ = model.apply(params, state, normalise(images, normalisation))
+  def classify(params: Tree, state: Tree, examples: Tree) -> jax.Array:
+    logits, _ = model.apply(params, state, prepare(examples))
     return jax.nn.softmax(logits.astype(jnp.float32))
 
   return classify
@@ -57,7 +57,7 @@ class Batches(NamedTuple):
 
 def make_evaluate(
   model: Model,
-  normalisation: str,
+  prepare: Callable[[Tree], jax.Array],
   layout: NetworkLayout,
   personal: Callable[[jax.Array, jax.Array, Tree], tuple[jax.Array, jax.Array]] | None = None,
 ) -> Callable[..., jax.Array]:
@@ -66,7 +66,7 @@ def make_evaluate(
   The result is float32 class probabilities of pool rows, batch by batch; with ``personal`` (of a
   FederatedAlgorithm) by the model of each batch's owner.
   """
-  classify = make_classify(model, normalisation)
+  classify = make_classify(model, prepare)
 
   def evaluate(weights: EvaluatedModel, pool: Pool, batches: Batches) -> jax.Array:
     def one(batch: Batches):
@@ -74,7 +74,8 @@ def make_evaluate(
       if personal is not None:
         owner = jax.tree.map(lambda leaf: leaf[batch.owners], weights.kept)
         params, state = personal(params, state, owner)
-      return classify(*layout.trees(params, state), pool.inputs[batch.rows])
+      examples = jax.tree.map(lambda leaf: leaf[batch.rows], pool.inputs)
+      return classify(*layout.trees(params, state), examples)
 
     return jax.lax.map(one, batches)
 

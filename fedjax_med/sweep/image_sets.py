@@ -10,9 +10,10 @@ import numpy as np
 
 from fedjax_med.core.config import fingerprint
 from fedjax_med.core.errors import UserError, require
-from fedjax_med.data.dataset import Dataset
+from fedjax_med.data.dataset import Dataset, array_leaves
 from fedjax_med.folder import writing as files
 from fedjax_med.sweep.points import Planned, image_fields
+from fedjax_med.tasks.registry import task_named
 
 FOLDER = "data"
 # Where images lie, and what is done about damaged ones, is not which images there are.
@@ -28,7 +29,9 @@ def digest(dataset: Dataset) -> str:
   words = [dataset.names[:real], dataset.class_names, dataset.site_names]
   sha.update(json.dumps(words).encode())
   known = dataset.sites, dataset.patients, dataset.in_test
-  for array in (dataset.inputs[:real], dataset.labels[:real], *known):
+  targets = array_leaves(task_named(dataset.task).targets(dataset))
+  examples = [leaf[:real] for leaf in (*array_leaves(dataset.inputs), *targets)]
+  for array in (*examples, *known):
     if array is not None:
       sha.update(f"{array.dtype} {array.shape}".encode())
       sha.update(np.ascontiguousarray(array).tobytes())

@@ -23,9 +23,9 @@ from fedjax_med.core.errors import UserError, require, require_choice
 from fedjax_med.core.unread import changed, default_of, drop_unread, state, unmet
 from fedjax_med.core.unread import shown as shown_value
 from fedjax_med.core.validation import validate
-from fedjax_med.data.dataset import Dataset, Hospitals
+from fedjax_med.data.dataset import Dataset, Hospitals, array_leaves, input_bytes
 from fedjax_med.data.hospitals import build_hospitals
-from fedjax_med.data.sources import load_dataset
+from fedjax_med.data.sources import load_dataset, source_named
 from fedjax_med.federated.registry import require_rules
 from fedjax_med.models import registry
 from fedjax_med.prepare.case import Case, baselines, federation
@@ -174,8 +174,9 @@ def _short(value: Any) -> str:
 
 
 def image_fields(data: DataConfig) -> dict[str, Any]:
-  """The fields that say which images there are, and not who holds which; phantoms have a seed."""
-  others = ("split", "test_fraction", *(["seed"] if data.source != "phantoms" else []))
+  """The fields that say which examples there are, and not who holds which."""
+  seed = [] if source_named(data.source).seeded else ["seed"]
+  others = ("split", "test_fraction", *seed)
   return {k: v for k, v in dataclasses.asdict(data).items() if k not in others}
 
 
@@ -245,8 +246,8 @@ def static_key(case: Case) -> str:
   dataset = case.hospitals.dataset
   values["shapes"] = [
     len(case.names),
-    str(dataset.inputs.dtype),
-    list(dataset.inputs.shape[1:]),  # pools are filled up to the largest
+    # Without the number of examples: pools are filled up to the largest.
+    [(str(leaf.dtype), list(leaf.shape[1:])) for leaf in array_leaves(dataset.inputs)],
     len(dataset.class_names),
     protection.rows_per_unit,
     protection.units is not None,
@@ -279,7 +280,7 @@ def chunks(
   parts: list[list[Planned]] = [[]]
   taken = 0
   for runs in by_images.values():
-    images = runs[0].case.hospitals.dataset.inputs.nbytes
+    images = input_bytes(runs[0].case.hospitals.dataset)
     if len(parts[-1]) >= fill or taken + images > limit:
       parts, taken = [*parts, []], 0
     taken += images

@@ -14,10 +14,15 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from fedjax_med.core.config import init_seed
 from fedjax_med.core.errors import UserError
-from fedjax_med.data.dataset import Dataset
+from fedjax_med.data.dataset import Dataset, input_bytes
 from fedjax_med.federated.algorithm import Pool
 from fedjax_med.prepare.accounted_arrays import differences, require_accounted
-from fedjax_med.prepare.experiment import Experiment, make_experiment, make_shared_program
+from fedjax_med.prepare.experiment import (
+  Experiment,
+  host_pool,
+  make_experiment,
+  make_shared_program,
+)
 from fedjax_med.prepare.memory import shared_devices
 from fedjax_med.prepare.program import Program
 from fedjax_med.prepare.recipe import Shapes
@@ -124,9 +129,10 @@ def _compile(prepared: Prepared) -> Prepared:
   """With a ``sweep`` that takes the group's shapes and no others."""
   parts, size, case = prepared.program.parts, prepared.layout.size, prepared.group[0].case
   dataset, shape = case.hospitals.dataset, jax.ShapeDtypeStruct
-  arrays = (dataset.inputs, dataset.labels)
-  images: Any = [shape((prepared.images, *each.shape[1:]), each.dtype) for each in arrays]
-  run = make_experiment(case, prepared.program, prepared.shapes, Pool(*images), None)
+  images: Any = jax.tree.map(
+    lambda leaf: shape((prepared.images, *leaf.shape[1:]), leaf.dtype), host_pool(dataset)
+  )
+  run = make_experiment(case, prepared.program, prepared.shapes, images, None)
   batches, _ = batches_of(evaluation_groups(parts, case.hospitals), prepared.batches)
   states = jax.eval_shape(lambda: blank_states(parts.initial, parts.pretrained, size))
   points, lengths = stack([run] * size, [batches] * size), np.zeros(size, np.int32)
@@ -147,7 +153,7 @@ def _layout(program: Program, group: Sequence[Planned], asked: int) -> Layout:
   state = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))
   shared = shared_devices(devices)
   side_by_side, most, limit = 1 if cpu else RUNS_AT_ONCE, MAX_AT_ONCE, math.inf
-  images = [each.inputs.nbytes for each in _sets(group)]
+  images = [input_bytes(each) for each in _sets(group)]
   if program.budget.size is not None:
     room = program.budget.size
     if not cpu:
@@ -246,13 +252,14 @@ def advance_together(
 
 
 def pool_of(datasets: Sequence[Dataset], prepared: Prepared) -> Pool:
-  """All images on the devices, and black ones that nobody holds up to ``prepared.images``."""
+  """All examples on the devices, and zeros that nobody holds up to ``prepared.images``."""
   missing = prepared.images - sum(len(each.labels) for each in datasets)
-  black = np.zeros((missing, *datasets[0].inputs.shape[1:]), datasets[0].inputs.dtype)
-  images = Pool(
-    jnp.asarray(np.concatenate([*(each.inputs for each in datasets), black])),
-    jnp.asarray(np.pad(np.concatenate([each.labels for each in datasets]), (0, missing))),
-  )
+
+  def joined(*leaves: np.ndarray) -> jax.Array:
+    blank = np.zeros((missing, *leaves[0].shape[1:]), leaves[0].dtype)
+    return jnp.asarray(np.concatenate([*leaves, blank]))
+
+  images = jax.tree.map(joined, *map(host_pool, datasets))
   return put(images, prepared.layout.mesh, dealt=False)
 
 

@@ -1,6 +1,7 @@
 """What a sweep says on the terminal: its points and programs, progress, results."""
 
 import contextlib
+import math
 import time
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
@@ -17,7 +18,6 @@ from rich.progress import (
 from rich.progress import Progress as Bar
 from rich.table import Table
 
-from fedjax_med.core.metrics import NO_CLASS, about_points
 from fedjax_med.folder.data_notes import Note, data_notes
 from fedjax_med.folder.secret import is_private
 from fedjax_med.prepare.protection import Protection
@@ -28,6 +28,9 @@ from fedjax_med.run.summaries import hospital_record
 from fedjax_med.sweep.grid import Point
 from fedjax_med.sweep.points import Planned, shown
 from fedjax_med.sweep.runner import Listener, Progress
+from fedjax_med.tasks.classification import NO_CLASS
+from fedjax_med.tasks.registry import task_named
+from fedjax_med.tasks.task import Place
 
 if TYPE_CHECKING:
   import pandas as pd
@@ -117,23 +120,25 @@ def results(console: Console, frame: "pd.DataFrame", points: Sequence[Point]) ->
   if not len(frame):
     return
   positives = sorted(set(frame["positive_class"]))
+  task = task_named(frame["task"].iloc[0])
+  metrics = task.metrics_in(Place.PAPER)
   table = Table(title="Results on all test images", title_justify="left")
-  for column in ("point", "values", "ended", "ε", "AUROC", "accuracy", "F1"):
+  for column in ("point", "values", "ended", "ε", *(metric.label for metric in metrics)):
     table.add_column(column)
   if len(positives) > 1:
     table.add_column("positive class")
   firsts = frame.groupby("point", sort=True).first().reset_index().to_dict("records")
   for row in firsts[:MOST_ROWS]:
     place = int(row["point"])
-    metrics = [row[f"all.{metric}"] for metric in ("auroc", "accuracy", "f1")]
+    values = [row.get(f"all.{metric.name}", math.nan) for metric in metrics]
     table.add_row(
       str(place),
       escape(shown(points[place])),
       f"{row['stopped']}, {row['rounds']} rounds",
       round_up(row["epsilon_max"]),
-      *(number(None if value != value else value) for value in metrics),
+      *(number(None if value != value else value) for value in values),
       *([escape(row["positive_class"] or NO_CLASS)] if len(positives) > 1 else []),
     )
   more = f"and {len(firsts) - MOST_ROWS} more points\n" if len(firsts) > MOST_ROWS else ""
-  table.caption = more + escape(about_points(positives))
+  table.caption = more + escape(task.about(positives))
   console.print(table)

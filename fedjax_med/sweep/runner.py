@@ -28,6 +28,7 @@ from fedjax_med.sweep.programs import (
   make_group_program,
   pool_of,
 )
+from fedjax_med.tasks.registry import task_named
 
 
 class Progress(NamedTuple):
@@ -243,7 +244,8 @@ def write_point(
   steps = np.asarray(outcome.state.steps)
   writer.log(experiment, folder, book, outcome.last.rounds, steps, lines)
   tracker = experiment.config.eval.tracker
-  with track(tracker, folder, experiment.run_id, to_dict(experiment.config)) as record:
+  task = task_named(experiment.hospitals.dataset.task)
+  with track(tracker, folder, experiment.run_id, to_dict(experiment.config), task) as record:
     for line in lines:
       if line["split"] == "test":
         record(line)

@@ -6,14 +6,14 @@ import pathlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from fedjax_med import __version__
+from fedjax_med import __version__, study
 from fedjax_med.core.config import Config, fingerprint, flat, to_dict
 from fedjax_med.core.errors import UserError, require
-from fedjax_med.core.metrics import METRICS, positive_class
 from fedjax_med.core.text import encodable
 from fedjax_med.folder import writing as files
 from fedjax_med.privacy import claims
 from fedjax_med.sweep.grid import Point
+from fedjax_med.tasks.registry import task_of
 
 if TYPE_CHECKING:
   import pandas as pd
@@ -143,6 +143,7 @@ def rows_of(folder: pathlib.Path, number: int, point: Point) -> list[dict[str, A
     UserError: a file cannot be read, or tells other ε than the ledger.
   """
   config, summary = read_json(folder / "config.json"), read_json(folder / "summary.json")
+  task = task_of(config)
   privacy, hospitals = claims.read(folder), read_json(folder / "hospitals.json")
   book = claims.ledger_of(folder)
   claims.require_told(folder / "summary.json", summary, summary["rounds"], book)
@@ -158,22 +159,25 @@ def rows_of(folder: pathlib.Path, number: int, point: Point) -> list[dict[str, A
   columns = zip(hospitals["hospitals"], summary["clients"], solo, strict=True)
   for holds, own, by_itself in columns:
     party = spent.get(holds["name"], {})
+    measured = (own, summary["test"], by_itself["own"], by_itself["all"], pooled)
+    models = dict(zip(study.PREFIXES, measured, strict=True))
     rows.append(
       {
         **shared,
         "hospital": holds["name"],
-        "positive_class": positive_class(hospitals["class_names"]),
+        "task": task.name,
+        "positive_class": task.positive(hospitals["class_names"]),
         "num_train": sum(holds["train"]),
         "num_test": sum(holds["test"]),
         "rounds": summary["rounds"],
         "steps": summary["steps"],
         "megabytes": summary["megabytes"],
         "stopped": summary["stopped"],
-        **{metric: _number(own[metric]) for metric in METRICS},
-        **{f"all.{metric}": _number(summary["test"][metric]) for metric in METRICS},
-        **{f"alone.{metric}": _number(by_itself["own"].get(metric)) for metric in METRICS},
-        **{f"alone.all.{metric}": _number(by_itself["all"].get(metric)) for metric in METRICS},
-        **{f"pooled.all.{metric}": _number(pooled.get(metric)) for metric in METRICS},
+        **{
+          f"{prefix}{metric.name}": _number(values.get(metric.name))
+          for prefix, values in models.items()
+          for metric in task.shown
+        },
         "unit": "+".join(each["unit"] for each in privacy["guarantees"]) or "none",
         "epsilon": _number(party.get("epsilon", math.inf)),
         "delta": _number(party.get("delta")),

@@ -9,13 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax import export
 
-from fedjax_med.core.metrics import positive_class
 from fedjax_med.core.text import encodable
+from fedjax_med.data.modality import preparation
 from fedjax_med.folder.writing import write_text, write_whole
 from fedjax_med.models.networks.norms import EPSILON
 from fedjax_med.models.networks.pretrained import to_state_dict
 from fedjax_med.privacy import claims
 from fedjax_med.simulation.evaluation import make_classify
+from fedjax_med.tasks.classification import positive_class
 from fedjax_med.trained.loading import Trained
 
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -30,7 +31,7 @@ def export_program(trained: Trained) -> bytes:
   ``jax.export.deserialize(data).call(images)`` needs jax and nothing of this package. ``trained``
   should be lowered natively, which every platform knows best.
   """
-  classify = make_classify(trained.model, trained.config.data.normalisation)
+  classify = make_classify(trained.model, preparation(trained.modality, trained.config.data))
   params, state = jax.tree.map(jnp.asarray, (trained.params, trained.state))
   (batch,) = export.symbolic_shape("b")
   images = jax.ShapeDtypeStruct((batch, *trained.image_shape), trained.grey.dtype)

@@ -12,16 +12,17 @@ import jax
 import numpy as np
 
 from fedjax_med.core.errors import UserError, require, require_choice
-from fedjax_med.core.metrics import positive_class
 from fedjax_med.core.text import readable
 from fedjax_med.data.dataset import Hospitals, client_rows
 from fedjax_med.data.hospitals import load_hospitals
+from fedjax_med.data.sources import source_named
 from fedjax_med.folder import writing as files
 from fedjax_med.models import grad_cam
 from fedjax_med.prepare.synthetic_images import reserve_synthetic
 from fedjax_med.report.figure_labels import drawable, labels, stand_ins
 from fedjax_med.report.run_page import environment
 from fedjax_med.run.summaries import hospital_record
+from fedjax_med.tasks.classification import positive_class
 from fedjax_med.trained import heat_pictures
 from fedjax_med.trained.loading import Trained
 from fedjax_med.trained.pointing_game import score
@@ -164,12 +165,13 @@ def _publish(
 def _kind_of(trained: Trained, given: bool) -> str:
   if given:
     return "given pictures"
-  return "phantoms" if trained.config.data.source == "phantoms" else "test images"
+  source = trained.config.data.source
+  return source if source_named(source).synthetic_people else "test images"
 
 
 def _shows_secrets(trained: Trained) -> bool:
   """Whether the run's own images are pictures of patients whom it protects."""
-  return trained.private and trained.config.data.source != "phantoms"
+  return trained.private and not source_named(trained.config.data.source).synthetic_people
 
 
 def _require_may_show(trained: Trained, given: bool, data_path: str, show_patients: bool) -> None:
@@ -177,17 +179,19 @@ def _require_may_show(trained: Trained, given: bool, data_path: str, show_patien
 
   ``given`` says whether pictures were named.
   """
-  phantoms = trained.config.data.source == "phantoms"
+  name = trained.config.data.source
+  source = source_named(name)
   secret = _shows_secrets(trained)
+  reason = f"do not: they are {name}" if source.synthetic_people else "may do: it is not private"
   require(
     secret or not show_patients,
     "--show_patients is read where a private run's own test images show patients only, which those"
-    f" of this run {'do not: they are phantoms' if phantoms else 'may do: it is not private'}",
+    f" of this run {reason}",
     "leave it out",
   )
   require(
-    not (phantoms and data_path),
-    f"--data_path={data_path} is read for runs on files only, and this one made phantoms",
+    source.reads_files or not data_path,
+    f"--data_path={data_path} is read for runs on files only, and this one made {name}",
     "leave it out",
   )
   require(

@@ -14,6 +14,7 @@ from fedjax_med.core.config import Config, algorithm_options, from_dict
 from fedjax_med.core.errors import UserError, require, require_choice
 from fedjax_med.core.keys import base_key
 from fedjax_med.data.grey import EIGHT_BITS, Grey
+from fedjax_med.data.modality import Modality, modality_of
 from fedjax_med.federated.algorithm import FederatedAlgorithm
 from fedjax_med.federated.local import LocalTraining
 from fedjax_med.federated.registry import ALGORITHMS, create_algorithm
@@ -43,6 +44,7 @@ class Trained(NamedTuple):
     params: weights that the run is measured by: the average over rounds where it keeps one.
     state: stored statistics, {} for most networks.
     grey: how the run made pixels of grey values.
+    modality: of the run's examples.
     stem_pool_padding: of the network's stem, empty where it has no such choice.
     hospital: whose model it is; empty for the global one.
   """
@@ -56,6 +58,7 @@ class Trained(NamedTuple):
   params: Any
   state: Any
   grey: Grey
+  modality: Modality
   stem_pool_padding: str
   hospital: str
 
@@ -140,6 +143,7 @@ def load(
     params=params,
     state=state,
     grey=run.grey,
+    modality=run.modality,
     stem_pool_padding=padding,
     hospital=hospital,
   )
@@ -169,6 +173,7 @@ class _Run(NamedTuple):
     run_id: fingerprint of the run.
     network: what the registry wrote down of the network.
     grey: how the run made pixels of grey values.
+    modality: of its examples.
   """
 
   config: Config
@@ -177,6 +182,7 @@ class _Run(NamedTuple):
   run_id: str
   network: dict[str, Any]
   grey: Grey
+  modality: Modality
 
 
 def _read_run(folder: pathlib.Path) -> _Run:
@@ -193,6 +199,7 @@ def _read_run(folder: pathlib.Path) -> _Run:
   )
   require_text(folder)
   record, held = _read(folder / "config.json"), _read(folder / "hospitals.json")
+  modality = modality_of(record)
   try:
     run = _Run(
       config=from_dict(record["config"]),
@@ -201,6 +208,7 @@ def _read_run(folder: pathlib.Path) -> _Run:
       run_id=str(record["run_id"]),
       network=dict(record.get("network", {})),
       grey=Grey(**held["grey"]) if "grey" in held else EIGHT_BITS,
+      modality=modality,
     )
     version = str(record["versions"]["fedjax_med"])
   except (KeyError, TypeError, ValueError) as error:

@@ -16,9 +16,9 @@ from PIL import Image
 from fedjax_med.core.errors import UserError, require
 from fedjax_med.core.text import REPLACING, readable
 from fedjax_med.data.files import EXTENSIONS, SYSTEM, File, counted, walk
-from fedjax_med.data.grey import Grey, to_eight_bits, to_pixels
-from fedjax_med.data.images import read_values
-from fedjax_med.data.normalisation import normalise
+from fedjax_med.data.grey import to_eight_bits
+from fedjax_med.data.modality import preparation
+from fedjax_med.data.sources import source_named
 from fedjax_med.folder.writing import write_whole
 from fedjax_med.models import grad_cam
 from fedjax_med.simulation.evaluation import make_classify
@@ -67,12 +67,24 @@ class Counts(NamedTuple):
 
 def make_probabilities(trained: Trained) -> Callable[[np.ndarray], np.ndarray]:
   """Compiles images [B, H, W, C] -> class probabilities [B, classes], on the host."""
-  classify = jax.jit(make_classify(trained.model, trained.config.data.normalisation))
+  classify = jax.jit(
+    make_classify(trained.model, preparation(trained.modality, trained.config.data))
+  )
   return lambda images: np.asarray(classify(trained.params, trained.state, images))
 
 
 def choose_layer(trained: Trained, name: str = "") -> grad_cam.MapLayer:
-  """The layer that Grad-CAM is made at; see ``attention.choose_layer``."""
+  """The layer that Grad-CAM is made at; see ``grad_cam.choose_layer``.
+
+  Raises:
+    UserError: the examples of the run are of a kind that no map is drawn over, or there is no such
+      layer.
+  """
+  require(
+    trained.modality.explain,
+    f"run {trained.run_id} was trained on {trained.modality.name}, over which no map is drawn",
+    "leave out maps",
+  )
   image = jax.ShapeDtypeStruct((1, *trained.image_shape), jnp.float32)
   layers = grad_cam.find_layers(trained.model, trained.params, trained.state, image)
   return grad_cam.choose_layer(layers, name)
@@ -85,14 +97,14 @@ def make_look(
 
   It raises UserError where the layer is inside a loop.
   """
-  model, normalisation = trained.model, trained.config.data.normalisation
-  classify = make_classify(model, normalisation)
+  model, prepare = trained.model, preparation(trained.modality, trained.config.data)
+  classify = make_classify(model, prepare)
 
   @jax.jit
   def look(params: Any, state: Any, images: jax.Array, target: Any) -> Looked:
     probabilities = classify(params, state, images)
     classes = jnp.where(target < 0, probabilities.argmax(1), target)
-    inputs = normalise(images, normalisation)
+    inputs = prepare(images)
     maps = grad_cam.grad_cam(model, params, state, inputs, classes, layer)
     gated = grad_cam.gated(model, params, state, inputs)
     return Looked(probabilities=probabilities, maps=maps, gated=gated)
@@ -134,36 +146,17 @@ def files_in(place: pathlib.Path) -> list[File]:
 def read_pictures(trained: Trained, files: Sequence[File]) -> Iterator[Picture]:
   """Reads files as the training did: one grey channel, the same size, window and least size."""
   data, grey = trained.config.data, trained.grey
-  least = 1 if data.source == "phantoms" else data.min_size  # no phantom was left out
+  least = data.min_size if source_named(data.source).reads_files else 1
+  read_raw = trained.modality.read
 
   def read(file: File) -> Picture:
-    pixels = file.reason or _read(file.path, least, data.image_size, grey, bool(data.window))
+    pixels = file.reason or read_raw(file.path, least, data.image_size, grey, bool(data.window))
     if isinstance(pixels, str):
       return Picture(path=file.path, name=file.name, pixels=None, error=pixels)
-    return Picture(path=file.path, name=file.name, pixels=pixels[..., None], error="")
+    return Picture(path=file.path, name=file.name, pixels=pixels, error="")
 
   with concurrent.futures.ThreadPoolExecutor(2) as threads:
     yield from threads.map(read, files)
-
-
-def _read(
-  path: pathlib.Path, min_size: int, size: int, grey: Grey, window: bool
-) -> np.ndarray | str:
-  """[H, W] pixels of a picture by the rule of a run, or why they cannot be had."""
-  values = read_values(path, min_size, size, exact=window)
-  if isinstance(values, str):
-    return values
-  if values.deep != grey.deep and not window:
-    kinds = ("more than 8", "8") if values.deep else ("8", "more than 8")
-    return (
-      f"{kinds[0]} bits, and the run was trained on pictures of {kinds[1]}; export it as those were"
-    )
-  if not window and (values.low < grey.low or values.high > grey.high):
-    return (
-      f"grey values {values.low:g} to {values.high:g}, and the run was trained on {grey.low:g} to"
-      f" {grey.high:g}; export it as those were"
-    )
-  return to_pixels(values, grey)
 
 
 def predict_files(
@@ -247,9 +240,9 @@ def _write_overlay(
   trained: Trained, picture: Picture, heat: np.ndarray, folder: pathlib.Path
 ) -> pathlib.Path:
   """Writes FOLDER/NAME.png: the picture at its own size, Grad-CAM over it."""
-  pixels = _read(picture.path, 1, 0, trained.grey, bool(trained.config.data.window))
+  pixels = trained.modality.read(picture.path, 1, 0, trained.grey, bool(trained.config.data.window))
   assert not isinstance(pixels, str)  # it was read a moment ago
-  image = Image.fromarray(to_eight_bits(pixels))
+  image = Image.fromarray(to_eight_bits(pixels[..., 0]))
   image.thumbnail((LARGEST_SIDE, LARGEST_SIDE))
   # The whole name: a.png and a.jpg are two pictures.
   place = folder.joinpath(*map(_fitting, f"{picture.name}.png".split("/")))

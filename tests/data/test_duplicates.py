@@ -165,7 +165,7 @@ def test_chains_are_one_group():
   turns = np.arccos(0.94) * np.arange(3)
   line = np.cos(turns)[:, None] * base[0] + np.sin(turns)[:, None] * base[1]
   found = line.astype(np.float32).reshape(3, duplicates.SIDE, duplicates.SIDE)
-  pairs = np.concatenate(list(duplicates._similar_pairs(found, 0.92)), axis=1)
+  pairs = np.concatenate(list(duplicates._correlated_pairs(found, 0.92)), axis=1)
   assert set(map(tuple, pairs.T.tolist())) == {(0, 1), (1, 2)}
 
 

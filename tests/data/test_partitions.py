@@ -7,9 +7,10 @@ import pytest
 
 from fedjax_med.core.config import DataConfig, PartitionConfig
 from fedjax_med.core.errors import UserError
-from fedjax_med.data import hospitals, partitions
+from fedjax_med.data import partitions
 from fedjax_med.data.dataset import ClientTable, Dataset, Hospitals, client_rows
 from fedjax_med.data.hospitals import build_hospitals
+from fedjax_med.data.modality import MODALITIES, PICTURES
 from fedjax_med.data.partitions import (
   apportion,
   drawn_mixture,
@@ -42,10 +43,15 @@ def make_dataset(seed: int = 0, count: int = COUNT) -> Dataset:
 DATASET = make_dataset()
 
 
+def use_groups(monkeypatch, copies):
+  """Replaces the search for near-duplicates of pictures."""
+  monkeypatch.setitem(MODALITIES, "pictures", PICTURES._replace(copies=copies))
+
+
 @pytest.fixture(autouse=True)
 def _no_detector(monkeypatch):
   """Near-duplicates are tested elsewhere: here every picture is its own group."""
-  monkeypatch.setattr(hospitals, "near_duplicate_groups", lambda images: np.arange(len(images)))
+  use_groups(monkeypatch, lambda images: np.arange(len(images)))
 
 
 def build(scheme: str, dataset: Dataset = DATASET, split: str = "grouped", seed: int = 0, **fields):
@@ -113,7 +119,7 @@ def test_every_example_stands_once_and_every_unit_in_one_hospital(scheme, num_cl
 
 def test_near_duplicates_stay_in_one_hospital(monkeypatch):
   groups = np.arange(COUNT) // 4
-  monkeypatch.setattr(hospitals, "near_duplicate_groups", lambda images: groups)
+  use_groups(monkeypatch, lambda images: groups)
   made = build("iid", dataclasses.replace(DATASET, patients=None), num_clients=20)
   for rows in (client_rows(made.train), client_rows(made.test)):
     held = [set(groups[row].tolist()) for row in rows]
@@ -272,7 +278,7 @@ def test_a_unit_of_two_sites_stays_whole_at_the_site_that_holds_most_of_it(monke
     int(np.flatnonzero(DATASET.sites == 3)[0]),
   ]
   groups[[second, third]] = first
-  monkeypatch.setattr(hospitals, "near_duplicate_groups", lambda images: groups)
+  use_groups(monkeypatch, lambda images: groups)
   made = build("site", dataclasses.replace(DATASET, patients=None), num_clients=4)
   north = np.concatenate([client_rows(made.train)[0], client_rows(made.test)[0]])
   assert {first, second, third} <= set(north.tolist())

@@ -12,6 +12,7 @@ import pytest
 
 from fedjax_med.core.config import Config, DataConfig
 from fedjax_med.data.grey import EIGHT_BITS
+from fedjax_med.data.modality import PICTURES
 from fedjax_med.privacy.clipping import Rows, clipped_sum
 from fedjax_med.run.checkpoints import open_checkpoints
 from fedjax_med.trained.exporting import PLATFORMS, export_program
@@ -142,6 +143,7 @@ def test_a_program_of_it_is_exported_for_any_number_of_images_and_every_platform
     params=found.params,
     state=found.state,
     grey=EIGHT_BITS,
+    modality=PICTURES,
     stem_pool_padding="",
     hospital="",
   )

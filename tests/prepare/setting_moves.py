@@ -24,6 +24,7 @@ from fedjax_med.run.checkpoints import digest
 from fedjax_med.run.compilation_cache import use_compilation_cache
 from fedjax_med.run.measure import evaluated
 from fedjax_med.run.single import block_arguments
+from fedjax_med.tasks.classification import CLASSIFICATION
 
 KEPT: dict[str, Any] = {}  # of configurations that many cases share
 
@@ -219,7 +220,7 @@ def tracked(one: Config, other: Config) -> bool:
     patch.setitem(trackers.TRACKERS, "tensorboard", tracker)
     for config in (one, other):
       try:
-        with trackers.track(config.eval.tracker, "folder", "", {}):  # pyright: ignore
+        with trackers.track(config.eval.tracker, "folder", "", {}, CLASSIFICATION):  # pyright: ignore
           pass
       except UserError:
         pass

@@ -11,7 +11,10 @@ from matplotlib.text import Text
 from fedjax_med.report import figure_labels as texts
 from fedjax_med.report import figures, sweep_figures
 from fedjax_med.report.figure_labels import drawable, inches, labels, stand_ins
+from fedjax_med.tasks.classification import CLASSIFICATION
 from fedjax_med.trained import heat_pictures
+
+(CONFUSION,) = CLASSIFICATION.figures
 
 LONG = "University Hospital of the Northern Provinces, department of radiology"
 NAMES = (
@@ -65,7 +68,9 @@ def test_a_font_that_is_installed_draws_what_matplotlibs_own_lacks(monkeypatch, 
     assert texts.families() == ["DejaVu Sans", "STIXGeneral"]
     assert labels([letter, "b"], "class") == [letter, "b"]
     hospitals, summary = run_of(["A"], [letter, "b"])
-    figures.draw_confusion(tmp_path / "confusion.png", summary, hospitals)  # without a warning
+    figures.draw_details(
+      tmp_path / "confusion.png", CONFUSION, summary, hospitals
+    )  # without a warning
   finally:
     for cached in (texts.families, texts._letters):
       cached.cache_clear()
@@ -91,9 +96,9 @@ def draw_all(folder, suffix):
   """Every figure that holds names."""
   hospitals, summary = run_of(NAMES, NAMES[:3])
   figures.draw_partition(folder / f"partition{suffix}", hospitals)
-  figures.draw_hospitals(folder / f"hospitals{suffix}", summary, hospitals, None)
-  figures.draw_confusion(folder / f"confusion{suffix}", summary, hospitals)
-  figures.draw_confusion(folder / f"all{suffix}", *reversed(run_of(["a"], NAMES[3:])))
+  figures.draw_hospitals(folder / f"hospitals{suffix}", summary, hospitals, None, CLASSIFICATION)
+  figures.draw_details(folder / f"confusion{suffix}", CONFUSION, summary, hospitals)
+  figures.draw_details(folder / f"all{suffix}", CONFUSION, *reversed(run_of(["a"], NAMES[3:])))
   image = np.zeros((4, 4), np.uint8)
   made = labels(NAMES, "class")
   columns = made[:5]
@@ -102,11 +107,13 @@ def draw_all(folder, suffix):
   line = np.array([1.0, 2.0])
   series = [sweep_figures.Series(name, line, line, line, line, line) for name in NAMES[:8]]
   sweep_figures.draw_frontier(folder / f"f{suffix}", [(NAMES[0], series)], "ε", "AUROC", True)
-  sweep_figures.draw_spread(folder / f"spread{suffix}", NAMES, [line] * len(NAMES), "AUROC")
+  sweep_figures.draw_spread(
+    folder / f"spread{suffix}", NAMES, [line] * len(NAMES), CLASSIFICATION.headline
+  )
   curves = [(name, line, np.ones((2, 2))) for name in NAMES[:8]]
   sweep_figures.draw_curves(folder / f"curves{suffix}", curves, "Accuracy")
-  arms = [(name, np.eye(3), NAMES[2:5]) for name in NAMES[2:4]]
-  sweep_figures.draw_confusions(folder / f"confusions{suffix}", arms)
+  arms = [(name, {"confusion": np.eye(3).tolist()}, NAMES[2:5]) for name in NAMES[2:4]]
+  sweep_figures.draw_details(folder / f"confusions{suffix}", CONFUSION, arms)
   seen = [
     heat_pictures.Seen(image, np.ones((2, 2)), None, made[0], 0.5, label) for label in made[:5]
   ]
@@ -151,5 +158,5 @@ def test_a_figure_that_fails_half_way_leaves_the_old_one(tmp_path, monkeypatch):
   monkeypatch.setattr(Figure, "savefig", fails)
   hospitals, summary = run_of(["A"], ["no", "yes"])
   with pytest.raises(OSError, match="disk full"):
-    figures.draw_confusion(path, summary, hospitals)
+    figures.draw_details(path, CONFUSION, summary, hospitals)
   assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == {"confusion.png": b"old"}

@@ -17,9 +17,11 @@ from fedjax_med.core.errors import UserError
 from fedjax_med.core.text import encodable, readable, use_any_terminal
 from fedjax_med.data.grey import EIGHT_BITS
 from fedjax_med.data.hospitals import load_hospitals
+from fedjax_med.data.modality import PICTURES
 from fedjax_med.report import reported_run as runs
 from fedjax_med.report import run_page
 from fedjax_med.run import console as terminal
+from fedjax_med.tasks.classification import CLASSIFICATION
 from fedjax_med.trained import loading
 from tests.running import smoke_config
 
@@ -118,7 +120,7 @@ def test_a_live_bar_works_on_any_terminal(encoding, monkeypatch):
   monkeypatch.setattr(sys, "stdout", out)
   use_any_terminal()
   console = terminal.Terminal(force_terminal=True, width=150)
-  with terminal.progress(console, "医院 [/] alone", 4) as listen:
+  with terminal.progress(console, "医院 [/] alone", 4, CLASSIFICATION) as listen:
     test = {"accuracy": 0.5, "auroc": None}
     point: Any = types.SimpleNamespace(test=test, epsilons=(1.0,), rounds=2, client_epsilon=None)
     listen(point)
@@ -152,6 +154,7 @@ def test_what_goes_with_an_exported_model_can_be_written_whatever_its_run_holds(
     params={},
     state={},
     grey=EIGHT_BITS,
+    modality=PICTURES,
     stem_pool_padding="",
     hospital="\udcaa",
   )

@@ -11,13 +11,18 @@ import pytest
 
 from fedjax_med.core import config as config_lib
 from fedjax_med.core.errors import UserError
-from fedjax_med.core.metrics import METRICS, classification_metrics, confusion_matrix
 from fedjax_med.privacy import claims, ledger
 from fedjax_med.privacy.guarantees import Guarantee
 from fedjax_med.privacy.mechanism import PoissonGaussian
 from fedjax_med.privacy.statement import ASSUMPTIONS
 from fedjax_med.report import figures
 from fedjax_med.report.run_page import write_report
+from fedjax_med.tasks.classification import (
+  CLASSIFICATION,
+  NAMES,
+  classification_metrics,
+  confusion_matrix,
+)
 
 VOID = {"meta", "img", "br", "link"}
 FIGURES = ("partition", "rounds", "hospitals", "confusion")
@@ -68,7 +73,7 @@ def fake_workdir(
     spent = epsilons * np.sqrt(done) if private else [None] * num_hospitals
     clients = [{"name": name, **values, "epsilon": epsilon}
                for name, values, epsilon in zip(names, own, spent, strict=True)]  # fmt: skip
-    log.append({"round": number, "split": "train", **dict.fromkeys(METRICS),
+    log.append({"round": number, "split": "train", **dict.fromkeys(NAMES),
                 "loss": overall["loss"] + 0.1, "accuracy": overall["accuracy"] - 0.05})  # fmt: skip
     log.append({"round": number, "split": "test", **overall, "clients": clients, "seconds": 3.1,
                 "epsilon_max": max(epsilons) * np.sqrt(done) if private else None})  # fmt: skip
@@ -214,20 +219,20 @@ def test_page_is_self_contained_and_well_formed(run):
 def test_every_hospital_is_there_with_the_numbers_of_the_files(run):
   _, files, page = run
   rows = outline(page).rows["results"]
-  keys = ("accuracy", "auroc", "recall", "specificity", "precision", "f1", "loss")
+  keys = [metric.name for metric in CLASSIFICATION.shown]
   by_name = {row[0]: row for row in rows}
   for holds, client in zip(
     files["hospitals"]["hospitals"], files["summary"]["clients"], strict=True
   ):
     row = by_name[holds["name"]]
     assert row[1:3] == [sum(holds["train"]), sum(holds["test"])]
-    assert row[3:10] == ["–" if client[key] is None else client[key] for key in keys]
+    assert row[3:11] == ["–" if client[key] is None else client[key] for key in keys]
   test = files["summary"]["test"]
-  assert by_name["All hospitals"][3:10] == [test[key] for key in keys]
+  assert by_name["All hospitals"][3:11] == [test[key] for key in keys]
   accuracies = [client["accuracy"] for client in files["summary"]["clients"]]
   losses = [client["loss"] for client in files["summary"]["clients"]]
-  assert by_name["Mean of the hospitals"][3] == pytest.approx(np.mean(accuracies))
-  assert by_name["Worst hospital"][3] == min(accuracies)
+  assert by_name["Mean of the hospitals"][4] == pytest.approx(np.mean(accuracies))
+  assert by_name["Worst hospital"][4] == min(accuracies)
   assert by_name["Worst hospital"][9] == max(losses)
 
 
@@ -289,12 +294,12 @@ def test_baselines_stand_beside_the_global_model(run):
     assert "trained alone" not in page
     return
   pooled = files["baselines"]["pooled"]["curve"][-1]
-  assert rows["comparison"][2][1] == pooled["all"]["accuracy"]
+  assert rows["comparison"][2][2] == pooled["all"]["accuracy"]
   for row, alone in zip(rows["alone"][1:], files["baselines"]["alone"], strict=True):
     last = alone["curve"][-1]
     assert row[0] == alone["name"]
-    assert row[2] == last["own"]["accuracy"]
-    assert row[5] == last["all"]["accuracy"]
+    assert row[4] == last["own"]["accuracy"]
+    assert row[6] == last["all"]["accuracy"]
 
 
 def test_report_again_gives_the_same_bytes_and_keeps_the_examples_of_the_run(tmp_path):

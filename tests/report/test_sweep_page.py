@@ -102,7 +102,7 @@ def test_the_frontier_has_a_line_a_partition_and_a_level_without_privacy(swept):
   runs = sweep_page.read_sweep(swept)
   axes = sweep_page._axes(runs)
   assert axes == [TARGET, ALPHA]
-  frontier = sweep_page._frontier(axes, sweep_page._arms(runs.frame, axes))
+  frontier = sweep_page._frontier(axes, sweep_page._arms(runs.frame, axes), "auroc")
   assert frontier is not None
   ((title, lines),), name, log = frontier
   assert title == ""
@@ -132,7 +132,7 @@ def test_many_lines_are_shared_out_to_panels_by_the_first_axes():
     for target in (1.0, 8.0)
     for a in (0.1, 1.0, 100.0)
   ]
-  frontier = sweep_page._frontier(axes, arms)
+  frontier = sweep_page._frontier(axes, arms, "auroc")
   assert frontier is not None
   panels = dict(frontier[0])
   titles = [f"unit={unit}, num_clients={k}" for unit in ("record", "patient") for k in (5, 20)]
@@ -144,7 +144,7 @@ def test_many_lines_are_shared_out_to_panels_by_the_first_axes():
     batch = {5: 64, 20: 32}[arm["values"]["partition.num_clients"]]
     rate = 0.1 if arm["values"][TARGET] == 1.0 else 0.3
     arm["values"] |= {"client.batch_size": batch, "client.learning_rate": rate}
-  more = sweep_page._frontier([*axes, "client.batch_size", "client.learning_rate"], arms)
+  more = sweep_page._frontier([*axes, "client.batch_size", "client.learning_rate"], arms, "auroc")
   assert more is not None
   for (title, lines), (known, same) in zip(more[0], frontier[0], strict=True):
     assert title == known
@@ -158,7 +158,7 @@ def test_an_arm_of_which_no_round_was_affordable_is_not_on_the_logarithmic_axis(
     {"values": {SIGMA: sigma}, "epsilon": epsilon, "stats": stats}
     for sigma, epsilon in ((0.5, 0.0), (1.0, 7.6), (4.0, 1.6))
   ]
-  frontier = sweep_page._frontier([SIGMA], arms)
+  frontier = sweep_page._frontier([SIGMA], arms, "auroc")
   assert frontier is not None
   (((_, (line,)),), _, _) = frontier
   assert list(line.x) == [1.6, 7.6]

@@ -11,7 +11,6 @@ import pytest
 
 from fedjax_med.core.config import PrivacyConfig
 from fedjax_med.core.errors import UserError
-from fedjax_med.core.metrics import classification_metrics
 from fedjax_med.core.validation import validate
 from fedjax_med.data.dataset import client_rows
 from fedjax_med.data.hospitals import load_hospitals
@@ -22,6 +21,7 @@ from fedjax_med.models.registry import create_model
 from fedjax_med.prepare.experiment import build
 from fedjax_med.run.single import train_rounds
 from fedjax_med.run.summaries import summary_record
+from fedjax_med.tasks.classification import classification_metrics
 from fedjax_med.trained import loading
 from fedjax_med.trained.exporting import describe
 from fedjax_med.trained.predictions import make_probabilities

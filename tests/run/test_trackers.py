@@ -12,6 +12,7 @@ from configs.smoke import get_config
 from fedjax_med.core.errors import UserError
 from fedjax_med.report import reported_run as runs
 from fedjax_med.run import trackers
+from fedjax_med.tasks.classification import CLASSIFICATION, NAMES
 
 
 def events(folder):
@@ -43,9 +44,9 @@ def test_tensorboard_files_hold_the_metrics_of_every_log_point(tmp_path):
 
 
 def test_undefined_values_are_left_out_and_names_hold_no_odd_characters():
-  client = {**dict.fromkeys(trackers.METRICS, 0.5), "auroc": None, "name": "St. Anna (Zürich)"}
-  line = {**dict.fromkeys(trackers.METRICS, 0.25), "f1": None, "clients": [client]}
-  found = trackers.values_of({**line, "epsilon_max": float("inf")})
+  client = {**dict.fromkeys(NAMES, 0.5), "auroc": None, "name": "St. Anna (Zürich)"}
+  line = {**dict.fromkeys(NAMES, 0.25), "f1": None, "clients": [client]}
+  found = trackers.values_of({**line, "epsilon_max": float("inf")}, CLASSIFICATION)
   assert found["St. Anna _Zürich_/accuracy"] == 0.5
   assert "test/f1" not in found
   assert "epsilon" not in found
@@ -54,10 +55,10 @@ def test_undefined_values_are_left_out_and_names_hold_no_odd_characters():
 
 def test_hospitals_that_differ_in_odd_characters_only_keep_their_own_values():
   names = ("A?", "A!")
-  clients = [{**dict.fromkeys(trackers.METRICS, k), "name": name} for k, name in enumerate(names)]
+  clients = [{**dict.fromkeys(NAMES, k), "name": name} for k, name in enumerate(names)]
   clients[0]["f1"] = None  # a gap moves no other value to its name
-  line = {**dict.fromkeys(trackers.METRICS, 0.25), "clients": clients}
-  found = trackers.values_of(line)
+  line = {**dict.fromkeys(NAMES, 0.25), "clients": clients}
+  found = trackers.values_of(line, CLASSIFICATION)
   assert (found["A_/loss"], found["A_/loss_"]) == (0, 1)
   assert "A_/f1" not in found
   assert found["A_/f1_"] == 1
@@ -72,7 +73,9 @@ def test_a_tracker_gets_text_that_it_can_store(monkeypatch, tmp_path):
     yield lambda *_: None
 
   monkeypatch.setitem(trackers.TRACKERS, "mlflow", keep)
-  with trackers.track("mlflow", tmp_path, "id", {"data": {"path": "/a/\udc93", "size": 1}}):
+  with trackers.track(
+    "mlflow", tmp_path, "id", {"data": {"path": "/a/\udc93", "size": 1}}, CLASSIFICATION
+  ):
     pass
   assert given == [{"data": {"path": "/a/\\x93", "size": 1}}]
 
@@ -84,15 +87,20 @@ def test_a_tracker_without_its_package_is_refused_in_a_sentence(monkeypatch, tmp
 
   monkeypatch.setattr(importlib, "import_module", missing)
   sentence = rf"eval.tracker={name} needs the package .*; run python -m pip install .*\[{name}\]"
-  with pytest.raises(UserError, match=sentence), trackers.track(name, tmp_path, "a", {}):
+  with (
+    pytest.raises(UserError, match=sentence),
+    trackers.track(name, tmp_path, "a", {}, CLASSIFICATION),
+  ):
     pass
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # MLflow asks SQLAlchemy for old things
 def test_mlflow_gets_the_metrics(tmp_path):
   tracking = pytest.importorskip("mlflow.tracking", reason="the extra mlflow is not installed")
-  line = {**dict.fromkeys(trackers.METRICS, 0.25), "clients": [], "epsilon_max": 3.0}
-  with trackers.track("mlflow", tmp_path, "abc", {"seed": 1, "client": {"rate": 0.1}}) as record:
+  line = {**dict.fromkeys(NAMES, 0.25), "clients": [], "epsilon_max": 3.0}
+  with trackers.track(
+    "mlflow", tmp_path, "abc", {"seed": 1, "client": {"rate": 0.1}}, CLASSIFICATION
+  ) as record:
     record({**line, "round": 0})
     record({**line, "round": 2, "auroc": 0.75})
   client = tracking.MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
@@ -105,7 +113,7 @@ def test_mlflow_gets_the_metrics(tmp_path):
 def test_wandb_gets_the_metrics_offline(tmp_path, monkeypatch):
   pytest.importorskip("wandb", reason="the extra wandb is not installed")
   monkeypatch.setenv("WANDB_MODE", "offline")
-  line = {**dict.fromkeys(trackers.METRICS, 0.25), "clients": [], "epsilon_max": 3.0, "round": 2}
-  with trackers.track("wandb", tmp_path, "abc", {"seed": 1}) as record:
+  line = {**dict.fromkeys(NAMES, 0.25), "clients": [], "epsilon_max": 3.0, "round": 2}
+  with trackers.track("wandb", tmp_path, "abc", {"seed": 1}, CLASSIFICATION) as record:
     record(line)
   assert list((tmp_path / "wandb").glob("offline-run-*-abc/run-abc.wandb"))

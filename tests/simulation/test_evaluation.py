@@ -1,5 +1,7 @@
 """Evaluation and normalisation against NumPy."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,7 +22,8 @@ def test_probabilities_are_those_of_each_row_whatever_the_batch(rows):
   params, state = model.init(base_key(2), jnp.zeros((1, 4, 4, 1)))
   pool = make_pool()
   layout = network_layout(params, state)
-  predict, _ = make_predict(make_evaluate(model, "fixed", layout), batch_size=4)
+  prepare = functools.partial(normalise, how="fixed")
+  predict, _ = make_predict(make_evaluate(model, prepare, layout), batch_size=4)
   leaves = {leaf.ndim: np.asarray(leaf, np.float64) for leaf in jax.tree.leaves(params)}
   images = np.asarray(pool.inputs, np.float64)[rows].reshape(len(rows), 16) / 127.5 - 1
   logits = images @ leaves[2] + leaves[1]

@@ -13,6 +13,7 @@ from rich.console import Console
 
 from fedjax_med.report import latex, sweep_page
 from fedjax_med.sweep import progress, table
+from fedjax_med.tasks.classification import CLASSIFICATION
 from tests.sweep.sweeping import base, sweep
 
 SIGMA = "privacy.noise_multiplier"
@@ -96,8 +97,8 @@ def test_arms_of_several_positive_classes_say_that_it_differs(swept, tmp_path):
 def test_the_terminal_names_it_point_by_point_where_it_differs(positives, sentence):
   frame = pd.DataFrame(
     [
-      {"point": k, "positive_class": name, "stopped": "completed", "rounds": 1, "epsilon_max": 1.0,
-       "all.auroc": 0.5, "all.accuracy": 0.5, "all.f1": 0.5}
+      {"point": k, "task": "classification", "positive_class": name, "stopped": "completed",
+       "rounds": 1, "epsilon_max": 1.0, "all.auroc": 0.5, "all.accuracy": 0.5, "all.f1": 0.5}
       for k, name in enumerate(positives)
     ]
   )  # fmt: skip
@@ -114,7 +115,11 @@ def test_latex_prints_any_name_and_says_where_letters_need_another_engine():
     r"a\_b \& 5\% \textbackslash{}x93 \{\$\textasciitilde{}\textasciicircum{}\#"
   )
   shown = {"data.path": ["/a/正常"], "unit": ["none"], "epsilon": [1.0], "positive_class": ["a"]}
-  text = latex.table_of(pd.DataFrame(shown), ["data.path"], [])
+  ends = [f"{name}{end}" for name in ("auroc", "worst.auroc") for end in ("", ".low", ".high")]
+  task = CLASSIFICATION._replace(shown=CLASSIFICATION.shown[:1])
+  text = latex.table_of(
+    pd.DataFrame({**shown, **{end: [0.5] for end in ends}}), ["data.path"], task
+  )
   assert text.startswith("% Compile with xelatex")
   assert "/a/正常" in text
 

@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 
 from fedjax_med.core.errors import UserError
-from fedjax_med.core.metrics import classification_metrics, confusion_matrix
 from fedjax_med.run.checkpoints import digest
+from fedjax_med.tasks.classification import classification_metrics, confusion_matrix
 from fedjax_med.trained import loading, predictions
 from tests.command import start
 from tests.learning import learning_config, write_test_images

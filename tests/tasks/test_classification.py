@@ -9,7 +9,7 @@ import sklearn.metrics as reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedjax_med.core.metrics import METRICS, classification_metrics, confusion_matrix
+from fedjax_med.tasks.classification import NAMES, classification_metrics, confusion_matrix
 
 
 def random_case(seed, n, num_classes, levels, dtype: type = np.float32):
@@ -106,7 +106,7 @@ def test_confusion_rows_are_truth_and_columns_prediction(num_classes):
 @pytest.mark.parametrize("num_classes", [2, 3])
 def test_an_empty_set_is_undefined_not_zero(num_classes):
   ours = classification_metrics(np.zeros((0, num_classes), np.float32), np.zeros(0, np.int32))
-  assert ours == {**dict.fromkeys(METRICS), "n": 0}
+  assert ours == {**dict.fromkeys(NAMES), "n": 0}
   assert confusion_matrix(np.zeros((0, 2)), np.zeros(0, np.int32)).sum() == 0
 
 
@@ -129,7 +129,7 @@ def test_undefined_values_are_none_and_raise_no_warning():
 def test_a_diverged_model_has_no_metrics():
   probabilities = np.array([[0.5, 0.5], [np.nan, np.nan]], np.float32)
   assert classification_metrics(probabilities, np.array([0, 1])) == {
-    **dict.fromkeys(METRICS),
+    **dict.fromkeys(NAMES),
     "n": 2,
   }
 

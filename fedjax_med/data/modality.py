@@ -1,0 +1,107 @@
+"""What an example is: how raw values are read, compared, varied and made into network inputs.
+
+A dataset names its modality. Code that meets examples calls the functions of that record, and
+knows nothing of pixels itself. jax is imported inside of functions: hospitals are read while a
+program that trains still imports it.
+"""
+
+import functools
+import pathlib
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from fedjax_med.core.config import DataConfig
+from fedjax_med.core.errors import require_choice
+from fedjax_med.data.duplicates import near_duplicate_groups, similar_pairs
+from fedjax_med.data.grey import Grey
+from fedjax_med.data.images import read_pixels
+
+if TYPE_CHECKING:
+  import jax
+
+DEFAULT = "pictures"
+
+
+class Variation(NamedTuple):
+  """Random changes of training examples, on the device.
+
+  Attributes:
+    draw: (key, leading shape, kind) -> changes in that shape; ``kind`` is client.augmentation.
+    apply: (raw examples, changes) -> raw examples.
+  """
+
+  draw: Callable[["jax.Array", tuple[int, ...], str], Any]
+  apply: Callable[[Any, Any], Any]
+
+
+class Modality(NamedTuple):
+  """A kind of example. Raw examples are arrays, or trees of arrays, with a leading axis.
+
+  Attributes:
+    name: its key in ``MODALITIES``, which config.json of a run names.
+    prepare: (raw examples, data.normalisation) -> float32 network inputs, on the device.
+    vary: changes that client.augmentation asks for; None where there are none.
+    copies: raw examples -> [N] int32 groups of examples that are copies of one another.
+    similar: raw examples -> [2, pairs] numbers of examples that are copies by themselves.
+    read: (path, least side, side or 0 for the file's own, scale, windowed) -> one raw example as
+      a run read its own, or a text that says why it cannot be read; see ``images.read_pixels``.
+    explain: whether Grad-CAM can be drawn over an example.
+  """
+
+  name: str
+  prepare: Callable[[Any, str], "jax.Array"]
+  vary: Variation | None
+  copies: Callable[[Any], np.ndarray]
+  similar: Callable[[Any], Iterator[np.ndarray]]
+  read: Callable[[pathlib.Path, int, int, Grey, bool], np.ndarray | str]
+  explain: bool
+
+
+def modality_named(name: str) -> Modality:
+  """The modality of that name; raises UserError where there is none."""
+  require_choice("modality", name, MODALITIES)
+  return MODALITIES[name]
+
+
+def modality_of(record: dict[str, Any]) -> Modality:
+  """The modality of a run by its config.json, which names none in folders of older versions."""
+  return modality_named(record.get("modality", DEFAULT))
+
+
+def preparation(modality: Modality, data: DataConfig) -> Callable[[Any], "jax.Array"]:
+  """Returns ``prepare(raw examples) -> network inputs`` as the configuration of a run says."""
+  return functools.partial(modality.prepare, how=data.normalisation)
+
+
+def _normalise(images: "jax.Array", how: str) -> "jax.Array":
+  from fedjax_med.data.normalisation import normalise
+
+  return normalise(images, how)
+
+
+def _draw_changes(key: "jax.Array", shape: tuple[int, ...], kind: str) -> Any:
+  from fedjax_med.data.augmentation import draw_changes
+
+  return draw_changes(key, shape, kind)
+
+
+def _change(images: "jax.Array", changes: Any) -> "jax.Array":
+  from fedjax_med.data.augmentation import change
+
+  return change(images, changes)
+
+
+PICTURES = Modality(
+  name="pictures",
+  prepare=_normalise,
+  vary=Variation(draw=_draw_changes, apply=_change),
+  copies=near_duplicate_groups,
+  similar=similar_pairs,
+  read=read_pixels,
+  explain=True,
+)
+MODALITIES: dict[str, Modality] = {
+  "pictures": PICTURES,
+}

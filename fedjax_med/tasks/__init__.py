@@ -1,0 +1,1 @@
+"""Kinds of prediction: what a target is, how a prediction is scored, where a score is shown."""

@@ -1,0 +1,153 @@
+"""The records of a task: what a network predicts, and the metrics and figures that show how well.
+
+A metric is one ``Metric`` in ``Task.shown`` and its value in ``Task.metrics``. The terminal, the
+figures, the reports, the tables of a sweep and ``fedjax_med.study`` list metrics by ``shown`` only.
+"""
+
+import enum
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+
+class Place(enum.Enum):
+  """Places with room for some of the metrics; reports of runs and tables of sweeps show all."""
+
+  LINE = "the progress line, bars of hospitals, and the comparison with models trained alone"
+  CURVES = "the figure of a run over its rounds"
+  TERMINAL = "the final table on the terminal, and the tiles of a report"
+  SWEEP = "the first table of a sweep's page"
+  PAPER = "the LaTeX table of a sweep, and its table on the terminal"
+  WORST = "the table of a sweep's page on the worst hospital"
+
+
+EVERYWHERE = frozenset(Place)
+
+
+class Metric(NamedTuple):
+  """One number about predictions.
+
+  Attributes:
+    name: its key in the files of a run.
+    label: its name for people, in lower case but for abbreviations.
+    better: higher or lower.
+    unit: behind the label on the axis of a figure; empty without one.
+    bounds: least and largest value that it can have.
+    of: all (examples); positive (the positive class of two, an average over three or more); or
+      classes (an average over three or more classes).
+    places: where it is shown besides the places that show all metrics.
+  """
+
+  name: str
+  label: str
+  better: str = "higher"
+  unit: str = ""
+  bounds: tuple[float, float] = (-math.inf, math.inf)
+  of: str = "all"
+  places: frozenset[Place] = EVERYWHERE
+
+  @property
+  def heading(self) -> str:
+    """The label with a capital letter in front."""
+    return self.label[:1].upper() + self.label[1:]
+
+  @property
+  def axis(self) -> str:
+    """The label with its unit."""
+    return f"{self.label} ({self.unit})" if self.unit else self.label
+
+  @property
+  def is_share(self) -> bool:
+    """Whether it lies between 0 and 1 and the higher is the better."""
+    return self.bounds == (0.0, 1.0) and self.better == "higher"
+
+  def worst(self, values: Sequence[float]) -> float | None:
+    """The worst of some values; None of none."""
+    return (max if self.better == "lower" else min)(values, default=None)
+
+
+class Labelled(Protocol):
+  """What a task reads of a ``data.dataset.Dataset``."""
+
+  @property
+  def labels(self) -> np.ndarray: ...
+  @property
+  def class_names(self) -> tuple[str, ...]: ...
+
+
+class Figure(NamedTuple):
+  """A figure of what ``Task.details`` leaves in summary.json.
+
+  Attributes:
+    name: of the file.
+    title: of the panel.
+    caption: (class names) -> sentence under it.
+    pooled_title: of the figure in the report of a sweep.
+    pooled_caption: the sentence in the report of a sweep, where ``pool`` has joined several runs.
+    size: (names as drawn, widest of them in inches) -> width and height in inches.
+    pool: details of several runs -> those of all of them together.
+    draw: (axis, details, names as drawn, crowded), where a crowded axis is one of many.
+  """
+
+  name: str
+  title: str
+  caption: Callable[[Sequence[str]], str]
+  pooled_title: str
+  pooled_caption: str
+  size: Callable[[Sequence[str], float], tuple[float, float]]
+  pool: Callable[[Sequence[dict[str, Any]]], dict[str, Any]]
+  draw: Callable[[Any, dict[str, Any], Sequence[str], bool], None]
+
+
+class Task(NamedTuple):
+  """A kind of prediction.
+
+  Attributes:
+    name: its key in ``registry.TASKS``, which config.json of a run names.
+    targets: dataset -> arrays with a leading axis of N examples.
+    metrics: (predictions, targets) -> values by name, None where undefined, and n.
+    details: (predictions, targets) -> what else summary.json holds of the predictions.
+    problem: (summary.json, class names) -> what is wrong with the details; empty if nothing is.
+    shown: the metrics, the headline first.
+    strata: dataset -> [N] int numbers, as many as class_names, of groups of like examples, which
+      the split keeps in proportion, the partition deals by, and hospitals.json counts.
+    figures: drawn from the details.
+    positive: (class names) -> name of the class that some metrics are of; empty without one.
+    about: (positive classes of the runs of a table) -> what must be said under its metrics.
+    explained: (class names) -> what the metrics of a report are, in sentences.
+  """
+
+  name: str
+  targets: Callable[[Labelled], Any]
+  metrics: Callable[[np.ndarray, Any], dict[str, Any]]
+  details: Callable[[np.ndarray, Any], dict[str, Any]]
+  problem: Callable[[dict[str, Any], Sequence[str]], str]
+  shown: tuple[Metric, ...]
+  strata: Callable[[Labelled], np.ndarray]
+  figures: tuple[Figure, ...]
+  positive: Callable[[Sequence[str]], str]
+  about: Callable[[Sequence[str]], str]
+  explained: Callable[[Sequence[str]], str]
+
+  @property
+  def headline(self) -> Metric:
+    """The metric by which runs are compared first."""
+    return self.shown[0]
+
+  def metrics_in(self, place: Place) -> tuple[Metric, ...]:
+    """The metrics that are shown in a place."""
+    return tuple(metric for metric in self.shown if place in metric.places)
+
+
+def qualified(metric: Metric, positive: str) -> str:
+  """What a heading adds to the name of a metric: of which class it is; empty if of all examples.
+
+  Args:
+    metric: of the heading.
+    positive: from ``Task.positive``.
+  """
+  if metric.of == "all" or (positive and metric.of == "classes"):
+    return ""
+  return f" (positive: {positive})" if positive else " (macro)"
