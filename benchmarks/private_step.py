@@ -100,7 +100,7 @@ def ours(arguments: argparse.Namespace, workload: specs.Workload) -> dict[str, L
 
 
 def peers(arguments: argparse.Namespace, workload: specs.Workload) -> dict[str, Any]:
-  """What the PyTorch side measured, or {'error': why not}."""
+  """The measurements of the PyTorch side, or {'error': reason}."""
   with tempfile.TemporaryDirectory() as folder:
     reference = os.path.join(folder, "reference.npz")
     write_reference(workload, reference)

@@ -29,10 +29,10 @@ LARGEST_SIDE = 1024  # of an overlay, pixels
 
 
 class Picture(NamedTuple):
-  """A file that was to be read.
+  """A picture file and its content.
 
   Attributes:
-    path: where it is.
+    path: of the file.
     name: relative to the folder that was asked for, as ``core.text.readable`` writes it.
     pixels: [H, W, C] uint8 or uint16 as the network sees it, None where it cannot be read.
     error: why not; empty where it can.
@@ -45,7 +45,7 @@ class Picture(NamedTuple):
 
 
 class Looked(NamedTuple):
-  """What a model makes of B images, on the host.
+  """Predictions and explanations of B images, on the host.
 
   Attributes:
     probabilities: [B, classes] float32.
@@ -59,7 +59,7 @@ class Looked(NamedTuple):
 
 
 class Counts(NamedTuple):
-  """How many files were predicted, and (name, error) of those that were not."""
+  """Number of files that were predicted, and (name, error) of those that were not."""
 
   read: int
   errors: list[tuple[str, str]]
@@ -72,7 +72,7 @@ def make_probabilities(trained: Trained) -> Callable[[np.ndarray], np.ndarray]:
 
 
 def choose_layer(trained: Trained, name: str = "") -> grad_cam.MapLayer:
-  """The layer that Grad-CAM is made at; see ``attention.choose_layer``."""
+  """The layer that Grad-CAM is made at; see ``grad_cam.choose_layer``."""
   image = jax.ShapeDtypeStruct((1, *trained.image_shape), jnp.float32)
   layers = grad_cam.find_layers(trained.model, trained.params, trained.state, image)
   return grad_cam.choose_layer(layers, name)
@@ -149,7 +149,7 @@ def read_pictures(trained: Trained, files: Sequence[File]) -> Iterator[Picture]:
 def _read(
   path: pathlib.Path, min_size: int, size: int, grey: Grey, window: bool
 ) -> np.ndarray | str:
-  """[H, W] pixels of a picture by the rule of a run, or why they cannot be had."""
+  """[H, W] pixels of a picture by the rule of a run, or the reason why it cannot be read."""
   values = read_values(path, min_size, size, exact=window)
   if isinstance(values, str):
     return values
@@ -184,7 +184,7 @@ def predict_files(
     images: a folder, which is searched with all below it, or a file.
     output: the table; its folder is made. With ``layer`` a folder beside it, of its name and
       '_maps', gets an overlay of each picture.
-    layer: where Grad-CAM of the predicted class is made; None makes none.
+    layer: layer of Grad-CAM for the predicted class; None makes none.
     tell: hears of progress.
 
   Raises:
@@ -223,11 +223,13 @@ def predict_files(
         errors.append((picture.name, picture.error))
         rows.append([picture.name, "", *[""] * len(names), *[""] * bool(layer), picture.error])
         continue
-      own, shown = probabilities[row], []
+      classes, shown = probabilities[row], []
       if looked:
         place = _write_overlay(trained, picture, looked.maps[row], beside)
         shown = [place.relative_to(output.parent).as_posix()]
-      rows.append([picture.name, names[int(own.argmax())], *[f"{p:.7g}" for p in own], *shown, ""])
+      rows.append(
+        [picture.name, names[int(classes.argmax())], *[f"{p:.7g}" for p in classes], *shown, ""]
+      )
     if len(files) > size:
       tell(f"{min(start + size, len(files))} of {len(files)} files")
 
