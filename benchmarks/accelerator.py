@@ -54,7 +54,7 @@ def check() -> dict[str, Any]:
 
     def one(params):
       with jax.default_matmul_precision("highest"):
-        rows = Rows(images, labels, mask)
+        rows = Rows(inputs=images, labels=labels, mask=mask)
         return clipped_sum(method, model, loss, params, state, rows, jnp.float32(0.5), None)[0]
 
     if clients == 1:

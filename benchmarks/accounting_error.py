@@ -1,4 +1,4 @@
-"""How far ε is from the exact value, and what composing distributions in floats loses of δ.
+"""Distance of ε from its exact value, and the loss of δ by composing distributions in floats.
 
 ``gaussian``: every unit in every step (q = 1), where ε is known exactly (Balle and Wang 2018,
 theorem 8): the least and the most that the library's distribution alone, and ``epsilon``, are above
@@ -67,15 +67,15 @@ def gaussian_lines(steps: int, mus: list[float]) -> list[dict[str, Any]]:
 def composition_error(pmf: Any, steps: int) -> float:
   """Largest error of δ(ε), over ε from 0, of the library's composition of one distribution."""
   one = pmf.to_dense_pmf()
-  first, found = library.self_convolve(one._probs, steps, 1e-15)
-  size = fft.next_fast_len(max(len(found), len(one._probs)))
+  first, sums = library.self_convolve(one._probs, steps, 1e-15)
+  size = fft.next_fast_len(max(len(sums), len(one._probs)))
   spectrum = fft.fft(one._probs.astype(np.longdouble), size)
   power = np.ones_like(spectrum)
   for bit in bin(steps)[2:]:
     power = power * power * (spectrum if bit == "1" else 1)
-  precise = np.roll(np.asarray(fft.ifft(power)).real, -first)[: len(found)]  # pyright: ignore[reportAttributeAccessIssue]
-  losses = (np.arange(len(found)) + one._lower_loss * steps + first) * one._discretization
-  errors = (found - precise).astype(float)[losses > 0][::-1]
+  precise = np.roll(np.asarray(fft.ifft(power)).real, -first)[: len(sums)]  # pyright: ignore[reportAttributeAccessIssue]
+  losses = (np.arange(len(sums)) + one._lower_loss * steps + first) * one._discretization
+  errors = (sums - precise).astype(float)[losses > 0][::-1]
   if not len(errors):
     return 0.0
   # Σ error (1 - e^(ε - loss)) over losses above ε, from the largest ε down.

@@ -1,4 +1,4 @@
-"""What every benchmark prints besides its numbers, and how it takes time."""
+"""Common parts of the benchmarks: arguments, envelope of a result, and timing."""
 
 import argparse
 import datetime

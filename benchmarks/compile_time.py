@@ -1,4 +1,4 @@
-"""How long a run takes to start: compiling the rounds, and process start to first finished round.
+"""Time that a run takes to start: compiling the rounds, and process start to first round.
 
 Every figure comes from processes of its own and a compilation cache in a temporary folder. Prints
 one JSON object on stdout and, without --json, nothing more than that; progress goes to stderr.
@@ -119,10 +119,10 @@ def measure(folder: pathlib.Path, repeats: int) -> dict[str, Any]:
     config = folder / f"{name}.py"
     config.write_text(CONFIG.format(**settings), encoding="utf-8")
     if name == "large":
-      found = [compile_once(config) for _ in range(repeats)]
-      note("cold_s", [one["compile_s"] for one in found])
+      runs = [compile_once(config) for _ in range(repeats)]
+      note("cold_s", [one["compile_s"] for one in runs])
       for part in ("build_s", "trace_s", "lower_s"):
-        note(part, [one[part] for one in found])
+        note(part, [one[part] for one in runs])
     caches = [folder / f"{name}_cache{number}" for number in range(repeats)]
     note(f"{prefix or 'large_'}start_cold_s", [first_round(config, cache) for cache in caches])
     note(f"{prefix}warm_s", [first_round(config, caches[0]) for _ in range(repeats)])

@@ -65,7 +65,9 @@ def main() -> None:
       for steps in options.steps:
         line = line_of(n, batch, epsilon, steps, options.bands)
         lines.append(line)
-        cells = [f"{each['independent_over_banded']:6.3f}" for each in line["by_bands"].values()]
+        cells = [
+          f"{banded['independent_over_banded']:6.3f}" for banded in line["by_bands"].values()
+        ]
         common.say(f"  {steps:5d} steps: {' '.join(cells)}   best {line['best_bands']}")
   result = common.envelope("correlated_noise") | {
     "num_units": n,

@@ -1,4 +1,4 @@
-"""What the arithmetic alone allows: images a second if all of it ran as fast as one large product.
+"""Upper bound from the arithmetic: images a second if all of it ran like one large product.
 
 The operations of one training image (XLA's count of the gradient with native convolutions) against
 the speed of a square float32 matrix product on all cores. No system that multiplies as often can be

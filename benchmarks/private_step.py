@@ -46,7 +46,7 @@ def step(method: str, model: Any, batch: int, *, noisy: bool = True) -> Callable
   def private(params, state, inputs, labels, key):
     mask = jnp.ones(batch, bool)
     with jax.default_matmul_precision("highest"):
-      rows = Rows(inputs, labels, mask)
+      rows = Rows(inputs=inputs, labels=labels, mask=mask)
       total, _ = clipped_sum(method, model, loss, params, state, rows, jnp.float32(1), None)
     if noisy:
       gradient = private_mean(total, key, specs.NOISE_MULTIPLIER, specs.CLIP_NORM, batch)
@@ -100,7 +100,7 @@ def ours(arguments: argparse.Namespace, workload: specs.Workload) -> dict[str, L
 
 
 def peers(arguments: argparse.Namespace, workload: specs.Workload) -> dict[str, Any]:
-  """What the PyTorch side measured, or {'error': why not}."""
+  """The measurements of the PyTorch side, or {'error': reason}."""
   with tempfile.TemporaryDirectory() as folder:
     reference = os.path.join(folder, "reference.npz")
     write_reference(workload, reference)

@@ -29,19 +29,19 @@ POOL = 512  # images; clients share them, so that memory shows the program and n
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-  """What is compiled: the federation, the network and how they are laid out.
+  """A block to compile: the federation, the network and their layout.
 
   Attributes:
     model: name in the registry.
     image_size: pixels a side.
     clients: K, all alike.
-    batch_size: of a local step; expected, where it is private.
-    examples: of a client, at least the batch; a private batch of all of them has no padding.
+    batch_size: examples of a local step; expected, if it is private.
+    examples: examples of a client, at least the batch; a private batch of them all has no padding.
     steps: local steps a round.
     private: DP-SGD instead of SGD.
     clipping: privacy.clipping.
     remat: execution.remat.
-    dtype: of activations.
+    dtype: dtype of activations.
     chunk: clients at once on a device; 0 leaves the layout to the plan.
     devices: execution.devices.
   """
@@ -108,17 +108,17 @@ def prepare(setting: Setting) -> Measured:
   )
   program = make_program(config, dataset, shapes, devices=devices)
   q = min(1.0, setting.batch_size / examples)
-  each = np.ones(clients, np.float32)
+  ones = np.ones(clients, np.float32)
   data = (
     Client(
       number=jnp.arange(clients),
       indices=jnp.asarray(random.integers(0, POOL, (clients, examples)), jnp.int32),
       num_examples=jnp.full((clients,), examples, jnp.int32),
-      weight=jnp.asarray(each / clients),
+      weight=jnp.asarray(ones / clients),
       num_steps=jnp.asarray(steps, jnp.int32),
-      sampling_probability=jnp.asarray(each * q),
-      expected_batch_size=jnp.asarray(each * q * examples),
-      noise_multiplier=jnp.asarray(each),
+      sampling_probability=jnp.asarray(ones * q),
+      expected_batch_size=jnp.asarray(ones * q * examples),
+      noise_multiplier=jnp.asarray(ones),
       batch_cap=jnp.asarray(counts, jnp.int32) if setting.private else None,
     ),
     Pool(jnp.asarray(inputs), jnp.asarray(labels)),

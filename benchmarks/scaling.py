@@ -1,4 +1,4 @@
-"""How cost and memory grow: clients from 1 to 1,024, rounds in a block, image size.
+"""Growth of cost and memory: clients from 1 to 1,024, rounds in a block, image size.
 
 Example: python -m benchmarks.scaling --json --out benchmarks/results/scaling-cpu.json
 """

@@ -19,7 +19,7 @@ class Workload:
     num_classes: logits.
     batch: images a local step, the expected number where batches are Poisson draws.
     steps: local steps a client takes in a round.
-    learning_rate: of the clients; the server takes the mean of the deltas as it is.
+    learning_rate: rate of the clients; the server takes the mean of the deltas as it is.
     private: whether there is a DP-SGD variant.
   """
 

@@ -167,16 +167,16 @@ def main() -> None:
   shop = Workshop(folder=folder, base=base, points=points, configs=configs)
   use_compilation_cache(str(folder / "cache"))
   times = {} if options.skip_processes else time_processes(shop, options.config, axes)
-  found, compilations = time_in_process(shop, options.repeats)
-  times |= found
+  alike, compilations = time_in_process(shop, options.repeats)
+  times |= alike
   ours = [metrics_of(table.folder_of(folder / "sweep0", k)) for k in range(len(points))]
   result = common.envelope("sweep") | {
     "config": options.config,
     "points": len(points),
     "programs": 1,
     "compilations_per_group": compilations,
-    "warm_over_sweep": round(common.ratio(found["warm"], found["sweep"]), 3),
-    "full_over_sweep": round(times["full"] / sorted(found["sweep"])[len(found["sweep"]) // 2], 3),
+    "warm_over_sweep": round(common.ratio(alike["warm"], alike["sweep"]), 3),
+    "full_over_sweep": round(times["full"] / sorted(alike["sweep"])[len(alike["sweep"]) // 2], 3),
     "largest_gap": largest_gap(ours, [metrics_of(folder / f"full{k}") for k in range(len(points))]),
   }
   if "processes" in times:

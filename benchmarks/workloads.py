@@ -253,7 +253,9 @@ def _reference(workload: specs.Workload) -> dict[str, Any]:
     def clipped(params, clip_norm):
       problems = uncovered(model, params, state, inputs, len(labels))
       how = (resolve_method("auto", problems)[0], model, loss, params, state)
-      return clipped_sum(*how, Rows(inputs, jnp.asarray(labels), mask), clip_norm, base_key(2))
+      return clipped_sum(
+        *how, Rows(inputs=inputs, labels=jnp.asarray(labels), mask=mask), clip_norm, base_key(2)
+      )
 
     clipped = jax.jit(clipped)
     norms = clipped(params, jnp.float64(1))[1].norm

@@ -1,1 +1,1 @@
-"""Attacks on what a run promises: bounds on ε from below, membership, checks of execution."""
+"""Attacks on the promises of a run: bounds on ε from below, membership, checks of execution."""

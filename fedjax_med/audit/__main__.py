@@ -61,7 +61,7 @@ def main(_: list[str]) -> None:
 
 
 def _audit(config: Config, folder: pathlib.Path | None) -> dict[str, Any]:
-  """Builds the run and attacks it; what was found is in ``folder`` too, if there is one."""
+  """Builds the run and attacks it; writes the result to ``folder`` too, if there is one."""
   from fedjax_med.audit import shadow_models, verdict
   from fedjax_med.folder import reading
   from fedjax_med.folder import secret as secrets
@@ -92,12 +92,12 @@ def _audit(config: Config, folder: pathlib.Path | None) -> dict[str, Any]:
 
 
 def _tell(text: str) -> None:
-  """Progress; not on stdout, which may be one JSON object."""
+  """Prints progress to stderr: stdout may be one JSON object."""
   print(text, file=sys.stderr, flush=True)
 
 
 def _keep(folder: pathlib.Path | None, result: dict[str, Any]) -> None:
-  """Writes audit.json, and tells the privacy statement and the report of it."""
+  """Writes audit.json, and renews the privacy statement and the report."""
   from fedjax_med.folder.writing import write_json
   from fedjax_med.report import run_page
   from fedjax_med.run import statement
@@ -110,28 +110,28 @@ def _keep(folder: pathlib.Path | None, result: dict[str, Any]) -> None:
 
 
 def _show(result: dict[str, Any]) -> None:
-  for each in result["audits"]:
-    failed = [check for check in each["checks"] if not check["passed"]]
-    if each["checks"]:
-      print(f"{len(each['checks']) - len(failed)} of {len(each['checks'])} checks hold")
+  for audit in result["audits"]:
+    failed = [check for check in audit["checks"] if not check["passed"]]
+    if audit["checks"]:
+      print(f"{len(audit['checks']) - len(failed)} of {len(audit['checks'])} checks hold")
     for check in failed:
       print(f"  FAILED: {check['name']} (p = {check['p_value']:.1e})")
     print(
-      f"Unit {each['unit']}: {each['epsilon_lower']:.3f} ≤ ε ≤ {each['epsilon']:.3f} with"
+      f"Unit {audit['unit']}: {audit['epsilon_lower']:.3f} ≤ ε ≤ {audit['epsilon']:.3f} with"
       f" {100 * result['confidence']:g}% confidence; without noise the audit would have shown"
-      f" {each['epsilon_lower_without_noise']:.3f}"
+      f" {audit['epsilon_lower_without_noise']:.3f}"
     )
-    if no_power(each):
-      print(no_power(each))
+    if no_power(audit):
+      print(no_power(audit))
   member = result["membership"]
   for name in ("loss", "likelihood_ratio") if member else ():
-    found, alarms = member[name], f"{100 * member['false_positive_rate']:g}%"
+    attack, alarms = member[name], f"{100 * member['false_positive_rate']:g}%"
     print(
-      f"Telling members by the {name.replace('_', ' ')}: {100 * found['tpr']:.2f}% found at"
+      f"Telling members by the {name.replace('_', ' ')}: {100 * attack['tpr']:.2f}% found at"
       f" {alarms} false alarms (chance: {alarms}), balanced accuracy"
-      f" {found['balanced_accuracy']:.3f} (chance: 0.5)"
+      f" {attack['balanced_accuracy']:.3f} (chance: 0.5)"
     )
-  powerless = [each["unit"] for each in result["audits"] if no_power(each)]
+  powerless = [audit["unit"] for audit in result["audits"] if no_power(audit)]
   if not result["passed"]:
     print("The audit REFUTES THE CLAIM.")
   elif powerless:

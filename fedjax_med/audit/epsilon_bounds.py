@@ -191,7 +191,7 @@ def threshold_epsilon(
     "give trials with and without the record",
   )
   cut = np.asarray(threshold)
-  found = _epsilon_of_rates(
+  bounds = _epsilon_of_rates(
     _count_from(inside, cut),
     len(inside),
     _count_from(outside, cut),
@@ -199,7 +199,7 @@ def threshold_epsilon(
     delta,
     (1 - confidence) / 2,
   )
-  return max(0.0, float(found))
+  return max(0.0, float(bounds))
 
 
 def _largest_refuted(m: int, r: int, v: int, delta: float, level: float) -> float:
@@ -251,7 +251,7 @@ def _epsilon_of_rates(
 
 
 def _count_from(scores: np.ndarray, thresholds: np.ndarray) -> np.ndarray:
-  """How many scores are at least each threshold."""
+  """Number of scores that are at least each threshold."""
   return len(scores) - np.searchsorted(np.sort(scores), thresholds, side="left")
 
 

@@ -26,7 +26,7 @@ from fedjax_med.audit.planted_records import (
 
 # Chance that one check refuses a correct program; its numbers follow from the seed.
 ALARM = 1e-6
-# Steps whose every number is looked at.
+# Steps of which every number is looked at.
 WATCHED = 32
 
 
@@ -35,8 +35,8 @@ class Check(NamedTuple):
 
   Attributes:
     name: the property.
-    p_value: chance of what was seen if the property holds; 0 or 1 for one that is certain.
-    passed: whether it is believed.
+    p_value: probability of the observation if the property holds; 0 or 1 if it is certain.
+    passed: whether the property is accepted.
   """
 
   name: str
@@ -49,8 +49,8 @@ class _Watched(NamedTuple):
 
   Attributes:
     steps: [steps] their numbers.
-    drawn: [steps, canaries] how often each present canary is in the noiseless sum.
-    rest: [steps] norm of what in the noiseless sum is no canary.
+    drawn: [steps, canaries] multiplicity of each present canary in the noiseless sum.
+    rest: [steps] norm of the noiseless sum without the canaries.
     noise: [steps, 2, N] noise of the two layers, freed of its correlation over steps.
     idle: [steps, 2, N] the same where no record can be drawn.
   """

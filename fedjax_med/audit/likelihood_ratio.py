@@ -32,11 +32,11 @@ def ratio(projection: jax.Array, probability: Any, sigma: Any) -> jax.Array:
 
 
 def attack_scores(run: Callable[[np.ndarray, np.ndarray], np.ndarray], number: int) -> Scores:
-  """Scores of a tenth of ``number`` trials with what is looked for and of ``number`` without it.
+  """Scores of ``number`` trials without the record or hospital, and of a tenth as many with it.
 
   Args:
     run: (numbers [T] of the trials, present [T]) -> scores [T, attacks].
-    number: of trials without it.
+    number: number of trials without the record or hospital.
   """
   # A tenth with it: how seldom it is missed matters less than how seldom it is imagined.
   inside = max(number // 10, 200)
@@ -60,7 +60,9 @@ def thresholds_of(epsilon: float, delta: float) -> dict[float, tuple[float, ...]
   """
   mu = gaussian_mu(epsilon, delta)
   return {
-    share: tuple(-((mu / share) ** 2) / 2 + each * mu / share if each else 0.0 for each in places)
+    share: tuple(
+      -((mu / share) ** 2) / 2 + place * mu / share if place else 0.0 for place in places
+    )
     for share, places in ATTACKS
   }
 
@@ -72,7 +74,7 @@ def best_threshold(
   level: float,
 ) -> float:
   """Largest bound over thresholds fixed beforehand, each with an equal share of ``level``."""
-  tests = sum(len(each) for each in thresholds.values())
+  tests = sum(len(values) for values in thresholds.values())
   bounds = [
     threshold_epsilon(inside, outside, threshold, delta, 1 - level / tests)
     for share, (inside, outside) in scores.items()

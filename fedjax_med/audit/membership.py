@@ -1,4 +1,4 @@
-"""Membership inference: confidences, likelihood-ratio scores, and how many members a score catches.
+"""Membership inference: confidences, likelihood-ratio scores, and the share of members found.
 
 Host-side NumPy and SciPy. Higher scores mean "was in the training data" throughout.
 """
@@ -78,9 +78,9 @@ def logit_confidence(
     require(bool(np.all(values >= 0)), "a probability is negative", "set log=True for logits")
     with np.errstate(divide="ignore"):
       values = np.log(values)
-  own = np.arange(classes) == wanted[..., None]
-  chosen = np.max(values, axis=-1, where=own, initial=-np.inf)
-  others = special.logsumexp(np.where(own, -np.inf, values), axis=-1)
+  labelled = np.arange(classes) == wanted[..., None]
+  chosen = np.max(values, axis=-1, where=labelled, initial=-np.inf)
+  others = special.logsumexp(np.where(labelled, -np.inf, values), axis=-1)
   with np.errstate(invalid="ignore"):
     result = np.asarray(chosen - others)
   require(
@@ -187,5 +187,5 @@ def _pooled_variance(fit: _Fit) -> float:
 def _deviation(fit: _Fit, pooled: float) -> np.ndarray:
   """[examples] standard deviations, from the example's own runs where there are enough."""
   # One example's runs may agree to the last bit; its ratio must stay finite.
-  own = np.maximum(fit.squares / np.maximum(fit.number - 1, 1), 1e-6 * pooled)
-  return np.sqrt(np.where(fit.number >= MIN_RUNS_FOR_OWN_VARIANCE, own, pooled))
+  variance = np.maximum(fit.squares / np.maximum(fit.number - 1, 1), 1e-6 * pooled)
+  return np.sqrt(np.where(fit.number >= MIN_RUNS_FOR_OWN_VARIANCE, variance, pooled))

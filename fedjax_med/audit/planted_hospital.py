@@ -22,7 +22,10 @@ from fedjax_med.simulation.rounds import init_state, make_round
 
 
 def _algorithm(clip_norm: float) -> FederatedAlgorithm:
-  """Client 0 sends four times the clip norm if the pool's label says so; nobody else anything."""
+  """An algorithm in which client 0 sends four times the clip norm if the pool's label is above 0.
+
+  All other clients send zeros.
+  """
 
   def client_update(server, client_state, client, pool, hyper, key):
     speaks = (client.number == 0) & (pool.labels[0] > 0)
@@ -58,11 +61,11 @@ def hospital_trials(
   The attacker sees the model after every round, and the clip norm of the round.
 
   Args:
-    mechanism: of a round: K hospitals; what the attacker knows.
-    hyper: what the run is executed with; a noise multiplier of 0 leaves the noise out.
+    mechanism: accounted mechanism of a round over K hospitals, which the attacker knows.
+    hyper: hyperparameters of the run; a noise multiplier of 0 leaves the noise out.
     rounds: rounds of a run.
     number: runs without the hospital; a tenth as many are run with it.
-    key: of the trials.
+    key: key of the trials.
   """
   num_clients, q = mechanism.num_units, mechanism.sampling_probability
   algorithm = _algorithm(mechanism.clip_norm)
@@ -88,9 +91,9 @@ def hospital_trials(
   expected = jnp.float32(mechanism.expected_batch_size)
   sigma = mechanism.noise_multiplier * jnp.asarray([share for share, _ in ATTACKS], jnp.float32)
 
-  def trial(given, each):
-    (hyper, own_key), (run, present) = given, each
-    key = jax.random.fold_in(own_key, run)
+  def trial(shared, numbered):
+    (hyper, trials_key), (run, present) = shared, numbered
+    key = jax.random.fold_in(trials_key, run)
     pool = Pool(jnp.zeros((1, 1, 1, 1), jnp.uint8), present.astype(jnp.int32)[None])
     state = init_state(algorithm, jnp.zeros(4), jnp.zeros(0), num_clients, mechanism.clip_norm)
 

@@ -1,4 +1,4 @@
-"""Planted records: their gradients are known, so what a step released tells who was drawn.
+"""Planted records: their gradients are known, so that a release shows which of them were drawn.
 
 The functions that train are run as they are, on the run's own arrays, hyperparameters and key. Only
 who holds which image is replaced, and the network, by one whose gradients are known
@@ -27,7 +27,7 @@ from fedjax_med.privacy.guarantees import Guarantee
 from fedjax_med.privacy.mechanism import PoissonGaussian
 from fedjax_med.simulation.mesh import map_over_devices
 
-# Of a hospital in one run at most: pixels of 32 x 32, some to spare.
+# Most planted records of a hospital in one run: fewer than the pixels of 32 x 32.
 MAX_CANARIES = 800
 
 
@@ -39,11 +39,11 @@ class AuditedRun(NamedTuple):
     steps: [K] steps of each hospital in the whole run.
     clients: the arrays that the run is executed with, stacked over K hospitals.
     hyper: the hyperparameters that it is executed with.
-    key: that its draws follow from.
-    clipping: method of clipping, as the run's plan has it.
+    key: base key of its draws.
+    clipping: its method of clipping.
     microbatch: units that it clips at once, 0 for all.
     rows_per_unit: rows of a unit that its steps look at.
-    seed: of the audit's own draws.
+    seed: seed of the audit's draws.
   """
 
   guarantee: Guarantee
@@ -74,7 +74,7 @@ class Claim(NamedTuple):
 
 
 def claim_of(audited: AuditedRun, k: int) -> Claim:
-  """What is claimed of hospital k."""
+  """The accounted mechanism of hospital k."""
   mechanism = audited.guarantee.mechanisms[k]
   return Claim(
     sampling_probability=jnp.float32(mechanism.sampling_probability),
@@ -85,14 +85,14 @@ def claim_of(audited: AuditedRun, k: int) -> Claim:
 
 
 class Setting(NamedTuple):
-  """The gradient under audit, and what it is called with.
+  """The gradient under audit, and its arguments.
 
   Attributes:
-    pixels: N of an image.
+    pixels: number of pixels of an image, N.
     gradient: the private gradient under audit.
     params: the network's weights, all 0.
-    hyper: of the run.
-    clip_norm: C as it is accounted for.
+    hyper: hyperparameters of the run.
+    clip_norm: accounted clip norm C.
   """
 
   pixels: int
@@ -126,13 +126,13 @@ def setting_for(audited: AuditedRun, pixels: int) -> Setting:
 
 def _client(audited: AuditedRun, k: int, canaries: int) -> Client:
   """Hospital k: its first records are the pool's ``canaries``, all others its last, blank row."""
-  own = jax.tree.map(lambda leaf: jnp.asarray(leaf[k]), audited.clients)
-  slots = jnp.arange(own.indices.shape[0], dtype=jnp.int32)
-  units = own.units
+  client = jax.tree.map(lambda leaf: jnp.asarray(leaf[k]), audited.clients)
+  slots = jnp.arange(client.indices.shape[0], dtype=jnp.int32)
+  units = client.units
   if units is not None:  # each of a single row
     number = jnp.arange(units.starts.shape[0], dtype=jnp.int32)
     units = units._replace(starts=number, sizes=jnp.ones_like(number))
-  return own._replace(indices=jnp.minimum(slots, canaries), units=units)
+  return client._replace(indices=jnp.minimum(slots, canaries), units=units)
 
 
 def _images(pixels: int, canaries: int) -> np.ndarray:
@@ -151,7 +151,7 @@ def _directions(images: np.ndarray) -> np.ndarray:
 
 
 def memory_of(setting: Setting, client: Client) -> Any:
-  """What the hospital's first step goes on from."""
+  """The memory of the mechanism before the first step; () without correlated noise."""
   if client.coefficients is None:
     return ()
   return empty_memory(layout_of(setting.params).size, client.coefficients.shape[-1])
@@ -166,12 +166,13 @@ def release(
   step: Any,
   memory: Any,
 ) -> tuple[jax.Array, jax.Array, Any]:
-  """What ``step``, counted over all rounds, released, in units of the clip norm on the sum.
+  """The release of a step, in units of the clip norm on the sum; ``step`` counts over all rounds.
 
   Returns:
-    [N] what tells records apart (its part along record j is 1 where j was drawn), [2, N] the two
-    layers' sums over classes, which hold noise alone, of standard deviation σ where steps' noise is
-    independent, and the memory of the next step.
+    signal: [N] the part that tells records apart; along record j it is 1 if j was drawn.
+    noise: [2, N] the sums over classes of the two layers. They hold noise alone, of standard
+      deviation σ if the noise of steps is independent.
+    memory: the memory of the next step.
   """
   round, place = step // client.num_steps, step % client.num_steps
   context = StepContext(
@@ -208,7 +209,7 @@ class AttackerState(NamedTuple):
   """State of an attack between two steps, along D directions.
 
   Attributes:
-    memory: of the mechanism.
+    memory: memory of the mechanism.
     past: [b - 1, D] releases, newest first.
     rows: [b, D] rows of C Y, newest last.
     scores: [D, attacks] log-likelihood ratios so far.
@@ -246,12 +247,12 @@ def _attack(
     seen = (strategy[:, None] * rows).sum(0)[:, None]
     begin = step - (bands - 1)
     whole = (begin >= 0) & (begin % bands == jnp.arange(count) % bands)
-    found = ratio(seen, claim.sampling_probability, sigmas[None])
+    ratios = ratio(seen, claim.sampling_probability, sigmas[None])
     return AttackerState(
       memory=memory,
       past=past,
       rows=rows,
-      scores=attacker.scores + jnp.where(whole[:, None], found, 0),
+      scores=attacker.scores + jnp.where(whole[:, None], ratios, 0),
     )
 
   start = AttackerState(
@@ -264,17 +265,17 @@ def _attack(
 
 
 def key_of(key: jax.Array, use: int, seed: int) -> jax.Array:
-  """The run's key, folded once more: what an audit says must follow from no draw of the run."""
+  """A key of the audit: the result must not depend on the draws of the run."""
   return jax.random.fold_in(jax.random.fold_in(key, 2**31 + use), seed)
 
 
 def num_canaries(mechanism: PoissonGaussian) -> int:
-  """How many records of a hospital are canaries in a run with many."""
+  """Number of a hospital's records that are canaries in a run with many."""
   return min(mechanism.num_units, MAX_CANARIES)
 
 
 def plant(audited: AuditedRun, k: int, bits: np.ndarray) -> tuple[Setting, Client, Pool, jax.Array]:
-  """Hospital k with canaries where ``bits`` say so.
+  """Hospital k with those canaries present whose bit is True.
 
   Returns:
     The setting, the hospital, its images, and [canaries, N] directions along which ``release``
@@ -303,9 +304,9 @@ def make_trials(audited: AuditedRun, devices: int) -> Callable:
   direction = jnp.asarray(_directions(images), jnp.float32)
   shares = jnp.asarray([share for share, _ in ATTACKS], jnp.float32)
 
-  def trial(hospital, each):
-    (client, claim, steps, own_key), (number, present) = hospital, each
-    key = jax.random.fold_in(own_key, number)
+  def trial(hospital, numbered):
+    (client, claim, steps, hospital_key), (number, present) = hospital, numbered
+    key = jax.random.fold_in(hospital_key, number)
     pool = Pool(jnp.asarray(images) * present.astype(jnp.uint8), jnp.zeros((2,), jnp.int32))
     return _attack(setting, claim, client, pool, key, direction, shares, steps)[0]
 

@@ -1,9 +1,10 @@
-"""Steps of the run's own network, images, arrays and key, replayed: less their noise they are sums.
+"""Replayed steps of a run: minus their noise they must be the accounted sums of clipped gradients.
 
-The program that trains is compiled for rounds at learning rate 1, with the plan of the run; so what
-a hospital released is what the global weights moved by. The noise is computed again from the key,
-and the sum of clipped gradients from the accounted mechanism, with one gradient a unit. Any other
-sampling, clipping, noise, denominator, key or order of clients leaves a difference.
+Network, images, arrays and key are those of the run. Its program is compiled for rounds at learning
+rate 1, in the same layout, so that the global weights move by the release of a hospital. The noise
+is computed a second time from the key, and the sum of clipped gradients from the accounted
+mechanism, with one gradient a unit. Any other sampling, clipping, noise, denominator, key or order
+of clients leaves a difference.
 """
 
 import dataclasses
@@ -30,7 +31,7 @@ from fedjax_med.privacy.noise import gaussian_noise_like, grain_of
 
 # Units whose gradients the reference holds at once.
 AT_ONCE = 8
-# Of the larger of the sum and the clip norm: what rounding of two orders of adding may differ by.
+# Largest difference between two orders of adding, over the larger of the sum and the clip norm.
 TOLERANCE = {"float32": 0.01, "bfloat16": 0.2}
 # (round, steps of it): the last step is looked at. A key without the round, or without the step,
 # shows in the second or the third.
@@ -38,7 +39,7 @@ REPLAYED = ((0, 1), (0, 2), (1, 1))
 
 
 def replay_checks(experiment: Experiment) -> list[Check]:
-  """Whether replayed steps of every hospital, less their noise, are the accounted clipped sums."""
+  """Checks that replayed steps of every hospital, minus their noise, are the accounted sums."""
   local = experiment.local
   assert local is not None
   block, initial = _block(experiment)

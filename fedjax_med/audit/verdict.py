@@ -32,15 +32,15 @@ from fedjax_med.run.budget import planned_rounds
 from fedjax_med.simulation.mesh import local_devices
 
 
-class Found(NamedTuple):
-  """What an attack on one hospital found.
+class PartyResult(NamedTuple):
+  """Result of the attacks on one hospital.
 
   Attributes:
     name: the hospital.
     epsilon: claimed at ``delta``.
     delta: δ.
     epsilon_lower: bound from below at the confidence of the audit.
-    attack: which attack it comes from.
+    attack: name of the attack that gave the bound.
     trials: runs without the planted record; a tenth as many have it.
     canaries: planted records of the run with many.
   """
@@ -57,9 +57,10 @@ class Found(NamedTuple):
 def audit_run(
   experiment: Experiment, max_trials: int, seed: int, tell: Callable[[str], None]
 ) -> dict[str, Any]:
-  """Audits a run that was built; what audit.json holds.
+  """Audits a run; returns the content of audit.json.
 
-  The numbers at the top are of the first guarantee: records or patients where they are protected.
+  The numbers at the top belong to the first guarantee: that of records or patients, if there is
+  one.
   """
   results = []
   if experiment.local:
@@ -83,17 +84,17 @@ def audit_units(
   audited: AuditedRun,
   max_trials: int,
   tell: Callable[[str], None] = lambda text: None,
-) -> tuple[list[Found], list[Check], float]:
+) -> tuple[list[PartyResult], list[Check], float]:
   """Attacks every hospital and checks the execution; all bounds hold together at CONFIDENCE.
 
   Args:
     audited: the run under audit.
     max_trials: runs without the planted record at a hospital, at most.
-    tell: hears of progress.
+    tell: is called with lines of progress.
 
   Returns:
-    What was found at each hospital, the checks, and the bound that the same attack gives at the
-    hospital of the largest ε if its noise is left out: how much the audit is able to find.
+    The result at each hospital, the checks, and the power of the audit: the bound that the same
+    attack gives at the hospital of the largest ε if its noise is left out.
   """
   checks = check_execution(audited)
   hospitals = len(audited.guarantee.names)
@@ -101,7 +102,7 @@ def audit_units(
   # Half of what may go wrong to each of the two kinds of attack.
   level = (1 - CONFIDENCE) / (2 * hospitals)
   trials = make_trials(audited, local_devices())
-  found = []
+  parties = []
   for k, epsilon in enumerate(claims):
     mechanism, delta = audited.guarantee.mechanisms[k], audited.guarantee.deltas[k]
     number = wanted_trials(epsilon, level, max_trials)
@@ -113,8 +114,8 @@ def audit_units(
     bounds["many records in one run"] = one_run.epsilon_lower
     attack = max(bounds, key=lambda name: bounds[name])
     name = audited.guarantee.names[k]
-    found.append(
-      Found(
+    parties.append(
+      PartyResult(
         name=name,
         epsilon=epsilon,
         delta=delta,
@@ -128,10 +129,10 @@ def audit_units(
       f"{name}: {bounds[attack]:.3f} ≤ ε ≤ {epsilon:.3f} (n {mechanism.num_units}, {number} trials)"
     )
   worst = int(np.argmax(claims))
-  silent = single_canaries(audited, trials, worst, found[worst].trials, noise=False)
+  silent = single_canaries(audited, trials, worst, parties[worst].trials, noise=False)
   delta = audited.guarantee.deltas[worst]
   power = best_threshold(silent, thresholds_of(claims[worst], delta), delta, level)
-  return found, checks, power
+  return parties, checks, power
 
 
 def _local(experiment: Experiment, max_trials: int, seed: int, tell: Callable) -> dict[str, Any]:
@@ -141,7 +142,7 @@ def _local(experiment: Experiment, max_trials: int, seed: int, tell: Callable) -
   clients, hyper = jax.device_get((experiment.clients, experiment.hyper))
   audited = AuditedRun(
     guarantee=local,
-    steps=tuple(int(each) * rounds for each in experiment.steps),
+    steps=tuple(int(steps) * rounds for steps in experiment.steps),
     clients=clients,
     hyper=hyper,
     key=_on_host(experiment.key),
@@ -150,10 +151,10 @@ def _local(experiment: Experiment, max_trials: int, seed: int, tell: Callable) -
     rows_per_unit=experiment.case.protection.rows_per_unit,
     seed=seed,
   )
-  found, checks, power = audit_units(audited, max_trials, tell)
+  parties, checks, power = audit_units(audited, max_trials, tell)
   tell("Replaying steps of every hospital ...")
   checks = [_arrays(experiment), *checks, *replay_checks(experiment)]
-  return _result(local.unit, found, checks, power)
+  return _result(local.unit, parties, checks, power)
 
 
 def _on_host(key: jax.Array) -> jax.Array:
@@ -166,9 +167,9 @@ def _arrays(experiment: Experiment) -> Check:
   """Whether the run's arrays are those of the accounted mechanisms."""
   case = experiment.case
   arrays = experiment.clients, experiment.hyper
-  found = differences(case.protection, case.numbers, case.rows, *arrays)
-  words = "; ".join(found[:4]) or "the arrays on the device are those that are accounted for"
-  return Check(name=words, p_value=float(not found), passed=not found)
+  wrong = differences(case.protection, case.numbers, case.rows, *arrays)
+  words = "; ".join(wrong[:4]) or "the arrays on the device are those that are accounted for"
+  return Check(name=words, p_value=float(not wrong), passed=not wrong)
 
 
 def _central(
@@ -193,8 +194,8 @@ def _central(
   )
   tell(f"a whole hospital: {lower:.3f} ≤ ε ≤ {epsilon:.3f} ({number} trials)")
   name = "likelihood ratio of one hospital"
-  found = [
-    Found(
+  parties = [
+    PartyResult(
       name=central.names[0],
       epsilon=epsilon,
       delta=delta,
@@ -204,17 +205,19 @@ def _central(
       canaries=0,
     )
   ]
-  return _result(central.unit, found, [_arrays(experiment)], power)
+  return _result(central.unit, parties, [_arrays(experiment)], power)
 
 
-def _result(unit: str, found: list[Found], checks: list[Check], power: float) -> dict[str, Any]:
+def _result(
+  unit: str, parties: list[PartyResult], checks: list[Check], power: float
+) -> dict[str, Any]:
   return {
     "unit": unit,
-    "epsilon": max(each.epsilon for each in found),
-    "epsilon_lower": max(each.epsilon_lower for each in found),
+    "epsilon": max(party.epsilon for party in parties),
+    "epsilon_lower": max(party.epsilon_lower for party in parties),
     "epsilon_lower_without_noise": power,
-    "passed": all(each.epsilon_lower <= each.epsilon for each in found)
+    "passed": all(party.epsilon_lower <= party.epsilon for party in parties)
     and all(check.passed for check in checks),
-    "parties": [each._asdict() for each in found],
+    "parties": [party._asdict() for party in parties],
     "checks": [check._asdict() for check in checks],
   }

@@ -18,11 +18,11 @@ from fedjax_med.data.patients import PatientCounts
 
 
 class Scanner(NamedTuple):
-  """How one hospital's pictures look; intensities are 0 to 1, lengths are shares of the image side.
+  """Look of one hospital's pictures; intensities are 0 to 1, lengths are shares of the image side.
 
   Attributes:
-    name: of the hospital.
-    share: of all patients.
+    name: name of the hospital.
+    share: share of all patients.
     prevalence: share of its patients with a tumour.
     csf, grey, white, skull: tissue intensities.
     core, rim, oedema: intensities of a tumour's middle, edge and surroundings.
@@ -140,7 +140,7 @@ def make_phantoms(num_examples: int, image_size: int, seed: int) -> Dataset:
 
 
 def _draw_anatomy(rng: np.random.Generator, n: int) -> dict[str, np.ndarray]:
-  """What the slices of a patient share: head, ventricles, tumour; one value (or row) a patient."""
+  """Draws head, ventricles and tumour of each patient: one value (or row) a patient."""
   angle, radius = rng.uniform(0, 2 * np.pi, n), 0.62 * np.sqrt(rng.uniform(0.05, 1, n))
   return {
     "width": rng.uniform(0.34, 0.40, n),

@@ -46,7 +46,9 @@ def layout_of(tree: Tree) -> Layout:
     if leaf.dtype != jnp.float32:
       raise ValueError(f"{jax.tree_util.keystr(path)} is {leaf.dtype}, not float32")
   names = tuple("/".join(str(getattr(key, "key", key)) for key in path) for path, _ in leaves)
-  return Layout(structure, tuple(tuple(leaf.shape) for _, leaf in leaves), names)
+  return Layout(
+    structure=structure, shapes=tuple(tuple(leaf.shape) for _, leaf in leaves), names=names
+  )
 
 
 class NetworkLayout(NamedTuple):

@@ -64,12 +64,12 @@ def marked(layer: Layer, inputs: jax.Array) -> jax.Array:
 
 
 class Findings(NamedTuple):
-  """What one look at the traced program found.
+  """Result of one pass over the traced program.
 
   Attributes:
     problems: phrases that say why taps would miss part of a gradient; empty if they see all of it.
     parameters: names of the parameters that go into marked layers.
-    looped: places where marked layers run in a loop, so that one call has several gradients.
+    looped: paths of marked layers that run in a loop, so that one call has several gradients.
   """
 
   problems: tuple[str, ...]
@@ -114,7 +114,7 @@ def examine(
 
 
 class _Walk:
-  """What one pass over the program collects: uses of each parameter, and problems in order."""
+  """One pass over a program, which collects the uses of each parameter, and problems in order."""
 
   def __init__(self, sizes: tuple[int, int]):
     self.sizes = sizes
@@ -295,9 +295,9 @@ def _called(eqn: Any) -> Any:
 
 
 def _scan_counts(eqn: Any) -> tuple[int, int]:
-  """How many arguments of a scan are the same in every turn, and how many after them it carries.
+  """Returns the number of arguments of a scan that stay the same, and of those that it carries.
 
-  Raises KeyError or ValueError where this version of jax tells neither in a way known here.
+  Raises KeyError or ValueError if this version of jax describes a scan in an unknown way.
   """
   if "num_consts" in eqn.params:
     return eqn.params["num_consts"], eqn.params["num_carry"]

@@ -1,4 +1,4 @@
-"""Where a network looks: Grad-CAM at one of its maps, and the gates of squeeze-and-excitation.
+"""Grad-CAM at one of a network's maps, and the gates of squeeze-and-excitation.
 
 All of it works on any ``Model``: layers are found by what they return, not by what they are called.
 """
@@ -20,7 +20,7 @@ class MapLayer(NamedTuple):
 
   Attributes:
     name: its path, such as 'stage2_block1' or 'encoder/norm3'.
-    calls: how often it is called for one image; its last call counts.
+    calls: number of its calls for one image; the last one counts.
     kind: name of its class.
     shape: (H', W', C') of what it returns.
   """
@@ -48,20 +48,20 @@ def find_layers(model: Model, params: Params, state: State, inputs: Any) -> list
 
   ``inputs`` [B, H, W, C] needs a shape and a dtype only; nothing is computed.
   """
-  found: dict[str, MapLayer] = {}
+  layers: dict[str, MapLayer] = {}
 
   def watch(call: Call) -> Any:
     name, out = "/".join(call.path), call.outputs
     if isinstance(out, jax.Array) and out.ndim == 4 and out.shape[0] == inputs.shape[0]:
       _, height, width, channels = out.shape
-      calls = found.pop(name).calls if name in found else 0
-      found[name] = MapLayer(
+      calls = layers.pop(name).calls if name in layers else 0
+      layers[name] = MapLayer(
         name=name, calls=calls + 1, kind=call.kind, shape=(height, width, channels)
       )
     return out
 
   jax.eval_shape(lambda *a: model.watched_apply(*a, watch), params, state, inputs)
-  return [layer for layer in found.values() if layer.name]  # '' is the network itself
+  return [layer for layer in layers.values() if layer.name]  # '' is the network itself
 
 
 def choose_layer(layers: list[MapLayer], name: str = "") -> MapLayer:
@@ -151,7 +151,7 @@ def gated(
   A block returns its input times a factor for each channel; the factor is read off as the least
   squares one, which is exact for a block that does just that.
   """
-  found: dict[str, Gated] = {}
+  blocks: dict[str, Gated] = {}
 
   def watch(call: Call) -> Any:
     x, y = call.inputs, call.outputs
@@ -159,8 +159,8 @@ def gated(
     if is_gate(like) and isinstance(y, jax.Array) and y.ndim == 4 and x.shape == y.shape:
       a, b = x.astype(jnp.float32), y.astype(jnp.float32)
       gates = (a * b).sum((1, 2)) / jnp.square(a).sum((1, 2))  # 0 / 0 is NaN
-      found[like.name] = Gated(gates, jnp.abs(b).mean(-1))
+      blocks[like.name] = Gated(gates, jnp.abs(b).mean(-1))
     return y
 
   model.watched_apply(params, state, inputs, watch)
-  return found
+  return blocks

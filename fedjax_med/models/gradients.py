@@ -30,15 +30,15 @@ Params = dict[str, jax.Array]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Factors:
-  """The gradient of a kernel, as what it is the product of.
+  """The gradient of a kernel as the factors of its product.
 
   Attributes:
-    inputs: [B, H, W, C_in] of the layer.
-    cotangent: [B, H', W', C_out] of its outputs.
+    inputs: [B, H, W, C_in] inputs of the layer.
+    cotangent: [B, H', W', C_out] cotangent of its outputs.
     units: U; B / U consecutive rows are one unit.
-    geometry: how the kernel slides.
-    shape: of the kernel.
-    lowering: of its products.
+    geometry: strides, padding and dilation of the kernel.
+    shape: shape of the kernel.
+    lowering: lowering of its products.
   """
 
   inputs: jax.Array
@@ -335,7 +335,7 @@ def _gram_sq_norms(rows: jax.Array, errors: jax.Array) -> jax.Array:  # [N, T, d
 
 
 def _flushed(ours: jax.Array, theirs: jax.Array, fan_in: int, fan_out: int) -> jax.Array:
-  """What products too small for the dtype, d or p of them in a sum, may lack; 0 if not worth it."""
+  """Bound on the loss of d or p products that are too small for the dtype; 0 if negligible."""
   tiny = float(jnp.finfo(ours.dtype).tiny)
   most = (tiny * fan_in) * theirs + (tiny * fan_out) * ours
   return jnp.where(most <= 1e-30, jnp.zeros_like(most), most)  # NaN stays

@@ -30,7 +30,7 @@ class Call(NamedTuple):
     path: names from the network's root to the module; () is the network itself.
     kind: name of the module's class.
     inputs: its first argument, None where it has none.
-    outputs: what it returned.
+    outputs: its result.
   """
 
   path: tuple[str, ...]
@@ -105,7 +105,7 @@ class _Network(NamedTuple):
 
   Attributes:
     module: the module.
-    lowering: of its convolutions.
+    lowering: lowering of its convolutions.
     takes_train: whether its ``__call__`` has an argument ``train``.
   """
 

@@ -37,7 +37,7 @@ class Geometry(NamedTuple):
 
   Attributes:
     window: rows and columns of the kernel.
-    strides: of the output positions.
+    strides: distance of the output positions.
     padding: (before, after) pixels of rows and of columns.
     dilation: distance of the kernel's entries.
     groups: groups of channels.
@@ -121,7 +121,7 @@ def patches(
   padding: Padding = NO_PADDING,
   dilation: Pair = (1, 1),
 ) -> jax.Array:  # [B, H', W', kh * kw * C]
-  """What the window covers at each output position (im2col), ordered like a kernel's axes."""
+  """The window's content at each output position (im2col), ordered like a kernel's axes."""
   views = shifted_views(inputs, window, strides, padding, dilation)
   return jnp.concatenate([view for _, _, view in views], axis=-1)
 
@@ -379,7 +379,7 @@ def _depthwise(geometry: Geometry, channels_in: int, channels_out: int) -> bool:
 
 
 def _merged_groups(groups: int, width: int) -> int:
-  """How many neighbouring groups of ``width`` input channels become one product."""
+  """Number of neighbouring groups of ``width`` input channels that become one product."""
   fitting = [m for m in range(1, groups + 1) if groups % m == 0 and m * width <= _MERGED_WIDTH]
   return max(fitting, default=1)
 

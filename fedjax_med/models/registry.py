@@ -139,7 +139,7 @@ def require_read(config: ModelConfig) -> None:
 
 
 def network_record(config: ModelConfig, num_classes: int) -> dict[str, str]:
-  """What a config leaves to other files of the network it names; config.json keeps it.
+  """Facts about the network that its config leaves to other files, for config.json.
 
   ``source_sha256`` is ``code_of`` the network; ``stem_pool_padding`` was read from the pretrained
   weights and is absent where there were none.

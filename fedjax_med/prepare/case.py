@@ -23,18 +23,20 @@ from fedjax_med.privacy.guarantees import Guarantee
 
 
 class Case(NamedTuple):
-  """What a run is before there is a program for it: the federation, or one of its baselines.
+  """Everything that defines one run, before anything is compiled.
+
+  It is the federation or one of its baselines.
 
   Attributes:
     config: the validated config, with what ``privacy.solve_for`` leaves open filled in.
-    hospitals: the data; its test table is what every run is measured on.
+    hospitals: the data. Every run is measured on their test table.
     names: names of the K training clients.
-    rows: who holds what, in the order of ``protection.units``.
-    numbers: [K] what names each client in random keys.
+    rows: rows of each client, in the order of ``protection.units``.
+    numbers: [K] numbers of the clients in random keys.
     protection: the mechanisms, and the local steps a round.
-    identity: its id, and what its random keys follow from; a checkpoint of another id is refused.
-    secret: of a private run, as secret.py says; b"" without privacy.
-    table: arrays that say who holds what, for the identity.
+    identity: the run's id and the words of its random keys; a checkpoint of another id is refused.
+    secret: the secret of a private run (folder/secret.py); b"" without privacy.
+    table: arrays of the rows of each client, for the identity.
   """
 
   config: Config
@@ -49,20 +51,22 @@ class Case(NamedTuple):
 
   @property
   def run_id(self) -> str:
-    """What names the run."""
+    """Fingerprint of the trajectory."""
     return self.identity.run_id
 
   @property
   def guarantees(self) -> tuple[Guarantee, ...]:
-    """What the run promises, the local guarantee first."""
+    """The guarantees of the run, the local one first."""
     return self.protection.guarantees
 
 
 def federation(config: Config, hospitals: Hospitals, secret: bytes | None = None) -> Case:
   """The case in which every hospital is a client.
 
-  ``secret`` is that of a private run; with None it draws one, and no other run has its noise.
-  UserError if patients are to be protected and a name does not say which patient it is of.
+  ``secret`` is the secret of a private run. None draws one, so that no other run has its noise.
+
+  Raises:
+    UserError: patients are to be protected and a file's name does not say its patient.
   """
   require_rules(config)
   counts, images = hospitals.dataset.patient_counts, hospitals.dataset.num_real
@@ -129,18 +133,18 @@ def _tables(rows: ClientTable, protection: Protection) -> list[np.ndarray]:
 
 
 def baselines(federation: Case) -> dict[str, Case]:
-  """What federation is measured against: alone-1, alone-2, ... and pooled.
+  """The baselines of a federation: alone-1, alone-2, ... and pooled.
 
-  Each hospital by itself, with the same steps and the same mechanism; and one model on everyone's
-  data in one place, with as many local steps a round as all together.
+  Alone, a hospital trains with the same steps and the same mechanism. Pooled, one model trains on
+  the data of all hospitals, with as many local steps a round as all of them together.
   """
   hospitals, config = federation.hospitals, with_plain_server(federation.config)
   names, numbers = hospitals.names, np.array([len(hospitals.names)])
-  found = {f"alone-{k + 1}": _alone(federation, config, k) for k in range(len(names))}
+  alone = {f"alone-{k + 1}": _alone(federation, config, k) for k in range(len(names))}
   rows = client_table([np.concatenate(client_rows(hospitals.train))])
   steps = federation.protection.steps.sum(keepdims=True)
   pooled = _case(config, hospitals, ("pooled",), rows, numbers, federation.secret, steps, "pooled")
-  return found | {"pooled": pooled}
+  return alone | {"pooled": pooled}
 
 
 def _alone(federation: Case, config: Config, k: int) -> Case:
@@ -170,9 +174,9 @@ def _alone(federation: Case, config: Config, k: int) -> Case:
 
 
 def with_plain_server(config: Config) -> Config:
-  """The config without a server optimiser and a server's noise, every client in every round.
+  """The config with a plain server: no optimiser, no noise, every client in every round.
 
-  A client by itself needs none of them.
+  A client by itself needs neither.
   """
   server = dataclasses.replace(
     config.server,

@@ -1,4 +1,4 @@
-"""How a run is laid out on this machine, with the reason for each choice."""
+"""The rules that lay a run out on this machine, with a reason for each choice."""
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -12,19 +12,19 @@ from fedjax_med.simulation.cohort import best_chunk, load
 
 
 class Plan(NamedTuple):
-  """Choices that change speed and memory, never results (but for rounding).
+  """The layout of a run: choices that change speed and memory, and results by rounding only.
 
   Attributes:
     layout: vmap, chunk or scan.
     chunk: clients trained at once on a device.
     devices: devices that clients are dealt over.
-    lowering: of convolutions: auto, matmul or native.
+    lowering: lowering of convolutions: auto, matmul or native.
     clipping: two_pass, book_keeping, reference or none.
     microbatch: examples of a client's batch in memory at once.
-    remat: whether the backward pass computes the network's blocks again.
-    dtype: of activations.
-    reasons: a sentence for each choice; no times and no sizes of this machine, for summaries of
-      equal runs are equal.
+    remat: whether the backward pass computes the network's blocks a second time.
+    dtype: dtype of activations.
+    reasons: a sentence for each choice. They hold no times and no sizes of this machine, so that
+      summaries of equal runs are equal.
   """
 
   layout: str
@@ -58,7 +58,7 @@ def choose_layout(
     layout: auto, vmap, chunk or scan.
     chunk_size: clients at once under layout=chunk.
     cohort: most clients that train in a round.
-    backend: of jax where it is not given.
+    backend: backend to lay out for; None is that of jax.
     devices: devices that share the clients.
     steps: local steps of each client, where they are known.
   """
@@ -82,13 +82,14 @@ def choose_layout(
 def describe_padding(
   steps: Sequence[int] | np.ndarray, chunk: int, devices: int, participation_rate: float = 1.0
 ) -> str:
-  """The arithmetic and the time that a round spends on waiting, as a sentence of the plan.
+  """A sentence on the arithmetic and the time that a round spends on waiting.
 
   Args:
     steps: [K] local steps a round.
     chunk: clients at once on a device.
     devices: devices that share the clients.
-    participation_rate: of a Poisson cohort, which is then drawn a hundred times; 1 for everyone.
+    participation_rate: rate of a Poisson cohort, which is then drawn a hundred times; 1 if everyone
+      takes part.
   """
   if chunk == devices == 1:
     return "padding none: one client at a time waits for nobody"
@@ -96,11 +97,11 @@ def describe_padding(
   draws = 1 if participation_rate == 1 else 100
   present = np.random.default_rng(0).random((draws, len(steps))) < participation_rate
   loads = [load(steps[row], chunk, devices) for row in present]
-  useful = max(1, sum(each.useful for each in loads))
-  padding = sum(each.executed for each in loads) / useful - 1
+  useful = max(1, sum(chunk_load.useful for chunk_load in loads))
+  padding = sum(chunk_load.executed for chunk_load in loads) / useful - 1
   text = f"padding {padding:.0%} of the useful arithmetic"
   if devices > 1:
-    time = devices * chunk * sum(each.longest for each in loads)
+    time = devices * chunk * sum(chunk_load.longest for chunk_load in loads)
     text += f", {time / useful - 1:.0%} with devices that wait for the last"
   return text + ": clients of like step count share a chunk"
 
@@ -111,7 +112,7 @@ def choose_lowering(lowering: str, cores: int, backend: str | None = None) -> tu
   Args:
     lowering: auto, matmul or native.
     cores: cores of a device that trains, if it is a CPU.
-    backend: of jax where it is not given.
+    backend: backend to lay out for; None is that of jax.
   """
   if lowering == "native":
     return "native", "native convolutions: as configured"
@@ -219,13 +220,13 @@ def choose_microbatch(
 
 
 class Choice(NamedTuple):
-  """What memory depends on.
+  """The sizes of a program that its memory depends on.
 
   Attributes:
     devices: devices that clients are dealt over.
     chunk: clients at once on a device.
-    microbatch: examples in memory at once of each of them.
-    remat: whether the backward pass computes blocks again.
+    microbatch: examples of each client in memory at once.
+    remat: whether the backward pass computes blocks a second time.
     clipping: two_pass, book_keeping, reference or none.
   """
 
@@ -237,7 +238,7 @@ class Choice(NamedTuple):
 
 
 class Freedom(NamedTuple):
-  """Which of them were not configured, and so may be changed to save memory."""
+  """Whether each size of a choice may be changed to save memory, since it was not configured."""
 
   devices: bool
   chunk: bool
@@ -246,7 +247,7 @@ class Freedom(NamedTuple):
 
 
 def lighter(choice: Choice, free: Freedom) -> Choice | None:
-  """The next choice that needs less memory, cheapest sacrifice first; None if nothing is left."""
+  """The next choice that needs less memory, cheapest sacrifice first; None if there is none."""
   if free.chunk and choice.chunk > 1:
     return choice._replace(chunk=choice.chunk // 2)
   if free.devices and choice.devices > 1:
@@ -266,15 +267,17 @@ def fit_memory(
   measure: Callable[[Choice], float | None],
   settled: Callable[[Choice], Choice],
 ) -> Choice:
-  """The first choice, from ``choice`` on, that fits the budget; compiles none that surely does.
+  """Finds the first choice, from ``choice`` on, that fits the budget.
+
+  A choice is compiled only if its estimate leaves it open whether it fits.
 
   Args:
     choice: the preferred one.
-    free: what may be changed.
+    free: sizes that may be changed.
     budget: bytes of a device.
     estimate: bytes from shapes alone, rather too many; under half the budget it decides.
     measure: bytes of the compiled program, None where the backend does not say.
-    settled: the choice with what follows from the rest of it, before it is compiled.
+    settled: adds to a choice the method of clipping that follows from its sizes.
 
   Raises:
     UserError: nothing is left to change.

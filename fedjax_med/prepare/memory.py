@@ -126,7 +126,7 @@ def _values(program: Any) -> int:
 def rough_bytes(
   choice: Choice, model: Footprint, num_clients: int, data: int, client_state: int = 0
 ) -> float:
-  """Upper estimate from shapes of what a device needs in a round, bytes.
+  """Upper estimate from shapes of the memory of one device in a round, bytes.
 
   Args:
     choice: the layout.
@@ -213,7 +213,7 @@ def tree_bytes(tree: Any) -> int:
 
 
 def block_memory(block: jax.stages.Wrapped, arguments: BlockArguments) -> dict[str, int] | None:
-  """Bytes the compiled block needs on a device, by purpose; None if the backend does not say."""
+  """Bytes of the compiled block on a device, by purpose; None if the backend does not say."""
   try:
     analysis = block.lower(*arguments).compile().memory_analysis()
   except jax.errors.JaxRuntimeError as error:  # an accelerator's compiler tries things out

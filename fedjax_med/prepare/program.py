@@ -1,4 +1,4 @@
-"""The compiled program of a run, made from its recipe and its layout; it knows shapes, not data."""
+"""The compiled program of a run, made from its recipe and its layout; it holds no data."""
 
 import functools
 from collections.abc import Callable
@@ -43,7 +43,7 @@ from fedjax_med.simulation.rounds import SimulationState, jit_block
 
 
 class Parts(NamedTuple):
-  """Functions of one run on a single device, not jitted: programs of many runs are made of them.
+  """Functions of one run on a single device, not jitted. A sweep makes its program of them.
 
   Attributes:
     initial: (seed, pretrained params, pretrained state) -> SimulationState before round 0.
@@ -65,7 +65,7 @@ class Parts(NamedTuple):
 
 
 class Program(NamedTuple):
-  """The compiled side of a run.
+  """The compiled functions of a run, and facts about them.
 
   Attributes:
     plan: layout of the program on this machine.

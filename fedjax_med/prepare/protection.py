@@ -1,4 +1,4 @@
-"""From a config and the sizes of the hospitals to the mechanisms that protect them."""
+"""The privacy mechanisms of a run, made from its config and the sizes of the hospitals."""
 
 import dataclasses
 from collections.abc import Callable
@@ -19,13 +19,13 @@ from fedjax_med.privacy.calibration import (
 from fedjax_med.privacy.guarantees import SEVERAL_IMAGES, Guarantee
 from fedjax_med.privacy.mechanism import PoissonGaussian, batch_size_bound, smallest_cap
 
-# Rows of a patient in a step where nothing is asked for: a stack of slices is mostly one picture.
-# The same for all data: a number that followed the largest patient would tell of that patient.
+# Rows of a patient in a step, if privacy.rows_per_unit is 0: slices of a stack are much alike. The
+# number is the same for all data: one that followed the largest patient would reveal its size.
 ROWS_PER_UNIT = 8
 
 
 class Protection(NamedTuple):
-  """What protects a run.
+  """The privacy mechanisms of a run, and the sizes that they fix.
 
   Attributes:
     config: the config, with what ``privacy.solve_for`` leaves open filled in.
@@ -45,8 +45,8 @@ class Protection(NamedTuple):
 
   @property
   def guarantees(self) -> tuple[Guarantee, ...]:
-    """What is promised, the local guarantee first."""
-    return tuple(each for each in (self.local, self.central) if each is not None)
+    """The guarantees of the run, the local one first."""
+    return tuple(guarantee for guarantee in (self.local, self.central) if guarantee is not None)
 
 
 def local_steps(config: Config, counts: np.ndarray) -> np.ndarray:
@@ -80,10 +80,10 @@ def protect(
   Args:
     config: validated config.
     names: K clients.
-    rows: who holds what.
+    rows: rows of each client.
     groups: [N] patient or near-duplicate group of each example.
     steps: [K] local steps a round, None as configured.
-    place: who trains, as ``Guarantee`` has it.
+    place: federation, or the name of a baseline (see ``Guarantee``).
 
   Raises:
     UserError: a rule that needs the sizes is broken, or a target cannot be reached.
@@ -122,9 +122,10 @@ def require_a_round(protection: Protection) -> None:
   for guarantee, section, values, steps in budgets:
     if not (guarantee and values.noise_multiplier and values.target_epsilon):
       continue
-    for name, mechanism, delta, each in zip(*guarantee[1:4], steps, strict=True):
+    parties = zip(guarantee.names, guarantee.mechanisms, guarantee.deltas, steps, strict=True)
+    for name, mechanism, delta, count in parties:
       require(
-        affordable_steps(mechanism, delta, values.target_epsilon) >= each,
+        affordable_steps(mechanism, delta, values.target_epsilon) >= count,
         f"{section}.target_epsilon={values.target_epsilon:g} does not allow '{name}' one round at"
         f" {section}.noise_multiplier={mechanism.noise_multiplier:g}",
         "raise either of them, or take fewer local steps a round",
@@ -180,8 +181,8 @@ def _solve_rounds(config: Config, counts: np.ndarray) -> Config:
   steps, target = local_steps(config, counts), config.privacy.target_epsilon
   mechanisms, deltas = _mechanisms(config, counts, steps)
   rounds = min(
-    affordable_steps(mechanism, delta, target) // int(each)
-    for mechanism, delta, each in zip(mechanisms, deltas, steps, strict=True)
+    affordable_steps(mechanism, delta, target) // int(count)
+    for mechanism, delta, count in zip(mechanisms, deltas, steps, strict=True)
   )
   require(
     rounds >= 1,
@@ -208,8 +209,8 @@ def _solve_batch_size(config: Config, counts: np.ndarray) -> Config:
     steps = local_steps(candidate, counts)
     rows = zip(*_mechanisms(candidate, counts, steps), steps, strict=True)
     return all(
-      epsilon(mechanism, int(each) * config.server.num_rounds, delta) <= target
-      for mechanism, delta, each in rows
+      epsilon(mechanism, int(count) * config.server.num_rounds, delta) <= target
+      for mechanism, delta, count in rows
     )
 
   require(

@@ -1,7 +1,7 @@
-"""The recipe of a run: what it computes, made from a config and shapes; how it is laid out is open.
+"""The recipe of a run: its computation, made from a config and shapes, without a layout.
 
-A function here takes the recipe and a ``Choice`` of the layout, and returns what the compiled
-program is made of. Results depend on the recipe alone, but for rounding.
+The functions take the recipe and a ``Choice`` of the layout, and return parts of the compiled
+program. Results depend on the recipe alone; the layout changes them by rounding only.
 """
 
 import functools
@@ -42,7 +42,7 @@ from fedjax_med.simulation.rounds import SimulationState, init_state, make_block
 
 
 class Shapes(NamedTuple):
-  """Sizes that a program is made for; a run may be smaller, but for ``shared_steps``.
+  """Largest sizes of the runs that share a program; ``shared_steps`` is exact.
 
   Attributes:
     steps: [K] local steps a round.
@@ -180,7 +180,7 @@ def make_gradient(recipe: Recipe, choice: Choice) -> Gradient:
 
 
 def make_training(recipe: Recipe, choice: Choice, shared_steps: int | None) -> LocalTraining:
-  """The local steps of a client in a round, as many for everyone or each client's own (None)."""
+  """The local steps of a client in a round: ``shared_steps``, or the client's number if None."""
   client = recipe.config.client
   return local_training(
     make_gradient(recipe, choice),

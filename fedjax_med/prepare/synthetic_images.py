@@ -1,4 +1,4 @@
-"""Synthetic training images of a run: how many of which class, made once and kept in its workdir.
+"""Synthetic training images of a run: their number and classes; made once, stored in the workdir.
 
 They are examples at the end of the dataset and of their hospital's training row. First
 ``reserve_synthetic`` adds them without their pixels. From that follow the run's id, its layout and
@@ -32,7 +32,7 @@ MIN_IMAGES = 2  # of a class that a hospital's GAN learns: of one image it could
 
 
 def reserve_synthetic(config: Config, hospitals: Hospitals) -> Hospitals:
-  """The hospitals with their synthetic images to come, still black; as they are without any.
+  """Adds the synthetic images of the hospitals, all black as yet; none without client.synthetic.
 
   A hospital gets ``client.synthetic_share`` images for each training image of the classes that it
   has ``MIN_IMAGES`` of, in the proportions of these classes, each to less than one image.
@@ -46,7 +46,7 @@ def reserve_synthetic(config: Config, hospitals: Hospitals) -> Hospitals:
   learned = np.where(_held(hospitals) >= MIN_IMAGES, _held(hospitals), 0)
   counts = [largest_remainder(share * row, round(share * int(row.sum()))) for row in learned]
   labels = [np.repeat(np.arange(len(row), dtype=np.int32), row) for row in counts]
-  sizes = [len(each) for each in labels]
+  sizes = [len(row_labels) for row_labels in labels]
   require(
     sum(sizes) > 0,
     f"client.synthetic_share={share:g} makes not one synthetic image at any hospital",
@@ -73,7 +73,7 @@ def reserve_synthetic(config: Config, hospitals: Hospitals) -> Hospitals:
 
 
 def left_out(hospitals: Hospitals) -> list[tuple[str, str]]:
-  """(hospital, class) of each class that is there, and in too few images to learn from."""
+  """(hospital, class) of each class of which a hospital has too few images to learn from."""
   return [
     (hospitals.names[k], hospitals.dataset.class_names[label])
     for k, label in np.argwhere((_held(hospitals) > 0) & (_held(hospitals) < MIN_IMAGES))
@@ -89,18 +89,20 @@ def digest(hospitals: Hospitals) -> str:
 def completed(
   config: Config, hospitals: Hospitals, folder: pathlib.Path, tell: Callable[[str], Any]
 ) -> Hospitals:
-  """The hospitals of ``reserve_synthetic`` with their images, of ``folder`` or made and kept there.
+  """The hospitals of ``reserve_synthetic`` with their images, read from ``folder`` or made.
 
-  A file that is damaged, or was made from other data or settings, is made again.
+  Images that were made are stored in the folder. A file that is damaged, or comes from other data
+  or settings, is replaced.
 
   Args:
     config: validated config.
     hospitals: from ``reserve_synthetic``.
     folder: the workdir, claimed by this run.
-    tell: called with what takes time.
+    tell: is called with a line before anything that takes time.
 
   Raises:
-    UserError: images were lost that differ from those made again, which would go on another run.
+    UserError: images of an earlier start were lost, and those that were made now differ from them,
+      so that another run would go on.
   """
   dataset = hospitals.dataset
   if not dataset.num_synthetic:
@@ -108,7 +110,7 @@ def completed(
   source, known = _source(config, hospitals), _known_digest(folder / "hospitals.json")
   like = dataset.inputs[dataset.num_real :]
   images = _read(folder / FILE, source, like)
-  if images is not None and known in (None, digest(found := _with_images(hospitals, images))):
+  if images is not None and known in (None, digest(finished := _with_images(hospitals, images))):
     tell(f"Synthetic images: {dataset.num_synthetic}, as an earlier start has made them")
   else:
     tell(
@@ -116,17 +118,17 @@ def completed(
       f" {config.client.gan_steps} steps, to make {dataset.num_synthetic} images ..."
     )
     images = make_images(config, hospitals)
-    found = _with_images(hospitals, images)
+    finished = _with_images(hospitals, images)
     require(
-      known in (None, digest(found)),
+      known in (None, digest(finished)),
       f"{folder / FILE} is lost or damaged, and images made again differ from those that the run"
       " began with (another machine, or other package versions)",
       f"restore {FILE}, or use another --workdir",
     )
     if is_first():
       files.write_whole(folder / FILE, lambda place: _write(place, images, source))
-  require_same_run(digest(found)[:12])
-  return found
+  require_same_run(digest(finished)[:12])
+  return finished
 
 
 def make_images(config: Config, hospitals: Hospitals) -> np.ndarray:
@@ -152,8 +154,9 @@ def make_images(config: Config, hospitals: Hospitals) -> np.ndarray:
   )
   real = slice(dataset.num_real)
   steps = config.client.gan_steps
-  found = synthesise(dataset.inputs[real], dataset.labels[real], config.seed, steps, learners)
-  images, finite = found
+  images, finite = synthesise(
+    dataset.inputs[real], dataset.labels[real], config.seed, steps, learners
+  )
   sizes = hospitals.train.counts - hospitals.real_counts
   finite = finite | (sizes == 0)  # a hospital that gets no image has a GAN of nothing
   require(
@@ -163,11 +166,11 @@ def make_images(config: Config, hospitals: Hospitals) -> np.ndarray:
     "lower it, or use client.synthetic=none",
   )
   images = images.reshape(len(sizes), -1, *dataset.inputs.shape[1:])
-  return np.concatenate([own[:size] for own, size in zip(images, sizes, strict=True)])
+  return np.concatenate([row[:size] for row, size in zip(images, sizes, strict=True)])
 
 
 def image_keeper(limit: int = 2**30) -> Callable[[Config, Hospitals], Hospitals]:
-  """``completed`` without a folder, for many runs: the last ``limit`` bytes of images are kept.
+  """Builds ``completed`` without a folder, for many runs: it stores the last ``limit`` bytes.
 
   Runs that share the object ``hospitals``, seed and steps have the same images, made once.
   """
@@ -188,7 +191,7 @@ def image_keeper(limit: int = 2**30) -> Callable[[Config, Hospitals], Hospitals]
 
 
 def image_key(config: Config, hospitals: Hospitals) -> tuple[Any, ...]:
-  """What the images of a run follow from, in this process."""
+  """A key of the images of a run, within this process: runs of one key have the same images."""
   if not hospitals.dataset.num_synthetic:
     return (id(hospitals.dataset),)
   return id(hospitals), config.seed, config.client.gan_steps
@@ -211,8 +214,8 @@ def _learners(hospitals: Hospitals, held: np.ndarray) -> Learner:
     blocks.append(labels[made])
   table, number = client_table(rows), -(-max(map(len, blocks)) // BATCH)
   places = np.zeros((len(rows), number * BATCH), np.int32)
-  for k, own in enumerate(blocks):
-    places[k, : len(own)] = own
+  for k, classes in enumerate(blocks):
+    places[k, : len(classes)] = classes
   places = places.reshape(len(rows), number, BATCH)
   return Learner(
     number=np.arange(len(rows), dtype=np.int32),
@@ -229,7 +232,7 @@ def _with_images(hospitals: Hospitals, images: np.ndarray) -> Hospitals:
 
 
 def _source(config: Config, hospitals: Hospitals) -> str:
-  """Fingerprint of all that the images follow from."""
+  """Fingerprint of the data and settings that the images follow from."""
   dataset, sha = hospitals.dataset, hashlib.sha256()
   real = dataset.inputs[: dataset.num_real], dataset.labels
   for array in (*real, hospitals.train.indices, hospitals.train.counts):
@@ -247,16 +250,16 @@ def _read(path: pathlib.Path, source: str, like: np.ndarray) -> np.ndarray | Non
   """The images of a file of that source, shape and dtype; None without one, or if it is damaged."""
   try:
     # A file of our own: np.load leaves that of a damaged archive open.
-    with path.open("rb") as file, np.load(file, allow_pickle=False) as found:
-      images, own = found["images"], str(found["source"])
+    with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
+      images, stored = archive["images"], str(archive["source"])
   except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
     return None
-  right = own == source and (images.shape, images.dtype) == (like.shape, like.dtype)
+  right = stored == source and (images.shape, images.dtype) == (like.shape, like.dtype)
   return images if right else None
 
 
 def _known_digest(path: pathlib.Path) -> str | None:
-  """What hospitals.json of an earlier start says of the images."""
+  """The digest of the images in hospitals.json of an earlier start; None without one."""
   try:
     return json.loads(path.read_text(encoding="utf-8"))["synthetic"]["sha256"]
   except (OSError, ValueError, KeyError, TypeError):

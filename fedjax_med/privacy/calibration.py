@@ -1,4 +1,4 @@
-"""The mechanism of each hospital, and what ε ≤ target leaves free in it: σ, or the steps."""
+"""The mechanism of each hospital: the noise, or the number of steps, that a target ε allows."""
 
 import dataclasses
 import functools
@@ -148,7 +148,7 @@ def calibrate_noise(
 
 @functools.lru_cache(maxsize=4096)
 def affordable_steps(mechanism: PoissonGaussian, delta: float, budget: float) -> int:
-  """Largest number of steps with PLD ε ≤ ``budget``, 0 to 10 million: stop before, not after.
+  """Largest number of steps with PLD ε ≤ ``budget``, from 0 to 10 million.
 
   Raises:
     UserError: the budget is not above 0, or δ is refused.
@@ -205,18 +205,18 @@ def _largest_within(
     x = min(max(x, low), high)
     if slack == 0:
       x = float(min(max(round(x - 0.5), inside + 1), outside - 1))
-    found = value(x)
-    if found <= target:
+    reached = value(x)
+    if reached <= target:
       inside = x
     else:
       outside = x
-    if inside >= high or (inside == x and slack > 0 and found >= (1 - slack) * target):
+    if inside >= high or (inside == x and slack > 0 and reached >= (1 - slack) * target):
       return inside
     if outside <= low:
       return None
     if slack == 0 and outside - inside == 1:
       return inside
-    point = (math.log(x), math.log(min(max(found, 1e-12), 1e12)))
+    point = (math.log(x), math.log(min(max(reached, 1e-12), 1e12)))
     if last is not None and last[0] != point[0]:
       slope = min(max((point[1] - last[1]) / (point[0] - last[0]), slope / 2), slope * 2)
     last = point

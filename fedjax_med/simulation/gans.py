@@ -117,7 +117,7 @@ def make_synthesis(
     num_classes: classes in all, of which a hospital may hold some.
     devices: devices of this process that learners are dealt over.
     at_once: learners that a device works on side by side.
-    lowering: of the convolutions.
+    lowering: lowering of the convolutions.
   """
   setup = _Setup(
     gan=make_gan(height, width, num_classes, lowering),

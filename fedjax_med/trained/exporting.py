@@ -40,14 +40,14 @@ def export_program(trained: Trained) -> bytes:
 
 
 def describe(trained: Trained, privacy: dict[str, Any]) -> dict[str, Any]:
-  """What a user of the exported model has to know."""
+  """Facts that a user of the exported model needs."""
   guarantees = [
     {
-      "unit": each["unit"],
-      "epsilon": each["epsilon_max"],
-      "delta": max((party["delta"] for party in each["parties"]), default=None),
+      "unit": guarantee["unit"],
+      "epsilon": guarantee["epsilon_max"],
+      "delta": max((party["delta"] for party in guarantee["parties"]), default=None),
     }
-    for each in privacy.get("guarantees", [])
+    for guarantee in privacy.get("guarantees", [])
   ]
   data, grey = trained.config.data, trained.grey
   top = np.iinfo(grey.dtype).max

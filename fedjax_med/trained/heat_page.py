@@ -28,7 +28,7 @@ from fedjax_med.trained.loading import Trained
 from fedjax_med.trained.pointing_game import score
 from fedjax_med.trained.predictions import Looked, choose_layer, files_in, make_look, read_pictures
 
-MAX_HOSPITALS = 20  # that get a row
+MAX_HOSPITALS = 20  # rows of the page
 MAX_POINTED = 512  # images of the pointing game
 # Zhang et al. allow 15 pixels on the photographs of PASCAL VOC, most of them 500 wide.
 TOLERANCE = 15 / 500
@@ -38,7 +38,7 @@ class Group(NamedTuple):
   """Images that stand in one row of the page.
 
   Attributes:
-    name: of the hospital, or what else they are.
+    name: name of the hospital, or a description.
     pixels: [n, H, W, C] uint8 or uint16.
     true: name of each one's class, empty where it is not known.
   """
@@ -61,17 +61,17 @@ def explain(
 ) -> pathlib.Path:
   """Writes WORKDIR/explain: index.html, its pictures and explain.json; returns the page.
 
-  What an earlier start has left there stays until all of it can be replaced.
+  Files of an earlier start stay until all of them can be replaced.
 
   Args:
     trained: the model.
     images: a folder of pictures, or None for the test images of the run's own data.
-    num_images: of each hospital, or of the folder.
+    num_images: images of each hospital, or of the folder.
     target: 'predicted', or the class that every image is explained for.
-    layer_name: where Grad-CAM is made; empty chooses (``attention.choose_layer``).
-    data_path: where the data of the run lie now; empty if they have not moved.
+    layer_name: layer of Grad-CAM; empty chooses one (``grad_cam.choose_layer``).
+    data_path: folder of the run's data; empty if they have not moved.
     show_patients: show pictures of patients although the run is private.
-    tell: hears of pictures that cannot be read.
+    tell: is called for pictures that cannot be read.
 
   Raises:
     UserError: the network has no map, the data are not those of the run, pictures of patients
@@ -87,10 +87,10 @@ def explain(
   layer = choose_layer(trained, layer_name)
   hospitals = None if images else _load_data(trained, data_path)
   if images:
-    groups = [_given(trained, images, num_images, tell)]
+    groups = [_folder_group(trained, images, num_images, tell)]
   else:
     assert hospitals is not None
-    groups = _of_hospitals(hospitals, num_images, trained.hospital)
+    groups = _hospital_groups(hospitals, num_images, trained.hospital)
   look = make_look(trained, layer)
   pixels = np.concatenate([group.pixels for group in groups])
   size = min(trained.config.eval.batch_size, len(pixels))
@@ -217,12 +217,12 @@ def _draw(
   """Draws a picture for each group and one of the gates; returns their files and captions.
 
   Args:
-    folder: gets the pictures.
+    folder: folder of the pictures.
     trained: the model.
     groups: images.
-    looked: at those of each group.
-    block: whose gated map is shown, if any.
-    titles: what stands in a picture for the name of a group.
+    looked: predictions and explanations of each group.
+    block: block whose gated map is shown; empty for none.
+    titles: title of each group in a picture, by its name.
   """
   figures = []
   shown = {
@@ -232,8 +232,11 @@ def _draw(
   for index, (group, made) in enumerate(zip(groups, looked, strict=True), 1):
     name = f"group-{index}.png"
     seen = [_seen(trained, group, made, row, block) for row in range(len(group.pixels))]
-    caption = f"{group.name}: {'; '.join(_caption(each) for each in seen)}."
-    seen = [each._replace(predicted=shown[each.predicted], true=shown[each.true]) for each in seen]
+    caption = f"{group.name}: {'; '.join(map(_caption, seen))}."
+    seen = [
+      example._replace(predicted=shown[example.predicted], true=shown[example.true])
+      for example in seen
+    ]
     heat_pictures.draw_grid(folder / name, titles[group.name], seen, block)
     figures.append({"file": name, "caption": caption})
   gates = list(looked[0].gated)
@@ -252,7 +255,7 @@ def _draw(
 
 
 def _load_data(trained: Trained, data_path: str) -> Hospitals:
-  """The run's hospitals; UserError if the data cannot be read or are not those it had."""
+  """The run's hospitals; UserError if the data cannot be read or are not those of the run."""
   config = trained.config
   if data_path:
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, path=data_path))
@@ -274,7 +277,7 @@ def _load_data(trained: Trained, data_path: str) -> Hospitals:
 
 
 def _equal(now: dict[str, Any], held: dict[str, Any]) -> bool:
-  """Whether two hospitals.json are of the same data; what an older one lacks is passed over."""
+  """Whether two hospitals.json describe the same data; missing old fields are ignored."""
   split = {key: value for key, value in now["split"].items() if key in held["split"]}
   return (
     all(now[key] == held[key] for key in ("class_names", "hospitals"))
@@ -283,25 +286,25 @@ def _equal(now: dict[str, Any], held: dict[str, Any]) -> bool:
   )
 
 
-def _given(
+def _folder_group(
   trained: Trained, images: pathlib.Path, num_images: int, tell: Callable[[str], None]
 ) -> Group:
   """The first readable pictures of a folder."""
-  found = []
+  pixels = []
   for picture in read_pictures(trained, files_in(images)):
     if picture.pixels is None:
       tell(f"{picture.name}: {picture.error}")
     else:
-      found.append(picture.pixels)
-    if len(found) == num_images:
+      pixels.append(picture.pixels)
+    if len(pixels) == num_images:
       break
-  require(bool(found), f"--images={images} holds no readable picture", "mend or replace the files")
+  require(bool(pixels), f"--images={images} holds no readable picture", "mend or replace the files")
   return Group(
-    name=f"Pictures of {readable(images.name)}", pixels=np.stack(found), true=("",) * len(found)
+    name=f"Pictures of {readable(images.name)}", pixels=np.stack(pixels), true=("",) * len(pixels)
   )
 
 
-def _of_hospitals(hospitals: Hospitals, num_images: int, only: str) -> list[Group]:
+def _hospital_groups(hospitals: Hospitals, num_images: int, only: str) -> list[Group]:
   """Test images of every hospital that has any, its classes by turns, in the order of the test.
 
   With ``only`` those of that hospital.

@@ -1,4 +1,4 @@
-"""Pictures of where a network looks: heat over an image, hospitals as grids, gates as a chart."""
+"""Pictures of Grad-CAM: heat over an image, hospitals as grids, gates as a chart."""
 
 import pathlib
 from collections.abc import Sequence
@@ -17,14 +17,14 @@ LEAST_SIDE = 256  # of an overlay file, pixels: a 32-pixel image is a stamp
 
 
 class Seen(NamedTuple):
-  """An image and what the network made of it.
+  """An image with its prediction and its heat map.
 
   Attributes:
     pixels: [H, W] uint8 or uint16.
     heat: [H', W'] Grad-CAM.
     gated: [H', W'] activation behind a squeeze-and-excitation block, None without one.
     predicted: name of the most probable class.
-    probability: of that class.
+    probability: probability of that class.
     true: name of the true class, empty where it is not known.
   """
 
@@ -72,8 +72,9 @@ def draw_grid(path: pathlib.Path, title: str, seen: Sequence[Seen], block: str) 
   """
   rows = ["image", "Grad-CAM", *([f"gated map\n{block}"] if seen[0].gated is not None else [])]
   captions = [
-    f"{each.predicted} {each.probability:.2f}" + (f"\ntrue: {each.true}" if each.true else "")
-    for each in seen
+    f"{example.predicted} {example.probability:.2f}"
+    + (f"\ntrue: {example.true}" if example.true else "")
+    for example in seen
   ]
   width = 1.0 + max(1.2, inches(captions, 8.5)) * len(seen)
   size = max(width, 3 + 0.075 * len(title)), 0.75 + 1.2 * len(rows)
@@ -85,15 +86,15 @@ def draw_grid(path: pathlib.Path, title: str, seen: Sequence[Seen], block: str) 
       axis.spines[:].set_visible(False)
     for row, label in enumerate(rows):
       grid[row][0].set_ylabel(label, rotation=0, ha="right", va="center", fontsize=8.5)
-    for column, each in enumerate(seen):
-      pictures = [to_eight_bits(each.pixels), overlay(each.pixels, each.heat)]
-      if each.gated is not None:
-        pictures.append(overlay(each.pixels, each.gated))
+    for column, example in enumerate(seen):
+      pictures = [to_eight_bits(example.pixels), overlay(example.pixels, example.heat)]
+      if example.gated is not None:
+        pictures.append(overlay(example.pixels, example.gated))
       for axis, picture in zip(grid[:, column], pictures, strict=True):
         axis.imshow(np.asarray(picture), cmap="gray", vmin=0, vmax=255)
-      if not each.heat.max() > 0:
+      if not example.heat.max() > 0:
         grid[1][column].set_xlabel("0 everywhere", fontsize=8, color=QUIET)
-      wrong = each.true not in ("", each.predicted)
+      wrong = example.true not in ("", example.predicted)
       colour = "#B03A00" if wrong else "#222222"
       weight = "bold" if wrong else "normal"  # not by colour alone
       grid[0][column].set_title(
@@ -110,7 +111,7 @@ def draw_gates(
   pooled = [
     np.concatenate([gates[block] for _, gates in groups]).ravel() for block in range(len(names))
   ]
-  low, middle, high = np.array([np.nanquantile(each, [0.1, 0.5, 0.9]) for each in pooled]).T
+  low, middle, high = np.array([np.nanquantile(values, [0.1, 0.5, 0.9]) for values in pooled]).T
   places = np.arange(len(names))
   with new_figure(path, (WIDTH, 3.4), "Gates of the squeeze-and-excitation blocks") as figure:
     axis = figure.subplots()
@@ -120,7 +121,7 @@ def draw_gates(
     )  # fmt: skip
     if len(groups) > 1:
       for number, (name, gates) in enumerate(groups[: len(CLASS_COLOURS)]):
-        means = [float(np.nanmean(each)) for each in gates]
+        means = [float(np.nanmean(values)) for values in gates]
         axis.plot(places, means, color=CLASS_COLOURS[number], marker=".", label=f"mean, {name}")
     axis.set(ylabel="gate", ylim=(0, 1))
     axis.set_xticks(places, names, rotation=0 if len(names) < 7 else 60, fontsize=8.5)

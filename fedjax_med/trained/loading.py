@@ -37,16 +37,16 @@ class Trained(NamedTuple):
   Attributes:
     folder: the workdir.
     run_id: fingerprint of the run.
-    config: of the run.
+    config: config of the run.
     class_names: in the order of the model's outputs.
-    rounds: that the weights were trained for.
+    rounds: rounds that the weights were trained for.
     model: the network.
-    params: weights that the run is measured by: the average over rounds where it keeps one.
+    params: weights that the run is measured by: its average over rounds, if it has one.
     state: stored statistics, {} for most networks.
-    grey: how the run made pixels of grey values.
-    modality: of the run's examples.
-    stem_pool_padding: of the network's stem, empty where it has no such choice.
-    hospital: whose model it is; empty for the global one.
+    grey: rule by which the run made pixels of grey values.
+    modality: kind of the run's examples.
+    stem_pool_padding: padding of the pool of the network's stem; empty if it has no such choice.
+    hospital: hospital of the model; empty for the global one.
   """
 
   folder: pathlib.Path
@@ -64,13 +64,13 @@ class Trained(NamedTuple):
 
   @property
   def described(self) -> str:
-    """Where the model is from, for people."""
+    """Origin of the model, for people."""
     whose = f", the model of {self.hospital}" if self.hospital else ""
     return f"run {self.run_id} after round {self.rounds}{whose}"
 
   @property
   def image_shape(self) -> tuple[int, int, int]:
-    """(H, W, C) of what the network sees."""
+    """(H, W, C) of the network's images."""
     return self.config.data.image_size, self.config.data.image_size, CHANNELS
 
   @property
@@ -90,7 +90,7 @@ def load(
     network: Python file that registers a network of the user's own; empty without one.
     hospital: name of the hospital whose model is meant, where the algorithm leaves each one of its
       own; empty for the global model.
-    lowering: how convolutions run; None as the run would choose it here.
+    lowering: lowering of convolutions; None chooses as the run would here.
 
   Raises:
     UserError: the folder holds no run or no weights, another version of this package or another
@@ -114,23 +114,23 @@ def load(
   size = config.data.image_size
   image = jnp.zeros((1, size, size, CHANNELS), jnp.float32)
   layout = network_layout(*jax.eval_shape(model.init, base_key(0), image))
-  algorithm = _whose(folder, run, hospital, layout)
+  algorithm = _personal_algorithm(folder, run, hospital, layout)
   like = tuple(
     jax.ShapeDtypeStruct((part.size,), jnp.float32) for part in (layout.params, layout.state)
   )
   like_client = jax.eval_shape(algorithm.init_client, *like) if algorithm else None
   client = run.hospitals.index(hospital) if hospital else 0
-  found = restore_model(folder, run.run_id, like, like_client, client)
-  if found is None:
+  restored = restore_model(folder, run.run_id, like, like_client, client)
+  if restored is None:
     raise UserError(
       f"{folder} holds no checkpoint, because the run ended before its first log point or is a"
       " point of a sweep, which keeps no weights; train it by itself with the command in its"
       " config.json"
     )
-  _require_counted(folder, run, found)
-  params, state = found.params, found.state
+  _require_counted(folder, run, restored)
+  params, state = restored.params, restored.state
   if algorithm and algorithm.personal:
-    params, state = algorithm.personal(params, state, found.client_state)
+    params, state = algorithm.personal(params, state, restored.client_state)
   params, state = layout.trees(params, state)
   padding = getattr(module, "stem_pool_padding", "")
   return Trained(
@@ -138,7 +138,7 @@ def load(
     run_id=run.run_id,
     config=config,
     class_names=run.class_names,
-    rounds=found.rounds,
+    rounds=restored.rounds,
     model=model,
     params=params,
     state=state,
@@ -149,7 +149,7 @@ def load(
   )
 
 
-def _require_counted(folder: pathlib.Path, run: "_Run", found: Restored) -> None:
+def _require_counted(folder: pathlib.Path, run: "_Run", restored: Restored) -> None:
   """Raises UserError unless the ledger of a private run counts the rounds of its weights."""
   levels = run.config.privacy, run.config.client_privacy
   if all(level.mechanism == "none" for level in levels):
@@ -160,20 +160,20 @@ def _require_counted(folder: pathlib.Path, run: "_Run", found: Restored) -> None
     f"{folder / ledger.FILE} is the ledger of run {book.run_id}, config.json is of {run.run_id}",
     "give a folder that holds the files of one run",
   )
-  ledger.require_covers(book, folder, found.head, found.rounds)
+  ledger.require_covers(book, folder, restored.head, restored.rounds)
 
 
 class _Run(NamedTuple):
-  """What the files of a run say of it.
+  """Facts from the files of a run.
 
   Attributes:
-    config: of the run.
+    config: config of the run.
     class_names: in the order of the model's outputs.
-    hospitals: their names.
+    hospitals: names of the hospitals.
     run_id: fingerprint of the run.
-    network: what the registry wrote down of the network.
-    grey: how the run made pixels of grey values.
-    modality: of its examples.
+    network: the registry's record of the network.
+    grey: rule by which the run made pixels of grey values.
+    modality: kind of its examples.
   """
 
   config: Config
@@ -225,12 +225,13 @@ def _read_run(folder: pathlib.Path) -> _Run:
   return run
 
 
-def _whose(
+def _personal_algorithm(
   folder: pathlib.Path, run: _Run, hospital: str, layout: NetworkLayout
 ) -> FederatedAlgorithm | None:
   """The algorithm if a hospital's own model is meant, None for the global one.
 
-  UserError where there is no such model.
+  Raises:
+    UserError: there is no such model.
   """
   name = run.config.server.algorithm
   if not hospital:
@@ -255,7 +256,8 @@ def _whose(
 def _algorithm(config: Config, layout: NetworkLayout) -> FederatedAlgorithm:
   """The run's algorithm, to tell its models apart: it cannot train.
 
-  UserError if this version has none of that name.
+  Raises:
+    UserError: this version has no algorithm of that name.
   """
   nothing: Any = None
   bands = config.privacy.bands if config.privacy.mechanism != "none" else 1

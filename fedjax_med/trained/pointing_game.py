@@ -1,4 +1,4 @@
-"""The pointing game: whether the hottest place of a map lies on what the image is about."""
+"""The pointing game: whether the hottest point of a map lies on the tumour."""
 
 import numpy as np
 
@@ -40,7 +40,7 @@ def score(maps: np.ndarray, masks: np.ndarray, tolerance: int) -> tuple[float, f
     masks: [N, H, W] bool.
     tolerance: pixels of a mask.
   """
-  large = np.stack([enlarge(each, masks.shape[1:]) for each in maps])
+  large = np.stack([enlarge(heat, masks.shape[1:]) for heat in maps])
   others = [
     hits(large, np.roll(masks, shift, 0), tolerance)
     for shift in range(1, min(OTHERS + 1, len(maps)))

@@ -29,10 +29,10 @@ LARGEST_SIDE = 1024  # of an overlay, pixels
 
 
 class Picture(NamedTuple):
-  """A file that was to be read.
+  """A picture file and its content.
 
   Attributes:
-    path: where it is.
+    path: of the file.
     name: relative to the folder that was asked for, as ``core.text.readable`` writes it.
     pixels: [H, W, C] uint8 or uint16 as the network sees it, None where it cannot be read.
     error: why not; empty where it can.
@@ -45,7 +45,7 @@ class Picture(NamedTuple):
 
 
 class Looked(NamedTuple):
-  """What a model makes of B images, on the host.
+  """Predictions and explanations of B images, on the host.
 
   Attributes:
     probabilities: [B, classes] float32.
@@ -59,7 +59,7 @@ class Looked(NamedTuple):
 
 
 class Counts(NamedTuple):
-  """How many files were predicted, and (name, error) of those that were not."""
+  """Number of files that were predicted, and (name, error) of those that were not."""
 
   read: int
   errors: list[tuple[str, str]]
@@ -177,7 +177,7 @@ def predict_files(
     images: a folder, which is searched with all below it, or a file.
     output: the table; its folder is made. With ``layer`` a folder beside it, of its name and
       '_maps', gets an overlay of each picture.
-    layer: where Grad-CAM of the predicted class is made; None makes none.
+    layer: layer of Grad-CAM for the predicted class; None makes none.
     tell: hears of progress.
 
   Raises:
@@ -216,11 +216,13 @@ def predict_files(
         errors.append((picture.name, picture.error))
         rows.append([picture.name, "", *[""] * len(names), *[""] * bool(layer), picture.error])
         continue
-      own, shown = probabilities[row], []
+      classes, shown = probabilities[row], []
       if looked:
         place = _write_overlay(trained, picture, looked.maps[row], beside)
         shown = [place.relative_to(output.parent).as_posix()]
-      rows.append([picture.name, names[int(own.argmax())], *[f"{p:.7g}" for p in own], *shown, ""])
+      rows.append(
+        [picture.name, names[int(classes.argmax())], *[f"{p:.7g}" for p in classes], *shown, ""]
+      )
     if len(files) > size:
       tell(f"{min(start + size, len(files))} of {len(files)} files")
 

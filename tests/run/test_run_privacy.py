@@ -145,7 +145,7 @@ def test_an_audit_is_of_the_rounds_that_the_budget_allows(monkeypatch):
 
   def seen(subject, *_):
     subjects.append(subject)
-    return [verdict.Found("hospital 1", 4.0, 1e-3, 0.0, "none", 1, 0)], [], 0.0
+    return [verdict.PartyResult("hospital 1", 4.0, 1e-3, 0.0, "none", 1, 0)], [], 0.0
 
   monkeypatch.setattr(verdict, "audit_units", seen)
   verdict.audit_run(experiment, 1000, 0, lambda _: None)

@@ -1,4 +1,4 @@
-"""What several networks share: sizes by width, halvings, convolution blocks, gates, pools, head."""
+"""Parts of several networks: sizes by width, halvings, convolution blocks, gates, pools, head."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -41,7 +41,7 @@ class Style(NamedTuple):
   Attributes:
     norm: group, batch or frozen_batch.
     train: whether the network is called in training.
-    dtype: of activations.
+    dtype: dtype of activations.
     act: nonlinearity after the norm; None has none.
     use_bias: whether convolutions have a bias.
   """
@@ -84,7 +84,7 @@ class SqueezeExcite(nn.Module):
 
   Attributes:
     squeezed: size of the layer between means and gates (Hu et al. 2018).
-    dtype: of activations.
+    dtype: dtype of activations.
     act: nonlinearity of that layer.
   """
 

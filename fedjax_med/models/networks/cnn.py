@@ -15,11 +15,11 @@ class CNN(nn.Module):
   """3x3 convolutions, each with norm, relu and 2x2 max pool, then mean over space and a head.
 
   Attributes:
-    num_classes: logits.
+    num_classes: number of logits.
     features: channels of each convolution; images need at least 2**len(features) pixels a side.
     norm: group, batch or frozen_batch.
     dropout: rate before the head.
-    dtype: of activations; parameters are float32.
+    dtype: dtype of activations; parameters are float32.
   """
 
   num_classes: int
@@ -45,10 +45,10 @@ class MLP(nn.Module):
   """Flattened inputs of any rank, hidden layers with relu, and a head; without hidden ones linear.
 
   Attributes:
-    num_classes: logits.
+    num_classes: number of logits.
     hidden: sizes of the hidden layers.
     dropout: rate before the head.
-    dtype: of activations; parameters are float32.
+    dtype: dtype of activations; parameters are float32.
   """
 
   num_classes: int

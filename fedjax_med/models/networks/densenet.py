@@ -62,13 +62,13 @@ class DenseNet(nn.Module):
   """Stages of dense layers; between them channels and resolution are halved.
 
   Attributes:
-    num_classes: logits.
+    num_classes: number of logits.
     stage_layers: dense layers of each stage.
     growth: channels that each of them adds.
     stem_features: channels of the stem's 7x7 convolution of stride 2, which a max pool follows.
     norm: group, batch or frozen_batch.
     dropout: rate before the head.
-    dtype: of activations; parameters are float32.
+    dtype: dtype of activations; parameters are float32.
     remat: whether the backward pass computes each dense layer again (Pleiss et al. 2017).
   """
 

@@ -62,14 +62,14 @@ def _shift(side: int, shift: int) -> int:
 
 
 def _regions(side: int, shift: int) -> np.ndarray:  # [side rounded up to windows]
-  """What each position of a padded and shifted axis is: 0, 1 (came round the end), 2 padding."""
+  """Kind of each position of a padded and shifted axis: 0, 1 (came round the end), 2 (padding)."""
   positions = -(-side // WINDOW) * WINDOW
   moved = np.arange(positions) + _shift(side, shift)
   return np.where(moved % positions >= side, 2, moved // positions)
 
 
 def attention_mask(height: int, width: int, shift: int) -> np.ndarray:  # [windows, T, T] bool
-  """Which pairs of a window see each other: neighbours in the image, or padding both."""
+  """Pairs of a window that see each other: neighbours in the image, or padding both."""
   rows, columns = _regions(height, shift), _regions(width, shift)
   regions = (3 * rows[:, None] + columns[None]).reshape(
     len(rows) // WINDOW, WINDOW, len(columns) // WINDOW, WINDOW
@@ -126,7 +126,7 @@ class SwinBlock(nn.Module):
 
   Attributes:
     shift: positions that the windows are shifted by.
-    dtype: of activations.
+    dtype: dtype of activations.
   """
 
   shift: int
@@ -157,7 +157,7 @@ class Stage(nn.Module):
     features: channels handed on.
     stride: 1 or 2, of merging; 0 merges nothing, for inputs that have ``features`` channels.
     norm: group, batch or frozen_batch, of the convolutions.
-    dtype: of activations.
+    dtype: dtype of activations.
   """
 
   features: int
@@ -252,8 +252,8 @@ def contrastive_penalty(deep: jax.Array, shallow: jax.Array) -> jax.Array:
     x * lax.rsqrt(jnp.square(x).sum(axis=2, keepdims=True) + 1e-6) for x in (deep, shallow)
   )
   scores = jnp.einsum("bnd,bmd->bnm", deep, shallow) / TEMPERATURE
-  found = jnp.where(jnp.eye(places, dtype=bool)[None], scores, 0).sum(axis=2)
-  missed = jax.nn.logsumexp(scores, axis=2) - found
+  same = jnp.where(jnp.eye(places, dtype=bool)[None], scores, 0).sum(axis=2)
+  missed = jax.nn.logsumexp(scores, axis=2) - same
   return missed.mean(axis=1) / math.log(places)
 
 
@@ -261,7 +261,7 @@ class FedXNet(nn.Module):
   """A strided 3x3 stem and stages; in training also the three penalties, as last columns.
 
   Attributes:
-    num_classes: logits.
+    num_classes: number of logits.
     features: channels of each stage.
     embedded: size of an embedding in the contrastive penalty.
     edge_weight: factor on the edge penalty.
@@ -269,7 +269,7 @@ class FedXNet(nn.Module):
     contrastive_weight: factor on the contrastive penalty.
     norm: group, batch or frozen_batch, of the convolutions; attention has layer norm.
     dropout: rate before the head.
-    dtype: of activations; parameters are float32.
+    dtype: dtype of activations; parameters are float32.
     remat: whether the backward pass computes each stage again instead of keeping it.
   """
 

@@ -36,7 +36,7 @@ class Gan(NamedTuple):
 
 
 def levels(height: int, width: int) -> int:
-  """How often maps are halved until no side is over ``BASE`` pixels."""
+  """Number of halvings of a map until no side is over ``BASE`` pixels."""
   number = 0
   while max(height, width) > BASE << number:
     number += 1

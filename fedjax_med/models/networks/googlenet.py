@@ -64,12 +64,12 @@ class GoogLeNet(nn.Module):
   Every max pool is 3x3, as in the paper (torchvision's last one is 2x2).
 
   Attributes:
-    num_classes: logits.
+    num_classes: number of logits.
     stem: channels of the stem's convolutions: 7x7 of stride 2, 1x1, 3x3.
     stages: the blocks of each stage; a max pool comes before every stage.
     norm: group, batch or frozen_batch.
     dropout: rate before the head.
-    dtype: of activations; parameters are float32.
+    dtype: dtype of activations; parameters are float32.
     remat: whether the backward pass computes each block again instead of keeping it.
   """
 

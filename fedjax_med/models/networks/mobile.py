@@ -27,8 +27,8 @@ class Stage(NamedTuple):
     expand: factor on the channels inside a block.
     kernel: side of the depthwise convolution, odd.
     features: channels handed on.
-    blocks: their number.
-    stride: of the first of them.
+    blocks: number of blocks.
+    stride: stride of the first block.
   """
 
   expand: int
@@ -69,8 +69,8 @@ class MobileNet(nn.Module):
   """A strided 3x3 stem, stages of inverted residuals, and a last 1x1 convolution.
 
   Attributes:
-    num_classes: logits.
-    stages: of blocks.
+    num_classes: number of logits.
+    stages: stages of equal blocks.
     stem_features: channels of the stem.
     last_features: channels of the last convolution.
     act: nonlinearity.
@@ -78,7 +78,7 @@ class MobileNet(nn.Module):
     texture: size of a dense layer on texture features, beside the network's own; 0 has none.
     norm: group, batch or frozen_batch.
     dropout: rate before the head.
-    dtype: of activations; parameters are float32.
+    dtype: dtype of activations; parameters are float32.
     remat: whether the backward pass computes each block again instead of keeping it.
   """
 

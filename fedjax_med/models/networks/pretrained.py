@@ -19,11 +19,11 @@ _REMEDY = (
 
 
 class Naming(NamedTuple):
-  """How files of one origin name our layers, and which network they are of.
+  """Names of our layers in the files of one origin.
 
   Attributes:
     layers: their name of each of our layers; of a layer in a block, what follows 'layerS.B.'.
-    stem_pool_padding: of the max pool they were trained with (see ``SEResNeXt``).
+    stem_pool_padding: padding of the max pool that they were trained with (see ``SEResNeXt``).
   """
 
   layers: dict[str, str]
@@ -81,7 +81,7 @@ class File(NamedTuple):
   Attributes:
     path: as configured.
     arrays: values by their PyTorch name.
-    sha256: of the file's bytes, hexadecimal.
+    sha256: digest of the file's bytes, hexadecimal.
   """
 
   path: str
@@ -95,7 +95,7 @@ class Overlay(NamedTuple):
   Attributes:
     params: by layer; a layer that stays fresh is absent.
     state: collections as a whole.
-    origin: where they are from, for people; empty if nothing is replaced.
+    origin: origin of the values, for people; empty if nothing is replaced.
   """
 
   params: dict[str, Any]
@@ -104,7 +104,7 @@ class Overlay(NamedTuple):
 
 
 def load_safetensors(path: str) -> File:
-  """Reads a file once, however often it is asked for; UserError if it is not .safetensors."""
+  """Reads a file once and caches it; UserError if it is not .safetensors."""
   place = pathlib.Path(path).expanduser()
   require(place.is_file(), f"model.pretrained='{path}' is not a file", _REMEDY)
   status = place.stat()
@@ -198,7 +198,7 @@ def convert_state_dict(
 
 
 def overlay(path: str, params: Any, state: Any) -> Overlay:
-  """What the file at ``path`` replaces of a network with such ``params`` and ``state``."""
+  """The values in the file at ``path`` for a network with such ``params`` and ``state``."""
   file = load_safetensors(path)
   new_params, new_state = convert_state_dict(file.arrays, params, state, path)
   head = "with its head" if "head" in new_params else "with a new head, its classes being others"
@@ -218,7 +218,7 @@ def to_state_dict(
   'running_mean' and 'running_var'. Arrays of other shapes and names stay as they are.
 
   Args:
-    params: of the network.
+    params: parameters of the network.
     state: its {'batch_stats': ...}, or {}.
     stem_pool_padding: see ``SEResNeXt``; empty for another network.
 

@@ -64,7 +64,7 @@ class SEResNeXt(nn.Module):
   """Residual network of grouped bottlenecks, with or without squeeze-and-excitation.
 
   Attributes:
-    num_classes: logits.
+    num_classes: number of logits.
     stage_blocks: bottlenecks of each stage; every stage but the first halves the resolution,
       unless the image is too small (``blocks.halvings``, of stem and pool as well).
     widths: channels of the grouped 3x3 convolutions, one number a stage.
@@ -74,10 +74,11 @@ class SEResNeXt(nn.Module):
     stem_features: channels of the stem, whose convolution has stride 2.
     stem_kernel: side of the stem's convolution, odd.
     stem_pool: whether a 3x3 max pool of stride 2 follows the stem.
-    stem_pool_padding: of that pool, a name of ``STEM_POOLS``; weights fit the one they met.
+    stem_pool_padding: padding of that pool, a name of ``STEM_POOLS``; pretrained weights fit the
+      one that they were trained with.
     norm: group, batch or frozen_batch.
     dropout: rate before the head.
-    dtype: of activations; parameters are float32.
+    dtype: dtype of activations; parameters are float32.
     remat: whether the backward pass computes each bottleneck again instead of keeping it.
   """
 

@@ -37,19 +37,19 @@ def cooccurrence(grey: jax.Array, levels: int) -> jax.Array:
   """
   marks = jax.nn.one_hot(grey, levels, dtype=jnp.float32)
   batch, height, width = grey.shape
-  found = []
+  matrices = []
   for down, right in DIRECTIONS:
     first = marks[:, : height - down, max(0, -right) : width - max(0, right)]
     second = marks[:, down:, max(0, right) : width + min(0, right)]
     first, second = (part.reshape(batch, -1, levels) for part in (first, second))
     pairs = jnp.einsum("bpi,bpj->bij", first, second)
     both = pairs + pairs.swapaxes(1, 2)
-    found.append(both / jnp.maximum(both.sum(axis=(1, 2), keepdims=True), 1))
-  return jnp.stack(found, axis=1)
+    matrices.append(both / jnp.maximum(both.sum(axis=(1, 2), keepdims=True), 1))
+  return jnp.stack(matrices, axis=1)
 
 
 def properties(matrices: jax.Array) -> jax.Array:
-  """What Haralick et al. (1973) read off a co-occurrence matrix.
+  """Statistics of a co-occurrence matrix by Haralick et al. (1973).
 
   Args:
     matrices: [..., L, L], each summing to 1.

@@ -21,13 +21,13 @@ class VGG(nn.Module):
   """Stages of 3x3 convolutions, each followed by a 2x2 max pool, and three dense layers.
 
   Attributes:
-    num_classes: logits.
+    num_classes: number of logits.
     stages: channels of the convolutions of each stage.
     hidden: sizes of the dense layers before the head.
     cells: side of the grid of means that the first dense layer sees, whatever the image's size.
     norm: group, batch or frozen_batch.
     dropout: rate after each hidden dense layer.
-    dtype: of activations; parameters are float32.
+    dtype: dtype of activations; parameters are float32.
   """
 
   num_classes: int
