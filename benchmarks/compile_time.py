@@ -45,7 +45,7 @@ import json, runpy, sys, time
 import jax
 from fedjax_med.data.hospitals import load_hospitals
 from fedjax_med.prepare.experiment import build
-from fedjax_med.run.loop import block_arguments
+from fedjax_med.run.single import block_arguments
 from fedjax_med.simulation.mesh import split_cpu
 split_cpu(0)
 config = runpy.run_path(sys.argv[1])["get_config"]()

@@ -97,7 +97,7 @@ def time_in_process(shop: Workshop, repeats: int) -> tuple[dict[str, Any], int]:
   from fedjax_med.federated.algorithm import Pool
   from fedjax_med.prepare.experiment import make_experiment, make_shared_program
   from fedjax_med.run import training as runs
-  from fedjax_med.run.loop import train_rounds
+  from fedjax_med.run.single import train_rounds
   from fedjax_med.simulation.mesh import replicate
   from fedjax_med.sweep import programs, runner, table
   from fedjax_med.sweep.points import Key, groups, plan_points
@@ -107,7 +107,7 @@ def time_in_process(shop: Workshop, repeats: int) -> tuple[dict[str, Any], int]:
   mesh, dataset = program.devices.mesh, group[0].case.hospitals.dataset
   pool = Pool(replicate(dataset.inputs, mesh), replicate(dataset.labels, mesh))
   warm = programs.prepare(group, 0)
-  turn, start = iter(range(1000)), runner.Progress(rounds=0, runs=0, epsilon=None, note="")
+  turn = iter(range(1000))
 
   def in_one_program() -> float:
     workdir = shop.folder / f"sweep{next(turn)}"
@@ -117,7 +117,10 @@ def time_in_process(shop: Workshop, repeats: int) -> tuple[dict[str, Any], int]:
       return table.folder_of(workdir, *key)
 
     def run() -> None:
-      runner.run_group(warm, set(), folder_of, "", lambda _: "", lambda _: None, start)
+      output = runner.Output(
+        folder_of=folder_of, name="", command_of=lambda _: "", listen=lambda _: None
+      )
+      runner.run_group(warm, set(), output)
 
     return common.seconds(run)
 
@@ -129,7 +132,7 @@ def time_in_process(shop: Workshop, repeats: int) -> tuple[dict[str, Any], int]:
         folder = workdir / str(planned.key.number)
         folder.mkdir(parents=True)
         experiment = make_experiment(planned.case, program, shapes, pool, mesh)
-        train_rounds(experiment, folder, lambda _: None, lambda: 0)
+        train_rounds(experiment, folder, compiling=lambda: 0)
 
     return common.seconds(run)
 

@@ -10,7 +10,8 @@ from fedjax_med.core.config import Config
 from fedjax_med.data.hospitals import load_hospitals
 from fedjax_med.folder import writing as files
 from fedjax_med.prepare.experiment import build
-from fedjax_med.run import loop, summaries
+from fedjax_med.run import summaries, writer
+from fedjax_med.run.single import train_rounds
 
 
 def learning_config() -> Config:
@@ -32,13 +33,9 @@ def learn(folder: pathlib.Path, config: Config) -> None:
   """Trains and writes what ``run`` writes, but for the figures, which take longer."""
   experiment = build(config, load_hospitals(config))
   files.prepare(folder)
-  files.write_json(folder / "config.json", summaries.config_record(experiment, "test"))
-  files.write_json(folder / "hospitals.json", summaries.hospital_record(experiment.hospitals))
-  outcome = loop.train_rounds(experiment, folder, lambda point: None)
-  files.write_json(folder / "timing.json", {**outcome.seconds, "total": 0.0})
-  files.write_json(
-    folder / "summary.json", summaries.summary_record(experiment, outcome, "learned")
-  )
+  outcome = train_rounds(experiment, folder, command="test")
+  summary = summaries.summary_record(experiment, outcome, "learned")
+  writer.finish(folder, summary, {**outcome.seconds, "total": 0.0})
 
 
 def write_test_images(folder: pathlib.Path, config: Config) -> np.ndarray:

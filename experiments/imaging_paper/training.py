@@ -92,11 +92,11 @@ def _base() -> Config:
 
 def train(folder: pathlib.Path, base: Config, every: Sequence[Row], own: Sequence[int]) -> None:
   """Trains what is missing of ``own`` in ``folder``."""
-  from fedjax_med.folder import lock
+  from fedjax_med.run import writer
   from fedjax_med.run.compilation_cache import use_compilation_cache
   from fedjax_med.simulation.mesh import split_cpu
   from fedjax_med.sweep import table
-  from fedjax_med.sweep.missing import run_missing
+  from fedjax_med.sweep.missing import Selection, run_missing
   from fedjax_med.sweep.points import configure
 
   points = [row.point for row in every]
@@ -107,13 +107,11 @@ def train(folder: pathlib.Path, base: Config, every: Sequence[Row], own: Sequenc
   versions = {name: importlib.metadata.version(name) for name in ("jax", "flax")}
   table.begin(folder, base, points, SEED_AXES, command=command, versions=versions)
   console = Console(stderr=True, highlight=False)
-  with lock.hold(folder, lambda text: console.print(text, markup=False)):
+  with writer.hold(folder, lambda text: console.print(text, markup=False)):
     run_missing(
       console,
       folder,
-      points,
-      configs,
-      own,
+      Selection(points=points, configs=configs, numbers=own),
       name="imaging_paper",
       command_of=lambda each: f"{command} --only={every[each.key.number].system}",
     )

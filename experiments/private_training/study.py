@@ -68,7 +68,8 @@ def run_arm(config: Config, seeds: int) -> dict[str, Any]:
   import jax
 
   from fedjax_med.prepare.experiment import build, run_key
-  from fedjax_med.run import loop
+  from fedjax_med.run.budget import spent
+  from fedjax_med.run.measure import evaluation_rows
   from fedjax_med.run.replicas import Runs, train_replicas
 
   experiment = build(config, load_hospitals(config))
@@ -78,14 +79,14 @@ def run_arm(config: Config, seeds: int) -> dict[str, Any]:
   started = time.monotonic()
   trained = train_replicas(experiment, Runs(numbers, keys, np.stack([indices] * seeds)))
   seconds = time.monotonic() - started
-  rows = loop.evaluation_rows(experiment)
+  rows = evaluation_rows(experiment)
   labels = experiment.hospitals.dataset.labels[rows]
   metrics = [
     classification_metrics(experiment.program.predict(weights, experiment.pool, [rows]), labels)
     for weights in trained
   ]
   rounds = config.server.num_rounds
-  local, _ = loop.spent(experiment, rounds, experiment.steps * rounds)
+  local, _ = spent(experiment, rounds, experiment.steps * rounds)
   return {
     "config": dataclasses.asdict(experiment.config) | {"data": {**vars(config.data), "path": ""}},
     "epsilon_max": max(local, default=None),

@@ -28,7 +28,7 @@ from fedjax_med.federated.algorithm import Hyper
 from fedjax_med.prepare.accounted_arrays import differences
 from fedjax_med.prepare.experiment import Experiment
 from fedjax_med.privacy.guarantees import Guarantee, spent
-from fedjax_med.run.loop import planned_rounds
+from fedjax_med.run.budget import planned_rounds
 from fedjax_med.simulation.mesh import local_devices
 
 

@@ -142,13 +142,18 @@ def append_metrics(workdir: pathlib.Path, lines: list[dict[str, Any]]) -> None:
     os.fsync(file.fileno())
 
 
-def claim(workdir: pathlib.Path, run_id: str) -> None:
-  """Refuses a folder that holds another run, or a sweep: files of the two would be mixed."""
+def refuse_sweep(workdir: pathlib.Path) -> None:
+  """Raises UserError for a folder that holds a sweep: files of the two would be mixed."""
   require(
     not (workdir / "sweep.json").exists(),
     f"--workdir={workdir} holds a sweep",
     "use another --workdir for the run",
   )
+
+
+def claim(workdir: pathlib.Path, run_id: str) -> None:
+  """Raises UserError for a folder that holds another run, or a sweep."""
+  refuse_sweep(workdir)
   path = workdir / "config.json"
   if not path.exists():
     return

@@ -23,10 +23,10 @@ def run(
   command: str,
   hospitals: Callable[[], Hospitals] | None = None,
   noise_key: pathlib.Path | None = None,
-) -> None:
+) -> training.RunResult:
   """Trains as configured, or resumes, and writes the report; arguments as in ``training.run``."""
   finish = functools.partial(_report, folder)
-  training.run(config, folder, name, command, hospitals, noise_key, finish)
+  return training.run(config, folder, name, command, hospitals, noise_key, finish)
 
 
 def _report(folder: pathlib.Path, experiment: Experiment) -> pathlib.Path:

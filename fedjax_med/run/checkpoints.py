@@ -14,6 +14,8 @@ import orbax.checkpoint as ocp
 from fedjax_med.core.errors import UserError, require
 from fedjax_med.simulation.rounds import SimulationState
 
+Manager = ocp.CheckpointManager
+
 
 def _leaves(state: SimulationState) -> dict[str, np.ndarray]:
   """Arrays by their path; those of no number are left out, since orbax cannot save them."""
@@ -36,16 +38,14 @@ def _digest(leaves: dict[str, np.ndarray]) -> str:
 
 
 @contextlib.contextmanager
-def open_checkpoints(workdir: pathlib.Path) -> Iterator[ocp.CheckpointManager]:
+def open_checkpoints(workdir: pathlib.Path) -> Iterator[Manager]:
   """The checkpoint manager of a workdir; leaving the block waits for the last save."""
   options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=True)
   with ocp.CheckpointManager((workdir / "checkpoints").absolute(), options=options) as manager:
     yield manager
 
 
-def save(
-  manager: ocp.CheckpointManager, state: SimulationState, run_id: str, ledger: str | None
-) -> None:
+def save(manager: Manager, state: SimulationState, run_id: str, ledger: str | None) -> None:
   """Starts saving ``state`` under its round number; the run goes on meanwhile.
 
   ``ledger`` is the head of the privacy ledger by then: a ledger that lacks it is not this run's.
@@ -61,7 +61,7 @@ def save(
 
 
 def restore(
-  manager: ocp.CheckpointManager, like: SimulationState, run_id: str
+  manager: Manager, like: SimulationState, run_id: str
 ) -> tuple[SimulationState | None, str | None]:
   """The newest checkpoint (None where there is none) and the ledger's head it was saved after.
 
@@ -178,9 +178,7 @@ class _Found(NamedTuple):
   remedy: str
 
 
-def _newest(
-  manager: ocp.CheckpointManager, run_id: str, who: str, other_remedy: str
-) -> _Found | None:
+def _newest(manager: Manager, run_id: str, who: str, other_remedy: str) -> _Found | None:
   """The newest checkpoint, whole and of run ``run_id``, or None; UserError if it is not."""
   step = manager.latest_step()
   if step is None:

@@ -26,7 +26,8 @@ from fedjax_med.folder.secret import is_private
 from fedjax_med.prepare.experiment import Experiment
 from fedjax_med.prepare.synthetic_images import left_out
 from fedjax_med.privacy.guarantees import SEVERAL_IMAGES, UNITS
-from fedjax_med.run.loop import Listener, LogPoint, Outcome
+from fedjax_med.run.drive import BUDGET, Outcome
+from fedjax_med.run.measure import Listener, LogPoint
 from fedjax_med.run.summaries import FILES, hospital_record
 from fedjax_med.simulation.processes import is_first
 
@@ -40,12 +41,13 @@ class Terminal(Console):
     return super().render_str(encodable(text, self.encoding), **options)
 
 
-def make_console() -> Console:
+def make_console(quiet: bool = False) -> Console:
   """Colours and a live bar on a terminal, plain lines of fixed width elsewhere.
 
-  Only the first of several processes prints. A name with colons is no emoji.
+  Only the first of several processes prints, and none where it is to be ``quiet``. A name with
+  colons is no emoji.
   """
-  if not is_first():
+  if quiet or not is_first():
     return Console(quiet=True, force_terminal=False)
   console = Terminal(highlight=False, emoji=False)
   return console if console.is_terminal else Terminal(highlight=False, emoji=False, width=110)
@@ -232,7 +234,7 @@ def results(console: Console, experiment: Experiment, outcome: Outcome) -> None:
   about = escape(about_classes(positive_class(experiment.hospitals.dataset.class_names)))
   table.caption = "\n".join(filter(None, [_rest(len(point.clients)), about]))
   console.print(table)
-  if outcome.stopped == "budget":
+  if outcome.stopped == BUDGET:
     config = experiment.config
     budgets = {
       "privacy.target_epsilon": config.privacy.target_epsilon,

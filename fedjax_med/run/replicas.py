@@ -1,12 +1,15 @@
 """Several whole runs of one experiment as one program: other seeds, or other shares of the data."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
 import numpy as np
 
+from fedjax_med.core.errors import UserError
 from fedjax_med.prepare.experiment import Experiment
-from fedjax_med.run.loop import evaluated
+from fedjax_med.run.drive import DIVERGED, Reached, drive
+from fedjax_med.run.measure import evaluated
 from fedjax_med.simulation.evaluation import EvaluatedModel
 from fedjax_med.simulation.mesh import RUNS_AT_ONCE, local_devices, map_over_devices
 
@@ -28,22 +31,42 @@ class Replicas(NamedTuple):
 def train_replicas(experiment: Experiment, runs: Replicas) -> list[EvaluatedModel]:
   """The evaluated weights of every run after all rounds, on the host.
 
-  A run equals the same run by itself to rounding, and ends early where a weight is not finite. Runs
-  are shared out over the devices of this process; nothing is logged, saved or resumed, and no
-  budget stops a run.
+  A run equals the same run by itself to rounding. Runs are shared out over the devices of this
+  process; nothing is measured, saved or resumed, and no budget stops a run.
+
+  Raises:
+    UserError: a weight of a run became NaN or infinite.
   """
-  parts, rounds = experiment.program.parts, experiment.config.server.num_rounds
-  devices = min(local_devices(), len(runs.seeds))
+  parts, number = experiment.program.parts, len(runs.seeds)
+  devices = min(local_devices(), number)
   at_once = 1 if jax.default_backend() == "cpu" else RUNS_AT_ONCE
 
-  def one(shared, run: Replicas):
+  def one(shared, row: tuple[Replicas, jax.Array]):
     (clients, pool, hyper), pretrained = shared
-    own = clients._replace(indices=run.indices)
+    run, rounds = row
     state = parts.initial(run.seeds, *pretrained)
-    state, _ = parts.block(state, own, pool, hyper, run.keys, rounds)
-    return evaluated(parts, state)
+    clients = clients._replace(indices=run.indices)
+    state, metrics = parts.block(state, clients, pool, hyper, run.keys, rounds)
+    return state.server.round, state.steps, metrics, evaluated(parts, state)
 
   inputs = experiment.clients, experiment.pool, experiment.hyper
   shared = jax.device_get((inputs, parts.pretrained))
-  found = map_over_devices(one, devices, at_once)(shared, runs)
-  return [jax.tree.map(lambda leaf, k=k: leaf[k], found) for k in range(len(runs.seeds))]
+  program = map_over_devices(one, devices, at_once)
+  models: list[EvaluatedModel] = []
+
+  def advance(lengths: np.ndarray) -> Sequence[Reached]:
+    rows = program(shared, (runs, lengths))
+    reached = []
+    for k in range(number):
+      rounds, steps, metrics, model = jax.tree.map(lambda leaf, k=k: leaf[k], rows)
+      models.append(model)
+      reached.append(Reached(rounds=int(rounds), steps=steps, metrics=metrics, probabilities=None))
+    return reached
+
+  stopped = drive([experiment] * number, advance)
+  if DIVERGED in stopped:
+    raise UserError(
+      f"run {stopped.index(DIVERGED) + 1} of {number} at once: a weight became NaN or infinite;"
+      f" lower client.learning_rate={experiment.config.client.learning_rate:g}"
+    )
+  return models

@@ -20,7 +20,8 @@ from fedjax_med.prepare.program import Parts
 from fedjax_med.prepare.synthetic_images import digest as synthetic_digest
 from fedjax_med.prepare.synthetic_images import left_out
 from fedjax_med.run.checkpoints import digest
-from fedjax_med.run.loop import Outcome, evaluated, evaluation_rows
+from fedjax_med.run.drive import Outcome
+from fedjax_med.run.measure import evaluated, evaluation_rows
 from fedjax_med.simulation.evaluation import EvaluatedModel
 
 # Names of files of a private run: left out, or with a twin in another class.

@@ -1,43 +1,68 @@
-"""A whole run in a workdir: train or resume, baselines, and every file a user gets."""
+"""A whole run: data, rounds, baselines, and every file that a user gets where there is a folder."""
 
-import contextlib
 import pathlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from typing import NamedTuple
 
+import jax
 from rich.console import Console
 
 from fedjax_med.core.config import Config, to_dict
-from fedjax_med.core.errors import UserError, require
+from fedjax_med.core.errors import require
 from fedjax_med.data.dataset import Hospitals
 from fedjax_med.data.hospitals import load_hospitals
-from fedjax_med.folder import lock
-from fedjax_med.folder import secret as secrets
 from fedjax_med.folder import writing as files
 from fedjax_med.prepare import synthetic_images
 from fedjax_med.prepare.case import federation
 from fedjax_med.prepare.experiment import Experiment, build
 from fedjax_med.prepare.memory import block_memory, shared_devices
 from fedjax_med.run import console as terminal
+from fedjax_med.run import writer
 from fedjax_med.run.baselines import run_baselines
-from fedjax_med.run.loop import (
-  LogPoint,
-  planned_rounds,
-  spent,
-  start_compiling,
-  test_line,
-  train_rounds,
-)
-from fedjax_med.run.statement import write_statement
-from fedjax_med.run.summaries import config_record, num_parameters, summary_record, write_hospitals
+from fedjax_med.run.budget import planned
+from fedjax_med.run.drive import Outcome
+from fedjax_med.run.measure import LogPoint, evaluated, test_line
+from fedjax_med.run.single import start_compiling, train_rounds
+from fedjax_med.run.summaries import num_parameters, summary_record
 from fedjax_med.run.trackers import require_installed, track
-from fedjax_med.simulation.processes import is_first, least, require_same_run
+from fedjax_med.simulation.evaluation import EvaluatedModel
+from fedjax_med.simulation.processes import is_first, require_same_run
 
 
-def planned(experiment: Experiment) -> tuple[int, tuple[float, ...], float | None]:
-  """Rounds that the budgets allow, and after them each hospital's ε and that of whole hospitals."""
-  rounds = planned_rounds(experiment)
-  return rounds, *spent(experiment, rounds, experiment.steps * rounds)
+class RunResult(NamedTuple):
+  """A run that has ended, for who called it in the same process.
+
+  Attributes:
+    experiment: config, hospitals, mechanisms and compiled functions.
+    outcome: final state, why the run stopped, and the last log point: metrics of each hospital, and
+      ε after all rounds.
+    curve: every log point of this process; the first is the start, or where it resumed.
+    baselines: outcome of each baseline by its name; {} where none was asked for.
+  """
+
+  experiment: Experiment
+  outcome: Outcome
+  curve: list[LogPoint]
+  baselines: dict[str, Outcome]
+
+  def weights(self) -> EvaluatedModel:
+    """The weights that were measured last, on the host."""
+    return jax.device_get(evaluated(self.experiment.program.parts, self.outcome.state))
+
+
+class _Start(NamedTuple):
+  """How a run was started; fields as the arguments of ``run``."""
+
+  config: Config
+  folder: pathlib.Path | None
+  name: str
+  command: str
+  console: Console
+
+  def tell(self, text: str) -> None:
+    """Prints a sentence as it is."""
+    self.console.print(text, markup=False)
 
 
 def dry_run(config: Config, hospitals: Callable[[], Hospitals] | None = None) -> None:
@@ -66,139 +91,111 @@ def dry_run(config: Config, hospitals: Callable[[], Hospitals] | None = None) ->
 
 def run(
   config: Config,
-  folder: pathlib.Path,
-  name: str,
-  command: str,
+  folder: pathlib.Path | None = None,
+  name: str = "",
+  command: str = "",
   hospitals: Callable[[], Hospitals] | None = None,
   noise_key: pathlib.Path | None = None,
   write_report: Callable[[Experiment], pathlib.Path] | None = None,
-) -> None:
+  console: Console | None = None,
+) -> RunResult:
   """Trains as configured, or resumes, and leaves every result in ``folder``.
 
   Args:
     config: validated config.
-    folder: the workdir.
+    folder: the workdir; None writes nothing, and nothing can be resumed.
     name: name of the config for the summary.
     command: the command line, for the report.
     hospitals: waits for data that are being loaded; None loads them.
     noise_key: file with the secret of a private run; None draws one for a new run.
     write_report: called when all other files are written; gives the path of the report.
+    console: where progress goes; None is the terminal, ``make_console(quiet=True)`` nowhere.
 
   Raises:
     UserError: whatever the user can put right, always before a finished round is lost. A folder
       that another process works in is refused before the data are waited for.
   """
-  console = terminal.make_console()
+  begun = time.monotonic()
+  start = _Start(
+    config=config,
+    folder=folder,
+    name=name,
+    command=command,
+    console=console or terminal.make_console(),
+  )
+  require_installed(config.eval.tracker)
+  if folder is None:
+    require(
+      config.eval.tracker == "none",
+      f"eval.tracker={config.eval.tracker} without a workdir: it writes there",
+      "give a workdir, or set eval.tracker=none",
+    )
+    secret = writer.secret_of(config, None, noise_key)
+    return _trained(start, *_built(start, hospitals, secret), begun)
   files.require_outside(folder, config.data.path)
   files.prepare(folder)
-  require_installed(config.eval.tracker)
-  with _locked(folder, console):
-    secret = _secret(config, folder, noise_key)
-    _run(config, folder, name, command, hospitals, secret, console, write_report)
-
-
-@contextlib.contextmanager
-def _locked(folder: pathlib.Path, console: Console) -> Iterator[None]:
-  """Keeps other runs out of ``folder``; of several processes of one run the first does it."""
-  with contextlib.ExitStack() as stack:
-    refused = None
-    if is_first():
-      try:
-        stack.enter_context(lock.hold(folder, lambda text: console.print(text, markup=False)))
-      except UserError as error:
-        refused = error
-    if least(float(refused is None)) < 1:  # none waits for one that was refused
-      raise refused or UserError(
-        f"--workdir={folder} is in use, as the first process of this run says; wait until it is"
-        " free, or use another --workdir"
+  with writer.hold(folder, start.tell):
+    secret = writer.secret_of(config, folder, noise_key)
+    result = _trained(start, *_built(start, hospitals, secret), begun)
+    if write_report is not None and is_first():
+      report, seconds = write_report(result.experiment), result.outcome.seconds
+      start.console.print(
+        f"Report: {terminal.shown_path(report)}   (compile {seconds['compile']:.1f} s, train"
+        f" {seconds['train']:.1f} s, all {time.monotonic() - begun:.1f} s)"
       )
-    yield
+  return result
 
 
-def _secret(config: Config, folder: pathlib.Path, noise_key: pathlib.Path | None) -> bytes:
-  """The secret of a private run, which its folder keeps; of several processes the first makes it.
-
-  b"" without privacy.
-  """
-  if not secrets.is_private(config):
-    require(
-      noise_key is None,
-      f"--noise_key={noise_key} without privacy: there is no noise",
-      "leave it out, or set --config.privacy.mechanism=dp_sgd",
-    )
-    return b""
-  begun = (folder / "config.json").exists() or (folder / "checkpoints").exists()
-  first, refused = b"", None
-  if is_first():
-    try:
-      first = secrets.folder_secret(folder, noise_key, begun)
-    except UserError as error:
-      refused = error
-  if least(float(refused is None)) < 1:  # none waits for one that was refused
-    raise refused or UserError("the first process of this run was refused; see what it says")
-  return first or secrets.read(folder / secrets.FILE)
-
-
-def _run(
-  config: Config,
-  folder: pathlib.Path,
-  name: str,
-  command: str,
-  hospitals: Callable[[], Hospitals] | None,
-  secret: bytes,
-  console: Console,
-  write_report: Callable[[Experiment], pathlib.Path] | None,
-) -> None:
-  """Trains in a folder that is locked; see ``run``."""
-  started = time.monotonic()
-  seconds: dict[str, float] = {}
-  data = synthetic_images.reserve_synthetic(
-    config, hospitals() if hospitals else load_hospitals(config)
-  )
-  if data.dataset.num_synthetic:  # GANs take long: a folder of another run is refused before
-    files.claim(folder, federation(config, data, secret).run_id)
+def _built(
+  start: _Start, hospitals: Callable[[], Hospitals] | None, secret: bytes
+) -> tuple[Experiment, dict[str, float]]:
+  """The experiment, and the seconds that its synthetic images took."""
+  config, folder, seconds = start.config, start.folder, {}
+  data = hospitals() if hospitals else load_hospitals(config)
+  data = synthetic_images.reserve_synthetic(config, data)
+  if data.dataset.num_synthetic:
     begun = time.monotonic()
-    data = synthetic_images.completed(config, data, folder, console.print)
+    if folder is None:
+      data = synthetic_images.image_keeper()(config, data)
+    else:  # GANs take long: a folder of another run is refused before
+      files.claim(folder, federation(config, data, secret).run_id)
+      data = synthetic_images.completed(config, data, folder, start.console.print)
     seconds["synthetic"] = time.monotonic() - begun
   experiment = build(config, data, secret)
   require_same_run(experiment.run_id)
-  files.claim(folder, experiment.run_id)
+  if folder is not None:
+    files.claim(folder, experiment.run_id)
+  return experiment, seconds
+
+
+def _trained(
+  start: _Start, experiment: Experiment, seconds: dict[str, float], begun: float
+) -> RunResult:
+  """Trains in a folder that is locked, if there is one; see ``run``."""
+  console, folder, config = start.console, start.folder, experiment.config
   compiling = start_compiling(experiment)
   terminal.describe(console, experiment, *planned(experiment), num_parameters(experiment))
-
-  def begin() -> None:
-    """Replaces what an earlier start has left; a start that is refused leaves it."""
-    if is_first():
-      for stale in ("summary.json", "report.html", "privacy_statement.md"):
-        (folder / stale).unlink(missing_ok=True)
-    files.write_json(folder / "config.json", config_record(experiment, command))
-    write_hospitals(folder, experiment)
-
-  values, run_id = to_dict(experiment.config), experiment.run_id
+  curve: list[LogPoint] = []
+  tracker = config.eval.tracker if is_first() else "none"
   with (
-    terminal.progress(console, "federation", experiment.config.server.num_rounds) as listen,
-    track(config.eval.tracker if is_first() else "none", folder, run_id, values) as record,
+    terminal.progress(console, "federation", config.server.num_rounds) as listen,
+    track(tracker, folder or pathlib.Path(), experiment.run_id, to_dict(config)) as record,
   ):
 
     def log(point: LogPoint) -> None:
       listen(point)
       record(test_line(experiment, point))
+      curve.append(point)
 
-    outcome = train_rounds(experiment, folder, log, compiling, begin)
-  seconds |= {**outcome.seconds, "total": time.monotonic() - started}
-  files.write_json(folder / "timing.json", {k: round(v, 3) for k, v in seconds.items()})
-  files.write_json(folder / "summary.json", summary_record(experiment, outcome, name))
+    outcome = train_rounds(
+      experiment, folder, log, compiling=compiling, command=start.command, tell=start.tell
+    )
+  seconds |= {**outcome.seconds, "total": time.monotonic() - begun}
+  baselines = {}
   if config.eval.local_baselines:
-    run_baselines(experiment, folder, console)
-
-  if not is_first():
-    return
-  write_statement(folder)
+    baselines = run_baselines(experiment, folder, start.name, start.command, console)
+  if folder is not None:
+    summary = summary_record(experiment, outcome, start.name)
+    writer.finish(folder, summary, seconds, experiment.case if baselines else None)
   terminal.results(console, experiment, outcome)
-  if write_report is None:
-    return
-  report = write_report(experiment)
-  console.print(
-    f"Report: {terminal.shown_path(report)}   (compile {seconds['compile']:.1f} s, train"
-    f" {seconds['train']:.1f} s, all {time.monotonic() - started:.1f} s)"
-  )
+  return RunResult(experiment=experiment, outcome=outcome, curve=curve, baselines=baselines)

@@ -147,9 +147,9 @@ def main(_: list[str]) -> None:
   index, number = _shard(values.shard)
   points = _points(base)
 
-  from fedjax_med.folder import lock
   from fedjax_med.folder import writing as files
-  from fedjax_med.run.compilation_cache import use_compilation_cache  # jax takes seconds to import
+  from fedjax_med.run import writer  # jax takes seconds to import
+  from fedjax_med.run.compilation_cache import use_compilation_cache
   from fedjax_med.simulation.mesh import split_cpu
   from fedjax_med.sweep import progress, table
   from fedjax_med.sweep.points import configure, groups, plan_points, require_read
@@ -171,7 +171,7 @@ def main(_: list[str]) -> None:
     files.require_outside(workdir, place)
   files.prepare(workdir)
   # Before anything is written: a training that works in the folder must find it as it was.
-  with lock.hold(workdir, lambda text: console.print(text, markup=False), index, number):
+  with writer.hold(workdir, lambda text: console.print(text, markup=False), index, number):
     secret = _secret(workdir, configs)
     table.begin(workdir, base, points, values.seed_axes, **_notes())
     if not values.submit:
@@ -224,7 +224,7 @@ def _run(
 ) -> None:
   """Runs the points ``own`` that have not ended, and writes the table if they are all."""
   from fedjax_med.sweep import progress, table
-  from fedjax_med.sweep.missing import run_missing
+  from fedjax_med.sweep.missing import Selection, run_missing
 
   values, started = flags.FLAGS, time.monotonic()
   finished = {k for k in own if table.done(workdir, k)}
@@ -236,9 +236,7 @@ def _run(
   run_missing(
     console,
     workdir,
-    points,
-    configs,
-    own,
+    Selection(points=points, configs=configs, numbers=own),
     name=pathlib.Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem,
     command_of=lambda each: _command(base, configs[each.key.number]),
     secret=secret,

@@ -2,6 +2,7 @@
 
 import pathlib
 from collections.abc import Callable, Collection, Sequence
+from typing import NamedTuple
 
 from rich.console import Console
 
@@ -10,29 +11,39 @@ from fedjax_med.folder import secret as secrets
 from fedjax_med.sweep import image_sets, progress, table
 from fedjax_med.sweep.grid import Point
 from fedjax_med.sweep.points import Planned, plan_points
-from fedjax_med.sweep.runner import run_points
+from fedjax_med.sweep.runner import Output, run_points
+
+
+class Selection(NamedTuple):
+  """Points of a sweep that one process sees to.
+
+  Attributes:
+    points: all of the sweep.
+    configs: of each point, from ``points.configure``.
+    numbers: of the points that this process sees to.
+  """
+
+  points: Sequence[Point]
+  configs: Sequence[Config]
+  numbers: Collection[int]
 
 
 def run_missing(
   console: Console,
   workdir: pathlib.Path,
-  points: Sequence[Point],
-  configs: Sequence[Config],
-  own: Collection[int],
+  selection: Selection,
   *,
   name: str,
   command_of: Callable[[Planned], str],
   secret: bytes = b"",
   at_once: int = 0,
 ) -> None:
-  """Trains those of the points ``own`` that have not ended; what is done stays as it is.
+  """Trains those of the selected points that have not ended; what is done stays as it is.
 
   Args:
     console: where progress goes.
     workdir: of the sweep, which ``table.begin`` has made.
-    points: all of the sweep.
-    configs: of each point, from ``points.configure``.
-    own: numbers of the points that this process sees to.
+    selection: the points.
     name: of the config.
     command_of: the command that runs a point by itself.
     secret: of the sweep, from which those of its private points follow.
@@ -43,7 +54,8 @@ def run_missing(
       found before anything compiles; or the synthetic images of one could not be made, when all
       others have run.
   """
-  if all(table.done(workdir, number) for number in own):
+  points, configs, numbers = selection
+  if all(table.done(workdir, number) for number in numbers):
     return
 
   def secret_of(number: int) -> bytes:
@@ -51,18 +63,16 @@ def run_missing(
     path = table.folder_of(workdir, number) / secrets.FILE
     return secrets.read(path) if path.exists() else secrets.derived(secret, f"point {number}")
 
-  planned = plan_points(points, configs, list(own), secret_of)
+  planned = plan_points(points, configs, list(numbers), secret_of)
   image_sets.bind(workdir, planned)
   progress.describe_data(console, planned)
-  done = {each.key for each in planned if table.has_run(workdir, *each.key)}
-  left = [each.case.config.server.num_rounds for each in planned if each.key not in done]
+  done = {run.key for run in planned if table.has_run(workdir, *run.key)}
+  left = [run.case.config.server.num_rounds for run in planned if run.key not in done]
   with progress.show(console, sum(left), len(left)) as listen:
-    run_points(
-      planned,
-      done,
-      lambda key: table.folder_of(workdir, *key),
-      name,
-      command_of,
-      at_once,
-      listen,
+    output = Output(
+      folder_of=lambda key: table.folder_of(workdir, *key),
+      name=name,
+      command_of=command_of,
+      listen=listen,
     )
+    run_points(planned, done, output, at_once)

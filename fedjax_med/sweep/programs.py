@@ -21,9 +21,11 @@ from fedjax_med.prepare.experiment import Experiment, make_experiment, make_shar
 from fedjax_med.prepare.memory import shared_devices
 from fedjax_med.prepare.program import Program
 from fedjax_med.prepare.recipe import Shapes
-from fedjax_med.run.loop import evaluated, evaluation_groups
+from fedjax_med.run.drive import Advance, Reached
+from fedjax_med.run.measure import evaluated, evaluation_groups
 from fedjax_med.simulation.evaluation import Batches, batches_of, shape_of
 from fedjax_med.simulation.mesh import CLIENTS, RUNS_AT_ONCE, client_mesh, local_devices, replicated
+from fedjax_med.simulation.rounds import SimulationState
 from fedjax_med.simulation.runs_axis import RunInputs, blank_states, make_sweep
 from fedjax_med.sweep.points import Planned, chunks, images_of, shown
 
@@ -192,6 +194,55 @@ def stack(runs: Sequence[Experiment], batches: Sequence[Batches]) -> RunInputs:
     hyper=hyper,
     batches=jax.tree.map(stacked, *batches),
   )
+
+
+def advance_together(
+  runs: Sequence[Experiment], starts: Sequence[int], prepared: Prepared, tell: Callable[[int], Any]
+) -> tuple[Advance, Callable[[], list[SimulationState]]]:
+  """How a chunk of runs advances by its program, and a function that gives their states.
+
+  Args:
+    runs: the runs; empty places of the program repeat the first one and are not advanced.
+    starts: row of the pool at which the images of each run begin.
+    prepared: their group.
+    tell: called with the rounds that all runs have done, whenever they were advanced.
+  """
+  layout, parts, number = prepared.layout, prepared.program.parts, len(runs)
+  tests = [
+    [rows + start for rows in evaluation_groups(parts, run.hospitals)]
+    for run, start in zip(runs, starts, strict=True)
+  ]
+  batches, places = zip(*(batches_of(test, prepared.batches) for test in tests), strict=True)
+  missing = layout.size - number
+  points = stack([*runs, *[runs[0]] * missing], [*batches, *[batches[0]] * missing])
+  points = put(points, layout.mesh, dealt=True)
+  states = put(blank_states(parts.initial, parts.pretrained, layout.size), layout.mesh, dealt=True)
+  fresh, pool = True, runs[0].pool
+
+  def advance(lengths: np.ndarray) -> list[Reached]:
+    nonlocal states, fresh
+    began, fresh = fresh, False
+    states, metrics, probabilities = prepared.sweep(
+      states, np.bool_(began), np.pad(lengths, (0, missing)), points, pool, parts.pretrained
+    )
+    rounds, steps = jax.device_get((states.server.round, states.steps))
+    metrics, probabilities = jax.device_get((metrics, probabilities))
+    tell(int(rounds[:number].sum()))
+    return [
+      Reached(
+        rounds=int(rounds[k]),
+        steps=steps[k],
+        metrics=None if began else jax.tree.map(lambda leaf, k=k: leaf[k], metrics),
+        probabilities=probabilities[k].reshape(-1, probabilities.shape[-1])[places[k]],
+      )
+      for k in range(number)
+    ]
+
+  def states_now() -> list[SimulationState]:
+    host = jax.device_get(states)
+    return [jax.tree.map(lambda leaf, k=k: leaf[k], host) for k in range(number)]
+
+  return advance, states_now
 
 
 def pool_of(datasets: Sequence[Dataset], prepared: Prepared) -> Pool:

@@ -26,7 +26,7 @@ from tests.running import metrics, smoke_config
 
 HOLDER = """
 import pathlib, sys, time
-from fedjax_med.experiment import lock
+from fedjax_med.folder import lock
 with lock.hold(pathlib.Path(sys.argv[1]), print):
   print("held", flush=True)
   time.sleep(120)

@@ -21,7 +21,7 @@ from fedjax_med.prepare import run_id
 from fedjax_med.prepare.case import baselines, federation
 from fedjax_med.prepare.experiment import build, run_key
 from fedjax_med.report import reported_run as runs
-from fedjax_med.run.loop import block_arguments
+from fedjax_med.run.single import block_arguments
 from fedjax_med.trained.exporting import export_model
 from fedjax_med.trained.loading import load
 from tests.command import smoke

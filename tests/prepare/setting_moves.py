@@ -19,9 +19,11 @@ from fedjax_med.prepare.experiment import Experiment, build, make_experiment, ma
 from fedjax_med.prepare.probe import wants_probe
 from fedjax_med.prepare.synthetic_images import make_images, reserve_synthetic
 from fedjax_med.run import trackers
+from fedjax_med.run.budget import next_rounds, planned_rounds
 from fedjax_med.run.checkpoints import digest
 from fedjax_med.run.compilation_cache import use_compilation_cache
-from fedjax_med.run.loop import block_arguments, evaluated, next_rounds, planned_rounds
+from fedjax_med.run.measure import evaluated
+from fedjax_med.run.single import block_arguments
 
 KEPT: dict[str, Any] = {}  # of configurations that many cases share
 

@@ -7,7 +7,7 @@ from configs.smoke import get_config
 from fedjax_med.data.hospitals import load_hospitals
 from fedjax_med.prepare.experiment import build
 from fedjax_med.prepare.memory import block_memory, rough_bytes
-from fedjax_med.run.loop import block_arguments
+from fedjax_med.run.single import block_arguments
 
 
 @pytest.mark.slow

@@ -20,7 +20,7 @@ from fedjax_med.federated.registry import ALGORITHMS, require_rules
 from fedjax_med.federated.vector import unravel
 from fedjax_med.models.registry import create_model
 from fedjax_med.prepare.experiment import build
-from fedjax_med.run.loop import train_rounds
+from fedjax_med.run.single import train_rounds
 from fedjax_med.run.summaries import summary_record
 from fedjax_med.trained import loading
 from fedjax_med.trained.exporting import describe
@@ -65,7 +65,7 @@ def test_every_hospital_is_measured_on_its_own_images_with_the_model_it_would_us
   config = config_for(name)
   hospitals = load_hospitals(config)
   experiment = build(config, hospitals)
-  outcome = train_rounds(experiment, tmp_path, lambda _: None)
+  outcome = train_rounds(experiment, tmp_path)
   model = create_model(config.model, len(hospitals.dataset.class_names))
   layout = experiment.program.parts.layout
   found = []

@@ -12,7 +12,7 @@ from fedjax_med.prepare.experiment import build
 from fedjax_med.privacy import __main__ as command
 from fedjax_med.privacy import claims, ledger
 from fedjax_med.run import ledger_repair
-from fedjax_med.run.loop import train_rounds
+from fedjax_med.run.single import train_rounds
 from tests.running import metrics, smoke_config
 
 RAN = ledger.Ran(
@@ -34,7 +34,7 @@ def experiment():
 def whole(experiment, tmp_path_factory):
   """An unbroken run of six rounds."""
   folder = tmp_path_factory.mktemp("whole")
-  train_rounds(experiment, folder, lambda _: None)
+  train_rounds(experiment, folder)
   return folder
 
 
@@ -99,7 +99,7 @@ def test_a_run_with_a_broken_tail_goes_on_to_the_ledger_and_epsilon_of_the_unbro
   with pytest.raises(UserError, match="was edited"):  # who only reads is refused
     command.recompute(folder)
   assert (folder / ledger.FILE).read_bytes() == before
-  train_rounds(experiment, folder, lambda _: None)
+  train_rounds(experiment, folder)
   expected = (whole / ledger.FILE).read_bytes()
   assert (folder / ledger.FILE).read_bytes() == expected
   assert command.recompute(folder) == command.recompute(whole)

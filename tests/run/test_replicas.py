@@ -9,8 +9,9 @@ import numpy as np
 from configs.smoke import get_config
 from fedjax_med.data.hospitals import load_hospitals
 from fedjax_med.prepare.experiment import build, run_key
-from fedjax_med.run.loop import evaluated, train_rounds
+from fedjax_med.run.measure import evaluated
 from fedjax_med.run.replicas import Replicas, train_replicas
+from fedjax_med.run.single import train_rounds
 
 
 def test_seeds_in_one_program_equal_the_single_runs(tmp_path):
@@ -26,7 +27,7 @@ def test_seeds_in_one_program_equal_the_single_runs(tmp_path):
     single = build(dataclasses.replace(config, seed=seed), hospitals)
     folder = tmp_path / str(seed)
     folder.mkdir()
-    outcome = train_rounds(single, folder, lambda point: None)
+    outcome = train_rounds(single, folder)
     expected = evaluated(single.program.parts, outcome.state)
     assert expected.state == {}
     chex.assert_trees_all_close(weights, jax.device_get(expected), rtol=2e-5, atol=1e-6)

@@ -28,8 +28,8 @@ from fedjax_med.privacy.banded import Memory
 from fedjax_med.privacy.clipping import TWO_PASS_GAP
 from fedjax_med.privacy.guarantees import spent
 from fedjax_med.report import reported_run as runs
-from fedjax_med.run import loop
-from fedjax_med.run.loop import train_rounds
+from fedjax_med.run import single, training
+from fedjax_med.run.single import train_rounds
 from tests.running import metrics, run, smoke_config
 
 
@@ -55,16 +55,16 @@ def test_correlated_noise_survives_resuming_and_is_in_ledger_statement_and_priva
   changes |= {"server__num_rounds": 4, "eval__every": 2}
   expected = run(whole, **changes)
 
-  def killed(experiment, folder, listen, *rest):
+  def killed(experiment, folder, listen, **rest):
     def until(point):
       listen(point)
       if point.rounds == 4:  # before its checkpoint: it resumes from round 2
         raise KeyboardInterrupt
 
-    return train_rounds(experiment, folder, until, *rest)
+    return train_rounds(experiment, folder, until, **rest)
 
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(runs, "train_rounds", killed)
+    patch.setattr(training, "train_rounds", killed)
     with pytest.raises(KeyboardInterrupt):
       run(parts, **changes)
   found = run(parts, **changes)
@@ -279,7 +279,7 @@ def test_a_run_that_is_extended_has_no_statement_of_the_shorter_one(tmp_path, mo
   def killed(*_):
     raise KeyboardInterrupt
 
-  monkeypatch.setattr(loop, "log_lines", killed)  # at its first log point
+  monkeypatch.setattr(single, "log_lines", killed)  # at its first log point
   with pytest.raises(KeyboardInterrupt):
     run(tmp_path, server__num_rounds=6)
   assert not (tmp_path / "privacy_statement.md").exists()
@@ -316,7 +316,7 @@ def test_correlated_noise_goes_on_from_every_step_that_was_taken(tmp_path):
     experiment.clients.coefficients,
     np.array([m.coefficients for m in experiment.local.mechanisms], np.float32),
   )
-  state = train_rounds(experiment, tmp_path, lambda _: None).state
+  state = train_rounds(experiment, tmp_path).state
   (memory,) = [
     leaf for leaf in jax.tree.leaves(state.client_states, is_leaf=is_memory) if is_memory(leaf)
   ]
@@ -325,7 +325,7 @@ def test_correlated_noise_goes_on_from_every_step_that_was_taken(tmp_path):
   assert np.asarray(state.steps).min() < everything  # somebody was absent
   bare = experiment._replace(clients=experiment.clients._replace(coefficients=None))
   with pytest.raises(ValueError, match="do not go with a memory of 2 bands"):
-    train_rounds(bare, tmp_path / "bare", lambda _: None)
+    train_rounds(bare, tmp_path / "bare")
 
 
 @pytest.mark.slow

@@ -22,13 +22,21 @@ def plan(points, config=None, numbers=None, seed_axes=AXES):
   return plan_points(points, configs, range(len(points)) if numbers is None else numbers)
 
 
+def output(folder):
+  """Where points are written under ``folder``."""
+  return runner.Output(
+    folder_of=lambda key: table.folder_of(folder, *key),
+    name="smoke",
+    command_of=lambda _: "",
+    listen=print,
+  )
+
+
 def sweep(folder, points, config=None, numbers=None, seed_axes=AXES, at_once=0):
   """Runs points as ``python -m fedjax_med.sweep`` does; returns the table."""
   table.begin(folder, config or base(), points, seed_axes)
   planned = plan(points, config, numbers, seed_axes)
   image_sets.bind(folder, planned)
   done = {each.key for each in planned if table.has_run(folder, *each.key)}
-  runner.run_points(
-    planned, done, lambda key: table.folder_of(folder, *key), "smoke", lambda _: "", at_once, print
-  )
+  runner.run_points(planned, done, output(folder), at_once)
   return table.write(folder)

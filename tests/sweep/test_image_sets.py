@@ -15,7 +15,7 @@ from fedjax_med.core.errors import UserError
 from fedjax_med.sweep import image_sets, merge, missing, runner, table
 from fedjax_med.sweep.points import configure
 from tests.command import smoke, start
-from tests.sweep.sweeping import AXES, base, plan
+from tests.sweep.sweeping import AXES, base, output, plan
 
 POINTS = [{"client.learning_rate": rate} for rate in (0.1, 0.2)]
 
@@ -131,9 +131,8 @@ def test_a_sweep_goes_on_with_moved_data_and_not_with_other_data(tmp_path, monke
     config.partition.scheme = "iid"
     configs = [configure(config, point, AXES) for point in POINTS]
     table.begin(workdir, config, POINTS, AXES)
-    missing.run_missing(
-      Console(quiet=True), workdir, POINTS, configs, own, name="", command_of=lambda _: ""
-    )
+    selection = missing.Selection(points=POINTS, configs=configs, numbers=own)
+    missing.run_missing(Console(quiet=True), workdir, selection, name="", command_of=lambda _: "")
 
   begin(easy, [0])
   begin(moved, [1])
@@ -159,9 +158,7 @@ def test_a_point_whose_folder_holds_another_run_is_found_before_anything_is_plan
   (folder / "config.json").write_text('{"run_id": "other"}')
   done = {planned[1].key}
   with pytest.raises(UserError, match="holds run other, this configuration is run"):
-    runner.run_points(
-      planned, done, lambda key: table.folder_of(tmp_path, *key), "", lambda _: "", 0, print
-    )
+    runner.run_points(planned, done, output(tmp_path))
 
 
 def test_folders_of_other_images_are_not_merged_and_nothing_is_copied(

@@ -17,11 +17,11 @@ from fedjax_med.privacy import __main__ as privacy_command
 from fedjax_med.privacy import ledger
 from fedjax_med.report import reported_run as runs
 from fedjax_med.report.run_page import write_report
-from fedjax_med.run.loop import train_rounds
+from fedjax_med.run.single import train_rounds
 from fedjax_med.run.summaries import summary_record
 from fedjax_med.sweep import merge, programs, runner, table
 from fedjax_med.sweep.points import configure, groups, shown
-from tests.sweep.sweeping import AXES, base, plan, sweep
+from tests.sweep.sweeping import AXES, base, output, plan, sweep
 
 SIGMA, TARGET, RATE = "privacy.noise_multiplier", "privacy.target_epsilon", "client.learning_rate"
 
@@ -30,7 +30,7 @@ def alone(folder, config):
   """The same configuration as a run by itself; its summary and its log."""
   folder.mkdir()
   experiment = build(config, load_hospitals(config))
-  outcome = train_rounds(experiment, folder, lambda _: None)
+  outcome = train_rounds(experiment, folder)
   lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
   return summary_record(experiment, outcome, "smoke"), lines
 
@@ -117,10 +117,7 @@ def swept(tmp_path_factory):
   table.begin(folder, base(), TOGETHER, AXES)
   (group,) = groups(plan(TOGETHER))
   prepared = programs.prepare(group, 4)
-  start = runner.Progress(0, 0, None, "")
-  runner.run_group(
-    prepared, set(), lambda key: table.folder_of(folder, *key), "smoke", lambda _: "", print, start
-  )
+  runner.run_group(prepared, set(), output(folder))
   # Three chunks, of unlike hospitals and test sets.
   assert prepared.compilations() == 1
   table.write(folder)
