@@ -5,8 +5,10 @@ import dataclasses
 import chex
 import jax
 import numpy as np
+import pytest
 
 from configs.smoke import get_config
+from fedjax_med.core.errors import UserError
 from fedjax_med.data.hospitals import load_hospitals
 from fedjax_med.prepare.experiment import build, run_key
 from fedjax_med.run.measure import evaluated
@@ -31,3 +33,7 @@ def test_seeds_in_one_program_equal_the_single_runs(tmp_path):
     expected = evaluated(single.program.parts, outcome.state)
     assert expected.state == {}
     chex.assert_trees_all_close(weights, jax.device_get(expected), rtol=2e-5, atol=1e-6)
+  hyper = experiment.hyper._replace(client_learning_rate=jax.numpy.float32(np.inf))
+  wild = experiment._replace(hyper=hyper)
+  with pytest.raises(UserError, match=r"run 1 of 3 at once: a weight became NaN .*; lower client"):
+    train_replicas(wild, runs)
