@@ -132,7 +132,7 @@ def time_in_process(shop: Workshop, repeats: int) -> tuple[dict[str, Any], int]:
         folder = workdir / str(planned.key.number)
         folder.mkdir(parents=True)
         experiment = make_experiment(planned.case, program, shapes, pool, mesh)
-        train_rounds(experiment, folder, lambda _: None, lambda: 0)
+        train_rounds(experiment, folder, compiling=lambda: 0)
 
     return common.seconds(run)
 

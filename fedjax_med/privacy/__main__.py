@@ -113,7 +113,7 @@ def _require_files(folder: pathlib.Path, book: ledger.Ledger, weights: int | Non
     )
     claims.require_told(summary, said, rounds, book)
   claims.require_logged(folder / "metrics.jsonl", writing.read_metrics(folder), book)
-  if config.exists():  # up to 0.3.0 the folder of a baseline had none, nor a statement
+  if config.exists():  # of a baseline up to 0.2.0 there is none, nor a statement
     said, own = {"run_id": _read(config).get("run_id")}, {"run_id": book.run_id}
     claims.require_same(config, said, own)
     run_page.require_told(folder)
