@@ -131,7 +131,7 @@ def _build(workload: specs.Workload, private: bool, layout: str, chunk: int) -> 
   loss = cross_entropy(0.0)
   image = jnp.zeros((1, *workload.shape), jnp.float32)
   params, state = jax.jit(model.init)(base_key(1), image)
-  layout = network_layout(params, state)
+  vectors = network_layout(params, state)
   shape = BatchShape(slots=workload.batch, max_examples=workload.examples, normalisation="fixed")
   probability = workload.batch / workload.examples
   _, chunk, layout_reason = choose_layout(
@@ -164,7 +164,7 @@ def _build(workload: specs.Workload, private: bool, layout: str, chunk: int) -> 
     schedule("constant", 1, 0),
     # With a Poisson cohort the absent slots of a chunk must be able to do nothing.
     None if cohort_cap else workload.steps,
-    layout,
+    vectors,
     steps_on_vector=private,
   )
   algorithm = create_algorithm(

@@ -24,16 +24,13 @@ def read_again(one: Any, other: Any) -> bool:
     return same and read_again(one.func, other.func)
   if not all(inspect.isfunction(f) and not f.__closure__ for f in (one, other)):
     return False
-  first, second = (
-    (
-      pathlib.Path(code.co_filename).absolute(),
-      code,
-      function.__defaults__,
-      function.__kwdefaults__,
-    )
-    for function, code in ((one, one.__code__), (other, other.__code__))
-  )
-  return first == second
+  return _definition(one) == _definition(other)
+
+
+def _definition(function: Any) -> tuple[Any, ...]:
+  code = function.__code__
+  path = pathlib.Path(code.co_filename).absolute()
+  return path, code, function.__defaults__, function.__kwdefaults__
 
 
 def source_digest(function: Any, what: str) -> str:

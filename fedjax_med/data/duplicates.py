@@ -140,7 +140,7 @@ def find_contradictions(
     similar: of the dataset's modality.
   """
   same = _contents(dataset.inputs)
-  identical, similar = np.zeros((2, len(groups)), bool)
+  identical, alike = np.zeros((2, len(groups)), bool)
   pairs: list[tuple[int, int]] = []
   for members in _mixed(same, dataset.labels):
     identical[members] = True
@@ -150,13 +150,13 @@ def find_contradictions(
     found = list(similar(dataset.inputs[members]))
     rows, others = members[np.concatenate(found, axis=1)]
     close = dataset.labels[rows] != dataset.labels[others]
-    similar[rows[close]] = similar[others[close]] = True
+    alike[rows[close]] = alike[others[close]] = True
     pairs += [
       (int(one), int(other)) for one, other in zip(rows[close][:1], others[close][:1], strict=True)
     ]
   return Contradictions(
     identical=int(identical.sum()),
-    similar=int((identical | similar).sum()),
+    similar=int((identical | alike).sum()),
     pairs=tuple(
       (dataset.names[one], dataset.names[other]) for one, other in dict.fromkeys(pairs[:SHOWN])
     ),

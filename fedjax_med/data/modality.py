@@ -72,7 +72,8 @@ def modality_of(record: dict[str, Any]) -> Modality:
 
 def preparation(modality: Modality, data: DataConfig) -> Callable[[Any], "jax.Array"]:
   """Returns ``prepare(raw examples) -> network inputs`` as the configuration of a run says."""
-  return functools.partial(modality.prepare, how=data.normalisation)
+  prepare: Any = modality.prepare
+  return functools.partial(prepare, how=data.normalisation)
 
 
 def _normalise(images: "jax.Array", how: str) -> "jax.Array":

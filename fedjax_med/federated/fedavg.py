@@ -71,7 +71,7 @@ def fedavg(
       params=params,
       state=server.state + delta.state,
       opt_state=opt_state,
-      average=decay * server.average + (1 - decay) * params if average else None,
+      average=None if server.average is None else decay * server.average + (1 - decay) * params,
       round=done,
     )
 

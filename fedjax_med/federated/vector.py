@@ -20,7 +20,7 @@ class Layout(NamedTuple):
     names: path of each leaf, such as head/kernel.
   """
 
-  structure: jax.tree_util.PyTreeDef
+  structure: Any
   shapes: tuple[tuple[int, ...], ...]
   names: tuple[str, ...]
 

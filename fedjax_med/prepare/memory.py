@@ -193,7 +193,13 @@ def block_arguments(
     clients = clients._replace(coefficients=shape((recipe.num_clients, recipe.bands), jnp.float32))
   level, options = None, algorithm_options(recipe.config, traced=True)
   if recipe.client_level:
-    level = ClientLevel(**dict.fromkeys(ClientLevel._fields, scalar))
+    level = ClientLevel(
+      noise_multiplier=scalar,
+      expected_cohort=scalar,
+      count_noise=scalar,
+      quantile=scalar,
+      clip_learning_rate=scalar,
+    )
   inputs, labels = dataset.inputs, dataset.labels
   return BlockArguments(
     state=jax.eval_shape(initial),

@@ -147,8 +147,9 @@ def make_program(
     message=message_sizes(algorithm, arguments.state.server),
     layout=recipe.layout,
   )
-  shardings = {} if devices.mesh is None else {"out_shardings": replicated(devices.mesh)}
-  jitted = jax.jit(initial, **shardings)
+  jitted = jax.jit(initial)
+  if devices.mesh is not None:
+    jitted = jax.jit(initial, out_shardings=replicated(devices.mesh))
   return Program(
     plan=_plan(recipe, decision, devices),
     devices=devices,

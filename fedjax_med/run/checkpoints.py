@@ -126,7 +126,7 @@ def restore_model(
   leaves, head, place, remedy = found
   server = {n.removeprefix(".server"): leaf for n, leaf in leaves.items() if n[:7] == ".server"}
   parts = (".average" if ".average" in server else ".params", ".state")
-  weights = tuple(
+  params, state = (
     _filled(vector, {"": server[part]} if part in server else {}, place, remedy)
     for vector, part in zip(like, parts, strict=True)
   )
@@ -141,7 +141,13 @@ def restore_model(
     )
     own = {name: leaf[client] for name, leaf in stacked.items()}
     client_state = _filled(like_client, own, place, remedy)
-  return Restored(*weights, client_state, int(server[".round"]), head)
+  return Restored(
+    params=params,
+    state=state,
+    client_state=client_state,
+    rounds=int(server[".round"]),
+    head=head,
+  )
 
 
 def covered(workdir: pathlib.Path, run_id: str) -> tuple[str | None, int] | None:

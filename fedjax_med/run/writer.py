@@ -195,7 +195,7 @@ def log(
       record["pooled"] = True
   files.write_json(folder / claims.FILE, record)
   if lines:
-    files.append_metrics(folder, lines)
+    files.append_metrics(folder, list(lines))
   return book
 
 

@@ -115,8 +115,9 @@ def load(
   image = jnp.zeros((1, size, size, CHANNELS), jnp.float32)
   layout = network_layout(*jax.eval_shape(model.init, base_key(0), image))
   algorithm = _personal_algorithm(folder, run, hospital, layout)
-  like = tuple(
-    jax.ShapeDtypeStruct((part.size,), jnp.float32) for part in (layout.params, layout.state)
+  like = (
+    jax.ShapeDtypeStruct((layout.params.size,), jnp.float32),
+    jax.ShapeDtypeStruct((layout.state.size,), jnp.float32),
   )
   like_client = jax.eval_shape(algorithm.init_client, *like) if algorithm else None
   client = run.hospitals.index(hospital) if hospital else 0

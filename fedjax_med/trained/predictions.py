@@ -53,8 +53,8 @@ class Looked(NamedTuple):
     gated: {block: Gated}; {} for a network without squeeze-and-excitation.
   """
 
-  probabilities: np.ndarray
-  maps: np.ndarray
+  probabilities: Any
+  maps: Any
   gated: dict[str, grad_cam.Gated]
 
 

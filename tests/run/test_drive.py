@@ -3,6 +3,7 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -61,7 +62,7 @@ class Table:
     return Reached(
       rounds=done,
       steps=run.steps * done,
-      metrics=BlockMetrics(clients, bad_round) if done else None,
+      metrics=BlockMetrics(clients=clients, bad_round=jnp.asarray(bad_round)) if done else None,
       probabilities=probabilities,
     )
 

@@ -106,7 +106,7 @@ def kill_at_every_write(start, tmp_path, least):
   ``least`` is a number of writes that a start has at least.
   """
   start(tmp_path / "whole")
-  expected = files_of(tmp_path / "whole")
+  expected, number = files_of(tmp_path / "whole"), 0
   for number in itertools.count(1):
     folder = tmp_path / f"killed{number}"
     with killed_at(number) as killed:
@@ -175,6 +175,7 @@ def test_no_summary_stands_without_its_statement_while_baselines_join_the_result
   whole = shutil.copytree(source, tmp_path / "whole")
   writer.finish(whole, summary, seconds, case)
   require_promises(whole)
+  at_once, later, number = whole, whole, 0
   for number in itertools.count(1):
     at_once, later = (shutil.copytree(source, tmp_path / f"{name}{number}") for name in "ab")
     with killed_at(number) as killed:

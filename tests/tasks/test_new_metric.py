@@ -122,7 +122,7 @@ def test_a_new_metric_of_many_hospitals_has_a_panel(folders, monkeypatch, tmp_pa
 
 def test_a_new_metric_is_on_the_page_and_in_the_papers_of_a_sweep(folders, tmp_path, monkeypatch):
   monkeypatch.setattr(sweep_page, "_draw", lambda *_: None)
-  page = sweep_page.write(sweep_page.of_sweep(folders[1]), tmp_path).read_text(encoding="utf-8")
+  page = sweep_page.write(sweep_page.read_sweep(folders[1]), tmp_path).read_text(encoding="utf-8")
   reached = [read_json(table.folder_of(folders[1], k) / "summary.json") for k in (0, 1)]
   expected = [f"{summary['test']['brier']:.3f}" for summary in reached]
   assert column_of(page, "arms", "Brier score") == expected
@@ -186,7 +186,7 @@ def test_a_metric_that_an_old_run_lacks_is_a_dash_in_its_report(folders):
 
 
 def test_a_metric_that_an_old_sweep_lacks_is_a_dash_on_its_page_and_missing_in_study(folders):
-  page = sweep_page.write(sweep_page.of_sweep(folders[0]), folders[0]).read_text(encoding="utf-8")
+  page = sweep_page.write(sweep_page.read_sweep(folders[0]), folders[0]).read_text(encoding="utf-8")
   assert column_of(page, "arms", "Brier score") == ["–", "–"]
   frame = study.load(folders[0])
   found = study.aggregate(frame, SIGMA, "all.brier")
