@@ -24,14 +24,15 @@ def read_again(one: Any, other: Any) -> bool:
     return same and read_again(one.func, other.func)
   if not all(inspect.isfunction(f) and not f.__closure__ for f in (one, other)):
     return False
+  functions: tuple[Any, Any] = (one, other)
   first, second = (
     (
-      pathlib.Path(code.co_filename).absolute(),
-      code,
+      pathlib.Path(function.__code__.co_filename).absolute(),
+      function.__code__,
       function.__defaults__,
       function.__kwdefaults__,
     )
-    for function, code in ((one, one.__code__), (other, other.__code__))
+    for function in functions
   )
   return first == second
 
