@@ -193,7 +193,8 @@ def block_arguments(
     clients = clients._replace(coefficients=shape((recipe.num_clients, recipe.bands), jnp.float32))
   level, options = None, algorithm_options(recipe.config, traced=True)
   if recipe.client_level:
-    level = ClientLevel(**{name: scalar for name in ClientLevel._fields})
+    values: dict[str, Any] = dict.fromkeys(ClientLevel._fields, scalar)
+    level = ClientLevel(**values)
   inputs, labels = dataset.inputs, dataset.labels
   return BlockArguments(
     state=jax.eval_shape(initial),
