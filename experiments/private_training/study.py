@@ -3,7 +3,6 @@
 python -m experiments.private_training.study --path=FOLDER
 """
 
-import dataclasses
 import datetime
 import json
 import pathlib
@@ -16,7 +15,7 @@ from absl import flags
 from scipy import stats
 
 from configs.br35h_small_private import get_config
-from fedjax_med.core.config import Config
+from fedjax_med.core.config import Config, to_dict
 from fedjax_med.core.errors import require_choice
 from fedjax_med.core.validation import validate
 from fedjax_med.data.hospitals import load_hospitals
@@ -77,9 +76,8 @@ def run_arm(config: Config, seeds: int) -> dict[str, Any]:
   keys = jax.numpy.stack([run_key(experiment, seed) for seed in range(seeds)])
   indices = np.asarray(experiment.clients.indices)
   started = time.monotonic()
-  trained = train_replicas(
-    experiment, Replicas(seeds=numbers, keys=keys, indices=np.stack([indices] * seeds))
-  )
+  replicas = Replicas(seeds=numbers, keys=keys, indices=np.stack([indices] * seeds))
+  trained = train_replicas(experiment, replicas)
   seconds = time.monotonic() - started
   rows = evaluation_rows(experiment)
   labels = experiment.hospitals.dataset.labels[rows]
@@ -90,7 +88,7 @@ def run_arm(config: Config, seeds: int) -> dict[str, Any]:
   rounds = config.server.num_rounds
   local, _ = spent(experiment, rounds, experiment.steps * rounds)
   return {
-    "config": dataclasses.asdict(experiment.config) | {"data": {**vars(config.data), "path": ""}},
+    "config": to_dict(experiment.config) | {"data": {**vars(config.data), "path": ""}},
     "epsilon_max": max(local, default=None),
     "noise_multipliers": [m.noise_multiplier for m in experiment.local.mechanisms]
     if experiment.local
