@@ -39,10 +39,10 @@ def check() -> dict[str, Any]:
   import optax
 
   from fedjax_med.core.config import ModelConfig
-  from fedjax_med.federated.losses import cross_entropy
   from fedjax_med.models.ops import Lowering
   from fedjax_med.models.registry import create_model
   from fedjax_med.privacy.clipping import METHODS, Rows, clipped_sum
+  from fedjax_med.tasks.classification import cross_entropy
 
   images = jax.random.normal(jax.random.key(0), (6, 32, 32, 1))
   labels = jnp.arange(6) % 2

@@ -15,7 +15,8 @@ import jax.numpy as jnp
 from benchmarks import common, specs
 from benchmarks.workloads import make_model
 from fedjax_med.core.keys import base_key
-from fedjax_med.federated.losses import cross_entropy, with_penalties
+from fedjax_med.federated.losses import with_penalties
+from fedjax_med.tasks.classification import cross_entropy
 
 
 def product_speed(size: int, repeats: int) -> float:

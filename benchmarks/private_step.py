@@ -22,10 +22,11 @@ import jax.numpy as jnp
 from benchmarks import common, specs
 from benchmarks.workloads import make_model, write_reference
 from fedjax_med.core.keys import base_key
-from fedjax_med.federated.losses import cross_entropy, with_penalties
+from fedjax_med.federated.losses import with_penalties
 from fedjax_med.federated.optimizers import descend
 from fedjax_med.privacy.clipping import METHODS, Rows, clipped_sum
 from fedjax_med.privacy.noise import private_mean
+from fedjax_med.tasks.classification import cross_entropy
 
 RATE = 0.01
 MIB = 2**20

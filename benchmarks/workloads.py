@@ -15,7 +15,6 @@ from fedjax_med.core.config import ModelConfig
 from fedjax_med.core.keys import base_key
 from fedjax_med.federated.algorithm import Client, Hyper, Pool
 from fedjax_med.federated.local import BatchShape, local_training, plain_gradient, private_gradient
-from fedjax_med.federated.losses import cross_entropy
 from fedjax_med.federated.optimizers import client_optimizer, schedule, server_optimizer
 from fedjax_med.federated.registry import create_algorithm
 from fedjax_med.federated.vector import network_layout, ravel
@@ -31,6 +30,7 @@ from fedjax_med.privacy.clipping import Rows, clipped_sum, resolve_method, uncov
 from fedjax_med.privacy.mechanism import batch_size_bound
 from fedjax_med.simulation.mesh import choose_devices, cpu_cores, replicate
 from fedjax_med.simulation.rounds import init_state, jit_block, make_block, make_round
+from fedjax_med.tasks.classification import cross_entropy
 
 
 class CifarCNN(nn.Module):

@@ -29,7 +29,6 @@ POSITIONS: dict[str, int] = {
   "fedjax_med/audit/shadow_models.py": 3,
   "fedjax_med/federated/local.py": 2,
   "fedjax_med/privacy/clipping.py": 5,
-  "fedjax_med/report/sweep_page.py": 3,
   "fedjax_med/run/checkpoints.py": 2,
   "fedjax_med/run/loop.py": 5,
   "fedjax_med/simulation/rounds.py": 2,

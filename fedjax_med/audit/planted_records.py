@@ -19,13 +19,13 @@ from fedjax_med.audit.likelihood_ratio import ATTACKS, TRIALS_AT_ONCE, Scores, a
 from fedjax_med.core.keys import base_key
 from fedjax_med.federated.algorithm import Client, Hyper, Pool
 from fedjax_med.federated.local import BatchShape, StepContext, private_gradient
-from fedjax_med.federated.losses import cross_entropy
 from fedjax_med.federated.vector import layout_of, unravel
 from fedjax_med.models.networks.canary import canary_model
 from fedjax_med.privacy.banded import empty_memory
 from fedjax_med.privacy.guarantees import Guarantee
 from fedjax_med.privacy.mechanism import PoissonGaussian
 from fedjax_med.simulation.mesh import map_over_devices
+from fedjax_med.tasks.classification import cross_entropy
 
 # Most planted records of a hospital in one run: fewer than the pixels of 32 x 32.
 MAX_CANARIES = 800

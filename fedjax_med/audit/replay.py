@@ -18,9 +18,9 @@ import numpy as np
 from fedjax_med.audit.execution_checks import Check
 from fedjax_med.core.config import Config
 from fedjax_med.core.keys import Stream, key_for
+from fedjax_med.data.modality import modality_named
 from fedjax_med.federated.algorithm import Client, Units
 from fedjax_med.federated.local import BatchShape, StepContext, private_gradient
-from fedjax_med.federated.losses import cross_entropy
 from fedjax_med.models.registry import create_model
 from fedjax_med.prepare.case import Case, with_plain_server
 from fedjax_med.prepare.experiment import Experiment, shapes_of
@@ -28,6 +28,7 @@ from fedjax_med.prepare.layout import Plan
 from fedjax_med.prepare.program import make_program
 from fedjax_med.privacy.banded import empty_memory
 from fedjax_med.privacy.noise import gaussian_noise_like, grain_of
+from fedjax_med.tasks.registry import task_named
 
 # Units whose gradients the reference holds at once.
 AT_ONCE = 8
@@ -154,7 +155,9 @@ def _reference(experiment: Experiment) -> Any:
   assert local is not None
   # Draws of dropout differ between methods of clipping and between sizes of a microbatch.
   plan, dropout = experiment.program.plan, config.model.dropout > 0
-  model = create_model(config.model, len(case.hospitals.dataset.class_names), "native")
+  dataset = case.hospitals.dataset
+  task = task_named(dataset.task)
+  model = create_model(config.model, task.columns(dataset), "native")
   shape = BatchShape(
     slots=shapes.batch_cap,
     max_examples=shapes.max_examples,
@@ -163,8 +166,10 @@ def _reference(experiment: Experiment) -> Any:
     microbatch=plan.microbatch if dropout else min(AT_ONCE, shapes.batch_cap),
     rows_per_unit=shapes.rows_per_unit,
     copies=config.privacy.augmentation_multiplicity,
+    modality=modality_named(dataset.modality),
+    task=task,
   )
-  loss, method = cross_entropy(config.client.label_smoothing), plan.clipping
+  loss, method = task.loss(config.client.label_smoothing), plan.clipping
   gradient = private_gradient(model, loss, method if dropout else "reference", shape)
   layout = experiment.program.parts.layout
 

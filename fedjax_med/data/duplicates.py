@@ -129,7 +129,7 @@ def _even_odd(images: np.ndarray, axis: int) -> tuple[np.ndarray, np.ndarray]:
 def find_contradictions(
   dataset: Dataset,
   groups: np.ndarray,
-  similar: Callable[[np.ndarray], Iterator[np.ndarray]] = similar_pairs,
+  pairs_of: Callable[[Any], Iterator[np.ndarray]] = similar_pairs,
 ) -> Contradictions:
   """Finds examples that stand in several classes, themselves or as near-duplicates.
 
@@ -137,7 +137,7 @@ def find_contradictions(
     dataset: the examples.
     groups: [N] near-duplicate group of each. Within a group only pairs that are similar themselves
       count: a chain may lead from one class to another by small steps.
-    similar: of the dataset's modality.
+    pairs_of: ``similar`` of the dataset's modality.
   """
   same = _contents(dataset.inputs)
   identical, alike = np.zeros((2, len(groups)), bool)
@@ -147,7 +147,7 @@ def find_contradictions(
     labels = dataset.labels[members]
     pairs.append((int(members[0]), int(members[labels != labels[0]][0])))
   for members in _mixed(groups, dataset.labels):
-    found = list(similar(dataset.inputs[members]))
+    found = list(pairs_of(dataset.inputs[members]))
     rows, others = members[np.concatenate(found, axis=1)]
     close = dataset.labels[rows] != dataset.labels[others]
     alike[rows[close]] = alike[others[close]] = True

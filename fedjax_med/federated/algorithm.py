@@ -15,12 +15,12 @@ class Pool(NamedTuple):
   """Every example of every client, once, on the device; clients refer to it by row number.
 
   Attributes:
-    inputs: [N, H, W, C] uint8 or uint16.
-    labels: [N] int32.
+    inputs: raw examples [N, ...] of the modality; of pictures [N, H, W, C] uint8 or uint16.
+    labels: targets [N, ...] of the task; of classification [N] int32.
   """
 
-  inputs: jax.Array
-  labels: jax.Array
+  inputs: Any
+  labels: Any
 
 
 class Units(NamedTuple):
@@ -144,7 +144,7 @@ class RoundMetrics(NamedTuple):
 
   Attributes:
     loss: summed over examples.
-    correct: correctly classified examples.
+    tally: scores of the examples by the task, summed; of classification the correct ones.
     norm: gradient norms of the privacy units, summed (private runs, else 0).
     clipped: units whose gradient was scaled down (private runs, else 0).
     examples: examples seen.
@@ -154,7 +154,7 @@ class RoundMetrics(NamedTuple):
   """
 
   loss: jax.Array
-  correct: jax.Array
+  tally: jax.Array
   norm: jax.Array
   clipped: jax.Array
   examples: jax.Array
@@ -168,7 +168,7 @@ def no_metrics(shape: tuple[int, ...] = ()) -> RoundMetrics:
   zero = jnp.zeros(shape, jnp.float32)
   return RoundMetrics(
     loss=zero,
-    correct=zero,
+    tally=zero,
     norm=zero,
     clipped=zero,
     examples=zero,

@@ -9,8 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from fedjax_med.core.keys import Stream, key_for
-from fedjax_med.data.augmentation import Changes, change, draw_changes
-from fedjax_med.data.normalisation import normalise
+from fedjax_med.data.modality import PICTURES, Modality
 from fedjax_med.federated.algorithm import (
   Client,
   Hyper,
@@ -28,6 +27,8 @@ from fedjax_med.privacy.banded import banded_batch, correlated_mean, empty_memor
 from fedjax_med.privacy.clipping import Rows, clipped_sum
 from fedjax_med.privacy.noise import private_mean
 from fedjax_med.privacy.sampling import epoch_batch, poisson_batch
+from fedjax_med.tasks.classification import CLASSIFICATION
+from fedjax_med.tasks.task import Task
 
 
 class StepContext(NamedTuple):
@@ -56,7 +57,7 @@ Gradient = Callable[[Tree, Tree, Tree, StepContext], tuple[Tree, Tree, Tree, Rou
 
 
 class BatchShape(NamedTuple):
-  """Sizes of a local step's batch, and how its images are prepared.
+  """Sizes of a local step's batch, how its examples are prepared, and how they are scored.
 
   Attributes:
     slots: places for examples or units; of a private step the cap of the Poisson batch.
@@ -65,7 +66,9 @@ class BatchShape(NamedTuple):
     augmentation: of client.augmentation.
     microbatch: slots in memory at once; 0 takes all.
     rows_per_unit: rows of a unit that a private step looks at.
-    copies: random changes of each image in a private step (augmentation multiplicity).
+    copies: random changes of each example in a private step (augmentation multiplicity).
+    modality: of the examples.
+    task: of the run.
   """
 
   slots: int
@@ -75,6 +78,8 @@ class BatchShape(NamedTuple):
   microbatch: int = 0
   rows_per_unit: int = 1
   copies: int = 1
+  modality: Modality = PICTURES
+  task: Task = CLASSIFICATION
 
 
 class _Drawn(NamedTuple):
@@ -84,13 +89,13 @@ class _Drawn(NamedTuple):
     slots: [S] int32 slots of the client's table of examples or units.
     mask: [S] bool, slots that count.
     turn: [S] float32 in 0 .. 1, where in a unit of many rows to begin.
-    changes: how each of the slot's images is changed, [S, images]; None if it is not.
+    changes: how each of the slot's examples is changed, [S, examples]; None if it is not.
   """
 
   slots: jax.Array
   mask: jax.Array
   turn: jax.Array
-  changes: Changes | None
+  changes: Tree
 
 
 def _rows(client: Client, drawn: _Drawn, rows_per_unit: int) -> tuple[jax.Array, jax.Array]:
@@ -106,10 +111,32 @@ def _rows(client: Client, drawn: _Drawn, rows_per_unit: int) -> tuple[jax.Array,
   return client.indices[places], drawn.mask[:, None] & (turn[None] < sizes[:, None])
 
 
-def _images(pool: Pool, rows: jax.Array, changes: Changes | None, how: str) -> jax.Array:
-  """Normalised images of the pool's ``rows`` [B]."""
-  images = pool.inputs[rows]
-  return normalise(images if changes is None else change(images, changes), how)
+def _inputs(pool: Pool, rows: jax.Array, changes: Tree, shape: BatchShape) -> jax.Array:
+  """Network inputs of the pool's ``rows`` [B]."""
+  raw = jax.tree.map(lambda leaf: leaf[rows], pool.inputs)
+  vary = shape.modality.vary
+  if changes is not None and vary is not None:
+    raw = vary.apply(raw, changes)
+  return shape.modality.prepare(raw, shape.normalisation)
+
+
+def _targets(pool: Pool, rows: jax.Array) -> Tree:
+  """Targets of the pool's ``rows`` [B]."""
+  return jax.tree.map(lambda leaf: leaf[rows], pool.labels)
+
+
+def _changes(
+  context: StepContext, leading: tuple[int, ...], shape: BatchShape, *counters: int
+) -> Tree:
+  """Random changes of the step's examples in a leading shape; None where nothing is changed.
+
+  ``counters`` end the name of the random key.
+  """
+  vary = shape.modality.vary
+  if shape.augmentation == "none" or vary is None:
+    return None
+  where = (context.client.number, context.round, context.step, *counters)
+  return vary.draw(key_for(context.key, Stream.AUGMENT, *where), leading, shape.augmentation)
 
 
 def _masked_sum(values: jax.Array, mask: jax.Array) -> jax.Array:
@@ -135,8 +162,8 @@ def plain_gradient(model: Model, loss: Loss, shape: BatchShape) -> Gradient:
 
     def part(state, drawn, key):
       rows, mask = client.indices[drawn.slots], drawn.mask
-      inputs = _images(context.pool, rows, drawn.changes, shape.normalisation)
-      labels = context.pool.labels[rows]
+      inputs = _inputs(context.pool, rows, drawn.changes, shape)
+      labels = _targets(context.pool, rows)
 
       def mean_loss(params):
         outputs, new_state = model.apply(params, state, inputs, key=key, train=True)
@@ -147,7 +174,7 @@ def plain_gradient(model: Model, loss: Loss, shape: BatchShape) -> Gradient:
       grad, (total, logits, new_state) = jax.grad(mean_loss, has_aux=True)(params)
       metrics = no_metrics()._replace(
         loss=total,
-        correct=_masked_sum(logits.argmax(-1) == labels, mask),
+        tally=_masked_sum(shape.task.tally(logits, labels), mask),
         examples=mask.sum(dtype=jnp.float32),
       )
       return grad, new_state, metrics
@@ -172,10 +199,7 @@ def _next_batch(context: StepContext, shape: BatchShape) -> _Drawn:
   )
   # Padding repeats the batch's own examples: it counts in no loss, but batch norm looks at it.
   slots = slots[jnp.arange(size) % jnp.maximum(mask.sum(), 1)]
-  changes = None
-  if shape.augmentation != "none":
-    key = key_for(context.key, Stream.AUGMENT, client.number, context.round, context.step)
-    changes = draw_changes(key, (size,), shape.augmentation)
+  changes = _changes(context, (size,), shape)
   return _Drawn(slots=slots, mask=mask, turn=jnp.zeros((size,), jnp.float32), changes=changes)
 
 
@@ -210,8 +234,8 @@ def private_gradient(model: Model, loss: Loss, clipping: str, shape: BatchShape)
         for slot in _rows(context.client, drawn, shape.rows_per_unit)
       )
       changes = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), drawn.changes)
-      inputs = _images(context.pool, rows, changes, shape.normalisation)
-      labels = context.pool.labels[rows]
+      inputs = _inputs(context.pool, rows, changes, shape)
+      labels = _targets(context.pool, rows)
       batch = Rows(inputs, labels, mask, per_unit=shape.rows_per_unit * shape.copies)
       # Norms and sums must round alike: TF32 products would not hold the bound C.
       with jax.default_matmul_precision("highest"):
@@ -221,7 +245,7 @@ def private_gradient(model: Model, loss: Loss, clipping: str, shape: BatchShape)
       present, logits = drawn.mask, class_logits(clip.outputs, model.penalties)
       metrics = no_metrics()._replace(
         loss=_masked_sum(clip.loss, mask),
-        correct=_masked_sum(logits.argmax(-1) == labels, mask),
+        tally=_masked_sum(shape.task.tally(logits, labels), mask),
         norm=_masked_sum(clip.norm, present),
         clipped=_masked_sum(clip.norm > hyper.clip_norm, present),
         examples=mask.sum(dtype=jnp.float32),
@@ -266,13 +290,10 @@ def _poisson_batch(context: StepContext, memory: Tree, shape: BatchShape) -> _Dr
     batch_cap=slots,
     limit=client.batch_cap,
   )
-  turn, changes = jnp.zeros((slots,), jnp.float32), None
+  turn = jnp.zeros((slots,), jnp.float32)
   if units is not None:
     turn = jax.random.uniform(key_for(context.key, Stream.AUGMENT, *where, 0), (slots,))
-  if shape.augmentation != "none":
-    key = key_for(context.key, Stream.AUGMENT, *where, 1)
-    images = shape.rows_per_unit * shape.copies
-    changes = draw_changes(key, (slots, images), shape.augmentation)
+  changes = _changes(context, (slots, shape.rows_per_unit * shape.copies), shape, 1)
   return _Drawn(slots=numbers, mask=mask, turn=turn, changes=changes)
 
 

@@ -1,23 +1,8 @@
-"""The loss of an example: cross-entropy of its class, and what the network adds of its own."""
-
-from collections.abc import Callable
+"""What a network adds of its own to the loss of an example."""
 
 import jax
-import optax
 
-Loss = Callable[[jax.Array, jax.Array], jax.Array]
-
-
-def cross_entropy(label_smoothing: float) -> Loss:
-  """Per-example softmax cross-entropy: (logits [B, classes], labels [B]) -> float32 [B]."""
-
-  def loss(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    targets = optax.smooth_labels(
-      jax.nn.one_hot(labels, logits.shape[-1], dtype=logits.dtype), label_smoothing
-    )
-    return optax.softmax_cross_entropy(logits, targets)
-
-  return loss
+from fedjax_med.tasks.task import Loss
 
 
 def class_logits(outputs: jax.Array, penalties: int) -> jax.Array:

@@ -11,7 +11,8 @@ from fedjax_med.federated.local import LocalTraining
 def performance_weighted(
   local: LocalTraining, optimizer: optax.GradientTransformation, *, average: bool
 ) -> FederatedAlgorithm:
-  """FedAvg whose weights are multiplied by each client's accuracy on the batches of its round.
+  """FedAvg whose weights are multiplied by each client's mean tally on the batches of its round: of
+  classification its accuracy.
 
   Where nobody classifies anything rightly nothing moves. Arguments as of ``fedavg``.
   """
@@ -21,7 +22,7 @@ def performance_weighted(
     delta, client_state, metrics = plain.client_update(
       server, client_state, client, pool, hyper, key
     )
-    accuracy = metrics.correct / jnp.maximum(metrics.examples, 1)
+    accuracy = metrics.tally / jnp.maximum(metrics.examples, 1)
     weighted = delta._replace(
       params=delta.params * accuracy, state=delta.state * accuracy, extra=accuracy
     )

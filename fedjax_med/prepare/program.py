@@ -10,7 +10,7 @@ import numpy as np
 from fedjax_med.core.config import Config, init_seed
 from fedjax_med.core.keys import base_key
 from fedjax_med.data.dataset import Dataset
-from fedjax_med.data.modality import modality_named, preparation
+from fedjax_med.data.modality import preparation
 from fedjax_med.federated.vector import NetworkLayout
 from fedjax_med.models.networks.pretrained import Overlay, overlay
 from fedjax_med.models.registry import create_model, has_remat, require_columns, require_read
@@ -37,7 +37,7 @@ from fedjax_med.prepare.recipe import (
   make_training,
   message_sizes,
 )
-from fedjax_med.simulation.evaluation import make_evaluate, make_predict
+from fedjax_med.simulation.evaluation import make_classify, make_evaluate, make_predict
 from fedjax_med.simulation.mesh import Devices, client_mesh, replicated
 from fedjax_med.simulation.rounds import SimulationState, jit_block
 
@@ -117,7 +117,7 @@ def make_program(
   """
   require_read(config.model)
   recipe = make_recipe(config, dataset, shapes)
-  require_columns(recipe.network(False, devices.number), recipe.image, recipe.num_classes)
+  require_columns(recipe.network(False, devices.number), recipe.image, recipe.num_columns)
   # Which clipping covers a model depends on the rows of a batch, so the search settles it.
   remat = config.execution.remat == "blocks"
   first = Choice(devices=devices.number, chunk=1, microbatch=0, remat=remat, clipping="none")
@@ -133,8 +133,9 @@ def make_program(
   devices = _fewer_devices(devices, choice.devices)
   algorithm = make_algorithm(recipe, choice)
   model = recipe.network(False, choice.devices)
-  prepare = preparation(modality_named(dataset.modality), config.data)
-  evaluate = make_evaluate(model, prepare, recipe.layout, algorithm.personal)
+  prepare = preparation(recipe.modality, config.data)
+  classify = make_classify(model, prepare, recipe.task.predict)
+  evaluate = make_evaluate(classify, recipe.layout, algorithm.personal)
   predict, lower_predict = make_predict(
     evaluate, batch_size=config.eval.batch_size, mesh=devices.mesh
   )
@@ -191,7 +192,7 @@ def _layout_problem(
     rows_per_unit=shapes.rows_per_unit * recipe.copies,
     model=_footprint(recipe, start.remat),
     arguments=arguments,
-    may_remat=has_remat(config.model, recipe.num_classes),
+    may_remat=has_remat(config.model, recipe.num_columns),
     may_share_less=may_share_less,
     uncovered=functools.cache(problems),
   )
@@ -200,7 +201,7 @@ def _layout_problem(
 def _footprint(recipe: Recipe, remat: bool) -> Footprint:
   """Sizes of the model on all images of a unit."""
   # Products hold patches, native convolutions do not: the most that either needs.
-  model = create_model(recipe.config.model, recipe.num_classes, "matmul", remat=remat)
+  model = create_model(recipe.config.model, recipe.num_columns, "matmul", remat=remat)
   sizes = footprint(model, recipe.image)
   images = recipe.shapes.rows_per_unit * recipe.copies
   return sizes._replace(activations=images * sizes.activations)

@@ -14,8 +14,10 @@ import numpy as np
 from jax.sharding import Mesh
 
 from fedjax_med.core.config import Config, algorithm_options
+from fedjax_med.core.errors import require
 from fedjax_med.core.keys import Stream, base_key, key_for
 from fedjax_med.data.dataset import Dataset
+from fedjax_med.data.modality import Modality, modality_named
 from fedjax_med.federated.algorithm import FederatedAlgorithm, ServerState
 from fedjax_med.federated.local import (
   BatchShape,
@@ -26,7 +28,6 @@ from fedjax_med.federated.local import (
   private_gradient,
   slots_at_once,
 )
-from fedjax_med.federated.losses import cross_entropy
 from fedjax_med.federated.optimizers import client_optimizer, schedule, server_optimizer
 from fedjax_med.federated.registry import create_algorithm
 from fedjax_med.federated.vector import NetworkLayout, network_layout, ravel
@@ -39,6 +40,8 @@ from fedjax_med.privacy.clipping import uncovered
 from fedjax_med.simulation.mesh import cpu_cores
 from fedjax_med.simulation.processes import least
 from fedjax_med.simulation.rounds import SimulationState, init_state, make_block, make_round
+from fedjax_med.tasks.registry import task_named
+from fedjax_med.tasks.task import Task
 
 
 class Shapes(NamedTuple):
@@ -69,7 +72,9 @@ class Recipe(NamedTuple):
   Attributes:
     config: validated config.
     shapes: largest sizes of the runs that share the program.
-    num_classes: outputs of the network.
+    task: what is predicted.
+    modality: what an example is.
+    num_columns: outputs of the network for an example.
     image: shape of one image [1, H, W, C] float32, as the network sees it.
     cohort_cap: most clients of a drawn cohort; None if everyone takes part.
     cores: cores of a CPU, the fewest of all processes.
@@ -79,7 +84,9 @@ class Recipe(NamedTuple):
 
   config: Config
   shapes: Shapes
-  num_classes: int
+  task: Task
+  modality: Modality
+  num_columns: int
   image: jax.ShapeDtypeStruct
   cohort_cap: int | None
   cores: int
@@ -120,19 +127,27 @@ class Recipe(NamedTuple):
 def make_recipe(config: Config, dataset: Dataset, shapes: Shapes) -> Recipe:
   """The recipe of runs of at most these shapes. The dataset gives image shape and classes."""
   cap, cores = cohort_cap(config, len(shapes.steps)), int(least(cpu_cores()))
-  num_classes, cohort = len(dataset.class_names), cap or len(shapes.steps)
+  task, modality = task_named(dataset.task), modality_named(dataset.modality)
+  num_columns, cohort = task.columns(dataset), cap or len(shapes.steps)
+  require(
+    config.client.augmentation == "none" or modality.vary is not None,
+    f"client.augmentation={config.client.augmentation} changes no {modality.name}",
+    "use client.augmentation=none",
+  )
 
   @functools.cache
   def network(remat: bool, devices: int) -> Model:
     lowering, _ = _lowering(config, cohort, cores, devices)
-    return create_model(config.model, num_classes, lowering, remat=remat)
+    return create_model(config.model, num_columns, lowering, remat=remat)
 
   image = jax.ShapeDtypeStruct((1, *dataset.inputs.shape[1:]), jnp.float32)
-  fresh = jax.eval_shape(create_model(config.model, num_classes).init, base_key(0), image)
+  fresh = jax.eval_shape(create_model(config.model, num_columns).init, base_key(0), image)
   return Recipe(
     config=config,
     shapes=shapes,
-    num_classes=num_classes,
+    task=task,
+    modality=modality,
+    num_columns=num_columns,
     image=image,
     cohort_cap=cap,
     cores=cores,
@@ -164,7 +179,7 @@ def make_gradient(recipe: Recipe, choice: Choice) -> Gradient:
   """The gradient of a local step, private where the config says so."""
   config, shapes = recipe.config, recipe.shapes
   model = recipe.network(choice.remat, choice.devices)
-  loss = cross_entropy(config.client.label_smoothing)
+  loss = recipe.task.loss(config.client.label_smoothing)
   shape = BatchShape(
     slots=shapes.batch_cap if recipe.private else config.client.batch_size,
     max_examples=shapes.max_examples,
@@ -173,6 +188,8 @@ def make_gradient(recipe: Recipe, choice: Choice) -> Gradient:
     microbatch=choice.microbatch,
     rows_per_unit=shapes.rows_per_unit,
     copies=recipe.copies,
+    modality=recipe.modality,
+    task=recipe.task,
   )
   if not recipe.private:
     return plain_gradient(model, loss, shape)

@@ -88,13 +88,13 @@ class Rows(NamedTuple):
 
   Attributes:
     inputs: [B, ...] float32.
-    labels: [B, ...].
+    labels: targets [B, ...], an array or a tree of arrays.
     mask: [B] bool, rows that are examples.
     per_unit: rows of a unit, a divisor of B.
   """
 
   inputs: jax.Array
-  labels: jax.Array
+  labels: Any
   mask: jax.Array
   per_unit: int = 1
 
@@ -143,7 +143,8 @@ def clipped_sum(
   mask, number = rows.mask, rows.inputs.shape[0]
   if number % rows.per_unit:
     raise ValueError(f"{number} rows are not whole units of {rows.per_unit}")
-  inputs, labels = _zero_outside(mask, rows.inputs), _zero_outside(mask, rows.labels)
+  inputs = _zero_outside(mask, rows.inputs)
+  labels = jax.tree.map(lambda leaf: _zero_outside(mask, leaf), rows.labels)
   by_unit = mask.reshape(-1, rows.per_unit)
   present = by_unit.any(1)
   share = by_unit.astype(jnp.float32)
@@ -161,14 +162,14 @@ class _Batch(NamedTuple):
 
   Attributes:
     inputs: [B, ...].
-    labels: [B, ...].
+    labels: targets [B, ...], an array or a tree of arrays.
     share: [B] float32, weight of a row in its unit's loss.
     present: [U] bool, units with a row in the mask.
     key: draws dropout.
   """
 
   inputs: jax.Array
-  labels: jax.Array
+  labels: Any
   share: jax.Array
   present: jax.Array
   key: jax.Array | None
@@ -261,8 +262,9 @@ def _reference(model, loss, params, state, batch, clip_norm):
 
     return jax.grad(value, has_aux=True)(params)
 
-  inputs, labels, share = (
-    x.reshape(units, -1, *x.shape[1:]) for x in (batch.inputs, batch.labels, batch.share)
+  inputs, labels, share = jax.tree.map(
+    lambda leaf: leaf.reshape(units, -1, *leaf.shape[1:]),
+    (batch.inputs, batch.labels, batch.share),
   )
   gradients, (values, outputs) = jax.vmap(one)(inputs, labels, share, jnp.arange(units))
   gradients = evaluated_once(gradients)

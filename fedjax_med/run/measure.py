@@ -122,15 +122,16 @@ def train_line(experiment: Experiment, metrics: BlockMetrics) -> dict[str, Any]:
   also how many hospitals sent any update that counted 0, as it was not finite.
   """
   sums = jax.device_get(metrics.clients)
+  tallied = task_named(experiment.hospitals.dataset.task).tallied
 
   def means(part: RoundMetrics) -> dict[str, Any]:
     examples = float(part.examples)
     if examples == 0:
-      return {"loss": None, "accuracy": None, "steps": int(part.steps)}
+      return {"loss": None, tallied: None, "steps": int(part.steps)}
     line: dict[str, Any] = {"loss": float(part.loss) / examples}
     if not math.isfinite(line["loss"]):
       line["loss"] = None
-    line |= {"accuracy": float(part.correct) / examples, "steps": int(part.steps)}
+    line |= {tallied: float(part.tally) / examples, "steps": int(part.steps)}
     if experiment.local:
       norm = float(part.norm) / float(part.units)
       line["mean_gradient_norm"] = norm if math.isfinite(norm) else None

@@ -47,7 +47,9 @@ def config_record(experiment: Experiment, command: str) -> dict[str, Any]:
   """config.json: what was asked, with what, and what must stand beside every result."""
   versions = {name: importlib.metadata.version(name) for name in PACKAGES}
   versions |= {"fedjax_med": __version__, "python": platform.python_version()}
-  notes = list(experiment.hospitals.dataset.notes)
+  dataset = experiment.hospitals.dataset
+  num_columns = task_named(dataset.task).columns(dataset)
+  notes = list(dataset.notes)
   if experiment.program.origin:
     notes.append(
       f"Training starts from {experiment.program.origin}: what those weights were trained on is"
@@ -56,14 +58,13 @@ def config_record(experiment: Experiment, command: str) -> dict[str, Any]:
   return {
     "run_id": experiment.run_id,
     "command": command,
-    "task": experiment.hospitals.dataset.task,
-    "modality": experiment.hospitals.dataset.modality,
+    "task": dataset.task,
+    "modality": dataset.modality,
+    "num_columns": num_columns,
     "device": f"{jax.devices()[0].device_kind} x {jax.device_count()}",
     "versions": versions,
     "notes": notes,
-    "network": network_record(
-      experiment.config.model, len(experiment.hospitals.dataset.class_names)
-    ),
+    "network": network_record(experiment.config.model, num_columns),
     "config": to_dict(experiment.config),
   }
 

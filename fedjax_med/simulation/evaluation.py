@@ -4,7 +4,6 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
@@ -14,16 +13,22 @@ from fedjax_med.models.model import Model
 from fedjax_med.simulation.mesh import CLIENTS, replicated
 
 
-def make_classify(model: Model, prepare: Callable[[Tree], jax.Array]) -> Callable[..., jax.Array]:
-  """Builds ``classify(params, state, examples) -> [B, classes]``, not jitted.
+def make_classify(
+  model: Model,
+  prepare: Callable[[Tree], jax.Array],
+  predict: Callable[[jax.Array], jax.Array],
+) -> Callable[..., jax.Array]:
+  """Builds ``classify(params, state, examples) -> [B, columns]``, not jitted.
 
-  The result is float32 class probabilities of B raw examples, which ``prepare`` makes into network
-  inputs (see ``data.modality.preparation``).
+  Args:
+    model: the network.
+    prepare: raw examples -> network inputs; see ``data.modality.preparation``.
+    predict: outputs of the network -> float32 predictions, of the task.
   """
 
   def classify(params: Tree, state: Tree, examples: Tree) -> jax.Array:
-    logits, _ = model.apply(params, state, prepare(examples))
-    return jax.nn.softmax(logits.astype(jnp.float32))
+    outputs, _ = model.apply(params, state, prepare(examples))
+    return predict(outputs)
 
   return classify
 
@@ -56,17 +61,15 @@ class Batches(NamedTuple):
 
 
 def make_evaluate(
-  model: Model,
-  prepare: Callable[[Tree], jax.Array],
+  classify: Callable[..., jax.Array],
   layout: NetworkLayout,
   personal: Callable[[jax.Array, jax.Array, Tree], tuple[jax.Array, jax.Array]] | None = None,
 ) -> Callable[..., jax.Array]:
-  """Builds ``evaluate(weights, pool, batches) -> [b, size, classes]``, not jitted.
+  """Builds ``evaluate(weights, pool, batches) -> [b, size, columns]``, not jitted.
 
-  The result is float32 class probabilities of pool rows, batch by batch; with ``personal`` (of a
-  FederatedAlgorithm) by the model of each batch's owner.
+  The result is what ``classify`` (of ``make_classify``) says of pool rows, batch by batch; with
+  ``personal`` (of a FederatedAlgorithm) by the model of each batch's owner.
   """
-  classify = make_classify(model, prepare)
 
   def evaluate(weights: EvaluatedModel, pool: Pool, batches: Batches) -> jax.Array:
     def one(batch: Batches):

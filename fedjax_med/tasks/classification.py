@@ -1,15 +1,19 @@
 """Classification: one class an example, of two the second the positive one; metrics in NumPy.
 
 Metrics are computed for every hospital at every log point. An undefined value is None, never a
-number that could be mistaken for a result.
+number that could be mistaken for a result. jax is imported inside of functions: reports and tables
+do without it.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fedjax_med.tasks.task import EVERYWHERE, Figure, Labelled, Metric, Place, Task
+from fedjax_med.tasks.task import EVERYWHERE, Figure, Labelled, Loss, Metric, Place, Task
+
+if TYPE_CHECKING:
+  import jax
 
 SHOWN = (
   Metric(name="auroc", label="AUROC", bounds=(0.0, 1.0), of="classes"),
@@ -65,6 +69,38 @@ CROWDED_CLASSES = 6  # up to which the cells of a small confusion matrix are wri
 def labels_of(dataset: Labelled) -> np.ndarray:
   """Returns the class numbers of the examples, [N] int32."""
   return dataset.labels
+
+
+def num_classes(dataset: Labelled) -> int:
+  """Returns the number of classes: each has an output of the network, its logit."""
+  return len(dataset.class_names)
+
+
+def cross_entropy(label_smoothing: float) -> Loss:
+  """Returns the per-example softmax cross-entropy: (logits [B, classes], labels [B]) -> [B]."""
+  import jax
+  import optax
+
+  def loss(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    targets = optax.smooth_labels(
+      jax.nn.one_hot(labels, logits.shape[-1], dtype=logits.dtype), label_smoothing
+    )
+    return optax.softmax_cross_entropy(logits, targets)
+
+  return loss
+
+
+def probabilities_of(logits: "jax.Array") -> "jax.Array":
+  """Returns float32 class probabilities."""
+  import jax
+  import jax.numpy as jnp
+
+  return jax.nn.softmax(logits.astype(jnp.float32))
+
+
+def hits(logits: "jax.Array", labels: "jax.Array") -> "jax.Array":
+  """Returns which examples are classified correctly, [B] bool."""
+  return logits.argmax(-1) == labels
 
 
 def positive_class(class_names: Sequence[str]) -> str:
@@ -132,21 +168,21 @@ def classification_metrics(
     ValueError: for other shapes, or a label outside 0 .. classes - 1.
   """
   counts = confusion_matrix(probabilities, labels)
-  n, num_classes = probabilities.shape
+  n, classes_known = probabilities.shape
   if n == 0 or not np.isfinite(probabilities).all():
     return {**dict.fromkeys(NAMES), "n": n}
 
-  hits, actual, predicted = np.diagonal(counts), counts.sum(axis=1), counts.sum(axis=0)
-  true_negatives = n - actual - predicted + hits
-  classes = np.array([1]) if num_classes == 2 else np.flatnonzero(actual)
-  precision = _ratio(hits, predicted, empty=0.0)
-  f1 = _ratio(2 * hits, actual + predicted, empty=0.0)
+  found, actual, predicted = np.diagonal(counts), counts.sum(axis=1), counts.sum(axis=0)
+  true_negatives = n - actual - predicted + found
+  classes = np.array([1]) if classes_known == 2 else np.flatnonzero(actual)
+  precision = _ratio(found, predicted, empty=0.0)
+  f1 = _ratio(2 * found, actual + predicted, empty=0.0)
   likelihood = probabilities[np.arange(n), labels].astype(np.float64)
   values = {
     "loss": -np.log(np.maximum(likelihood, 1e-12)).mean(),
-    "accuracy": hits.sum() / n,
+    "accuracy": found.sum() / n,
     "precision": np.where(actual > 0, precision, np.nan)[classes].mean(),
-    "recall": _ratio(hits, actual, empty=np.nan)[classes].mean(),
+    "recall": _ratio(found, actual, empty=np.nan)[classes].mean(),
     "specificity": _ratio(true_negatives, n - actual, empty=np.nan)[classes].mean(),
     "f1": np.where(actual > 0, f1, np.nan)[classes].mean(),
     "auroc": np.mean([_auroc(probabilities[:, c], labels == c) for c in classes]),
@@ -171,13 +207,13 @@ def confusion_matrix(
     raise ValueError(
       f"probabilities {probabilities.shape} and labels {labels.shape} must be [n, classes] and [n]"
     )
-  num_classes = probabilities.shape[1]
-  if labels.size and not (labels.min() >= 0 and labels.max() < num_classes):
+  count = probabilities.shape[1]
+  if labels.size and not (labels.min() >= 0 and labels.max() < count):
     raise ValueError(
-      f"labels reach from {labels.min()} to {labels.max()}, outside 0 to {num_classes - 1}"
+      f"labels reach from {labels.min()} to {labels.max()}, outside 0 to {count - 1}"
     )
-  cells = labels.astype(np.int64) * num_classes + probabilities.argmax(axis=1)
-  return np.bincount(cells, minlength=num_classes**2).reshape(num_classes, num_classes)
+  cells = labels.astype(np.int64) * count + probabilities.argmax(axis=1)
+  return np.bincount(cells, minlength=count**2).reshape(count, count)
 
 
 def _ratio(numerator: np.ndarray, denominator: np.ndarray, empty: float) -> np.ndarray:
@@ -258,6 +294,11 @@ def draw_confusion(axis: Any, details: dict[str, Any], names: Sequence[str], cro
 CLASSIFICATION = Task(
   name="classification",
   targets=labels_of,
+  columns=num_classes,
+  loss=cross_entropy,
+  predict=probabilities_of,
+  tally=hits,
+  tallied="accuracy",
   metrics=classification_metrics,
   details=details,
   problem=problem,

@@ -7,9 +7,15 @@ figures, the reports, the tables of a sweep and ``fedjax_med.study`` list metric
 import enum
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
+
+if TYPE_CHECKING:
+  import jax
+
+
+Loss = Callable[["jax.Array", Any], "jax.Array"]  # (outputs [B, columns], targets) -> [B]
 
 
 class Place(enum.Enum):
@@ -107,6 +113,12 @@ class Task(NamedTuple):
   Attributes:
     name: its key in ``registry.TASKS``, which config.json of a run names.
     targets: dataset -> arrays with a leading axis of N examples.
+    columns: dataset -> outputs of the network for an example.
+    loss: client.label_smoothing -> per-example loss, (outputs [B, columns], targets) -> [B].
+    predict: outputs [B, columns] -> float32 predictions, such as probabilities.
+    tally: (outputs, targets) -> [B] score of each training example, 0 to 1 and the higher the
+      better. Its mean is in the lines of the local training, and weighs updates under fedxnet.
+    tallied: the name of that mean.
     metrics: (predictions, targets) -> values by name, None where undefined, and n.
     details: (predictions, targets) -> what else summary.json holds of the predictions.
     problem: (summary.json, class names) -> what is wrong with the details; empty if nothing is.
@@ -121,6 +133,11 @@ class Task(NamedTuple):
 
   name: str
   targets: Callable[[Labelled], Any]
+  columns: Callable[[Labelled], int]
+  loss: Callable[[float], Loss]
+  predict: Callable[["jax.Array"], "jax.Array"]
+  tally: Callable[["jax.Array", Any], "jax.Array"]
+  tallied: str
   metrics: Callable[[np.ndarray, Any], dict[str, Any]]
   details: Callable[[np.ndarray, Any], dict[str, Any]]
   problem: Callable[[dict[str, Any], Sequence[str]], str]

@@ -31,7 +31,9 @@ def export_program(trained: Trained) -> bytes:
   ``jax.export.deserialize(data).call(images)`` needs jax and nothing of this package. ``trained``
   should be lowered natively, which every platform knows best.
   """
-  classify = make_classify(trained.model, preparation(trained.modality, trained.config.data))
+  classify = make_classify(
+    trained.model, preparation(trained.modality, trained.config.data), trained.task.predict
+  )
   params, state = jax.tree.map(jnp.asarray, (trained.params, trained.state))
   (batch,) = export.symbolic_shape("b")
   images = jax.ShapeDtypeStruct((batch, *trained.image_shape), trained.grey.dtype)

@@ -27,6 +27,8 @@ from fedjax_med.prepare.layout import choose_lowering
 from fedjax_med.privacy import ledger
 from fedjax_med.run.checkpoints import Restored, restore_model
 from fedjax_med.simulation.mesh import cpu_cores
+from fedjax_med.tasks.registry import task_of
+from fedjax_med.tasks.task import Task
 
 CHANNELS = 1  # data/images.py makes one grey channel of every picture
 
@@ -45,6 +47,7 @@ class Trained(NamedTuple):
     state: stored statistics, {} for most networks.
     grey: rule by which the run made pixels of grey values.
     modality: kind of the run's examples.
+    task: kind of the run's predictions.
     stem_pool_padding: padding of the pool of the network's stem; empty if it has no such choice.
     hospital: hospital of the model; empty for the global one.
   """
@@ -59,6 +62,7 @@ class Trained(NamedTuple):
   state: Any
   grey: Grey
   modality: Modality
+  task: Task
   stem_pool_padding: str
   hospital: str
 
@@ -109,7 +113,7 @@ def load(
     _register(network)
   cores = cpu_cores()
   lowering = lowering or choose_lowering(config.execution.lowering, cores)[0]
-  module = recreate_module(config.model, len(run.class_names), saved)
+  module = recreate_module(config.model, run.num_columns, saved)
   model = from_flax(module, lowering=lowering)
   size = config.data.image_size
   image = jnp.zeros((1, size, size, CHANNELS), jnp.float32)
@@ -145,6 +149,7 @@ def load(
     state=state,
     grey=run.grey,
     modality=run.modality,
+    task=run.task,
     stem_pool_padding=padding,
     hospital=hospital,
   )
@@ -175,6 +180,8 @@ class _Run(NamedTuple):
     network: the registry's record of the network.
     grey: rule by which the run made pixels of grey values.
     modality: kind of its examples.
+    task: kind of its predictions.
+    num_columns: outputs of the network for an example.
   """
 
   config: Config
@@ -184,6 +191,8 @@ class _Run(NamedTuple):
   network: dict[str, Any]
   grey: Grey
   modality: Modality
+  task: Task
+  num_columns: int
 
 
 def _read_run(folder: pathlib.Path) -> _Run:
@@ -200,7 +209,7 @@ def _read_run(folder: pathlib.Path) -> _Run:
   )
   require_text(folder)
   record, held = _read(folder / "config.json"), _read(folder / "hospitals.json")
-  modality = modality_of(record)
+  modality, task = modality_of(record), task_of(record)
   try:
     run = _Run(
       config=from_dict(record["config"]),
@@ -210,6 +219,8 @@ def _read_run(folder: pathlib.Path) -> _Run:
       network=dict(record.get("network", {})),
       grey=Grey(**held["grey"]) if "grey" in held else EIGHT_BITS,
       modality=modality,
+      task=task,
+      num_columns=int(record.get("num_columns", len(held["class_names"]))),
     )
     version = str(record["versions"]["fedjax_med"])
   except (KeyError, TypeError, ValueError) as error:

@@ -68,7 +68,9 @@ class Counts(NamedTuple):
 def make_probabilities(trained: Trained) -> Callable[[np.ndarray], np.ndarray]:
   """Compiles images [B, H, W, C] -> class probabilities [B, classes], on the host."""
   classify = jax.jit(
-    make_classify(trained.model, preparation(trained.modality, trained.config.data))
+    make_classify(
+      trained.model, preparation(trained.modality, trained.config.data), trained.task.predict
+    )
   )
   return lambda images: np.asarray(classify(trained.params, trained.state, images))
 
@@ -98,7 +100,7 @@ def make_look(
   It raises UserError where the layer is inside a loop.
   """
   model, prepare = trained.model, preparation(trained.modality, trained.config.data)
-  classify = make_classify(model, prepare)
+  classify = make_classify(model, prepare, trained.task.predict)
 
   @jax.jit
   def look(params: Any, state: Any, images: jax.Array, target: Any) -> Looked:

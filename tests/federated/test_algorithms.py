@@ -23,12 +23,12 @@ from fedjax_med.federated.local import (
   local_training,
   plain_gradient,
 )
-from fedjax_med.federated.losses import cross_entropy
 from fedjax_med.federated.optimizers import client_optimizer, schedule
 from fedjax_med.federated.personal import layers_named, norm_layers
 from fedjax_med.federated.registry import ALGORITHMS, create_algorithm
 from fedjax_med.federated.vector import layout_of, network_layout, ravel, unravel
 from fedjax_med.models.registry import create_model
+from fedjax_med.tasks.classification import cross_entropy
 from tests.federated.toy import (
   COUNTS,
   KEY,

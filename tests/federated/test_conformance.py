@@ -183,7 +183,7 @@ def test_learns_the_toy_task(name, private):
   before = float(first.clients.loss.sum() / first.clients.examples.sum())
   after = float(last.clients.loss.sum() / last.clients.examples.sum())
   assert after < 0.5 * before
-  assert float(last.clients.correct.sum() / last.clients.examples.sum()) > 0.9
+  assert float(last.clients.tally.sum() / last.clients.examples.sum()) > 0.9
 
 
 @thorough

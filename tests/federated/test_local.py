@@ -10,8 +10,8 @@ import pytest
 from fedjax_med.core.config import ModelConfig
 from fedjax_med.core.keys import base_key
 from fedjax_med.federated.local import BatchShape, StepContext, plain_gradient, private_gradient
-from fedjax_med.federated.losses import cross_entropy
 from fedjax_med.models.registry import create_model
+from fedjax_med.tasks.classification import cross_entropy
 from tests.federated.toy import KEY, make_clients, make_hyper, make_pool
 
 

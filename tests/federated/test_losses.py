@@ -11,10 +11,11 @@ import pytest
 from fedjax_med.core.errors import UserError
 from fedjax_med.data.normalisation import normalise
 from fedjax_med.federated.local import BatchShape, StepContext, plain_gradient, private_gradient
-from fedjax_med.federated.losses import class_logits, cross_entropy, with_penalties
+from fedjax_med.federated.losses import class_logits, with_penalties
 from fedjax_med.federated.vector import layout_of, unravel
 from fedjax_med.models.model import from_flax
 from fedjax_med.models.registry import require_columns
+from fedjax_med.tasks.classification import cross_entropy
 from tests.federated.toy import KEY, make_clients, make_hyper, make_pool
 from tests.privacy.clipping_cases import quick_jit
 
@@ -87,8 +88,8 @@ def test_penalties_add_their_sum_to_the_loss_and_leave_the_accuracy(private):
   # An argmax over all columns would never find a class.
   assert penalties.min() > (rows @ params["head"]["kernel"] + params["head"]["bias"]).max()
   np.testing.assert_allclose(metrics.loss - plain.loss, penalties.sum(), rtol=1e-5)
-  assert metrics.correct == plain.correct
-  assert 0 < metrics.correct < metrics.examples
+  assert metrics.tally == plain.tally
+  assert 0 < metrics.tally < metrics.examples
   np.testing.assert_allclose(
     gradient["head"]["kernel"], plain_gradients["head"]["kernel"], rtol=1e-5, atol=1e-6
   )

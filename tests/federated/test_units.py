@@ -12,9 +12,9 @@ from fedjax_med.data.dataset import client_rows, client_table, unit_table
 from fedjax_med.data.normalisation import normalise
 from fedjax_med.federated.algorithm import Client, Pool, Units
 from fedjax_med.federated.local import BatchShape, StepContext, private_gradient
-from fedjax_med.federated.losses import cross_entropy
 from fedjax_med.models.registry import create_model
 from fedjax_med.privacy.sampling import poisson_batch
+from fedjax_med.tasks.classification import cross_entropy
 from tests.federated.toy import make_hyper
 
 SIZES = (1, 3, 2, 5, 1, 4, 2, 2)  # images of each patient

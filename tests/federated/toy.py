@@ -11,13 +11,13 @@ from fedjax_med.core.keys import base_key
 from fedjax_med.data.dataset import client_table
 from fedjax_med.federated.algorithm import Client, Hyper, Pool
 from fedjax_med.federated.local import BatchShape, local_training, plain_gradient, private_gradient
-from fedjax_med.federated.losses import cross_entropy
 from fedjax_med.federated.optimizers import client_optimizer, schedule, server_optimizer
 from fedjax_med.federated.registry import ALGORITHMS, create_algorithm
 from fedjax_med.federated.vector import network_layout, ravel
 from fedjax_med.models.registry import create_model
 from fedjax_med.simulation.mesh import client_mesh
 from fedjax_med.simulation.rounds import init_state, jit_block, make_block, make_round
+from fedjax_med.tasks.classification import cross_entropy
 
 COUNTS = (12, 8, 5)
 BATCH = 4

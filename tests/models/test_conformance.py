@@ -15,6 +15,7 @@ from fedjax_med.data.grey import EIGHT_BITS
 from fedjax_med.data.modality import PICTURES
 from fedjax_med.privacy.clipping import Rows, clipped_sum
 from fedjax_med.run.checkpoints import open_checkpoints
+from fedjax_med.tasks.classification import CLASSIFICATION
 from fedjax_med.trained.exporting import PLATFORMS, export_program
 from fedjax_med.trained.loading import Trained
 from tests.models.networks import (
@@ -144,6 +145,7 @@ def test_a_program_of_it_is_exported_for_any_number_of_images_and_every_platform
     state=found.state,
     grey=EIGHT_BITS,
     modality=PICTURES,
+    task=CLASSIFICATION,
     stem_pool_padding="",
     hospital="",
   )

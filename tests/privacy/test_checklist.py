@@ -23,7 +23,7 @@ from fedjax_med.core.errors import UserError
 from fedjax_med.core.keys import base_key
 from fedjax_med.core.validation import validate
 from fedjax_med.data.dataset import client_table
-from fedjax_med.federated import local, losses, registry
+from fedjax_med.federated import local, registry
 from fedjax_med.federated.fedavg import fedavg
 from fedjax_med.federated.optimizers import client_optimizer, schedule
 from fedjax_med.federated.vector import network_layout, ravel
@@ -36,6 +36,7 @@ from fedjax_med.privacy.ledger import KEYS, SAMPLER
 from fedjax_med.privacy.mechanism import PoissonGaussian
 from fedjax_med.privacy.sampling import poisson_batch
 from fedjax_med.privacy.statement import write_out
+from fedjax_med.tasks import classification
 from tests.audit.audited import audited_run
 from tests.federated.toy import KEY, make_clients, make_federation, make_hyper, make_pool
 from tests.privacy.draws import every_normal
@@ -66,6 +67,7 @@ PADDED = jnp.asarray(np.random.default_rng(0).normal(size=(4, 4, 4, 1)), jnp.flo
 
 
 LINEAR = create_model(ModelConfig(name="linear"), 2)
+LOSS = classification.cross_entropy(0.0)
 PARAMS = LINEAR.init(base_key(1), PADDED[:1])[0]
 
 
@@ -74,7 +76,7 @@ def clipped(inputs):
   """Clipped sum of the first two of four inputs by the method that 'auto' takes."""
   labels, mask = jnp.zeros(4, jnp.int32), jnp.arange(4) < 2
   batch = (PARAMS, {}, clipping.Rows(inputs, labels, mask), jnp.float32(0.5), None)
-  return clipping.clipped_sum("book_keeping", LINEAR, losses.cross_entropy(0.0), *batch)[0]
+  return clipping.clipped_sum("book_keeping", LINEAR, LOSS, *batch)[0]
 
 
 def test_item_01_sampler_and_accounted_event_come_from_one_object():
@@ -186,7 +188,7 @@ def test_item_06_one_units_contribution_is_at_most_c_and_nothing_if_not_finite(s
   total, _ = local.clipped_sum(
     "book_keeping",
     model,
-    losses.cross_entropy(0.0),
+    LOSS,
     setting.params,
     {},
     clipping.Rows(inputs, jnp.zeros(2, jnp.int32), jnp.ones(2, bool)),
@@ -202,7 +204,7 @@ def test_item_06_one_units_contribution_is_at_most_c_and_nothing_if_not_finite(s
 def handed_on(optimizer, proximal_weight):
   """(the noisy gradients of two local steps, the weights after them) at the first hospital."""
   shape = local.BatchShape(slots=10, max_examples=12, normalisation="fixed")
-  gradient = local.private_gradient(LINEAR, losses.cross_entropy(0.0), "book_keeping", shape)
+  gradient = local.private_gradient(LINEAR, LOSS, "book_keeping", shape)
 
   def remembering(params, state, seen, context):
     grad, _, _, metrics = gradient(params, state, (), context)

@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import SingleDeviceSharding
 
-from fedjax_med.federated.losses import cross_entropy
 from fedjax_med.models.model import from_flax
 from fedjax_med.privacy.client_level import clip_update
 from fedjax_med.privacy.clipping import Rows, clipped_sum
+from fedjax_med.tasks.classification import cross_entropy
 
 H200 = pathlib.Path(__file__).parents[1] / "devices" / "h200.txtpb"
 PLUGINS = importlib.util.find_spec("jax_plugins")

@@ -21,7 +21,6 @@ from fedjax_med.federated.local import (
   local_training,
   private_gradient,
 )
-from fedjax_med.federated.losses import cross_entropy
 from fedjax_med.federated.optimizers import client_optimizer, schedule
 from fedjax_med.federated.vector import network_layout, ravel
 from fedjax_med.models.model import from_flax
@@ -29,6 +28,7 @@ from fedjax_med.models.registry import create_model
 from fedjax_med.prepare.experiment import build
 from fedjax_med.privacy import clipping, noise
 from fedjax_med.privacy.sampling import poisson_batch
+from fedjax_med.tasks.classification import cross_entropy
 from tests.federated.toy import COUNTS, KEY, make_clients, make_hyper, make_pool
 from tests.models.test_model import COVERED, UNCOVERED, Wrapped, coverage_of
 

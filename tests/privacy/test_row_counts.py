@@ -11,11 +11,11 @@ from jax.flatten_util import ravel_pytree
 
 from fedjax_med.core.config import ModelConfig
 from fedjax_med.core.keys import base_key
-from fedjax_med.federated.losses import cross_entropy
 from fedjax_med.models import coverage
 from fedjax_med.models.model import from_flax
 from fedjax_med.models.registry import create_model
 from fedjax_med.privacy.clipping import Rows, clipped_sum, resolve_method, uncovered
+from fedjax_med.tasks.classification import cross_entropy
 from tests.models.test_model import Inner, Wrapped
 
 SIZE = 16  # features, as many as the rows of some batches

@@ -155,6 +155,7 @@ def test_what_goes_with_an_exported_model_can_be_written_whatever_its_run_holds(
     state={},
     grey=EIGHT_BITS,
     modality=PICTURES,
+    task=CLASSIFICATION,
     stem_pool_padding="",
     hospital="\udcaa",
   )

@@ -12,7 +12,12 @@ from fedjax_med.core.keys import base_key
 from fedjax_med.data.normalisation import normalise
 from fedjax_med.federated.vector import network_layout, ravel
 from fedjax_med.models.registry import create_model
-from fedjax_med.simulation.evaluation import EvaluatedModel, make_evaluate, make_predict
+from fedjax_med.simulation.evaluation import (
+  EvaluatedModel,
+  make_classify,
+  make_evaluate,
+  make_predict,
+)
 from tests.federated.toy import make_pool
 
 
@@ -23,7 +28,9 @@ def test_probabilities_are_those_of_each_row_whatever_the_batch(rows):
   pool = make_pool()
   layout = network_layout(params, state)
   prepare = functools.partial(normalise, how="fixed")
-  predict, _ = make_predict(make_evaluate(model, prepare, layout), batch_size=4)
+  predict, _ = make_predict(
+    make_evaluate(make_classify(model, prepare, jax.nn.softmax), layout), batch_size=4
+  )
   leaves = {leaf.ndim: np.asarray(leaf, np.float64) for leaf in jax.tree.leaves(params)}
   images = np.asarray(pool.inputs, np.float64)[rows].reshape(len(rows), 16) / 127.5 - 1
   logits = images @ leaves[2] + leaves[1]
