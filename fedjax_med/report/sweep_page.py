@@ -338,7 +338,9 @@ def _frontier(
     alone = np.array([arm["stats"][f"alone.{metric}"]["mean"] for arm in own], float)
     mean, low, high = (np.array([each[key] for each in stats], float) for key in ENDS)
     x = np.array([x_of(arm) for arm in own], float)
-    return sweep_figures.Series(label or "federation", x, mean, low, high, alone)
+    return sweep_figures.Series(
+      label=label or "federation", x=x, mean=mean, low=low, high=high, alone=alone
+    )
 
   found = [
     (title, [series(*line) for line in list(lines.items())[:MOST_LINES]])

@@ -141,7 +141,13 @@ def restore_model(
     )
     own = {name: leaf[client] for name, leaf in stacked.items()}
     client_state = _filled(like_client, own, place, remedy)
-  return Restored(*weights, client_state, int(server[".round"]), head)
+  return Restored(
+    params=weights[0],
+    state=weights[1],
+    client_state=client_state,
+    rounds=int(server[".round"]),
+    head=head,
+  )
 
 
 def covered(workdir: pathlib.Path, run_id: str) -> tuple[str | None, int] | None:
@@ -204,7 +210,7 @@ def _newest(manager: Manager, run_id: str, who: str, other_remedy: str) -> _Foun
     f"checkpoint {folder} was altered: its contents do not match their digest",
     remedy,
   )
-  return _Found(leaves, meta.get("ledger"), folder, remedy)
+  return _Found(leaves=leaves, head=meta.get("ledger"), folder=folder, remedy=remedy)
 
 
 def _filled(like: Any, leaves: dict[str, Any], folder: pathlib.Path, remedy: str) -> Any:
