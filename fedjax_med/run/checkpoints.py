@@ -210,7 +210,7 @@ def _newest(manager: Manager, run_id: str, who: str, other_remedy: str) -> _Foun
     f"checkpoint {folder} was altered: its contents do not match their digest",
     remedy,
   )
-  return _Found(leaves, meta.get("ledger"), folder, remedy)
+  return _Found(leaves=leaves, head=meta.get("ledger"), folder=folder, remedy=remedy)
 
 
 def _filled(like: Any, leaves: dict[str, Any], folder: pathlib.Path, remedy: str) -> Any:

@@ -54,7 +54,7 @@ def run_missing(
       found before anything compiles; or the synthetic images of one could not be made, when all
       others have run.
   """
-  points, configs, numbers = selection
+  points, configs, numbers = selection.points, selection.configs, selection.numbers
   if all(table.done(workdir, number) for number in numbers):
     return
 
