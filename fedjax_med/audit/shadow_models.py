@@ -67,7 +67,7 @@ def prepare(config: Config, hospitals: Hospitals, runs: int, seed: int) -> Shado
     "use --shadow_runs=0",
   )
   rows = np.sort(np.concatenate(client_rows(hospitals.train)))
-  return Shadows(experiment, rows, halves, seed)
+  return Shadows(experiment=experiment, rows=rows, halves=halves, seed=seed)
 
 
 def attack(shadows: Shadows) -> dict[str, Any]:
@@ -79,13 +79,13 @@ def attack(shadows: Shadows) -> dict[str, Any]:
     TPR at 0.1% FPR, and balanced accuracy of the best threshold, of two attacks: the loss, and the
     likelihood ratio (LiRA, Carlini et al. 2022), pooled over all runs and examples.
   """
-  experiment, rows, halves, seed = shadows
+  experiment, rows, halves = shadows.experiment, shadows.rows, shadows.halves
   member = np.stack([np.isin(rows, np.concatenate(half)) for half in halves])
   labels = experiment.hospitals.dataset.labels[rows]
   confidences = np.stack(
     [
       _confidence(experiment.program.predict(weights, experiment.pool, [rows]), labels)
-      for weights in _train(experiment, halves, seed)
+      for weights in _train(experiment, halves, shadows.seed)
     ]
   )
   ratios = np.stack([lira_scores(confidences, member, run) for run in range(len(halves))])
@@ -112,7 +112,7 @@ def _train(experiment: Experiment, halves: list[list[np.ndarray]], seed: int) ->
   keys = jax.vmap(functools.partial(jax.random.fold_in, base_key(seed)))(numbers)
   tables = np.stack([client_table(half).indices for half in halves])
   seeds = np.full(len(halves), experiment.config.seed, np.int32)
-  return train_replicas(experiment, Replicas(seeds, keys, tables))
+  return train_replicas(experiment, Replicas(seeds=seeds, keys=keys, indices=tables))
 
 
 def _confidence(probabilities: np.ndarray, labels: np.ndarray) -> np.ndarray:

@@ -141,7 +141,14 @@ def restore_model(
     )
     own = {name: leaf[client] for name, leaf in stacked.items()}
     client_state = _filled(like_client, own, place, remedy)
-  return Restored(*weights, client_state, int(server[".round"]), head)
+  params, state = weights
+  return Restored(
+    params=params,
+    state=state,
+    client_state=client_state,
+    rounds=int(server[".round"]),
+    head=head,
+  )
 
 
 def covered(workdir: pathlib.Path, run_id: str) -> tuple[str | None, int] | None:
@@ -204,7 +211,7 @@ def _newest(manager: Manager, run_id: str, who: str, other_remedy: str) -> _Foun
     f"checkpoint {folder} was altered: its contents do not match their digest",
     remedy,
   )
-  return _Found(leaves, meta.get("ledger"), folder, remedy)
+  return _Found(leaves=leaves, head=meta.get("ledger"), folder=folder, remedy=remedy)
 
 
 def _filled(like: Any, leaves: dict[str, Any], folder: pathlib.Path, remedy: str) -> Any:

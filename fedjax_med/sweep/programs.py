@@ -122,7 +122,16 @@ def make_group_program(group: Sequence[Planned], at_once: int) -> Prepared:
   tests = [evaluation_groups(parts, each.case.hospitals) for each in group]
   batches = shape_of(tests, group[0].case.config.eval.batch_size)
   images = max(sum(len(each.labels) for each in _sets(part)) for part in layout.chunks)
-  return Prepared(group, program, shapes, layout, batches, images, sweep, lambda: len(traces))
+  return Prepared(
+    group=group,
+    program=program,
+    shapes=shapes,
+    layout=layout,
+    batches=batches,
+    images=images,
+    sweep=sweep,
+    compilations=lambda: len(traces),
+  )
 
 
 def _compile(prepared: Prepared) -> Prepared:
@@ -173,7 +182,7 @@ def _layout(program: Program, group: Sequence[Planned], asked: int) -> Layout:
   side_by_side = min(side_by_side, -(-size // devices))
   size += -size % (devices * side_by_side)
   mesh = client_mesh(devices) if devices > 1 else None
-  return Layout(chunks(group, size, fill, limit), size, side_by_side, mesh)
+  return Layout(chunks=chunks(group, size, fill, limit), size=size, at_once=side_by_side, mesh=mesh)
 
 
 def stack(runs: Sequence[Experiment], batches: Sequence[Batches]) -> RunInputs:
