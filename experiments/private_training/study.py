@@ -70,14 +70,15 @@ def run_arm(config: Config, seeds: int) -> dict[str, Any]:
   from fedjax_med.prepare.experiment import build, run_key
   from fedjax_med.run.budget import spent
   from fedjax_med.run.measure import evaluation_rows
-  from fedjax_med.run.replicas import Runs, train_replicas
+  from fedjax_med.run.replicas import Replicas, train_replicas
 
   experiment = build(config, load_hospitals(config))
   numbers = np.arange(seeds, dtype=np.int32)
   keys = jax.numpy.stack([run_key(experiment, seed) for seed in range(seeds)])
   indices = np.asarray(experiment.clients.indices)
   started = time.monotonic()
-  trained = train_replicas(experiment, Runs(numbers, keys, np.stack([indices] * seeds)))
+  replicas = Replicas(seeds=numbers, keys=keys, indices=np.stack([indices] * seeds))
+  trained = train_replicas(experiment, replicas)
   seconds = time.monotonic() - started
   rows = evaluation_rows(experiment)
   labels = experiment.hospitals.dataset.labels[rows]
