@@ -15,7 +15,7 @@ Where several processes share a run, the first one writes.
 import contextlib
 import json
 import pathlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -159,7 +159,7 @@ def log(
   book: ledger.Ledger | None,
   rounds: int,
   steps: np.ndarray,
-  lines: Sequence[dict[str, Any]],
+  lines: list[dict[str, Any]],
 ) -> ledger.Ledger | None:
   """Writes down releases up to ``rounds`` and ``steps`` [K], and after them lines of the log.
 

@@ -54,7 +54,7 @@ def run_missing(
       found before anything compiles; or the synthetic images of one could not be made, when all
       others have run.
   """
-  points, configs, numbers = selection.points, selection.configs, selection.numbers
+  numbers = list(selection.numbers)
   if all(table.done(workdir, number) for number in numbers):
     return
 
@@ -63,7 +63,7 @@ def run_missing(
     path = table.folder_of(workdir, number) / secrets.FILE
     return secrets.read(path) if path.exists() else secrets.derived(secret, f"point {number}")
 
-  planned = plan_points(points, configs, list(numbers), secret_of)
+  planned = plan_points(selection.points, selection.configs, numbers, secret_of)
   image_sets.bind(workdir, planned)
   progress.describe_data(console, planned)
   done = {run.key for run in planned if table.has_run(workdir, *run.key)}

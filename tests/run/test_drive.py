@@ -3,7 +3,6 @@
 import dataclasses
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -55,14 +54,14 @@ class Table:
     probabilities = np.full((len(evaluation_rows(run)), 2), 0.5, np.float32)
     if (k, done) == self.bad_prediction:
       probabilities[0] = np.nan
-    bad_round = np.full(clients, NEVER)
+    bad_round = jax.numpy.full(clients, NEVER)
     if (k, done) == self.bad_weight:
-      bad_round[1] = done - 1
-    clients = jax.device_get(no_metrics((clients,)))
+      bad_round = bad_round.at[1].set(done - 1)
+    metrics = BlockMetrics(no_metrics((clients,)), bad_round)
     return Reached(
       rounds=done,
       steps=run.steps * done,
-      metrics=BlockMetrics(clients=clients, bad_round=jnp.asarray(bad_round)) if done else None,
+      metrics=jax.device_get(metrics) if done else None,
       probabilities=probabilities,
     )
 
