@@ -13,6 +13,7 @@ LAYERS = (
   "models",
   "privacy",
   "federated",
+  "exchange",
   "simulation",
   "folder",
   "prepare",

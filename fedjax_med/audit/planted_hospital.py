@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from fedjax_med.audit.likelihood_ratio import ATTACKS, TRIALS_AT_ONCE, Scores, attack_scores, ratio
+from fedjax_med.exchange.registry import private_exchange
 from fedjax_med.federated.algorithm import (
   Client,
   ClientDelta,
@@ -68,13 +69,13 @@ def hospital_trials(
     key: key of the trials.
   """
   num_clients, q = mechanism.num_units, mechanism.sampling_probability
-  algorithm = _algorithm(mechanism.clip_norm)
+  algorithm, exchange = _algorithm(mechanism.clip_norm), private_exchange(mechanism.clip_norm)
   run_round = make_round(
     algorithm,
     num_clients=num_clients,
     cohort_cap=None if q == 1 else mechanism.batch_cap,
     chunk=min(num_clients, mechanism.batch_cap),
-    client_level=True,
+    exchange=exchange,
   )
   ones = jnp.ones(num_clients, jnp.int32)
   real = jnp.ones(num_clients, jnp.float32)
@@ -95,13 +96,13 @@ def hospital_trials(
     (hyper, trials_key), (run, present) = shared, numbered
     key = jax.random.fold_in(trials_key, run)
     pool = Pool(jnp.zeros((1, 1, 1, 1), jnp.uint8), present.astype(jnp.int32)[None])
-    state = init_state(algorithm, jnp.zeros(4), jnp.zeros(0), num_clients, mechanism.clip_norm)
+    state = init_state(algorithm, jnp.zeros(4), jnp.zeros(0), num_clients, exchange)
 
     def body(_, carry):
       state, scores = carry
       after, _ = run_round(state, clients, pool, hyper, key)
       moved = (after.server.params - state.server.params)[0]
-      seen = moved * expected / state.clip_norm
+      seen = moved * expected / state.exchange[0]
       return after, scores + ratio(seen, q, sigma)
 
     start = (state, jnp.zeros(len(ATTACKS), jnp.float32))

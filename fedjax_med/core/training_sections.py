@@ -317,6 +317,17 @@ class ServerConfig:
     read=(when.GIVEN_ROUNDS,),
     shapes_run=when.rounds_shape_run,
   )
+  aggregator: str = field(
+    "mean",
+    doc="how the clients' updates become one: mean, or a registered aggregator (docs/extending.md).",
+  )
+  transforms: str = field(
+    "",
+    doc=(
+      "registered transforms of an update on its way to the server, in the order in which a client"
+      " applies them, with commas between; empty is none (docs/extending.md)."
+    ),
+  )
   optimizer: str = field(
     "sgd",
     doc="sgd (FedAvg), momentum (FedAvgM), adam (FedAdam) or yogi (FedYogi), from optax.",

@@ -15,6 +15,7 @@ from fedjax_med.data.dataset import (
   client_table,
 )
 from fedjax_med.data.patients import described
+from fedjax_med.exchange.registry import make_exchange
 from fedjax_med.federated.registry import require_rules
 from fedjax_med.folder import secret as secrets
 from fedjax_med.prepare.protection import Protection, protect
@@ -69,6 +70,7 @@ def federation(config: Config, hospitals: Hospitals, secret: bytes | None = None
     UserError: patients are to be protected and a file's name does not say its patient.
   """
   require_rules(config)
+  make_exchange(config)
   counts, images = hospitals.dataset.patient_counts, hospitals.dataset.num_real
   require(
     config.privacy.unit != "patient" or (counts is not None and counts.named == images),

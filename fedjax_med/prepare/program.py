@@ -35,7 +35,7 @@ from fedjax_med.prepare.recipe import (
   make_recipe,
   make_rounds,
   make_training,
-  message_sizes,
+  message_bytes,
 )
 from fedjax_med.simulation.evaluation import make_classify, make_evaluate, make_predict
 from fedjax_med.simulation.mesh import Devices, client_mesh, replicated
@@ -51,7 +51,7 @@ class Parts(NamedTuple):
     block: (state, clients, pool, hyper, key, num_rounds) -> (state, BlockMetrics).
     evaluate: (weights, pool, batches) -> probabilities [b, size, classes].
     personal: whether clients predict with models of their own.
-    message: float32 values that a client gets in a round, and those that it sends.
+    message: bytes that a client gets in a round, and those that it sends.
     layout: of the network's vectors.
   """
 
@@ -145,7 +145,7 @@ def make_program(
     block=make_rounds(recipe, choice, None),
     evaluate=evaluate,
     personal=algorithm.personal is not None,
-    message=message_sizes(algorithm, arguments.state.server),
+    message=message_bytes(recipe, algorithm, arguments.state.server),
     layout=recipe.layout,
   )
   jitted = jax.jit(initial)

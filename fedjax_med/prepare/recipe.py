@@ -18,6 +18,8 @@ from fedjax_med.core.errors import require
 from fedjax_med.core.keys import Stream, base_key, key_for
 from fedjax_med.data.dataset import Dataset
 from fedjax_med.data.modality import Modality, modality_named
+from fedjax_med.exchange.registry import Exchange, make_exchange
+from fedjax_med.exchange.transform import Wire
 from fedjax_med.federated.algorithm import FederatedAlgorithm, ServerState
 from fedjax_med.federated.local import (
   BatchShape,
@@ -107,6 +109,11 @@ class Recipe(NamedTuple):
   def private(self) -> bool:
     """Whether records or patients are protected (DP-SGD)."""
     return self.config.privacy.mechanism != "none"
+
+  @property
+  def exchange(self) -> Exchange:
+    """What happens to updates on their way."""
+    return make_exchange(self.config)
 
   @property
   def client_level(self) -> bool:
@@ -232,7 +239,7 @@ def make_rounds(recipe: Recipe, choice: Choice, mesh: Mesh | None) -> Callable[.
     cohort_cap=recipe.cohort_cap,
     chunk=choice.chunk,
     mesh=mesh,
-    client_level=recipe.client_level,
+    exchange=recipe.exchange,
   )
   return make_block(run_round, recipe.num_clients, recipe.client_level)
 
@@ -240,24 +247,26 @@ def make_rounds(recipe: Recipe, choice: Choice, mesh: Mesh | None) -> Callable[.
 def make_initial(recipe: Recipe, choice: Choice) -> Callable[..., SimulationState]:
   """Builds ``initial(seed, pretrained params, pretrained state)``, the state before round 0."""
   model = recipe.network(False, choice.devices)
-  client_privacy = recipe.config.client_privacy
 
   def initial(seed: Any, pretrained_params: Any, pretrained_state: Any) -> SimulationState:
     key = key_for(base_key(seed), Stream.INIT)
     params, state = model.init(key, jnp.zeros(recipe.image.shape, recipe.image.dtype))
     params, state = {**params, **pretrained_params}, {**state, **pretrained_state}
-    clip_norm = client_privacy.clip_norm if recipe.client_level else None
     algorithm = make_algorithm(recipe, choice)
-    return init_state(algorithm, ravel(params), ravel(state), recipe.num_clients, clip_norm)
+    return init_state(algorithm, ravel(params), ravel(state), recipe.num_clients, recipe.exchange)
 
   return initial
 
 
-def message_sizes(algorithm: FederatedAlgorithm, server: ServerState) -> tuple[int, int]:
-  """Values that a client gets and sends in a round; non-trained state is not counted."""
+def message_bytes(
+  recipe: Recipe, algorithm: FederatedAlgorithm, server: ServerState
+) -> tuple[int, int]:
+  """Bytes that a client gets and sends in a round; non-trained state is not counted."""
 
   def size(tree: Any) -> int:
     return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(tree))
 
   sent = jax.eval_shape(algorithm.blank_delta, server)
-  return size(sent.params) + size(server.extra), size(sent.params) + size(sent.extra)
+  numbers = size(sent.params) + size(sent.extra)
+  up = recipe.exchange.transform.wire(Wire(dense=numbers, sent=numbers))
+  return 4 * (size(sent.params) + size(server.extra)), up.size

@@ -15,6 +15,7 @@ import numpy as np
 from fedjax_med import __version__
 from fedjax_med.core.config import Config, declared, fingerprint, flat, init_seed, nested, to_dict
 from fedjax_med.data.dataset import Hospitals, array_leaves
+from fedjax_med.exchange.registry import exchange_code
 from fedjax_med.federated.registry import algorithm_code
 from fedjax_med.models.networks.pretrained import load_safetensors
 from fedjax_med.models.registry import code_of
@@ -101,6 +102,7 @@ def _shaping(config: Config) -> dict[str, Any]:
     shaping["model.pretrained_sha256"] = load_safetensors(config.model.pretrained).sha256
   # Other code is another training, and must have other noise.
   codes = [code_of(config.model.name), algorithm_code(config.server.algorithm)]
+  codes += [code for code in exchange_code(config) if code]
   shaping["code"] = [__version__, codes[0], *filter(None, codes[1:])]
   return nested(shaping)
 

@@ -47,4 +47,16 @@ def statement_text(workdir: pathlib.Path) -> str:
   record, config = claims.read(workdir), read_json(workdir / "config.json")
   held, unit = read_json(workdir / "hospitals.json"), config["config"]["privacy"]["unit"]
   patients = patient_note(held, unit).text
-  return write_out(record, config["run_id"], read_audit(workdir), patients)
+  text = write_out(record, config["run_id"], read_audit(workdir), patients)
+  exchange = config.get("exchange")  # folders of versions up to 0.2.0 do not say
+  return text if exchange is None else f"{text}\n{_exchange_sentences(exchange)}"
+
+
+def _exchange_sentences(exchange: dict[str, Any]) -> str:
+  """What travels and who sees it, as a section of the statement."""
+  changed = ", ".join(exchange["transforms"])
+  how = f"Updates pass through {changed} on their way. " if changed else ""
+  return (
+    "## What the server sees\n\n"
+    f"{how}The server sees {exchange['server_sees']}; it joins them by {exchange['aggregator']}.\n"
+  )

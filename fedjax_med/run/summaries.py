@@ -9,8 +9,9 @@ import jax
 import numpy as np
 
 from fedjax_med import __version__
-from fedjax_med.core.config import to_dict
+from fedjax_med.core.config import Config, to_dict
 from fedjax_med.data.dataset import Hospitals, client_rows
+from fedjax_med.exchange.registry import make_exchange, transform_names
 from fedjax_med.folder import writing as files
 from fedjax_med.folder.secret import is_private
 from fedjax_med.models.registry import network_record
@@ -65,7 +66,17 @@ def config_record(experiment: Experiment, command: str) -> dict[str, Any]:
     "versions": versions,
     "notes": notes,
     "network": network_record(experiment.config.model, num_columns),
+    "exchange": exchange_record(experiment.config),
     "config": to_dict(experiment.config),
+  }
+
+
+def exchange_record(config: Config) -> dict[str, Any]:
+  """What happens to updates on their way, and what the server sees of them."""
+  return {
+    "transforms": transform_names(config),
+    "aggregator": config.server.aggregator,
+    "server_sees": make_exchange(config).transform.trust,
   }
 
 
@@ -140,7 +151,7 @@ def _cost(experiment: Experiment, outcome: Outcome) -> dict[str, Any]:
   """Local steps of all hospitals, and megabytes of float32 values that would have been sent."""
   steps = np.asarray(outcome.state.steps)
   visits = (steps // experiment.steps).sum()
-  size = 4 * sum(experiment.program.parts.message)
+  size = sum(experiment.program.parts.message)
   return {"steps": int(steps.sum()), "megabytes": round(float(visits * size) / 1e6, 6)}
 
 

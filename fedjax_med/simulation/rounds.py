@@ -5,12 +5,14 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
 from fedjax_med.core.keys import Stream, key_for
+from fedjax_med.exchange.registry import Exchange, plain_exchange
+from fedjax_med.exchange.transform import Receiver, Sender
 from fedjax_med.federated.algorithm import (
   Client,
-  ClientDelta,
   FederatedAlgorithm,
   Hyper,
   Pool,
@@ -20,7 +22,6 @@ from fedjax_med.federated.algorithm import (
   add_metrics,
   no_metrics,
 )
-from fedjax_med.privacy.client_level import clip_update, noisy_mean
 from fedjax_med.privacy.sampling import poisson_batch
 from fedjax_med.simulation.cohort import deal
 from fedjax_med.simulation.mesh import CLIENTS, replicated
@@ -35,13 +36,15 @@ class SimulationState(NamedTuple):
     server: the server's state.
     client_states: persistent state of each client, leading axis K.
     steps: [K] int32 local steps executed so far by each client: the privacy ledger's counts.
-    clip_norm: [] float32 bound on an update's norm under client-level privacy, else {}.
+    exchange: the server's state of the transforms, such as the bound of clipped updates.
+    kept: what each client keeps of the transforms, leading axis K; () for most.
   """
 
   server: ServerState
   client_states: Tree
   steps: jax.Array
-  clip_norm: Tree
+  exchange: Tree
+  kept: Tree
 
 
 class BlockMetrics(NamedTuple):
@@ -57,12 +60,82 @@ class BlockMetrics(NamedTuple):
   bad_round: jax.Array
 
 
+class Setup(NamedTuple):
+  """What a round is made of.
+
+  Attributes:
+    algorithm: the federated algorithm.
+    num_clients: K.
+    cohort_cap: most clients a Poisson-sampled cohort can hold, or None for full participation.
+    chunk: clients trained at once on a device; K is vmap, 1 is a scan. Updates are folded chunk by
+      chunk where the aggregator is linear, so memory grows with the chunk, not with K.
+    mesh: devices that the chunks are dealt over (all arguments lie whole on each), or None.
+    exchange: what happens to updates on their way.
+  """
+
+  algorithm: FederatedAlgorithm
+  num_clients: int
+  cohort_cap: int | None
+  chunk: int
+  mesh: Mesh | None
+  exchange: Exchange
+
+  @property
+  def cohort(self) -> int:
+    """Most clients that train in a round."""
+    return self.num_clients if self.cohort_cap is None else self.cohort_cap
+
+  @property
+  def seats(self) -> np.ndarray:
+    """[devices · chunks, chunk] place in the cohort of every slot."""
+    return deal(self.cohort, self.chunk, 1 if self.mesh is None else self.mesh.size)
+
+  @property
+  def may_be_empty(self) -> bool:
+    """Whether a slot may have no client."""
+    return self.cohort_cap is not None or self.seats.size > self.num_clients
+
+
+class Sent(NamedTuple):
+  """What the clients of some chunks have sent; all are sums over clients that took part.
+
+  Attributes:
+    partial: partial result of the aggregator, or the blank one where it is not linear.
+    weight: [] total weight.
+    tally: of the transforms.
+  """
+
+  partial: Tree
+  weight: jax.Array
+  tally: Tree
+
+
+class Chunk(NamedTuple):
+  """What a chunk leaves, with a leading axis of its clients, and its sums.
+
+  Attributes:
+    client_states: persistent states after the round.
+    kept: what clients keep of the transforms.
+    metrics: RoundMetrics of each client.
+    weight: [] their total weight.
+    tally: sums of the transforms' tallies.
+    messages: (updates, weights [chunk]) where the aggregator needs all of them at once, else ().
+  """
+
+  client_states: Tree
+  kept: Tree
+  metrics: RoundMetrics
+  weight: jax.Array
+  tally: Tree
+  messages: Tree
+
+
 def init_state(
   algorithm: FederatedAlgorithm,
   params: jax.Array,
   state: jax.Array,
   num_clients: int,
-  clip_norm: float | None = None,
+  exchange: Exchange | None = None,
 ) -> SimulationState:
   """State before round 0; every client keeps a copy of its own.
 
@@ -71,27 +144,203 @@ def init_state(
     params: [P] initial weights.
     state: [S] initial non-trained state.
     num_clients: K.
-    clip_norm: bound on an update's norm in round 0 (client-level privacy).
+    exchange: what happens to updates; None leaves them as they are.
   """
-  client_states = jax.tree.map(
-    lambda leaf: jnp.repeat(leaf[None], num_clients, axis=0), algorithm.init_client(params, state)
-  )
+  transform = (exchange or plain_exchange()).transform
+  server = algorithm.init_server(params, state)
+  blank = algorithm.blank_delta(server)
+
+  def for_all(tree: Tree) -> Tree:
+    return jax.tree.map(lambda leaf: jnp.repeat(leaf[None], num_clients, axis=0), tree)
+
   return SimulationState(
-    algorithm.init_server(params, state),
-    client_states,
-    jnp.zeros((num_clients,), jnp.int32),
-    {} if clip_norm is None else jnp.asarray(clip_norm, jnp.float32),
+    server=server,
+    client_states=for_all(algorithm.init_client(params, state)),
+    steps=jnp.zeros((num_clients,), jnp.int32),
+    exchange=transform.init_server(blank),
+    kept=for_all(transform.init_client(blank)),
   )
 
 
-def _reduce(total: Tree, deltas: Tree, weights: jax.Array) -> Tree:
-  """total + Σ_client weight · delta over the leading client axis; a zero weight adds exactly 0."""
+def make_round(
+  algorithm: FederatedAlgorithm,
+  *,
+  num_clients: int,
+  cohort_cap: int | None,
+  chunk: int,
+  mesh: Mesh | None = None,
+  exchange: Exchange | None = None,
+) -> Callable:
+  """Builds one round: ``(SimulationState, clients, pool, hyper, key) -> (state, metrics [K])``.
 
-  def add(accumulated, leaf):
-    column = weights.reshape((-1,) + (1,) * (leaf.ndim - 1))
-    return accumulated + jnp.where(column > 0, column * leaf, 0).sum(0)
+  Arguments as of ``Setup``; without an exchange updates are averaged as they are.
+  """
+  setup = Setup(
+    algorithm=algorithm,
+    num_clients=num_clients,
+    cohort_cap=cohort_cap,
+    chunk=chunk,
+    mesh=mesh,
+    exchange=exchange or plain_exchange(),
+  )
+  transform, aggregator = setup.exchange
 
-  return jax.tree.map(add, total, deltas)
+  def train_chunks(*arguments):
+    return _train_chunks(setup, *arguments)
+
+  train = train_chunks if mesh is None else _over_devices(train_chunks, mesh)
+
+  def run_round(state: SimulationState, clients: Client, pool: Pool, hyper: Hyper, key: jax.Array):
+    server = state.server
+    numbers = _seat(setup, clients, key, server.round, hyper.participation_rate)
+    sent, left = train(state, clients, pool, hyper, key, numbers)
+
+    def scatter(old, new):
+      return old.at[numbers].set(new, mode="drop")
+
+    metrics = jax.tree.map(scatter, no_metrics((num_clients,)), left.metrics)
+    partial = sent.partial
+    if not aggregator.linear:
+      messages, weights = jax.tree.map(
+        lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), left.messages
+      )
+      partial = aggregator.combine(messages, weights)
+    receiver = Receiver(weight=sent.weight, hyper=hyper, key=key, round=server.round)
+    aggregate, shared = transform.decode(
+      aggregator.finish(partial, sent.weight), state.exchange, sent.tally, receiver
+    )
+    share = aggregator.share(sent.weight, num_clients)
+    updated = algorithm.server_update(server, aggregate, share, hyper)
+    if cohort_cap is not None and not transform.answers_nobody:
+      # An empty cohort leaves all but the round's number as it was.
+      absent = server._replace(round=updated.round), state.exchange
+      someone = sent.weight > 0
+      updated, shared = jax.tree.map(
+        lambda new, old: jnp.where(someone, new, old), (updated, shared), absent
+      )
+    after = SimulationState(
+      server=updated,
+      client_states=jax.tree.map(scatter, state.client_states, left.client_states),
+      steps=state.steps + metrics.steps,
+      exchange=shared,
+      kept=jax.tree.map(scatter, state.kept, left.kept),
+    )
+    return after, metrics
+
+  return run_round
+
+
+def _seat(
+  setup: Setup, clients: Client, key: jax.Array, round: jax.Array, rate: jax.Array
+) -> jax.Array:
+  """[devices · chunks, chunk] client numbers of the round's cohort, K in empty slots."""
+  num_clients, seats = setup.num_clients, setup.seats
+  numbers, present = jnp.arange(num_clients), jnp.ones((num_clients,), bool)
+  if setup.cohort_cap is not None:
+    numbers, present = poisson_batch(
+      key_for(key, Stream.PARTICIPATION, round),
+      jnp.asarray(num_clients, jnp.int32),
+      rate,
+      max_examples=num_clients,
+      batch_cap=setup.cohort_cap,
+    )
+  # Absent slots point past the table: reads clip to a real client, writes are dropped.
+  numbers = jnp.where(present, numbers, num_clients)
+  numbers = jnp.pad(numbers, (0, seats.size - setup.cohort), constant_values=num_clients)
+  # A scan on one device waits for nobody.
+  if seats.size > len(seats) or (setup.mesh is not None and setup.mesh.size > 1):
+    steps = jnp.take(clients.num_steps, numbers, mode="fill", fill_value=-1)
+    numbers = numbers[jnp.argsort(-steps, stable=True)]
+  return numbers[seats]
+
+
+def _train_chunks(
+  setup: Setup,
+  state: SimulationState,
+  clients: Client,
+  pool: Pool,
+  hyper: Hyper,
+  key: jax.Array,
+  numbers: jax.Array,
+) -> tuple[Sent, Chunk]:
+  """Trains a device's chunks [chunks, chunk]: what they sent in all, and what each leaves."""
+  (transform, aggregator), server = setup.exchange, state.server
+
+  def update(client_state, kept, client):
+    delta, client_state, metrics = setup.algorithm.client_update(
+      server, client_state, client, pool, hyper, key
+    )
+    sender = Sender(client=client, hyper=hyper, key=key, round=server.round)
+    message, kept, tally = transform.encode(delta, kept, state.exchange, sender)
+    return message, client_state, kept, metrics, tally
+
+  def take(numbers):
+    return jax.tree.map(
+      lambda leaf: jnp.take(leaf, numbers, axis=0, mode="clip"),
+      (state.client_states, state.kept, clients),
+    )
+
+  def run_chunk(total, numbers):
+    client_state, kept, client = take(numbers)
+    present = numbers < setup.num_clients
+    client = client._replace(num_steps=jnp.where(present, client.num_steps, 0))
+    if setup.chunk == 1:  # no vmap at all: a batch axis of one costs convolutions dearly
+      first = jax.tree.map(lambda leaf: leaf[0], (client_state, kept, client))
+      result = jax.tree.map(lambda leaf: leaf[None], update(*first))
+    else:
+      result = jax.vmap(update)(client_state, kept, client)
+    message, client_state, kept, metrics, tally = result
+    weights = jnp.where(present, aggregator.weigh(client.weight), 0)
+    if aggregator.linear:
+      total = jax.tree.map(jnp.add, total, aggregator.combine(message, weights))
+    chunk = Chunk(
+      client_states=client_state,
+      kept=kept,
+      metrics=metrics,
+      weight=weights.sum(),
+      tally=_total(present, tally),
+      messages=() if aggregator.linear else (message, weights),
+    )
+    return total, chunk
+
+  def skip_chunk(total, numbers):
+    client_state, kept, client = take(numbers)
+    blank = setup.algorithm.blank_delta(server)
+    first = jax.tree.map(lambda leaf: leaf[0], (kept, client))
+    sender = Sender(client=first[1], hyper=hyper, key=key, round=server.round)
+    message, _, tally = jax.eval_shape(transform.encode, blank, first[0], state.exchange, sender)
+    weights = jnp.zeros((setup.chunk,), jnp.float32)
+    chunk = Chunk(
+      client_states=client_state,
+      kept=kept,
+      metrics=no_metrics((setup.chunk,)),
+      weight=weights.sum(),
+      tally=_zeros(tally),
+      messages=() if aggregator.linear else (_zeros(message, setup.chunk), weights),
+    )
+    return total, chunk
+
+  def run_if_any(total, numbers):  # clients come before empty slots
+    return jax.lax.cond(numbers[0] < setup.num_clients, run_chunk, skip_chunk, total, numbers)
+
+  body = run_if_any if setup.may_be_empty else run_chunk
+  partial, left = jax.lax.scan(body, setup.algorithm.blank_delta(server), numbers)
+  tally = jax.tree.map(lambda leaf: leaf.sum(0), left.tally)
+  return Sent(partial=partial, weight=left.weight.sum(), tally=tally), left
+
+
+def _zeros(shapes: Tree, *leading: int) -> Tree:
+  return jax.tree.map(lambda leaf: jnp.zeros((*leading, *leaf.shape), leaf.dtype), shapes)
+
+
+def _total(present: jax.Array, tally: Tree) -> Tree:
+  """Sums over the clients that are present."""
+
+  def add(leaf: jax.Array) -> jax.Array:
+    column = present.reshape((-1,) + (1,) * (leaf.ndim - 1))
+    return jnp.where(column, leaf, 0).sum(0)
+
+  return jax.tree.map(add, tally)
 
 
 def _over_devices(train: Callable, mesh: Mesh) -> Callable:
@@ -105,7 +354,7 @@ def _over_devices(train: Callable, mesh: Mesh) -> Callable:
   sharded = jax.shard_map(
     share,
     mesh=mesh,
-    in_specs=(whole,) * 7 + (dealt,),
+    in_specs=(whole,) * 5 + (dealt,),
     out_specs=(whole, dealt),
     check_vma=False,  # else each loop of a model would have to say what differs between devices
   )
@@ -117,156 +366,30 @@ def _over_devices(train: Callable, mesh: Mesh) -> Callable:
   return gathered
 
 
-def make_round(
-  algorithm: FederatedAlgorithm,
-  *,
-  num_clients: int,
-  cohort_cap: int | None,
-  chunk: int,
-  mesh: Mesh | None = None,
-  client_level: bool = False,
-) -> Callable:
-  """Builds one round: ``(SimulationState, clients, pool, hyper, key) -> (state, metrics [K])``.
-
-  Args:
-    algorithm: the federated algorithm.
-    num_clients: K.
-    cohort_cap: most clients a Poisson-sampled cohort can hold, or None for full participation.
-    chunk: clients trained at once on a device; K is vmap, 1 is a scan. Deltas are folded into a
-      weighted sum chunk by chunk, so memory grows with the chunk, not with K.
-    mesh: devices that the chunks are dealt over (all arguments lie whole on each), or None.
-    client_level: whether updates are clipped and their sum noised by ``hyper.client_level``
-      (DP-FedAvg); weights are then not used, every client of the cohort counts 1.
-  """
-  cohort = num_clients if cohort_cap is None else cohort_cap
-  devices = 1 if mesh is None else mesh.size
-  seats = deal(cohort, chunk, devices)
-  some_absent = cohort_cap is not None or seats.size > num_clients
-
-  def draw_cohort(key, round, rate):
-    if cohort_cap is None:
-      return jnp.arange(num_clients), jnp.ones((num_clients,), bool)
-    return poisson_batch(
-      key_for(key, Stream.PARTICIPATION, round),
-      jnp.asarray(num_clients, jnp.int32),
-      rate,
-      max_examples=num_clients,
-      batch_cap=cohort_cap,
-    )
-
-  def seat(clients: Client, numbers: jax.Array, present: jax.Array) -> jax.Array:
-    """[devices · chunks, chunk] client numbers, K in empty slots."""
-    # Absent slots point past the table: reads clip to a real client, writes are dropped.
-    numbers = jnp.where(present, numbers, num_clients)
-    numbers = jnp.pad(numbers, (0, seats.size - cohort), constant_values=num_clients)
-    if seats.size > len(seats) or devices > 1:  # a scan on one device waits for nobody
-      steps = jnp.take(clients.num_steps, numbers, mode="fill", fill_value=-1)
-      numbers = numbers[jnp.argsort(-steps, stable=True)]
-    return numbers[seats]
-
-  def train_chunks(
-    server: ServerState, clip_norm, client_states: Tree, clients: Client, pool, hyper, key, numbers
-  ):
-    """Runs a device's chunks [chunks, chunk]: (Σ delta, Σ weight, Σ bit), (states, metrics)."""
-
-    def update(client_state, client):
-      delta, client_state, metrics = algorithm.client_update(
-        server, client_state, client, pool, hyper, key
-      )
-      if not client_level:
-        return delta, client_state, metrics, jnp.zeros((), jnp.float32)
-      update, within = clip_update(delta.params, clip_norm)
-      return delta._replace(params=update), client_state, metrics, within - 0.5
-
-    def take(numbers):
-      def rows(leaf):
-        return jnp.take(leaf, numbers, axis=0, mode="clip")
-
-      return jax.tree.map(rows, clients), jax.tree.map(rows, client_states)
-
-    def run_chunk(total, numbers):
-      client, client_state = take(numbers)
-      present = numbers < num_clients
-      client = client._replace(num_steps=jnp.where(present, client.num_steps, 0))
-      if chunk == 1:  # no vmap at all: a batch axis of one costs convolutions dearly
-        first = jax.tree.map(lambda leaf: leaf[0], (client_state, client))
-        result = jax.tree.map(lambda leaf: leaf[None], update(*first))
-      else:
-        result = jax.vmap(update)(client_state, client)
-      delta, client_state, metrics, bits = result
-      weights = jnp.where(present, 1.0 if client_level else client.weight, 0)
-      sums = weights.sum(), jnp.where(present, bits, 0).sum()
-      return _reduce(total, delta, weights), (client_state, metrics, sums)
-
-    def skip_chunk(total, numbers):
-      nothing = jnp.zeros((), jnp.float32)
-      return total, (take(numbers)[1], no_metrics((chunk,)), (nothing, nothing))
-
-    def run_if_any(total, numbers):  # clients come before empty slots
-      return jax.lax.cond(numbers[0] < num_clients, run_chunk, skip_chunk, total, numbers)
-
-    total, (client_states, metrics, (weight, bits)) = jax.lax.scan(
-      run_if_any if some_absent else run_chunk, algorithm.blank_delta(server), numbers
-    )
-    return (total, weight.sum(), bits.sum()), (client_states, metrics)
-
-  train = train_chunks if mesh is None else _over_devices(train_chunks, mesh)
-
-  def run_round(state: SimulationState, clients: Client, pool: Pool, hyper: Hyper, key: jax.Array):
-    server = state.server
-    numbers, present = draw_cohort(key, server.round, hyper.participation_rate)
-    numbers = seat(clients, numbers, present)
-    (total, weight, bits), (client_states, metrics) = train(
-      server, state.clip_norm, state.client_states, clients, pool, hyper, key, numbers
-    )
-
-    def scatter(old, new):
-      return old.at[numbers].set(new, mode="drop")
-
-    client_states = jax.tree.map(scatter, state.client_states, client_states)
-    metrics = jax.tree.map(scatter, no_metrics((num_clients,)), metrics)
-    clip_norm, someone = state.clip_norm, weight > 0
-    if client_level:
-      level = hyper.client_level
-      assert level is not None
-      update, clip_norm = noisy_mean(total.params, bits, clip_norm, level, key, server.round)
-      mean = ClientDelta(params=update, state=jnp.zeros_like(total.state))  # state is not clipped
-      share = weight / num_clients
-    else:
-      scale = 1 / jnp.where(someone, weight, 1)
-      mean = jax.tree.map(lambda leaf: leaf * scale, total)
-      share = weight
-    updated = algorithm.server_update(server, mean, share, hyper)
-    # An empty cohort leaves all but the round's number as it was; under DP-FedAvg it is noise.
-    if cohort_cap is not None and not client_level:
-      absent = server._replace(round=updated.round)
-      updated = jax.tree.map(lambda new, old: jnp.where(someone, new, old), updated, absent)
-    return SimulationState(updated, client_states, state.steps + metrics.steps, clip_norm), metrics
-
-  return run_round
-
-
-def make_block(run_round: Callable, num_clients: int, client_level: bool = False) -> Callable:
+def make_block(run_round: Callable, num_clients: int, goes_on: bool = False) -> Callable:
   """Builds ``block(state, clients, pool, hyper, key, num_rounds)``, not jitted.
 
   ``num_rounds`` is traced: blocks of any length share one compiled program. The block ends early
-  after a round in which some client sent a non-finite weight. Under ``client_level`` it goes on:
-  such an update counts 0, and ending would tell of one hospital what nothing has noised.
+  after a round in which some client sent a non-finite weight, unless it ``goes_on``: under
+  client-level privacy such an update counts 0, and ending would tell of one hospital what nothing
+  has noised.
   """
 
   def block(state, clients, pool, hyper, key, num_rounds):
-    metrics = BlockMetrics(no_metrics((num_clients,)), jnp.full((num_clients,), NEVER, jnp.int32))
+    bad_round = jnp.full((num_clients,), NEVER, jnp.int32)
+    metrics = BlockMetrics(clients=no_metrics((num_clients,)), bad_round=bad_round)
 
     def healthy(carry):
       i, _, metrics = carry
-      return (i < num_rounds) & (client_level | metrics.clients.finite.all())
+      return (i < num_rounds) & (goes_on | metrics.clients.finite.all())
 
     def body(carry):
       i, state, metrics = carry
       round = state.server.round
       state, new = run_round(state, clients, pool, hyper, key)
       bad = jnp.where(new.finite, metrics.bad_round, round)
-      return i + 1, state, BlockMetrics(add_metrics(metrics.clients, new), bad)
+      both = add_metrics(metrics.clients, new)
+      return i + 1, state, BlockMetrics(clients=both, bad_round=bad)
 
     start = (jnp.zeros((), jnp.int32), state, metrics)
     _, state, metrics = jax.lax.while_loop(healthy, body, start)

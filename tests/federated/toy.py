@@ -9,6 +9,7 @@ import numpy as np
 from fedjax_med.core.config import Config, ModelConfig, algorithm_options
 from fedjax_med.core.keys import base_key
 from fedjax_med.data.dataset import client_table
+from fedjax_med.exchange.registry import plain_exchange, private_exchange
 from fedjax_med.federated.algorithm import Client, Hyper, Pool
 from fedjax_med.federated.local import BatchShape, local_training, plain_gradient, private_gradient
 from fedjax_med.federated.optimizers import client_optimizer, schedule, server_optimizer
@@ -120,6 +121,7 @@ def make_federation(
     records=private,
     clients=client_level,
   )
+  exchange = private_exchange(1.0) if client_level else plain_exchange()
   mesh = client_mesh(devices)
   run_round = make_round(
     algorithm,
@@ -127,12 +129,11 @@ def make_federation(
     cohort_cap=cohort_cap,
     chunk=chunk,
     mesh=mesh,
-    client_level=client_level,
+    exchange=exchange,
   )
 
   def initial():
     params, state = model.init(base_key(1), jnp.zeros((1, 4, 4, 1)))
-    clip_norm = 1.0 if client_level else None
-    return init_state(algorithm, ravel(params), ravel(state), num_clients, clip_norm)
+    return init_state(algorithm, ravel(params), ravel(state), num_clients, exchange)
 
   return initial, jit_block(make_block(run_round, num_clients, client_level), mesh), run_round

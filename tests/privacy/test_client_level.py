@@ -64,7 +64,7 @@ def one_round(
   rate, clip_norm = levels.pop("rate", 1.0), levels.pop("clip_norm_state", 1.0)
   hyper = make_hyper(participation_rate=rate)._replace(client_level=level(**levels))
   clients = make_clients() if clients is None else clients
-  state = (initial() if state is None else state)._replace(clip_norm=jnp.float32(clip_norm))
+  state = (initial() if state is None else state)._replace(exchange=(jnp.float32(clip_norm),))
   return block(state, clients, POOL, hyper, KEY, jnp.asarray(1))[0]
 
 
@@ -84,7 +84,7 @@ def test_the_round_is_the_sum_of_clipped_updates_over_the_fixed_denominator():
   for k in range(3):  # one client at a time, no clipping, by the plain program
     _, block, _ = make_federation(num_clients=1, chunk=1)
     clients = jax.tree.map(lambda leaf, k=k: leaf[k : k + 1], make_clients())
-    start = initial()._replace(steps=jnp.zeros((1,), jnp.int32), clip_norm={})
+    start = initial()._replace(steps=jnp.zeros((1,), jnp.int32), exchange=())
     after, _ = block(start, clients, POOL, hyper, KEY, jnp.asarray(1))
     alone.append(np.asarray(after.server.params - initial().server.params))
   clip = float(np.median([np.linalg.norm(update) for update in alone]))
@@ -145,10 +145,10 @@ def test_an_adaptive_clip_norm_settles_where_half_the_updates_pass():
   hyper = hyper._replace(client_level=level(clip_learning_rate=0.2))
   state = initial()._replace(clip_norm=jnp.float32(50.0))
   state, _ = block(state, make_clients(), POOL, hyper, KEY, jnp.asarray(60))
-  low = float(state.clip_norm)
+  low = float(state.exchange[0])
   state, _ = block(state, make_clients(), POOL, hyper, KEY, jnp.asarray(1))
   assert low < 1.0  # from 50
-  assert 0.8 < float(state.clip_norm) / low < 1.25
+  assert 0.8 < float(state.exchange[0]) / low < 1.25
 
 
 def test_the_count_costs_nothing_beyond_the_noise_multiplier():
@@ -181,4 +181,4 @@ def test_layouts_and_devices_agree_to_rounding(chunk, devices):
   expected = one_round(**settings)
   found = one_round(chunk=chunk, devices=devices, **settings)
   np.testing.assert_allclose(flat(moved(found)), flat(moved(expected)), rtol=2e-5, atol=1e-6)
-  assert float(found.clip_norm) == pytest.approx(float(expected.clip_norm), rel=1e-6)
+  assert float(found.exchange[0]) == pytest.approx(float(expected.exchange[0]), rel=1e-6)

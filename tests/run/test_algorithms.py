@@ -94,9 +94,9 @@ def test_bytes_are_those_of_what_travels(tmp_path):
     sizes[name] = experiment.program.parts.message
   whole = sizes["fedavg"][0]
   assert sizes["fedavg"] == (whole, whole)
-  assert sizes["fedper"] == (whole - head, whole - head)
+  assert sizes["fedper"] == (whole - 4 * head, whole - 4 * head)
   assert sizes["scaffold"] == (2 * whole, 2 * whole)
-  assert sizes["fednova"] == (whole, whole + 1)
+  assert sizes["fednova"] == (whole, whole + 4)
 
 
 @pytest.mark.slow

@@ -1,0 +1,37 @@
+"""Client-level privacy (DP-FedAvg): each update clipped at its client, their sum noised once."""
+
+import jax.numpy as jnp
+
+from fedjax_med.exchange.transform import Transform
+from fedjax_med.federated.algorithm import ClientDelta
+from fedjax_med.privacy.client_level import clip_update, noisy_mean
+
+
+def clip_and_noise(clip_norm: float) -> Transform:
+  """Clips an update to l2 norm C and noises the sum of all, by ``hyper.client_level``.
+
+  The aggregate is the sum in which each client counts 1; what becomes of it is the released mean.
+  Noise answers an empty cohort too. Non-trained state and ``extra`` are neither clipped nor noised:
+  they do not reach the server.
+
+  Args:
+    clip_norm: C of the first round; a later one may follow a quantile of the updates' norms.
+  """
+
+  def encode(message, kept, bound, sender):
+    update, within = clip_update(message.params, bound)
+    return message._replace(params=update), kept, within - 0.5
+
+  def decode(total, bound, tally, receiver):
+    level = receiver.hyper.client_level
+    assert level is not None
+    update, bound = noisy_mean(total.params, tally, bound, level, receiver.key, receiver.round)
+    return ClientDelta(params=update, state=jnp.zeros_like(total.state)), bound
+
+  return Transform(
+    encode=encode,
+    decode=decode,
+    init_server=lambda message: jnp.asarray(clip_norm, jnp.float32),
+    norm=lambda bound: clip_norm if bound is None else min(bound, clip_norm),
+    answers_nobody=True,
+  )

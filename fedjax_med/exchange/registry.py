@@ -1,0 +1,100 @@
+"""Transforms and aggregators by name: a new one adds a file and a line here, or registers itself."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from fedjax_med.core.config import Config
+from fedjax_med.core.errors import require, require_choice
+from fedjax_med.core.sources import read_again, source_digest
+from fedjax_med.exchange.aggregator import Aggregator, equal_sum, mean
+from fedjax_med.exchange.clip_and_noise import clip_and_noise
+from fedjax_med.exchange.transform import SUM, Transform, chain
+
+TRANSFORMS: dict[str, Callable[[], Transform]] = {"identity": chain}
+AGGREGATORS: dict[str, Callable[[], Aggregator]] = {"mean": mean}
+
+
+class Exchange(NamedTuple):
+  """The way of an update from clients to the server.
+
+  Attributes:
+    transform: what is done to it, a chain.
+    aggregator: how the updates of all clients become one.
+  """
+
+  transform: Transform
+  aggregator: Aggregator
+
+
+def register_transform(name: str, make: Callable[[], Transform]) -> None:
+  """Adds a transform that configs can name; UserError if the name is taken by another one."""
+  require("," not in name, f"transform '{name}' has a comma", "choose another name")
+  _require_free("transform", name, TRANSFORMS.get(name, make), make)
+  TRANSFORMS[name] = make
+
+
+def register_aggregator(name: str, make: Callable[[], Aggregator]) -> None:
+  """Adds an aggregator that configs can name; UserError if the name is taken by another one."""
+  _require_free("aggregator", name, AGGREGATORS.get(name, make), make)
+  AGGREGATORS[name] = make
+
+
+def _require_free(kind: str, name: str, known: Any, make: Any) -> None:
+  require(
+    read_again(known, make), f"the {kind} '{name}' is registered already", "choose another name"
+  )
+
+
+def transform_names(config: Config) -> list[str]:
+  """Names of the run's transforms, in the order in which a client applies them."""
+  return [name.strip() for name in config.server.transforms.split(",") if name.strip()]
+
+
+def exchange_code(config: Config) -> list[str]:
+  """Digests of the sources of registered transforms and aggregators; "" for this package's own."""
+  parts = [(f"transform '{name}'", TRANSFORMS[name]) for name in transform_names(config)]
+  name = config.server.aggregator
+  parts.append((f"aggregator '{name}'", AGGREGATORS[name]))
+  return [source_digest(make, what) for what, make in parts]
+
+
+def make_exchange(config: Config) -> Exchange:
+  """The exchange of a run.
+
+  Raises:
+    UserError: a name is unknown, or the parts do not go together.
+  """
+  for name in transform_names(config):
+    require_choice("server.transforms", name, TRANSFORMS)
+  require_choice("server.aggregator", config.server.aggregator, AGGREGATORS)
+  transforms = [TRANSFORMS[name]() for name in transform_names(config)]
+  aggregator = AGGREGATORS[config.server.aggregator]()
+  if config.client_privacy.mechanism != "none":
+    require(
+      config.server.aggregator == "mean",
+      f"server.aggregator='{config.server.aggregator}' with client_privacy.mechanism='dp_fedavg':"
+      " its sensitivity to one hospital's update is not known",
+      "use server.aggregator=mean",
+    )
+    return private_exchange(config.client_privacy.clip_norm, *transforms)
+  transform = chain(*transforms)
+  require(
+    aggregator.linear or transform.trust != SUM,
+    f"server.aggregator='{config.server.aggregator}' needs every update, and with"
+    f" server.transforms='{config.server.transforms}' the server sees sums only",
+    "use server.aggregator=mean, or leave out the transform that hides single updates",
+  )
+  return Exchange(transform=transform, aggregator=aggregator)
+
+
+def plain_exchange() -> Exchange:
+  """Updates as they are, averaged with the clients' weights."""
+  return Exchange(transform=chain(), aggregator=mean())
+
+
+def private_exchange(clip_norm: float, *transforms: Transform) -> Exchange:
+  """Updates that are transformed, clipped, summed and noised (DP-FedAvg).
+
+  The clip comes last at a client, so that the sensitivity of the sum is C whatever a transform did.
+  """
+  return Exchange(transform=chain(*transforms, clip_and_noise(clip_norm)), aggregator=equal_sum())

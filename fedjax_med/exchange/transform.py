@@ -1,0 +1,144 @@
+"""A transform: one thing that is done to an update on its way from a client to the server."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+
+from fedjax_med.federated.algorithm import Client, ClientDelta, Hyper
+
+Tree = Any  # a pytree of arrays
+
+# What the server gets to see of the updates.
+EACH = "each update"
+SUM = "sums of updates only"
+
+
+class Sender(NamedTuple):
+  """What a transform may read at a client.
+
+  Attributes:
+    client: the client.
+    hyper: traced hyperparameters.
+    key: base key of the run; draws are named by stream, client.number and round.
+    round: [] int32.
+  """
+
+  client: Client
+  hyper: Hyper
+  key: jax.Array
+  round: jax.Array
+
+
+class Receiver(NamedTuple):
+  """What a transform may read at the server.
+
+  Attributes:
+    weight: [] float32 total weight of the clients that took part.
+    hyper: traced hyperparameters.
+    key: base key of the run.
+    round: [] int32.
+  """
+
+  weight: jax.Array
+  hyper: Hyper
+  key: jax.Array
+  round: jax.Array
+
+
+class Wire(NamedTuple):
+  """A message as it travels.
+
+  Attributes:
+    dense: numbers that the update has.
+    sent: numbers of it that the message holds.
+    value_bits: bits of a number.
+    index_bits: bits that say which number it is; 0 where all are sent.
+  """
+
+  dense: int
+  sent: int
+  value_bits: int = 32
+  index_bits: int = 0
+
+  @property
+  def size(self) -> int:
+    """Bytes."""
+    return -(-self.sent * (self.value_bits + self.index_bits) // 8)
+
+
+def _same(value: Any) -> Any:
+  return value
+
+
+def _nothing(message: ClientDelta) -> Tree:
+  return ()
+
+
+class Transform(NamedTuple):
+  """Functions of one transform; those of a chain run in order at clients, in reverse at the server.
+
+  Attributes:
+    encode: (message, kept, state, Sender) -> (message, kept, tally), at a client, under vmap.
+      ``tally`` is summed over the clients that take part.
+    decode: (aggregate, state, tally, Receiver) -> (aggregate, state), at the server.
+    init_client: message -> what a client keeps between rounds, such as an error; () for most.
+    init_server: message -> the server's state of the transform; () for most.
+    wire: Wire -> Wire after ``encode``: its bytes are counted.
+    norm: l2 bound on the vector before ``encode`` -> bound after it, or None where there is none.
+    trust: what the server sees if this transform is the last: EACH or SUM.
+    answers_nobody: whether a round in which nobody takes part moves the model, as noise does.
+  """
+
+  encode: Callable[[ClientDelta, Tree, Tree, Sender], tuple[ClientDelta, Tree, Tree]]
+  decode: Callable[[ClientDelta, Tree, Tree, Receiver], tuple[ClientDelta, Tree]]
+  init_client: Callable[[ClientDelta], Tree] = _nothing
+  init_server: Callable[[ClientDelta], Tree] = _nothing
+  wire: Callable[[Wire], Wire] = _same
+  norm: Callable[[float | None], float | None] = lambda bound: None
+  trust: str = EACH
+  answers_nobody: bool = False
+
+
+def chain(*transforms: Transform) -> Transform:
+  """One transform of several; of none it leaves every update as it is.
+
+  The server sees sums only if any of them hides the single updates.
+  """
+
+  def encode(message, kept, state, sender):
+    after, tallies = [], []
+    for transform, own, shared in zip(transforms, kept, state, strict=True):
+      message, own, tally = transform.encode(message, own, shared, sender)
+      after.append(own)
+      tallies.append(tally)
+    return message, tuple(after), tuple(tallies)
+
+  def decode(aggregate, state, tally, receiver):
+    after = []
+    steps = list(zip(transforms, state, tally, strict=True))
+    for transform, shared, total in reversed(steps):
+      aggregate, shared = transform.decode(aggregate, shared, total, receiver)
+      after.append(shared)
+    return aggregate, tuple(reversed(after))
+
+  def wire(message: Wire) -> Wire:
+    for transform in transforms:
+      message = transform.wire(message)
+    return message
+
+  def norm(bound: float | None) -> float | None:
+    for transform in transforms:
+      bound = transform.norm(bound)
+    return bound
+
+  return Transform(
+    encode=encode,
+    decode=decode,
+    init_client=lambda message: tuple(each.init_client(message) for each in transforms),
+    init_server=lambda message: tuple(each.init_server(message) for each in transforms),
+    wire=wire,
+    norm=norm,
+    trust=SUM if any(transform.trust == SUM for transform in transforms) else EACH,
+    answers_nobody=any(transform.answers_nobody for transform in transforms),
+  )
