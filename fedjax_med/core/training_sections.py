@@ -319,7 +319,7 @@ class ServerConfig:
   )
   aggregator: str = field(
     "mean",
-    doc="how the clients' updates become one: mean, or a registered aggregator (docs/extending.md).",
+    doc="how clients' updates become one: mean, or a registered aggregator (docs/extending.md).",
   )
   transforms: str = field(
     "",

@@ -1,4 +1,4 @@
-"""Transforms and aggregators by name: a new one adds a file and a line here, or registers itself."""
+"""Transforms and aggregators by name: a new one is a file and a line here, or registers itself."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple

@@ -236,7 +236,8 @@ def private_gradient(model: Model, loss: Loss, clipping: str, shape: BatchShape)
       changes = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), drawn.changes)
       inputs = _inputs(context.pool, rows, changes, shape)
       labels = _targets(context.pool, rows)
-      batch = Rows(inputs, labels, mask, per_unit=shape.rows_per_unit * shape.copies)
+      units = shape.rows_per_unit * shape.copies
+      batch = Rows(inputs=inputs, labels=labels, mask=mask, per_unit=units)
       # Norms and sums must round alike: TF32 products would not hold the bound C.
       with jax.default_matmul_precision("highest"):
         total, clip = clipped_sum(
@@ -429,7 +430,8 @@ def local_training(
     params = ravel(local)
     # The loss too: private gradients stay finite whatever the model does.
     finite = jnp.isfinite(params).all() & jnp.isfinite(sums.loss)
-    return Weights(params, ravel(state), memory), sums._replace(finite=finite)
+    end = Weights(params=params, state=ravel(state), memory=memory)
+    return end, sums._replace(finite=finite)
 
   return LocalTraining(train=train, optimizer=optimizer, rate=rate_of, layout=layout, bands=bands)
 

@@ -149,11 +149,13 @@ def clipped_sum(
   present = by_unit.any(1)
   share = by_unit.astype(jnp.float32)
   share = share / jnp.maximum(share.sum(1, keepdims=True), 1)
-  batch = _Batch(inputs, labels, share.reshape(-1), present, key)
+  batch = _Batch(inputs=inputs, labels=labels, share=share.reshape(-1), present=present, key=key)
   run = {"book_keeping": _book_keeping, "two_pass": _two_pass, "reference": _reference}[method]
   total, (losses, norms, outputs) = run(model, loss, params, state, batch, clip_norm)
   return total, ClipMetrics(
-    _zero_outside(mask, losses), _zero_outside(present, norms), _zero_outside(mask, outputs)
+    loss=_zero_outside(mask, losses),
+    norm=_zero_outside(present, norms),
+    outputs=_zero_outside(mask, outputs),
   )
 
 
@@ -203,7 +205,7 @@ def _book_keeping(model, loss, params, state, batch, clip_norm):
     parts = jnp.split(weighted_sum(record, scale)[""], list(ends)[:-1])
     for (path, name), part in zip(vectors, parts, strict=True):
       _set(total, path, {name: part})
-  return total, ClipMetrics(values, norms, outputs)
+  return total, ClipMetrics(loss=values, norm=norms, outputs=outputs)
 
 
 def _vectors_apart(records: Records) -> tuple[dict[tuple[Any, str], jax.Array], Records]:
@@ -244,7 +246,7 @@ def _two_pass(model, loss, params, state, batch, clip_norm):
   norms = jnp.sqrt(squares)
   scale = _coefficients(norms, batch.present, clip_norm).astype(values.dtype)
   total, _ = pull(share * jnp.repeat(scale, share.shape[0] // units))
-  return total, ClipMetrics(values, norms, outputs)
+  return total, ClipMetrics(loss=values, norm=norms, outputs=outputs)
 
 
 def _reference(model, loss, params, state, batch, clip_norm):
@@ -277,8 +279,10 @@ def _reference(model, loss, params, state, batch, clip_norm):
     # A coefficient of 0 alone does not do: 0 * inf = NaN.
     return jnp.where(weight > 0, x * weight, jnp.zeros_like(x)).sum(0)
 
-  flat = (values.reshape(-1), norms, outputs.reshape(-1, *outputs.shape[2:]))
-  return jax.tree.map(weighted, gradients), ClipMetrics(*flat)
+  metrics = ClipMetrics(
+    loss=values.reshape(-1), norm=norms, outputs=outputs.reshape(-1, *outputs.shape[2:])
+  )
+  return jax.tree.map(weighted, gradients), metrics
 
 
 def evaluated_once(gradients: Any) -> Any:

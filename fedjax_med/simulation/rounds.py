@@ -201,10 +201,7 @@ def make_round(
     metrics = jax.tree.map(scatter, no_metrics((num_clients,)), left.metrics)
     partial = sent.partial
     if not aggregator.linear:
-      messages, weights = jax.tree.map(
-        lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), left.messages
-      )
-      partial = aggregator.combine(messages, weights)
+      partial = aggregator.combine(*jax.tree.map(_joined, left.messages))
     receiver = Receiver(weight=sent.weight, hyper=hyper, key=key, round=server.round)
     aggregate, shared = transform.decode(
       aggregator.finish(partial, sent.weight), state.exchange, sent.tally, receiver
@@ -327,6 +324,11 @@ def _train_chunks(
   partial, left = jax.lax.scan(body, setup.algorithm.blank_delta(server), numbers)
   tally = jax.tree.map(lambda leaf: leaf.sum(0), left.tally)
   return Sent(partial=partial, weight=left.weight.sum(), tally=tally), left
+
+
+def _joined(leaf: jax.Array) -> jax.Array:
+  """[chunks, chunk, ...] as [chunks · chunk, ...]."""
+  return leaf.reshape(leaf.shape[0] * leaf.shape[1], *leaf.shape[2:])
 
 
 def _zeros(shapes: Tree, *leading: int) -> Tree:

@@ -9,7 +9,7 @@ import numpy as np
 from fedjax_med.core.config import Config, ModelConfig, algorithm_options
 from fedjax_med.core.keys import base_key
 from fedjax_med.data.dataset import client_table
-from fedjax_med.exchange.registry import plain_exchange, private_exchange
+from fedjax_med.exchange.registry import Exchange, plain_exchange, private_exchange
 from fedjax_med.federated.algorithm import Client, Hyper, Pool
 from fedjax_med.federated.local import BatchShape, local_training, plain_gradient, private_gradient
 from fedjax_med.federated.optimizers import client_optimizer, schedule, server_optimizer
@@ -94,6 +94,7 @@ def make_federation(
   num_clients: int = 3,
   client_level: bool = False,
   steps_on_vector: bool | None = None,
+  exchange: Exchange | None = None,
 ):
   """(initial state maker, block, run_round) of the toy federation."""
   model = create_model(ModelConfig(name=model_name or MODELS.get(name, "linear")), 2, "matmul")
@@ -121,7 +122,8 @@ def make_federation(
     records=private,
     clients=client_level,
   )
-  exchange = private_exchange(1.0) if client_level else plain_exchange()
+  if exchange is None:
+    exchange = private_exchange(1.0) if client_level else plain_exchange()
   mesh = client_mesh(devices)
   run_round = make_round(
     algorithm,

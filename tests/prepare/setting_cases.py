@@ -7,6 +7,7 @@ import numpy as np
 from PIL import Image
 
 from fedjax_med.core.config import Config, set_field
+from tests.exchange import parts  # noqa: F401  (registers the transform and the aggregator below)
 
 Changes = dict[str, Any]
 FILES = "FILES"  # stands for the folder of pictures, with numbers for other ones
@@ -157,6 +158,8 @@ CASES: dict[str, Case] = {
   "client.gan_steps": Case(2, "images", {**GAN, "client.gan_steps": 1}, ({},)),
   "server.algorithm": Case("scaffold", "program"),
   "server.num_rounds": Case(4, "plan", TARGET, (ROUNDS,)),
+  "server.aggregator": Case("middle", "program"),
+  "server.transforms": Case("halved", "program"),
   "server.optimizer": Case("adam", "program"),
   "server.learning_rate": Case(0.5, "weights"),
   "server.momentum": Case(0.5, "program", {"server.optimizer": "momentum"}, ({},)),

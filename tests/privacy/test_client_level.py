@@ -84,7 +84,7 @@ def test_the_round_is_the_sum_of_clipped_updates_over_the_fixed_denominator():
   for k in range(3):  # one client at a time, no clipping, by the plain program
     _, block, _ = make_federation(num_clients=1, chunk=1)
     clients = jax.tree.map(lambda leaf, k=k: leaf[k : k + 1], make_clients())
-    start = initial()._replace(steps=jnp.zeros((1,), jnp.int32), exchange=())
+    start = initial()._replace(steps=jnp.zeros((1,), jnp.int32), exchange=(), kept=())
     after, _ = block(start, clients, POOL, hyper, KEY, jnp.asarray(1))
     alone.append(np.asarray(after.server.params - initial().server.params))
   clip = float(np.median([np.linalg.norm(update) for update in alone]))
@@ -143,7 +143,7 @@ def test_an_adaptive_clip_norm_settles_where_half_the_updates_pass():
   initial, block, _ = federation()
   hyper = make_hyper(client_learning_rate=0.01)
   hyper = hyper._replace(client_level=level(clip_learning_rate=0.2))
-  state = initial()._replace(clip_norm=jnp.float32(50.0))
+  state = initial()._replace(exchange=(jnp.float32(50.0),))
   state, _ = block(state, make_clients(), POOL, hyper, KEY, jnp.asarray(60))
   low = float(state.exchange[0])
   state, _ = block(state, make_clients(), POOL, hyper, KEY, jnp.asarray(1))

@@ -1,0 +1,170 @@
+"""What every transform and every aggregator promises, checked for each name of the registries."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fedjax_med.core.config import Config
+from fedjax_med.core.errors import UserError
+from fedjax_med.exchange.registry import (
+  AGGREGATORS,
+  TRANSFORMS,
+  Exchange,
+  make_exchange,
+  register_transform,
+  transform_names,
+)
+from fedjax_med.exchange.transform import EACH, SUM, Wire, chain
+from fedjax_med.federated.algorithm import ClientDelta
+from tests.exchange.parts import halved, middle
+from tests.federated.test_conformance import rounds
+from tests.federated.toy import make_federation, make_hyper
+
+EXCHANGES = {
+  f"{transform}-{aggregator}": Exchange(chain(TRANSFORMS[transform]()), AGGREGATORS[aggregator]())
+  for transform in TRANSFORMS
+  for aggregator in AGGREGATORS
+  # A rule that needs every update does not go with sums alone.
+  if AGGREGATORS[aggregator]().linear or TRANSFORMS[transform]().trust == EACH
+}
+every = pytest.mark.parametrize("name", EXCHANGES)
+
+
+def messages(seed=0, clients=5):
+  """Updates of several clients, stacked, and their weights."""
+  random = np.random.default_rng(seed)
+  values = ClientDelta(
+    params=jnp.asarray(random.normal(size=(clients, 7)), jnp.float32),
+    state=jnp.asarray(random.normal(size=(clients, 2)), jnp.float32),
+  )
+  weights = random.uniform(0.1, 1, clients)
+  return values, jnp.asarray(weights / weights.sum(), jnp.float32)
+
+
+def joined(name, values, weights):
+  aggregator = AGGREGATORS[name]()
+  weights = jnp.where(weights > 0, aggregator.weigh(weights), 0)
+  return aggregator.finish(aggregator.combine(values, weights), weights.sum())
+
+
+@every
+def test_five_rounds_and_five_more_equal_ten_bit_for_bit(name):
+  federation = make_federation(exchange=EXCHANGES[name])
+  whole, _ = rounds(federation, 10)
+  half, _ = rounds(federation, 5)
+  chex.assert_trees_all_equal(whole, rounds(federation, 5, state=half)[0])
+
+
+@every
+def test_layouts_devices_and_a_cohort_of_everyone_agree_to_rounding(name):
+  exchange = EXCHANGES[name]
+  expected, _ = rounds(make_federation(exchange=exchange), 3)
+  for settings in ({"chunk": 1}, {"chunk": 2, "devices": 2}, {"chunk": 2, "cohort_cap": 3}):
+    found, _ = rounds(make_federation(exchange=exchange, **settings), 3)
+    chex.assert_trees_all_close(
+      jax.device_get(expected), jax.device_get(found), rtol=2e-5, atol=1e-6
+    )
+
+
+@every
+def test_a_round_without_anyone_changes_nothing_but_its_number(name):
+  exchange = EXCHANGES[name]
+  federation = make_federation(exchange=exchange, cohort_cap=3, chunk=1)
+  moving, _ = rounds(federation, 2)
+  before = jax.tree.map(jnp.copy, moving)
+  still, _ = rounds(federation, 2, state=moving, hyper=make_hyper(participation_rate=0.0))
+  server = still.server._replace(round=before.server.round)
+  chex.assert_trees_all_equal(still._replace(server=server), before)
+
+
+@every
+def test_learns_the_toy_task(name):
+  federation = make_federation(exchange=EXCHANGES[name])
+  trained, _ = rounds(federation, 40)
+  _, last = rounds(federation, 5, state=trained)
+  assert float(last.clients.tally.sum() / last.clients.examples.sum()) > 0.9
+
+
+@pytest.mark.parametrize("name", AGGREGATORS)
+def test_a_message_without_weight_counts_exactly_nothing_whatever_it_holds(name):
+  values, weights = messages()
+  weights = weights.at[2].set(0)
+  expected = joined(name, values, weights)
+  for wrong in (1e30, jnp.nan, jnp.inf):
+    other = jax.tree.map(lambda leaf, wrong=wrong: leaf.at[2].set(wrong), values)
+    chex.assert_trees_all_equal(joined(name, other, weights), expected)
+
+
+@pytest.mark.parametrize("name", AGGREGATORS)
+def test_the_order_of_clients_does_not_matter_and_equal_updates_are_their_own_aggregate(name):
+  values, weights = messages()
+  order = jnp.asarray([3, 0, 4, 2, 1])
+  moved = joined(name, jax.tree.map(lambda leaf: leaf[order], values), weights[order])
+  chex.assert_trees_all_close(moved, joined(name, values, weights), rtol=1e-6, atol=1e-6)
+  alike = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf[:1], leaf.shape), values)
+  first = jax.tree.map(lambda leaf: leaf[0], values)
+  chex.assert_trees_all_close(joined(name, alike, weights), first, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", [name for name in AGGREGATORS if AGGREGATORS[name]().linear])
+def test_parts_of_a_linear_aggregator_add_up(name):
+  aggregator, (values, weights) = AGGREGATORS[name](), messages()
+  parts = [
+    aggregator.combine(jax.tree.map(lambda leaf, part=part: leaf[part], values), weights[part])
+    for part in (slice(0, 2), slice(2, 5))
+  ]
+  whole = aggregator.combine(values, weights)
+  chex.assert_trees_all_close(jax.tree.map(jnp.add, *parts), whole, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_no_message_is_larger_than_the_update_it_stands_for(name):
+  for numbers in (1, 7, 25_471):
+    wire = TRANSFORMS[name]().wire(Wire(dense=numbers, sent=numbers))
+    assert wire.dense == numbers
+    assert 0 < wire.size <= 4 * numbers
+
+
+def test_a_chain_encodes_in_order_decodes_in_reverse_and_folds_the_wire():
+  one = chain(halved(), halved())
+  assert one.wire(Wire(dense=3, sent=3)).size == 6
+  assert one.trust == SUM
+  assert chain().wire(Wire(dense=3, sent=3)).size == 12
+
+
+def config(**changes):
+  made = Config()
+  for name, value in changes.items():
+    setattr(made.server, name, value)
+  return made
+
+
+def test_names_are_read_with_commas_and_unknown_ones_are_refused_with_the_nearest():
+  assert transform_names(config(transforms=" halved, identity")) == ["halved", "identity"]
+  with pytest.raises(
+    UserError, match=r"server.transforms='halfed' is unknown; did you mean 'halved'"
+  ):
+    make_exchange(config(transforms="halfed"))
+  with pytest.raises(UserError, match=r"server.aggregator='men' is unknown; did you mean 'mean'"):
+    make_exchange(config(aggregator="men"))
+  with pytest.raises(UserError, match="'identity' is registered already"):
+    register_transform("identity", halved)
+
+
+def test_sums_alone_do_not_go_with_a_rule_that_needs_every_update():
+  with pytest.raises(UserError, match=r"needs every update, and with .* the server sees sums only"):
+    make_exchange(config(transforms="halved", aggregator="middle"))
+
+
+def test_client_level_privacy_takes_the_mean_alone_and_clips_after_every_transform():
+  private = config(aggregator="middle")
+  private.client_privacy.mechanism = "dp_fedavg"
+  with pytest.raises(UserError, match=r"'middle' with client_privacy.* is not known; use .*=mean"):
+    make_exchange(private)
+  private.server.aggregator, private.server.transforms = "mean", "halved"
+  exchange = make_exchange(private)
+  assert exchange.transform.norm(None) == private.client_privacy.clip_norm
+  assert exchange.transform.answers_nobody
+  assert middle().linear is False
