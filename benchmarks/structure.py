@@ -38,9 +38,13 @@ def files_at(commit: str) -> dict[str, str]:
   """Python files and templates of the package, and tests, by path."""
   command = ["git", "archive", "--format=tar", commit, "fedjax_med", "tests"]
   packed = subprocess.run(command, capture_output=True, check=True).stdout
-  with tarfile.open(fileobj=io.BytesIO(packed)) as archive:
-    members = [each for each in archive if each.name.endswith((".py", ".html"))]
-    return {each.name: archive.extractfile(each).read().decode() for each in members}  # pyright: ignore
+  found = {}
+  with tarfile.open(fileobj=io.BytesIO(packed), encoding="utf-8") as archive:
+    for member in archive:
+      file = archive.extractfile(member) if member.name.endswith((".py", ".html")) else None
+      if file is not None:
+        found[member.name] = file.read().decode()
+  return found
 
 
 def without_words(tree: ast.Module) -> str:
@@ -58,7 +62,7 @@ def sizes(trees: dict[str, ast.Module]) -> list[tuple[int, int, str]]:
     for node in ast.walk(tree):
       if isinstance(node, Function):
         arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
-        parameters = sum(each.arg not in ("self", "cls") for each in arguments)
+        parameters = sum(argument.arg not in ("self", "cls") for argument in arguments)
         lines = (node.end_lineno or node.lineno) - node.lineno + 1
         found.append((lines, parameters, f"{path}:{node.name}"))
   return sorted(found, reverse=True)
@@ -76,8 +80,8 @@ def takers(trees: dict[str, ast.Module], record: str) -> list[str]:
 
 def rooms(paths: list[str]) -> list[str]:
   """Folders of the package that hold the modules; 'doors' is the package's own."""
-  parts = [path.split("/") for path in paths]
-  return sorted({each[1] if len(each) > 2 else "doors" for each in parts})
+  folders = [path.split("/")[1:-1] for path in paths]
+  return sorted({folder[0] if folder else "doors" for folder in folders})
 
 
 def field_names(trees: dict[str, ast.Module]) -> list[str]:
