@@ -1,7 +1,7 @@
 """Runs a command of the package and tells which modules a record was passed to; nothing is timed.
 
-A module counts where one of its functions got the record as an argument of its own. Older commits
-are walked from a copy of theirs: the package is that of the working directory.
+A module counts where one of its functions got the record, or a list of such, as an argument. Older
+commits are walked from a copy of theirs: the package is that of the working directory.
 
 Example: python -m benchmarks.walk fedjax_med.train --config=configs/smoke.py --workdir=/tmp/walked
 """
@@ -33,7 +33,9 @@ def walk(module: str, arguments: list[str]) -> dict[str, list[str]]:
     if event != "call" or not inside or code.co_name.startswith("<"):
       return
     for name in code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]:
-      kind = type(frame.f_locals.get(name)).__name__
+      value = frame.f_locals.get(name)
+      first = value[0] if type(value) in (list, tuple) and value else value
+      kind = type(first).__name__
       if kind in RECORDS:
         passed[RECORDS[kind]].setdefault(place)
 
