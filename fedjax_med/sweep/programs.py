@@ -43,7 +43,7 @@ POOL_SHARE = 0.1  # of the memory that is left, for images of further sets
 
 
 class Layout(NamedTuple):
-  """How the runs of a group lie on this machine.
+  """Layout of the runs of a group on this machine.
 
   Attributes:
     chunks: the runs that are trained together.

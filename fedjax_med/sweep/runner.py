@@ -54,7 +54,7 @@ NOTHING_DONE = Progress(rounds=0, runs=0, epsilon=None, note="")
 
 
 class Output(NamedTuple):
-  """Where the runs of a sweep are written, and under which names.
+  """Folders and names under which the runs of a sweep are written.
 
   Attributes:
     folder_of: the folder of a run.
