@@ -1,1 +1,1 @@
-"""Building blocks without domain knowledge: errors, random keys, configuration, metrics."""
+"""Building blocks without domain knowledge: errors, random keys, configuration, text."""

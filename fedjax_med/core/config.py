@@ -157,7 +157,7 @@ def add_options(algorithm: str, record: type) -> None:
 
 
 def _lines(record: type) -> list[Field]:
-  """Declarations without their functions, which are new objects whenever a file is read."""
+  """Declarations without their functions. Functions are new objects whenever a file is read."""
   return [
     one._replace(read=tuple(rule._replace(holds=always) for rule in one.read), shapes_run=always)
     for one in fields_of(record)
@@ -169,7 +169,7 @@ def algorithm_options(config: Config, *, traced: bool) -> dict[str, Any]:
 
   Args:
     config: names the algorithm.
-    traced: whether those that a program takes as data are meant, or the others.
+    traced: True for options that a program takes as data, False for the others.
   """
   return {
     one.name: get_field(config, path)
@@ -182,7 +182,7 @@ def algorithm_options(config: Config, *, traced: bool) -> dict[str, Any]:
 def to_dict(config: Config) -> dict[str, Any]:
   """The config as nested plain dictionaries, in declaration order.
 
-  Of ``options`` there are those of the algorithm in use: the others are at their defaults.
+  Of ``options`` it holds those of the algorithm in use. The others are at their defaults.
   """
   values = dataclasses.asdict(config)
   del values["options"]

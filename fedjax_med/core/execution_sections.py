@@ -1,4 +1,4 @@
-"""Fields of layout and of what is measured, which shape no weights: a declaration for each."""
+"""Declarations of the fields of layout and evaluation, which shape no weights."""
 
 import dataclasses
 
@@ -8,7 +8,7 @@ from fedjax_med.core.fields import field, least
 
 @dataclasses.dataclass
 class ExecutionConfig:
-  """How the program is laid out on the machine; results do not depend on it but for rounding."""
+  """Layout of the program on the machine; it changes results by rounding only."""
 
   layout: str = field(
     "auto",
@@ -74,7 +74,7 @@ class ExecutionConfig:
 
 @dataclasses.dataclass
 class EvalConfig:
-  """What is measured and when."""
+  """Measurements of a run, and when they are made."""
 
   every: int = field(
     1,

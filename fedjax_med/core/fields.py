@@ -1,4 +1,4 @@
-"""Declares the fields of a configuration: what is known of a field stands in its one line."""
+"""Declarations of configuration fields: all that is known of a field stands in one place."""
 
 import dataclasses
 import math

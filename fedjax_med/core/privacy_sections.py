@@ -1,4 +1,4 @@
-"""Fields of differential privacy, of records and of whole hospitals: a declaration for each."""
+"""Declarations of the fields of differential privacy, of records and of whole hospitals."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""What rounding may add to a bound that privacy rests on."""
+"""Allowance for rounding in a bound that privacy rests on."""
 
 # By how much of it the norm of a unit's clipped gradient may exceed the clip norm, whatever the
 # numbers: ``models.gradients`` keeps to it, and ``privacy.mechanism`` accounts for it.

@@ -1,4 +1,4 @@
-"""Functions that users register: whether one was read once more, and what its source is."""
+"""Functions that users register: recognised when they are read once more, named by their source."""
 
 import functools
 import hashlib

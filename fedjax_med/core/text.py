@@ -27,13 +27,13 @@ def readable(name: str) -> str:
   Bytes that are no text in the file system's encoding, which Python gives as surrogates, become
   ``\\x93``. Control characters, ends of line and marks that turn text around become ``\\x0a`` or
   ``\\u0085``. A backslash before x or u becomes ``\\x5c``, so that no two names become one. All
-  else stays. It is to be called once, where a name comes in.
+  else stays. Call it once, where a name comes in.
   """
   return re.sub(f"{_HIDDEN}|{_ESCAPE_LIKE}", lambda found: escaped(found[0]), name)
 
 
 def visible(text: str) -> str:
-  """A text with what ``readable`` hides as escapes; backslashes stay. Twice is the same as once."""
+  """Escapes what ``readable`` escapes, but for backslashes. Twice is the same as once."""
   return re.sub(_HIDDEN, lambda found: escaped(found[0]), text)
 
 

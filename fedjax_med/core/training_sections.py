@@ -1,4 +1,4 @@
-"""Fields of data, partition, network, local training and server: a declaration for each."""
+"""Declarations of the fields of data, partition, network, local training and server."""
 
 import dataclasses
 
@@ -8,7 +8,7 @@ from fedjax_med.core.fields import above, field, least, never
 
 @dataclasses.dataclass
 class DataConfig:
-  """Which examples exist and how they are split into train and test."""
+  """Choice of the examples, and their split into train and test."""
 
   source: str = field(
     "phantoms",
@@ -130,7 +130,7 @@ class DataConfig:
 
 @dataclasses.dataclass
 class PartitionConfig:
-  """Which hospital holds which examples."""
+  """Distribution of the examples over the hospitals."""
 
   scheme: str = field(
     "dirichlet",
@@ -301,7 +301,7 @@ class ClientConfig:
 
 @dataclasses.dataclass
 class ServerConfig:
-  """What the server does with the clients' deltas."""
+  """The server's step along the clients' deltas."""
 
   algorithm: str = field(
     "fedavg",

@@ -52,7 +52,7 @@ def require_read(config: Config) -> None:
 
 
 def state(config: Config, rule: Condition, *, short: bool = False) -> str:
-  """The fields that a rule looks at with their values; ``short`` calls a single one 'it'."""
+  """The fields of a rule with their values; with ``short`` a single field is called 'it'."""
   values = [(path, shown(get_field(config, path))) for path in rule.fields]
   if short and len(values) == 1 and values[0][0] in rule.wording:
     return f"it is {values[0][1]}"

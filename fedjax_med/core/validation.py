@@ -112,7 +112,7 @@ def _refuse(config: Config) -> None:
 
 
 def _validate_central(config: Config) -> None:
-  """With one hospital nobody is left to protect images from, and there is no federation."""
+  """Refuses privacy and baselines with one hospital, which has nobody to hide images from."""
   if config.partition.num_clients != 1 or config.partition.scheme == "site":
     return
   private = [

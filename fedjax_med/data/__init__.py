@@ -1,1 +1,1 @@
-"""From image files or phantoms to hospitals: sources, splits, partitions."""
+"""Hospitals made from image files or phantoms: sources, splits, partitions."""

@@ -16,7 +16,7 @@ MAX_SHIFT = 1 / 8  # of the side
 
 
 class Changes(NamedTuple):
-  """How each image of an array is changed, in the array's leading shape.
+  """Changes of every image of an array, in the array's leading shape.
 
   Attributes:
     flip: bool, mirrored left to right.

@@ -23,8 +23,8 @@ from fedjax_med.data.images import Read, gather, read_values, require_pictures, 
 from fedjax_med.data.layouts import AUTO, Arrangement, arrange
 
 
-class Source(NamedTuple):
-  """What distinguishes one of the two public sets.
+class PublicSet(NamedTuple):
+  """One of the two public data sets.
 
   Attributes:
     class_names: class folders, the positive one last.
@@ -42,7 +42,7 @@ class Source(NamedTuple):
 
 
 SOURCES = {
-  "br35h": Source(
+  "br35h": PublicSet(
     class_names=("no", "yes"),
     description="Br35H: brain MRI slices with and without a tumour, 1500 each.",
     homepage="https://www.kaggle.com/datasets/ahmedhamada0/brain-tumor-detection",
@@ -54,7 +54,7 @@ SOURCES = {
       " one patient.",
     ),
   ),
-  "sars_cov2_ct": Source(
+  "sars_cov2_ct": PublicSet(
     class_names=("non-COVID", "COVID"),
     description="SARS-CoV-2-CT: lung CT slices, 1252 with and 1229 without COVID-19.",
     homepage="https://www.kaggle.com/datasets/plameneduardo/sarscov2-ctscan-dataset",
@@ -151,7 +151,7 @@ def _class_root(name: str, path: pathlib.Path) -> pathlib.Path:
 
 
 def arrangement_of(name: str, root: pathlib.Path) -> Arrangement:
-  """The files of the two class folders; other folders of the download are not of the set."""
+  """The files of the two class folders; other folders of the download are left out."""
   arrangement = arrange(root, walk(root, SOURCES[name].class_names), AUTO)
   require_pictures(root, arrangement)
   return arrangement

@@ -1,4 +1,4 @@
-"""Order of the classes: of two the positive one comes last, by what the names say or the user."""
+"""Order of the classes: of two the positive one comes last, as the names or the user say."""
 
 import re
 import unicodedata
@@ -87,7 +87,7 @@ def sign(name: str, other: str = "") -> int:
 
 
 def _signs(names: Sequence[str]) -> tuple[int, int]:
-  """Signs of two names, one of which sounds negative; the number 0 does where no word says more.
+  """Signs of two names, one of which sounds negative. The number 0 does if no word says more.
 
   A positive sound alone decides nothing: the other class may be a disease too.
   """

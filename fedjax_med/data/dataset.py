@@ -1,4 +1,4 @@
-"""What a data source returns and what a split and a partition make of it (host arrays, NumPy)."""
+"""Records of a dataset, its split and its partition, as NumPy arrays on the host."""
 
 import dataclasses
 from typing import Any, NamedTuple
@@ -23,7 +23,7 @@ class Dataset:
     sites: [N] int32 hospital or scanner of origin, or None where the source does not say.
     site_names: name of each site (empty without sites).
     patients: [N] int32 patient number, or None where the source does not say.
-    patient_counts: how many names say a patient; None with ``patients``.
+    patient_counts: how many names say a patient; None if ``patients`` is None.
     skipped: every file left out, with the reason.
     notes: sentences that must stand beside every result on these data (leakage, licence).
     tumour_masks: [N, H, W] bool ground truth of the phantoms, else None.
@@ -118,7 +118,7 @@ class Split:
 
 @dataclasses.dataclass(frozen=True)
 class ClientTable:
-  """Who holds what: rows of example numbers, one row a client (design: clients are index rows).
+  """Example numbers that each client holds, one row a client.
 
   Attributes:
     indices: [K, n_max] int32 example numbers; slots at or past ``counts`` hold 0.
@@ -183,7 +183,7 @@ def client_table(rows: list[np.ndarray]) -> ClientTable:
 
 @dataclasses.dataclass(frozen=True)
 class UnitTable:
-  """Who holds which patients: the rows of each client sorted so that a patient's stand together.
+  """Patients that each client holds: its rows, sorted so that those of a patient are adjacent.
 
   Attributes:
     rows: the clients' examples in that order.

@@ -120,7 +120,7 @@ def _correlated_pairs(found: np.ndarray, threshold: float) -> Iterator[np.ndarra
 
 
 def _even_odd(images: np.ndarray, axis: int) -> tuple[np.ndarray, np.ndarray]:
-  """The halves of ``images`` that a flip along ``axis`` leaves alone and negates; norms add up."""
+  """The parts of ``images`` that a flip along ``axis`` keeps and negates; squared norms add up."""
   first, second = np.split(images, 2, axis)
   mirrored = np.flip(second, axis)
   return (first + mirrored) * np.float32(0.5**0.5), (first - mirrored) * np.float32(0.5**0.5)

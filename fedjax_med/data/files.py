@@ -162,7 +162,7 @@ def _hidden(name: str) -> str:
 
 
 def _reason(path: pathlib.Path) -> str:
-  """Why a file is no picture that can be read; empty if its ending says that it is one."""
+  """Reason why a file is not read as a picture; empty if its ending says that it is one."""
   if not os.path.exists(path):
     return "a link to nothing" if path.is_symlink() else "it cannot be opened"
   if not os.path.isfile(path):

@@ -1,4 +1,4 @@
-"""Whether the first level of a folder is its classes, and which layout the folder seems to have."""
+"""Recognises whether the first level of a folder is its classes, and suggests a layout if not."""
 
 import collections
 import pathlib
@@ -49,7 +49,7 @@ def require_no_parts(classes: list[str], layout: str) -> None:
 
 
 def side_of(name: str) -> str:
-  """train, validation or test for a name that says so, as Training and testset do; else empty."""
+  """Part that a name says, as Training and testset do: train, validation or test; else empty."""
   words = re.findall(r"[a-z]+", name.lower())
   stems = {re.sub(r"(set|data)$", "", word) for word in words}
   for side, known in (("train", TRAIN), ("validation", VALIDATION), ("test", TEST)):
@@ -92,7 +92,7 @@ def require_classes_first(root: pathlib.Path, tree: Tree) -> list[str]:
 
 
 def _parts_or_kinds(classes: list[str], firsts: list[str]) -> str:
-  """Why names of train and test parts, or of kinds of files, are no classes; else empty."""
+  """Reason why names are no classes but train and test parts, or kinds of files; else empty."""
   sides = {side_of(name) for name in classes}
   parts = [name for name in classes if re.sub("(set|data)$", "", name.lower()) in TRAIN | TEST]
   parts += [name for name in classes if name.lower() in VALIDATION]
@@ -106,7 +106,7 @@ def _parts_or_kinds(classes: list[str], firsts: list[str]) -> str:
 
 
 def _places(classes: list[str]) -> str:
-  """Why names of hospitals, or the numbers of many patients, are no classes; else empty."""
+  """Reason why names are no classes but hospitals, or many patients; else empty."""
   if len(classes) > 1 and all(PLACE.fullmatch(name) for name in classes):
     return f"its first level ({_shown(classes)}) names hospitals or patients, not classes"
   if len(classes) > MOST_SITES and all(NUMBERED.fullmatch(name) for name in classes):
@@ -115,7 +115,7 @@ def _places(classes: list[str]) -> str:
 
 
 def _deeper(classes: list[str], tree: Tree) -> str:
-  """Why a deeper level of folders looks more like the classes; else empty.
+  """Reason why a deeper level of folders looks more like the classes; else empty.
 
   It does where its names repeat below most first-level folders, or where they sound negative or
   positive and those of the first level do not.

@@ -150,7 +150,7 @@ def to_pixels(picture: Values, grey: Grey) -> np.ndarray:
 def stored_levels(
   pictures: Sequence[Values], stored: Sequence[np.ndarray], grey: Grey
 ) -> dict[str, Any]:
-  """How many different values are kept, and how many pixels are outside: fields of ``Grey``.
+  """Counts the different values that are kept, and the pixels outside: fields of ``Grey``.
 
   Args:
     pictures: values as they were read.
@@ -175,14 +175,14 @@ def stored_levels(
 
 
 def to_eight_bits(pixels: np.ndarray) -> np.ndarray:
-  """uint8 pixels for the eye, of uint8 or uint16 ones."""
+  """Converts uint8 or uint16 pixels to uint8 for display."""
   return pixels if pixels.dtype == np.uint8 else np.round(pixels / 257).astype(np.uint8)
 
 
 def stretched(images: np.ndarray) -> np.ndarray:
-  """[N, H, W] uint8 images, each of which a deep one fills from its darkest to its brightest pixel.
+  """Stretches deep images to uint8, each from its darkest to its brightest pixel: [N, H, W].
 
-  For what is blind to contrast; pictures of 8 bits are returned as they are.
+  Contrast is lost. Pictures of 8 bits are returned as they are.
   """
   if images.dtype == np.uint8:
     return images

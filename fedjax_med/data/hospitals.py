@@ -1,4 +1,4 @@
-"""From a dataset to hospitals: near-duplicate groups, train and test sides, who holds what."""
+"""Makes hospitals of a dataset: near-duplicate groups, train and test sides, partition."""
 
 import dataclasses
 
@@ -117,7 +117,7 @@ def _shared_patients(dataset: Dataset, train: np.ndarray, test: np.ndarray) -> i
 def _by_shares(
   dataset: Dataset, split: Split, numbers: np.ndarray, partition: PartitionConfig, seed: int
 ) -> list[tuple[np.ndarray, int, np.ndarray]]:
-  """Of the train and the test examples: clients, how many moved, shifts of the clients filled.
+  """Clients of the train and of the test examples, number moved, shifts of filled clients.
 
   The shift of a client that needed no examples is nan.
   """

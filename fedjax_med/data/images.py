@@ -147,7 +147,7 @@ def _photometric(image: Image.Image) -> int | None:
 
 
 def _lost_bits(image: Image.Image) -> str:
-  """Why a picture is left out whose values Pillow changes, by a factor that only the file knows."""
+  """Reason to leave out a picture whose values Pillow scales by a factor in the file."""
   tiles = getattr(image, "tile", [])
   raw = str([tile[3] for tile in tiles])
   tags: Any = getattr(image, "tag_v2", {})
@@ -167,7 +167,7 @@ def _lost_bits(image: Image.Image) -> str:
 
 
 def _levels(values: np.ndarray) -> int:
-  """How many different values there are."""
+  """Number of different values."""
   if values.dtype == np.uint8:
     return int(np.count_nonzero(np.bincount(values.ravel(), minlength=256)))
   return len(np.unique(values))
@@ -234,7 +234,7 @@ def gather(
   data: DataConfig,
   notes: tuple[str, ...] = (),
 ) -> Dataset:
-  """Puts what was read together by the rules of the data set; see ``load_folder``."""
+  """Makes a dataset of the files that were read; see ``load_folder``."""
   pictures: list[tuple[Placed, Values]] = []
   lost = list(left_out)
   for placed, values in _without_masks(results, root):
@@ -276,9 +276,9 @@ def gather(
 
 
 def _without_masks(results: Sequence[Read], root: pathlib.Path) -> list[Read]:
-  """With a reason in place of masks: pictures of two grey values, and blank ones beside such.
+  """Replaces masks by a reason: pictures of two grey values, and blank ones beside such.
 
-  UserError if most pictures are like that, and others are not: it cannot be told which are meant.
+  UserError if most pictures are like that and others are not: either may be meant.
   """
   known = [read.values for read in results if isinstance(read.values, Values)]
   flat = sum(values.levels <= 2 for values in known)

@@ -1,4 +1,4 @@
-"""Layouts of a folder of pictures: which part of a file's place is its class, site, patient, side.
+"""Layouts of a folder of pictures: class, site, patient and side as parts of a file's place.
 
 A layout is a pattern of folder and file names such as ``{site}/{class}/{patient}_*``. ``*`` is any
 text inside one name and ``**`` any number of folders; folders below the pattern, and the ending of
@@ -45,7 +45,7 @@ AUTO = "{class}/*"
 
 
 class Placed(NamedTuple):
-  """A picture file and what its place says of it.
+  """A picture file, with its class, site, patient and side as its place says.
 
   Attributes:
     file: the file.
@@ -77,7 +77,7 @@ class LeftOut(NamedTuple):
 
 
 class Arrangement(NamedTuple):
-  """What the places of all files of a folder say.
+  """All files of a folder, sorted by what their places say.
 
   Attributes:
     class_names: sorted; one may have no picture.
@@ -258,7 +258,7 @@ def _convertible(reason: str) -> bool:
 
 
 def pictures_remedy(reasons: list[str]) -> str:
-  """What to do where a class holds no picture, by the reasons of what it holds instead."""
+  """Remedy for a class without pictures, by the reasons of the files that it holds."""
   if any(map(_convertible, reasons)):
     return REMEDY
   return f"remove it or add files ending in {', '.join(sorted(EXTENSIONS))}"

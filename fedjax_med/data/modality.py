@@ -1,4 +1,4 @@
-"""What an example is: how raw values are read, compared, varied and made into network inputs.
+"""Kinds of examples: raw values are read, compared, varied and made into network inputs.
 
 A dataset names its modality. Code that meets examples calls the functions of that record, and
 knows nothing of pixels itself. jax is imported inside of functions: hospitals are read while a

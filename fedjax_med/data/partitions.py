@@ -1,4 +1,4 @@
-"""Which hospital holds which units: a class-by-client matrix of shares, apportioned and repaired.
+"""Partitions of units over hospitals: a class-by-client matrix of shares, apportioned, repaired.
 
 Every scheme but ``site`` is a matrix P [num_classes, K] whose rows sum to 1: client k holds the
 share P[c, k] of class c. Training and test units use the same matrix, so that the test set of a

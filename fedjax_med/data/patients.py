@@ -1,4 +1,4 @@
-"""Which patient a picture shows, as the names of files or folders say it."""
+"""Patients of pictures, as the names of files or folders say."""
 
 import collections
 import re
@@ -12,7 +12,7 @@ from fedjax_med.core.errors import UserError, require
 
 
 class PatientCounts(NamedTuple):
-  """How much the names of N examples say of patients.
+  """Counts of what the names of N examples say of patients.
 
   Attributes:
     named: examples whose patient is named.
@@ -32,7 +32,7 @@ class Patients(NamedTuple):
 
   Attributes:
     numbers: [N] int32 patient of each example; one without a name is a patient of its own.
-    counts: how much the names say.
+    counts: counts of what the names say.
   """
 
   numbers: np.ndarray
@@ -129,10 +129,10 @@ FEW = 1.1
 
 
 def described(counts: PatientCounts | None, images: int, by_site: bool) -> str:
-  """How many of ``images`` names say which patient they are of, in a sentence.
+  """A sentence on how many of ``images`` names say their patient.
 
   Args:
-    counts: how much the names say; None if they say nothing.
+    counts: counts of what the names say; None if they say nothing.
     images: in all.
     by_site: whether each site is a hospital.
   """

@@ -1,4 +1,4 @@
-"""Every way to get a dataset: embedded phantoms, a folder of pictures, the two public sets."""
+"""Sources of datasets: embedded phantoms, a folder of pictures, the two public sets."""
 
 import pathlib
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from fedjax_med.data.phantoms import make_phantoms
 
 
 class Source(NamedTuple):
-  """Where examples come from.
+  """A source of examples.
 
   Attributes:
     load: data configuration -> dataset; UserError where files are not as they must be.

@@ -1,6 +1,6 @@
 """Train and test sides of a dataset: the paper's random split, or whole units stratified by class.
 
-A unit is what must not be torn apart: a near-duplicate group, a patient, or both joined.
+A unit is kept on one side: a near-duplicate group, a patient, or both joined.
 """
 
 import numpy as np

@@ -1,4 +1,4 @@
-"""What must be known of a run's data, in sentences for console, report and privacy statement."""
+"""Sentences about a run's data that console, report and privacy statement show."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -21,7 +21,7 @@ class Note(NamedTuple):
 
 
 def data_notes(held: dict[str, Any], unit: str, show_names: bool) -> list[Note]:
-  """Sentences on what was read and how, from hospitals.json.
+  """Sentences about the data of a run, from hospitals.json.
 
   Args:
     held: the record; fields that an older version did not write are passed over.
@@ -73,7 +73,7 @@ def number(count: int, noun: str) -> str:
 
 
 def patient_note(held: dict[str, Any], unit: str) -> Note:
-  """How many names say which patient they are of."""
+  """A sentence on how many names say their patient."""
   images = sum(sum(row["train"]) + sum(row["test"]) for row in held["hospitals"])
   known = held.get("patients")
   counts = PatientCounts(**known) if known else None
@@ -106,7 +106,7 @@ def _contradictions(held: dict[str, Any], show_names: bool) -> list[Note]:
 
 
 def _left_out(skipped: Sequence[Sequence[str]], show_names: bool) -> list[Note]:
-  """How many files are left out, by class and reason; files of the system by themselves."""
+  """Numbers of files left out, by class and reason; files of the system by themselves."""
   system = sum(row[1] == SYSTEM for row in skipped)
   rows = [row for row in skipped if row[1] != SYSTEM]
   notes = []

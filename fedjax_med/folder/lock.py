@@ -1,7 +1,7 @@
 """Locks of a workdir: the kernel frees them when their holder ends, also by kill -9.
 
-A lock is a file that its holder keeps open and locked (flock). What stands in it is for people: a
-file that nobody holds says nothing, so none is ever stale.
+A lock is a file that its holder keeps open and locked (flock). Its text is for people. A file that
+no process holds has no effect, so no lock is ever stale.
 """
 
 import contextlib
@@ -28,8 +28,8 @@ def hold(
 ) -> Iterator[None]:
   """Holds the lock of a workdir inside the block.
 
-  Shards of one number run beside each other; whatever else would work in the folder is refused. On
-  a file system without locks nobody is.
+  Shards of one number run side by side. Any other process in the folder is refused. On a file
+  system without locks none is refused.
 
   Args:
     workdir: a folder that exists.
@@ -38,7 +38,7 @@ def hold(
     number: of shards; 1 where one process does all.
 
   Raises:
-    UserError: the folder is in use, by which process of which host since when.
+    UserError: the folder is in use; the sentence names process, host and time.
   """
   folder = workdir / FOLDER
   folder.mkdir(exist_ok=True)
@@ -54,8 +54,8 @@ def hold(
         )
       else:
         _require_free(workdir, index, number)
-        own = folder / f"{index}-of-{number}"
-        file = stack.enter_context(own.open("w", encoding="utf-8"))
+        path = folder / f"{index}-of-{number}"
+        file = stack.enter_context(path.open("w", encoding="utf-8"))
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         started = datetime.datetime.now().astimezone().isoformat(" ", "seconds")
         json.dump({"host": socket.gethostname(), "pid": os.getpid(), "started": started}, file)

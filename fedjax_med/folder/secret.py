@@ -28,7 +28,7 @@ def draw() -> bytes:
 
 
 def derived(secret: bytes, *words: str) -> bytes:
-  """Another secret that follows from one and from words; neither can be told from the other."""
+  """Derives a secret from another one and from words; it betrays nothing of that one."""
   return hmac.new(secret, "\0".join(words).encode(), hashlib.sha256).digest()[:BYTES]
 
 

@@ -56,7 +56,7 @@ def require_text(workdir: pathlib.Path) -> None:
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:
-  """Writes JSON whole or not at all: to a neighbour first, then renamed over ``path``."""
+  """Writes JSON whole or not at all: to a neighbour first, which is renamed to ``path``."""
   if is_first():
     write_text(path, as_json(value))
 

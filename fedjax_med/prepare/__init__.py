@@ -1,1 +1,1 @@
-"""From a validated config to a run that is ready to start."""
+"""Makes a run that is ready to start from a validated config and hospitals."""

@@ -1,4 +1,4 @@
-"""From a validated config to what a run needs: data, model, mechanisms, compiled functions."""
+"""Makes a run of a validated config: its data, mechanisms, arrays and compiled functions."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -72,12 +72,12 @@ class Experiment(NamedTuple):
 
   @property
   def local(self) -> Guarantee | None:
-    """What protects the records or patients of each training client, or None."""
+    """Guarantee of the records or patients of each training client, or None."""
     return self.case.protection.local
 
   @property
   def central(self) -> Guarantee | None:
-    """What protects a client as a whole, or None."""
+    """Guarantee of a client as a whole, or None."""
     return self.case.protection.central
 
   @property
@@ -87,7 +87,7 @@ class Experiment(NamedTuple):
 
   @property
   def guarantees(self) -> tuple[Guarantee, ...]:
-    """What the run promises, the local guarantee first."""
+    """Guarantees of the run, the local one first."""
     return self.case.guarantees
 
 

@@ -1,4 +1,4 @@
-"""What names a run, and what its random draws follow from."""
+"""Identity of a run: its id, and the words that its random draws follow from."""
 
 import dataclasses
 import functools
@@ -27,7 +27,7 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "scipy", "dp-accounting")
 
 
 class Identity(NamedTuple):
-  """What names a run.
+  """Identity of a run.
 
   Attributes:
     run_id: 12 hexadecimal digits; equal ones mean equal weights after equal rounds. To rounding;

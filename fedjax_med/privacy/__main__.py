@@ -27,7 +27,7 @@ CURVE = (1e-10, 1e-9, 1e-8, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2)
 
 
 def recompute(folder: pathlib.Path, delta: float = 0.0) -> dict[str, Any]:
-  """What the ledger in ``folder`` adds up to.
+  """Guarantees and ε that the ledger in ``folder`` adds up to.
 
   Args:
     folder: the workdir.

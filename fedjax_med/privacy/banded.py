@@ -89,7 +89,7 @@ def banded_batch(
 
 
 class Memory(NamedTuple):
-  """What a hospital's correlated noise goes on from; to lose it would break the promise of ε.
+  """State that a hospital's correlated noise goes on from. Its loss would break the promise of ε.
 
   Attributes:
     step: [] int32 private steps taken so far.

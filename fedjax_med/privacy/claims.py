@@ -1,4 +1,4 @@
-"""What the ledger of a run lets it claim, and whether its other files claim that and nothing else.
+"""Claims that the ledger of a run allows, and checks that its other files claim only those.
 
 privacy.json is a function of the ledger: ``record_of`` is the only place where it is made. Files
 that repeat its numbers are held against the same record, so an edit of one of them is found by
@@ -57,7 +57,7 @@ def _largest(own: ledger.Spent) -> float | None:
 
 
 def read(folder: pathlib.Path) -> dict[str, Any]:
-  """What a run claims, as its ledger has it: privacy.json must say the same, all of it.
+  """Claims of a run by its ledger. privacy.json must say all of it, and the same.
 
   ε is not computed again: it stands in the ledger beside the releases. See ``require_epsilons``.
 

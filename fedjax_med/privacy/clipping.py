@@ -22,7 +22,7 @@ Loss = Callable[[jax.Array, jax.Array], jax.Array]
 
 
 class ClipMetrics(NamedTuple):
-  """What clipping saw; rows and units outside the mask hold 0.
+  """Losses and norms that clipping saw; rows and units outside the mask hold 0.
 
   None of it is covered by the privacy of the sum. A non-finite unit keeps its non-finite values.
 
@@ -67,7 +67,7 @@ def resolve_method(requested: str, uncovered: dict[str, tuple[str, ...]]) -> tup
 def uncovered(
   model: Model, params: Any, state: Any, inputs: Any, rows: int, dtype: str = "float32"
 ) -> dict[str, tuple[str, ...]]:
-  """Why each method but 'reference' cannot be trusted with the model in this activation dtype.
+  """Reasons why methods other than 'reference' cannot be trusted with the model in this dtype.
 
   That holds for sums over ``rows`` rows at once, all units together, and for no other number.
   ``params``, ``state`` and ``inputs`` [any, ...] need shapes and dtypes only.
@@ -209,7 +209,7 @@ def _book_keeping(model, loss, params, state, batch, clip_norm):
 
 
 def _vectors_apart(records: Records) -> tuple[dict[tuple[Any, str], jax.Array], Records]:
-  """What records hold of parameters with one axis, by path and name, and the rest of them."""
+  """Parts of records on parameters with one axis, by path and name, and the other parts."""
   vectors, others = {}, {}
   for path, record in records.items():
     for name, entry in record.items():

@@ -1,4 +1,4 @@
-"""What a run promises to one kind of unit (record, patient, client), and what it does not."""
+"""Guarantees of a run to one kind of unit (record, patient, client), and their gaps."""
 
 import importlib.metadata
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ NO_PRIVACY: dict[str, Any] = {"mechanism": "none", "epsilon_max": None, "guarant
 
 
 class Unit(NamedTuple):
-  """How a unit of privacy is described.
+  """Words that describe a unit of privacy.
 
   Attributes:
     protects: what one unit is.
@@ -188,7 +188,7 @@ _COUNTED = (
 
 
 def mechanism_of(guarantee: Guarantee) -> str:
-  """What is done to protect a unit, in a sentence or two."""
+  """A sentence or two on the protection of a unit."""
   bands, unit = max(mechanism.bands for mechanism in guarantee.mechanisms), guarantee.unit
   counted = any(mechanism.count_noise for mechanism in guarantee.mechanisms)
   place = "where the images are pooled" if guarantee.place == "pooled" else "at the hospital"
@@ -274,7 +274,7 @@ def describe(
 
 
 def baseline_gaps(guarantees: Sequence[Guarantee]) -> list[str]:
-  """What a run with baselines (hospitals alone, pooled data) has to say besides."""
+  """Gaps of a run with baselines (hospitals alone, pooled data)."""
   units = {guarantee.unit for guarantee in guarantees}
   local, gaps = units - {"client"}, []
   if local:
@@ -300,7 +300,7 @@ def privacy_record(
   epsilons: Sequence[Sequence[float]] | None = None,
   version: str = "",
 ) -> dict[str, Any]:
-  """What a run may claim after ``counts`` releases of each party of each guarantee.
+  """Claims of a run after ``counts`` releases of each party of each guarantee.
 
   Args:
     guarantees: what protects each kind of unit.

@@ -45,7 +45,7 @@ Epsilons = tuple[tuple[float, ...], ...]
 
 
 class Ran(NamedTuple):
-  """With what the mechanisms of a run are executed, as far as its claims depend on it.
+  """Software and settings that execute a run's mechanisms, as far as its claims depend on them.
 
   Attributes:
     fedjax_med: version of this package.
@@ -61,7 +61,7 @@ class Ran(NamedTuple):
 
 
 class Spent(NamedTuple):
-  """What the mechanisms of a run, or of one of its baselines, have spent.
+  """Releases of the mechanisms of a run, or of one of its baselines.
 
   Attributes:
     guarantees: what protects each kind of unit; empty where nothing does.
@@ -75,7 +75,7 @@ class Spent(NamedTuple):
 
 
 class Ledger(NamedTuple):
-  """What a ledger says.
+  """The content of a ledger.
 
   Attributes:
     run_id: fingerprint of the run.
@@ -97,7 +97,7 @@ class Ledger(NamedTuple):
 
   @property
   def guarantees(self) -> tuple[Guarantee, ...]:
-    """What protects each kind of unit."""
+    """Guarantee of each kind of unit."""
     return self.spent.guarantees
 
   @property
@@ -237,7 +237,7 @@ def read(folder: pathlib.Path) -> Ledger:
 
 
 def split(folder: pathlib.Path) -> Split | None:
-  """What of a ledger is intact; None where all of it is, or nothing.
+  """The intact part of a ledger; None if all of it is intact, or nothing.
 
   A repeated line says nothing that does not stand above, and breaks no chain: two processes that
   write the same ledger leave such lines.
@@ -323,7 +323,7 @@ def _ledger(path: pathlib.Path, lines: list[dict[str, Any]]) -> Ledger:
 
 
 def _after(book: Ledger, content: dict[str, Any], digest: str) -> Ledger | None:
-  """What a ledger says after one more line; None where that counts less than those before."""
+  """The ledger after one more line; None if that line counts less than those before."""
   rounds, own = book.rounds, book.spent
   if "ran" in content:
     book = book._replace(ran=(*book.ran, Ran(**content["ran"])))
@@ -392,7 +392,7 @@ def _versions(ran: Ran) -> tuple[str, str]:
 
 
 def _ran_of(texts: Iterable[bytes]) -> list[Ran]:
-  """What broken lines still say of ``Ran``."""
+  """The ``Ran`` that broken lines still show."""
   found = []
   for text in texts:
     with contextlib.suppress(ValueError, KeyError, TypeError):

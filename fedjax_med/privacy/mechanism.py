@@ -168,7 +168,7 @@ class PoissonGaussian:
     )
 
   def compositions(self, steps: int) -> int:
-    """How many times the event composes in ``steps`` steps: ceil(steps / b), the first subset's."""
+    """Compositions of the event in ``steps`` steps: ceil(steps / b), the first subset's."""
     require_whole("steps", steps, 0, "count the steps executed")
     return -(-int(steps) // self.bands)
 

@@ -56,7 +56,7 @@ def gaussian_noise_like(key: jax.Array, tree: Tree, stddev: jax.Array | float) -
 
 
 def _padded(leaves: list[Any]) -> int:
-  """How many numbers the leaves take, rounded up: to a power of two below ``_MULTIPLE``."""
+  """Count of numbers of the leaves, rounded up: to a power of two below ``_MULTIPLE``."""
   size = sum(math.prod(jnp.shape(leaf)) for leaf in leaves)
   multiple = min(_MULTIPLE, 1 << max(size - 1, 0).bit_length())
   return -(-size // multiple) * multiple

@@ -1,4 +1,4 @@
-"""Which examples a local step sees: truncated Poisson batches, and shuffled epochs without privacy.
+"""Batches of local steps: truncated Poisson batches, and shuffled epochs without privacy.
 
 Both return slots of the hospital's row in the client table, with a static shape and a mask, so a
 hospital of any size runs the same program.

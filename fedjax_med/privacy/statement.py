@@ -130,7 +130,7 @@ def write_out(
 
 
 def audit_sentence(audit: dict[str, Any] | None, record: dict[str, Any]) -> str:
-  """What an audit found, in a sentence or two for each unit; see ``write_out``."""
+  """Findings of an audit, a sentence or two for each unit; see ``write_out``."""
   if audit is None:
     return "No audit was made of this run (`python -m fedjax_med.audit` makes one)."
   audited, older = audit["audits"][0]["epsilon"], ""
@@ -199,7 +199,7 @@ def _strength(epsilon: float, delta: float, protects: str) -> str:
 
 
 def participation_sentence(guarantee: dict[str, Any]) -> str:
-  """What a guarantee is worth for whom sees who took part; empty where all take part in all."""
+  """Worth of a guarantee against readers who see who took part; empty if all always do."""
   costs = participation_costs(guarantee)
   if costs is None:
     return ""

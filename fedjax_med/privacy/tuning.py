@@ -1,4 +1,4 @@
-"""What choosing the best of several runs costs: ε of repeat-and-select."""
+"""Cost of choosing the best of several runs: ε of repeat-and-select."""
 
 from fedjax_med.core.errors import require
 from fedjax_med.privacy.accounting import RDP_ORDERS, check_delta, cut_probability

@@ -42,13 +42,13 @@ STYLE: dict[Any, Any] = {
 
 
 def context_line(split_scheme: str, epsilon: float | None) -> str:
-  """What every title says: the split, and the largest ε of the hospitals or that there is none."""
+  """Line of every title: the split, and the largest ε of the hospitals or that there is none."""
   privacy = "no differential privacy" if epsilon is None else f"ε ≤ {round_up(epsilon)}"
   return f"{split_scheme} split · {privacy}"
 
 
 def draw_partition(path: pathlib.Path, hospitals: dict[str, Any]) -> None:
-  """Who holds what: class counts of each hospital, train and test, from hospitals.json."""
+  """Draws the class counts of each hospital, train and test, from hospitals.json."""
   rows, class_names = hospitals["hospitals"], labels(hospitals["class_names"], "class")
   sides = [
     np.array([row[side] for row in rows]).reshape(len(rows), -1) for side in ("train", "test")
@@ -119,7 +119,7 @@ def draw_rounds(
   who: str,
   task: Task,
 ) -> None:
-  """Metrics of the task at the log points of metrics.jsonl, and the ε spent by then."""
+  """Draws metrics of the task at the log points of metrics.jsonl, and the ε spent by then."""
   test = [line for line in log if line["split"] == "test"]
   train = [line for line in log if line["split"] == "train"]
   private = any(line["epsilon_max"] is not None for line in test)
@@ -209,7 +209,7 @@ def draw_hospitals(
   baselines: dict[str, Any] | None,
   task: Task,
 ) -> None:
-  """Metrics of the model on each hospital's test images; of the one trained alone next to it."""
+  """Draws metrics on each hospital's test images, and those of its model trained alone."""
   clients, scheme, who = summary["clients"], hospitals["split"]["scheme"], summary["predicts"]
   alone = None
   if baselines is not None:
@@ -298,7 +298,7 @@ def _draw_hospital_dots(
 def draw_details(
   path: pathlib.Path, drawn: Figure, summary: dict[str, Any], hospitals: dict[str, Any]
 ) -> None:
-  """A figure of the task's own, of the predictions on all test images after the last round."""
+  """Draws a figure of the task from the predictions on all test images after the last round."""
   names = labels(hospitals["class_names"], "class")
   context = context_line(hospitals["split"]["scheme"], summary["epsilon_max"])
   size, title = drawn.size(names, inches(names)), f"Round {summary['rounds']}\n{context}"
@@ -318,7 +318,7 @@ def draw_examples(
   column_titles: Sequence[str],
   title: str = "Train images",
 ) -> None:
-  """A grid of example images, a row for each hospital; None where it holds no such image.
+  """Draws a grid of example images, a row for each hospital; None where it has no such image.
 
   Names and titles are drawn as they are: see ``labels``.
   """

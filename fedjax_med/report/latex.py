@@ -17,7 +17,7 @@ _XELATEX = "% Compile with xelatex or lualatex and a font that has its letters.\
 
 
 def as_text(text: str) -> str:
-  """What LaTeX prints as ``text``; letters beyond Latin stay, and need XeLaTeX or LuaLaTeX."""
+  """Escapes a text for LaTeX. Letters beyond Latin stay, and need XeLaTeX or LuaLaTeX."""
   return "".join(_SPECIAL.get(letter, letter) for letter in text)
 
 
@@ -54,14 +54,14 @@ def table_of(shown: pd.DataFrame, axes: Sequence[str], task: Task) -> str:
 
 
 def _suffix(metric: Metric, positives: Sequence[str]) -> str:
-  """What the head of a column says of the class; nothing where a column of its own does."""
+  """Class in the head of a column; empty where a column names the class."""
   if len(positives) > 1:
     return ""
   return qualified(metric, "" if positives[0] == NO_CLASS else positives[0])
 
 
 def _with_ends(mean: float, low: float, high: float) -> str:
-  """Not a half width: an interval that ends at 0 or 1 is not even."""
+  """A mean with the ends of its interval, which is not even where it ends at 0 or 1."""
   if math.isnan(mean):
     return "--"
   return f"{mean:.3f}" if math.isnan(high) else f"{mean:.3f} [{low:.3f}, {high:.3f}]"

@@ -37,7 +37,7 @@ def _report(folder: pathlib.Path, experiment: Experiment) -> pathlib.Path:
 
 
 def _draw_examples(experiment: Experiment, folder: pathlib.Path) -> None:
-  """Train images of each hospital and class, real and synthetic: what was learned from."""
+  """Draws train images of each hospital and class, real and synthetic."""
   hospitals = experiment.hospitals
   dataset = hospitals.dataset
   class_names = labels(dataset.class_names, "class")

@@ -1,4 +1,4 @@
-"""One self-contained report.html from the files of a workdir, so that it can be redone anytime.
+"""The report of a run: one self-contained report.html, made from the files of its workdir.
 
 Nothing but those files enters it, no time and no network: the same workdir gives the same bytes.
 """
@@ -63,7 +63,7 @@ def write_report(workdir: pathlib.Path, papers: bool = False) -> pathlib.Path:
 def require_told(workdir: pathlib.Path) -> None:
   """Raises UserError unless statement and report, where they are, say what the other files do.
 
-  Of the report all is compared up to the end of its section on privacy, but for the figures.
+  The report is compared up to the end of its section on privacy, without its figures.
   """
   statement, page = workdir / "privacy_statement.md", workdir / "report.html"
   if statement.exists():
@@ -74,9 +74,9 @@ def require_told(workdir: pathlib.Path) -> None:
       "restore it, or start the finished run again, which writes it",
     )
   if page.exists():
-    again = _page(workdir, read_run(workdir), {})
+    expected = _page(workdir, read_run(workdir), {})
     remedy = f"python -m fedjax_med.report --workdir={workdir} writes it again"
-    _require_lines(page, _told(read_utf8(page)), _told(again), remedy)
+    _require_lines(page, _told(read_utf8(page)), _told(expected), remedy)
 
 
 def _told(page: str) -> list[str]:
@@ -162,8 +162,8 @@ def _draw(workdir: pathlib.Path, run: dict[str, Any]) -> dict[str, dict[str, Any
   """Draws the figures; returns PNGs and widths by name, with the run's own examples.png if any."""
   folder = workdir / "figures"
   _draw_all(folder, run, ".png")
-  own = [drawn.name for drawn in task_of(run["config"]).figures]
-  return embedded(folder, ("partition", "rounds", "hospitals", *own, "examples", "synthetic"))
+  of_task = [drawn.name for drawn in task_of(run["config"]).figures]
+  return embedded(folder, ("partition", "rounds", "hospitals", *of_task, "examples", "synthetic"))
 
 
 def _draw_all(folder: pathlib.Path, run: dict[str, Any], suffix: str) -> None:
@@ -185,7 +185,7 @@ def _draw_all(folder: pathlib.Path, run: dict[str, Any], suffix: str) -> None:
 
 
 def embedded(folder: pathlib.Path, names: Sequence[str]) -> dict[str, dict[str, Any]]:
-  """Those figures that are there, as a page shows them: base64 of the PNG, width in pixels."""
+  """Figures that exist, as a page embeds them: base64 of the PNG, width in pixels."""
   images = {}
   for name in names:
     if (folder / f"{name}.png").exists():
@@ -197,7 +197,7 @@ def embedded(folder: pathlib.Path, names: Sequence[str]) -> dict[str, dict[str, 
 
 
 def _statement(workdir: pathlib.Path, run: dict[str, Any]) -> dict[str, Any]:
-  """What the section on privacy shows beside privacy.json."""
+  """Data of the section on privacy beside privacy.json."""
   return {
     "assumptions": ASSUMPTIONS,
     "audit": audit_sentence(read_audit(workdir), run["privacy"]),
@@ -209,7 +209,7 @@ def _statement(workdir: pathlib.Path, run: dict[str, Any]) -> dict[str, Any]:
 
 
 def _explanation(workdir: pathlib.Path, run: dict[str, Any]) -> dict[str, Any] | None:
-  """What python -m fedjax_med.explain has left for this run, or None.
+  """Results of python -m fedjax_med.explain for this run, or None.
 
   Its pictures enter the report where they are test images that may be shown.
   """

@@ -15,7 +15,7 @@ PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7
 
 
 class Series(NamedTuple):
-  """Arms that make one line: they differ in what privacy costs them, or in the x of the figure.
+  """Arms that make one line of a figure: they differ in ε, or in the x of the figure.
 
   Attributes:
     label: what all of them share.
@@ -41,7 +41,7 @@ def draw_frontier(
   y_name: str,
   log: bool,
 ) -> None:
-  """A metric against ε (or an axis) with intervals; dashed without privacy, dotted alone.
+  """Draws a metric against ε (or an axis) with intervals; dashed without privacy, dotted alone.
 
   A panel is a title and its lines, whose labels are those of every other panel; all share axes.
   """
@@ -101,14 +101,14 @@ def _draw_lines(axis: Any, lines: Sequence[Series], log: bool) -> None:
 def draw_spread(
   path: pathlib.Path, labels: Sequence[str], values: Sequence[np.ndarray], metric: Metric
 ) -> None:
-  """Every hospital of every point of each arm: a dot each, the worst and the mean marked."""
+  """Draws a dot for every hospital of every point of each arm; marks the worst and the mean."""
   with new_figure(
     path, (WIDTH, 1.8 + 0.34 * len(labels)), f"{metric.heading} on each hospital's own test images"
   ) as figure:
     axis = figure.subplots()
     rng = np.random.default_rng(0)
-    for row, own in enumerate(values):
-      known = own[~np.isnan(own)]
+    for row, hospitals in enumerate(values):
+      known = hospitals[~np.isnan(hospitals)]
       if not len(known):
         continue
       heights = row + rng.uniform(-0.22, 0.22, len(known))
@@ -132,7 +132,7 @@ def draw_curves(
   curves: Sequence[tuple[str, np.ndarray, np.ndarray]],  # label, rounds [n], values [points, n]
   y_name: str,
 ) -> None:
-  """A metric over rounds: the mean of an arm's points, and the band that they lie in."""
+  """Draws a metric over rounds: the mean of an arm's points, and the band that they lie in."""
   with new_figure(path, (WIDTH, 4.6), f"{y_name} on all test images over rounds") as figure:
     axis = figure.subplots()
     for (label, rounds, values), colour in zip(curves, PALETTE, strict=False):

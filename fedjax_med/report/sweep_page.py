@@ -42,7 +42,7 @@ MOST_ARMS = 24  # in a figure; tables hold all of them
 
 
 class ComparedRuns(NamedTuple):
-  """What a report is of.
+  """The runs that a report compares.
 
   Attributes:
     title: its heading.
@@ -98,7 +98,7 @@ def read_runs(folders: Sequence[pathlib.Path]) -> ComparedRuns:
   ]
   points = [{name: config.get(name) for name in varied} for config in configs]
   rows = [table.rows_of(*each) for each in zip(folders, range(len(folders)), points, strict=True)]
-  frame = pd.DataFrame([row for own in rows for row in own])
+  frame = pd.DataFrame([row for run_rows in rows for row in run_rows])
   seconds = [table.read_json(folder / "timing.json")["total"] for folder in folders]
   timing = pd.DataFrame({"point": range(len(folders)), "seconds": seconds})
   return ComparedRuns(
@@ -130,8 +130,8 @@ def write(runs: ComparedRuns, target: pathlib.Path) -> pathlib.Path:
   folder = target / "figures"
   folder.mkdir(parents=True, exist_ok=True)
   _draw(runs, axes, arms, folder)
-  own = [f"{drawn.name}s" for drawn in task.figures]
-  names = ("frontier", "spread", "curves", *own, "partition")
+  of_task = [f"{drawn.name}s" for drawn in task.figures]
+  names = ("frontier", "spread", "curves", *of_task, "partition")
   shown = _table(arms, axes, task.metrics_in(Place.SWEEP))
   write_whole(target / "table.csv", lambda place: shown.to_csv(place, index=False))
   write_text(target / "table.tex", latex.table_of(shown, axes, runs.task))
@@ -182,7 +182,7 @@ def write(runs: ComparedRuns, target: pathlib.Path) -> pathlib.Path:
 
 
 def _axes(runs: ComparedRuns) -> list[str]:
-  """What the points differ in, but for seeds, in the order of the sweep."""
+  """Fields in which the points differ, without seeds, in the order of the sweep."""
   names = [name for name in runs.points[0] if name not in SEEDS]
   return [name for name in names if runs.frame[name].nunique(dropna=False) > 1]
 
@@ -255,7 +255,7 @@ def _draw(
   some = arms[:MOST_ARMS]
   labels = [arm["short"] for arm in some]
   by_point = {int(number): place for number, place in _places(runs).items()}
-  own = [
+  values = [
     runs.frame[runs.frame["point"].isin(arm["points"])][headline.name].to_numpy(float)
     for arm in some
   ]
@@ -269,7 +269,7 @@ def _draw(
     if frontier is not None:
       panels, name, log = frontier
       sweep_figures.draw_frontier(folder / f"frontier{suffix}", panels, name, headline.label, log)
-    sweep_figures.draw_spread(folder / f"spread{suffix}", labels, own, headline)
+    sweep_figures.draw_spread(folder / f"spread{suffix}", labels, values, headline)
     sweep_figures.draw_curves(folder / f"curves{suffix}", curves, headline.label)
     for drawn, pooled in details:
       if pooled:
@@ -327,17 +327,17 @@ def _frontier(
     lines = panels.setdefault(label(arm, panelled), {})
     lines.setdefault(label(arm, rest), []).append(arm)
 
-  def series(label: str, own: list[dict[str, Any]]) -> sweep_figures.Series:
+  def series(label: str, arms: list[dict[str, Any]]) -> sweep_figures.Series:
     def x_of(arm: dict[str, Any]) -> float:
       return arm["epsilon"] if log else float(arm["values"][moved[0]])
 
     # Arms that all diverged have no place, nor has ε = 0 (no step was taken) on a log axis.
-    shown = [arm for arm in own if arm["stats"][metric]["n"] and (x_of(arm) > 0 or not log)]
-    own = sorted(shown, key=x_of)
-    stats = [arm["stats"][metric] for arm in own]
-    alone = np.array([arm["stats"][f"alone.{metric}"]["mean"] for arm in own], float)
+    shown = [arm for arm in arms if arm["stats"][metric]["n"] and (x_of(arm) > 0 or not log)]
+    arms = sorted(shown, key=x_of)
+    stats = [arm["stats"][metric] for arm in arms]
+    alone = np.array([arm["stats"][f"alone.{metric}"]["mean"] for arm in arms], float)
     mean, low, high = (np.array([each[key] for each in stats], float) for key in ENDS)
-    x = np.array([x_of(arm) for arm in own], float)
+    x = np.array([x_of(arm) for arm in arms], float)
     return sweep_figures.Series(
       label=label or "federation", x=x, mean=mean, low=low, high=high, alone=alone
     )
@@ -380,7 +380,7 @@ def _label(point: Point) -> str:
 
 
 def _data_notes(runs: ComparedRuns) -> list[Note]:
-  """What must be known of the data of the runs, each sentence once; names of files in none."""
+  """Sentences about the data of the runs, each of them once; they name no files."""
   units = runs.frame.groupby("point")["privacy.unit"].first()
   notes = (
     note

@@ -1,4 +1,4 @@
-"""Who trains beside whom: clients of like step counts share a chunk, chunks are dealt to devices.
+"""Scheduling: clients of similar step counts share a chunk, and chunks are dealt to devices.
 
 A chunk's vmap runs until its longest client is done, so a chunk of unlike clients wastes
 arithmetic, and a device that got the long chunks keeps the others waiting.
@@ -11,7 +11,7 @@ import numpy as np
 
 
 class Load(NamedTuple):
-  """What a round costs, in client-steps.
+  """Cost of a round, in client-steps.
 
   Attributes:
     useful: local steps that clients take.
@@ -42,7 +42,7 @@ def deal(cohort: int, chunk: int, devices: int) -> np.ndarray:
 
 
 def load(steps: Sequence[int] | np.ndarray, chunk: int, devices: int = 1) -> Load:
-  """What a round of clients with these step counts costs; 0 marks a client that is absent."""
+  """Cost of a round of clients with these step counts; 0 marks an absent client."""
   steps = np.sort(np.asarray(steps, np.int64))[::-1]
   seats = deal(len(steps), chunk, devices)
   dealt = np.pad(steps, (0, seats.size - len(steps)))[seats]

@@ -25,7 +25,7 @@ class Devices(NamedTuple):
   Attributes:
     number: how many.
     mesh: one axis of them, or None for a single device, which needs no collectives.
-    reason: why so many.
+    reason: why that number, for people.
   """
 
   number: int
@@ -133,8 +133,8 @@ def map_over_devices(one: Callable[[Any, Any], Any], devices: int, at_once: int)
 
   def several(shared, rows):
     number = len(jax.tree.leaves(rows)[0])
-    again = np.arange(number + -number % devices) % number  # every device has as many
-    results = compiled(shared, jax.tree.map(lambda leaf: leaf[again], rows))
+    filled = np.arange(number + -number % devices) % number  # every device has as many
+    results = compiled(shared, jax.tree.map(lambda leaf: leaf[filled], rows))
     return jax.tree.map(lambda leaf: leaf[:number], jax.device_get(results))
 
   return several

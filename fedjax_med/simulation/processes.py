@@ -1,4 +1,4 @@
-"""Several processes that share one run: how they find each other, who writes, do they agree."""
+"""Processes that share one run: they join, the first one writes, and all must agree."""
 
 import jax
 import numpy as np
@@ -41,7 +41,7 @@ def join(
 
 
 def least(value: float) -> float:
-  """The smallest of what the processes have: they must plan alike."""
+  """Smallest value of all processes, so that they plan alike."""
   if jax.process_count() == 1:
     return value
   return float(np.min(multihost_utils.process_allgather(np.float32(value))))
@@ -56,8 +56,8 @@ def require_same_run(run_id: str) -> None:
   """Raises UserError, in every process, unless all prepared the same run from the same data."""
   if jax.process_count() == 1:
     return
-  own = np.frombuffer(run_id.encode(), np.uint8)
-  found = np.asarray(multihost_utils.process_allgather(own))
+  mine = np.frombuffer(run_id.encode(), np.uint8)
+  found = np.asarray(multihost_utils.process_allgather(mine))
   ids = [bytes(row).decode() for row in found]
   require(
     len(set(ids)) == 1,

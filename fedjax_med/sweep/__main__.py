@@ -97,7 +97,7 @@ def _shard(text: str) -> tuple[int, int]:
 
 
 def _command(base: Config, config: Config) -> str:
-  """What runs one point by itself."""
+  """The command that runs one point by itself."""
   flag = flags.FLAGS["config"]
   given = config_flags.get_override_values(flag)
   changed = {
@@ -156,13 +156,15 @@ def main(_: list[str]) -> None:
 
   configs = [configure(base, point, values.seed_axes) for point in points]
   require_read(base, points, configs, values.seed_axes, inherited())
-  own = range(index, len(points), number)
-  require(bool(own), f"--shard={values.shard} has none of {len(points)} points", "use fewer shards")
+  numbers = range(index, len(points), number)
+  require(
+    bool(numbers), f"--shard={values.shard} has none of {len(points)} points", "use fewer shards"
+  )
   split_cpu(base.execution.devices)
   use_compilation_cache(base.execution.compilation_cache)
   console = progress.make_console()
   if values.dry_run:
-    planned = plan_points(points, configs, own)
+    planned = plan_points(points, configs, numbers)
     progress.describe_data(console, planned)
     progress.describe(console, groups(planned))
     return
@@ -175,7 +177,7 @@ def main(_: list[str]) -> None:
     secret = _secret(workdir, configs)
     table.begin(workdir, base, points, values.seed_axes, **_notes())
     if not values.submit:
-      _run(console, workdir, base, points, configs, own, secret)
+      _run(console, workdir, base, points, configs, numbers, secret)
   if values.submit:
     _submit(workdir, min(values.shards, len(points)))
 
@@ -195,7 +197,7 @@ def _secret(workdir: pathlib.Path, configs: Sequence[Config]) -> bytes:
 
 
 def _notes() -> dict[str, Any]:
-  """What stands beside the definition of the sweep: its command and the versions of packages."""
+  """Notes beside the definition of the sweep: its command and the versions of packages."""
   packages = ("jax", "flax", "dp-accounting")
   return {
     "command": command_line(["python", "-m", "fedjax_med.sweep", *sys.argv[1:]]),
@@ -219,15 +221,15 @@ def _run(
   base: Config,
   points: Sequence[grid.Point],
   configs: Sequence[Config],
-  own: Sequence[int],
+  numbers: Sequence[int],
   secret: bytes,
 ) -> None:
-  """Runs the points ``own`` that have not ended, and writes the table if they are all."""
+  """Runs the points ``numbers`` that have not ended, and writes the table if they are all."""
   from fedjax_med.sweep import progress, table
   from fedjax_med.sweep.missing import Selection, run_missing
 
   values, started = flags.FLAGS, time.monotonic()
-  finished = {k for k in own if table.done(workdir, k)}
+  finished = {k for k in numbers if table.done(workdir, k)}
   require(
     not finished or values.resume,
     f"--workdir={workdir} has {len(finished)} finished points of this sweep",
@@ -236,7 +238,7 @@ def _run(
   run_missing(
     console,
     workdir,
-    Selection(points=points, configs=configs, numbers=own),
+    Selection(points=points, configs=configs, numbers=numbers),
     name=pathlib.Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem,
     command_of=lambda each: _command(base, configs[each.key.number]),
     secret=secret,
@@ -244,9 +246,9 @@ def _run(
   )
   seconds = f"{time.monotonic() - started:.1f} s"
   # Of several shards that end at the same time the last could write less than is there.
-  if len(own) < len(points):
+  if len(numbers) < len(points):
     merge = command_line(["python", "-m", "fedjax_med.sweep", "merge", f"--workdir={workdir}"])
-    ended = f"{len(own)} points of shard {values.shard}, {seconds}; {merge}"
+    ended = f"{len(numbers)} points of shard {values.shard}, {seconds}; {merge}"
     console.print(escape(ended), soft_wrap=True)
     return
   frame = table.write(workdir)

@@ -1,4 +1,4 @@
-"""Which images a sweep is of: its folder has a digest of each set, so that no two data sets mix."""
+"""Digests of a sweep's sets of images, kept in its folder so that no two data sets mix."""
 
 import hashlib
 import json
@@ -40,7 +40,7 @@ def digest(dataset: Dataset) -> str:
 
 
 def bind(workdir: pathlib.Path, planned: Sequence[Planned]) -> None:
-  """Writes down which images the runs are of, or finds that they are those of the first start.
+  """Writes digests of the images of the runs, or checks that they are those of the first start.
 
   Args:
     workdir: of the sweep.
@@ -73,7 +73,7 @@ def bind(workdir: pathlib.Path, planned: Sequence[Planned]) -> None:
 
 
 def records(workdir: pathlib.Path) -> dict[str, dict[str, Any]]:
-  """What a sweep has written down of each of its sets of images, by the fields that make it.
+  """Records of the sets of images of a sweep, by the fields that make a set.
 
   Raises:
     UserError: a record cannot be read.
@@ -102,7 +102,7 @@ def join(folders: Sequence[pathlib.Path]) -> dict[str, dict[str, Any]]:
 
 
 def _key(run: Planned) -> str:
-  """Names a set of images by what makes it; a place does where it is an axis of the sweep."""
+  """Names a set of images by the fields that make it. A place is one if it is an axis."""
   fields = image_fields(run.case.config.data)
   return fingerprint(
     {k: v for k, v in fields.items() if k not in PLACES or f"data.{k}" in run.point}

@@ -1,4 +1,4 @@
-"""Joins what the shards of a sweep wrote, in one folder or in several.
+"""Joins the results of the shards of a sweep, in one folder or in several.
 
 Example: python -m fedjax_med.sweep merge --workdir=runs/noise runs/noise-of-machine-2
 """
@@ -53,7 +53,7 @@ def join(target: pathlib.Path, sources: Sequence[pathlib.Path]) -> None:
 
 
 def _take(sources: Sequence[pathlib.Path], target: pathlib.Path) -> None:
-  """Copies what ``target`` lacks of ``sources``, all of which are looked at before."""
+  """Copies the points that ``target`` lacks, after a check of all ``sources``."""
   begun = (target / table.DEFINITION).exists()
   require(
     begun or not (target / "config.json").exists(),

@@ -1,4 +1,4 @@
-"""Runs what a sweep's folder lacks, with progress on the terminal."""
+"""Runs the points that a sweep's folder lacks, with progress on the terminal."""
 
 import pathlib
 from collections.abc import Callable, Collection, Sequence
@@ -38,7 +38,7 @@ def run_missing(
   secret: bytes = b"",
   at_once: int = 0,
 ) -> None:
-  """Trains those of the selected points that have not ended; what is done stays as it is.
+  """Trains those of the selected points that have not ended. The others stay as they are.
 
   Args:
     console: where progress goes.
@@ -59,7 +59,7 @@ def run_missing(
     return
 
   def secret_of(number: int) -> bytes:
-    """What the point began with, here or where it was merged from."""
+    """The secret that the point began with, here or in the folder it was merged from."""
     path = table.folder_of(workdir, number) / secrets.FILE
     return secrets.read(path) if path.exists() else secrets.derived(secret, f"point {number}")
 

@@ -1,4 +1,4 @@
-"""From the points of a sweep to runs, and to groups of runs that one program serves."""
+"""Makes runs of the points of a sweep, and groups of runs that share a program."""
 
 import copy
 import dataclasses
@@ -54,7 +54,7 @@ class Planned(NamedTuple):
 
   Attributes:
     key: its name.
-    point: what the axes say.
+    point: values of the axes.
     case: the run.
   """
 
@@ -167,7 +167,7 @@ def _with_seeds(base: Config, point: Point, seed_axes: Sequence[str]) -> Point:
 
 
 def shown(point: Point) -> str:
-  """A point for people."""
+  """The values of a point, as text for people."""
   return ", ".join(f"{name}={_short(value)}" for name, value in point.items())
 
 
@@ -237,7 +237,7 @@ def plan_points(
 
 
 def static_key(case: Case) -> str:
-  """What a program is made from: runs of one key share it."""
+  """Key of all that a program is made from; runs of one key share a program."""
   config, protection = case.config, case.protection
   # What is taken for not traced compiles anew: such a mistake costs time and nothing else.
   fields = declared()
@@ -294,7 +294,7 @@ def chunks(
 
 
 def images_of(each: Planned) -> tuple[Any, ...]:
-  """Runs of the same images have the same."""
+  """Key of the set of images of a run."""
   return image_key(each.case.config, each.case.hospitals)
 
 

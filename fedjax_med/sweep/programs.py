@@ -1,4 +1,4 @@
-"""The compiled programs of a sweep: what a group of points shares, and how runs lie in it."""
+"""The compiled programs of a sweep: a group of points shares one, with an axis of runs."""
 
 import math
 from collections import deque
@@ -43,7 +43,7 @@ POOL_SHARE = 0.1  # of the memory that is left, for images of further sets
 
 
 class Layout(NamedTuple):
-  """How the runs of a group lie on this machine.
+  """Layout of the runs of a group on this machine.
 
   Attributes:
     chunks: the runs that are trained together.
@@ -105,7 +105,10 @@ def prepare(group: Sequence[Planned], at_once: int) -> Prepared:
 def make_group_program(group: Sequence[Planned], at_once: int) -> Prepared:
   """The program of a group, whose ``sweep`` is still to be compiled.
 
-  UserError naming the point if it does not fit. It may time steps, which nothing must disturb.
+  It may time steps, so nothing else must run meanwhile.
+
+  Raises:
+    UserError: a point does not fit; the sentence names it.
   """
   try:
     program, shapes = make_shared_program([each.case for each in group])
@@ -135,7 +138,7 @@ def make_group_program(group: Sequence[Planned], at_once: int) -> Prepared:
 
 
 def _compile(prepared: Prepared) -> Prepared:
-  """With a ``sweep`` that takes the group's shapes and no others."""
+  """Compiles ``sweep`` for the shapes of the group."""
   parts, size, case = prepared.program.parts, prepared.layout.size, prepared.group[0].case
   dataset, shape = case.hospitals.dataset, jax.ShapeDtypeStruct
   images: Any = jax.tree.map(
@@ -186,9 +189,10 @@ def _layout(program: Program, group: Sequence[Planned], asked: int) -> Layout:
 
 
 def stack(runs: Sequence[Experiment], batches: Sequence[Batches]) -> RunInputs:
-  """What the runs do not share; the batches are of their test sets.
+  """Stacks the inputs that runs do not share; ``batches`` are of their test sets.
 
-  RuntimeError where the arrays of a point are not those of its accounted mechanisms.
+  Raises:
+    RuntimeError: the arrays of a point are not those of its accounted mechanisms.
   """
 
   def stacked(*leaves: Any) -> jax.Array:
@@ -214,7 +218,7 @@ def stack(runs: Sequence[Experiment], batches: Sequence[Batches]) -> RunInputs:
 def advance_together(
   runs: Sequence[Experiment], starts: Sequence[int], prepared: Prepared, tell: Callable[[int], Any]
 ) -> tuple[Advance, Callable[[], list[SimulationState]]]:
-  """How a chunk of runs advances by its program, and a function that gives their states.
+  """Builds the function that advances a chunk of runs, and one that returns their states.
 
   Args:
     runs: the runs; empty places of the program repeat the first one and are not advanced.

@@ -1,4 +1,4 @@
-"""What a sweep says on the terminal: its points and programs, progress, results."""
+"""Terminal output of a sweep: its points and programs, progress, results."""
 
 import contextlib
 import math
@@ -50,7 +50,7 @@ def planned_epsilon(protection: Protection) -> float | None:
 
 
 def describe_data(console: Console, planned: Sequence[Planned]) -> None:
-  """Prints what must be known of the data of the points, each sentence once."""
+  """Prints the sentences about the data of the points, each of them once."""
   notes: dict[Note, None] = {}
   for run in planned:
     if not run.key.baseline:

@@ -1,4 +1,4 @@
-"""The host side of a sweep: groups and chunks run, and every point leaves what a run leaves."""
+"""Runs the groups and chunks of a sweep; every point leaves the files of a run."""
 
 import dataclasses
 import pathlib
@@ -38,7 +38,7 @@ class Progress(NamedTuple):
     rounds: rounds done of all runs, by this process.
     runs: runs whose files are written.
     epsilon: largest ε of a written run so far; None if none has a guarantee.
-    note: what goes on.
+    note: current activity.
     failed: runs whose images could not be made, and why.
   """
 
@@ -54,7 +54,7 @@ NOTHING_DONE = Progress(rounds=0, runs=0, epsilon=None, note="")
 
 
 class Output(NamedTuple):
-  """Where the runs of a sweep are written, and under which names.
+  """Folders and names under which the runs of a sweep are written.
 
   Attributes:
     folder_of: the folder of a run.
@@ -69,7 +69,7 @@ class Output(NamedTuple):
   listen: Listener
 
 
-class Trained(NamedTuple):
+class EndedRun(NamedTuple):
   """A run of a sweep that has ended: its outcome, and the lines of its metrics.jsonl."""
 
   outcome: Outcome
@@ -206,7 +206,7 @@ def _train_chunk(
   starts: Sequence[int],
   prepared: Prepared,
   tell: Callable[[int], None],
-) -> list[Trained]:
+) -> list[EndedRun]:
   """Trains the runs, whose images begin at ``starts``."""
   started = time.monotonic()
   advance, states_now = advance_together(runs, starts, prepared, tell)
@@ -221,7 +221,7 @@ def _train_chunk(
   seconds = (time.monotonic() - started) / len(runs)
   spend = {"compile": 0.0, "train": seconds, "total": seconds}
   return [
-    Trained(Outcome(state=state, stopped=stopped[k], last=last[k], seconds=spend), lines[k])
+    EndedRun(Outcome(state=state, stopped=stopped[k], last=last[k], seconds=spend), lines[k])
     for k, state in enumerate(states_now())
   ]
 
@@ -229,12 +229,12 @@ def _train_chunk(
 def write_point(
   experiment: Experiment,
   layout: Layout,
-  trained: Trained,
+  trained: EndedRun,
   folder: pathlib.Path,
   name: str,
   command: str,
 ) -> None:
-  """Writes what a run leaves, but for its weights.
+  """Writes the files of a run, but for its weights.
 
   Raises:
     UserError: the folder holds another run, or its ledger was edited.

@@ -77,10 +77,10 @@ def _without_own(arguments: Sequence[str]) -> list[str]:
   kept, skip = [], False
   for text in arguments:
     name, equals, _ = text.lstrip("-").partition("=")
-    own = text.startswith("-") and name in OWN
-    if not (own or (skip and not text.startswith("-"))):
+    is_own = text.startswith("-") and name in OWN
+    if not (is_own or (skip and not text.startswith("-"))):
       kept.append(text)
-    skip = own and not equals and name not in ("resume", "noresume")
+    skip = is_own and not equals and name not in ("resume", "noresume")
   return kept
 
 

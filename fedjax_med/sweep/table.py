@@ -1,4 +1,4 @@
-"""The folder of a sweep: what it is of, which points are done, and the table of their results."""
+"""The folder of a sweep: its definition, its finished points, and the table of their results."""
 
 import json
 import math
@@ -35,7 +35,7 @@ def begin(
   seed_axes: Sequence[str],
   **notes: Any,
 ) -> None:
-  """Makes the folder and writes down what the sweep is, or finds that it is the same one.
+  """Makes the folder and writes the definition of the sweep, or checks that it is the same.
 
   Raises:
     UserError: the folder cannot be written, or holds another sweep.
@@ -202,14 +202,14 @@ def read_json(path: pathlib.Path) -> Any:
 
 
 def _without_places(values: dict[str, Any]) -> dict[str, Any]:
-  """Without what moves no result: where data lie, and the layout."""
+  """Removes fields that move no result: places of the data, and the layout."""
   base = {name: value for name, value in values["base"].items() if name != "execution"}
   data = {k: v for k, v in base["data"].items() if k not in ("path", "cache_dir")}
   return {**values, "base": {**base, "data": data}}
 
 
 def _plain(point: Point) -> Point:
-  """JSON has no infinity."""
+  """The point with infinity, which JSON lacks, as text."""
   return {name: "inf" if value == math.inf else value for name, value in point.items()}
 
 

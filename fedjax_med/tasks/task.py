@@ -75,7 +75,7 @@ class Metric(NamedTuple):
 
 
 class Labelled(Protocol):
-  """What a task reads of a ``data.dataset.Dataset``."""
+  """The part of a ``data.dataset.Dataset`` that a task reads."""
 
   @property
   def labels(self) -> np.ndarray: ...
@@ -159,7 +159,7 @@ class Task(NamedTuple):
 
 
 def qualified(metric: Metric, positive: str) -> str:
-  """What a heading adds to the name of a metric: of which class it is; empty if of all examples.
+  """Addition to a metric's name in a heading: its class; empty for a metric of all examples.
 
   Args:
     metric: of the heading.
