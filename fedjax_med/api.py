@@ -156,7 +156,7 @@ def simulate(
   >>> sorted(result.epsilons)
   ['hospital 1', 'hospital 2', 'hospital 3']
   >>> f"{result.epsilon_max:.3f}"
-  '5.474'
+  '3.514'
 
   Args:
     config: the configuration, which stays as it is.
@@ -200,7 +200,7 @@ def simulate_grid(
   >>> base = load_config("smoke", {"model.name": "linear", "server.num_rounds": 1})
   >>> frame = simulate_grid(base, {"privacy.noise_multiplier": [1.0, 2.0]})
   >>> frame.groupby("privacy.noise_multiplier")["epsilon_max"].first().round(2).to_dict()
-  {1.0: 5.47, 2.0: 1.52}
+  {1.0: 3.51, 2.0: 1.34}
 
   Args:
     config: the configuration that the points change; it stays as it is.

@@ -111,10 +111,10 @@ def test_a_metric_that_is_not_defined_is_nan_and_epsilon_is_left_out_without_pri
 
 @pytest.fixture(scope="module")
 def personal(tmp_path_factory):
-  """A run in a folder whose norm layers stay at the hospitals, and its result."""
+  """A run in a folder whose heads stay at the hospitals, and its result."""
   folder = tmp_path_factory.mktemp("personal")
-  config = smoke_config(**BASELINES, server__algorithm="fedbn")
-  config.model.name = "cnn_small"
+  config = smoke_config(**BASELINES, server__algorithm="fedper")
+  config.model.name = "mlp"
   return folder, fedjax_med.simulate(config, folder)
 
 
