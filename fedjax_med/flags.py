@@ -6,42 +6,30 @@ sentence on stderr and exit code 2; only our own bugs print a traceback.
 """
 
 import contextlib
-import dataclasses
-import difflib
 import errno
 import inspect
 import os
 import pathlib
 import re
-import runpy
 import sys
 import textwrap
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import NoReturn
 
 from absl import flags
 from ml_collections import config_flags
 
-from fedjax_med.core.config import (
-  OPTIONS,
-  Config,
-  Options,
-  declared,
-  get_field,
-  sections,
-  set_field,
-)
+from fedjax_med.core import presets
+from fedjax_med.core.config import Config, declared, sections
 from fedjax_med.core.errors import UserError, nearest, require
-from fedjax_med.core.fields import Field
+from fedjax_med.core.presets import KINDS, check_values, drop_inherited, nearest_field, read_preset
 from fedjax_med.core.text import use_any_terminal, visible
-from fedjax_med.core.unread import default_of, drop_unread, shown, unmet
 from fedjax_med.core.validation import validate
 
 _HELP = ("--help", "-help", "-h", "--helpfull", "--helpshort")
 _WIDTH = 100
 _PASS_A_PRESET = "start with a preset: --config=configs/quickstart.py"
-_KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 
 flags.DEFINE_bool("debug", False, "Print the traceback of an error too.")
 
@@ -85,25 +73,24 @@ def load_config(whole: bool = True) -> Config:
   config = flags.FLAGS["config"].value
   if config is None:
     raise UserError(f"--config is missing; {_PASS_A_PRESET}")
-  _check_values(config)
+  check_values(config, "the config file", "--config.")
   if whole:
-    values = {path: get_field(config, path) for path in declared()}
-    for path in drop_unread(config, inherited()):
-      print(
-        f"note: {path}={shown(values[path])} of the preset is not read with these flags, and back"
-        f" at {shown(default_of(path))}",
-        file=sys.stderr,
-      )
+    for sentence in drop_inherited(config, *_preset_and_flags(), "these flags"):
+      print(f"note: {sentence}", file=sys.stderr)
     validate(config)
   return config
 
 
 def inherited() -> set[str]:
   """Fields that the preset reads as it is written, and that no flag sets."""
+  return presets.inherited(*_preset_and_flags())
+
+
+def _preset_and_flags() -> tuple[Config, Collection[str]]:
+  """The preset as it is written, and the fields that flags set."""
   flag = flags.FLAGS["config"]
-  preset = _preset(config_flags.get_config_filename(flag))
-  given = config_flags.get_override_values(flag)
-  return {path for path in declared() if path not in given and unmet(preset, path) is None}
+  preset = read_preset(config_flags.get_config_filename(flag), "--config")
+  return preset, config_flags.get_override_values(flag)
 
 
 def run_main(main: Callable[[list[str]], None]) -> None:
@@ -234,7 +221,7 @@ def _register(argv: list[str]) -> None:
   """Reads the preset, which may register algorithms: their options are fields from then on."""
   path = _config_path(argv)
   if path is not None and "config" in flags.FLAGS:
-    _preset(path)
+    read_preset(path, "--config")
 
 
 def _bad_value(message: str) -> str:
@@ -245,7 +232,7 @@ def _bad_value(message: str) -> str:
     return f"{message}; see --help"
   path, value = match.groups()
   field = declared()[path]
-  return f"--config.{path}={value} must be {_KINDS[field.kind]}; its default is {field.default}"
+  return f"--config.{path}={value} must be {KINDS[field.kind]}; its default is {field.default}"
 
 
 def _check_config_names(argv: list[str]) -> None:
@@ -265,20 +252,8 @@ def _check_config_names(argv: list[str]) -> None:
       continue
     inside = [f"--config.{path}" for path in known if path.startswith(f"{name}.")]
     require(not inside, f"--config.{name} is a section", f"set its fields: {', '.join(inside)}")
-    raise UserError(f"--config.{name} is unknown; {_nearest_field(name, known)}")
-
-
-def _nearest_field(name: str, known: dict[str, Field]) -> str:
-  """A right field in a wrong or missing section wins over a similar spelling of the whole."""
-  section, _, leaf = name.rpartition(".")
-  leaves = {path.rpartition(".")[2] for path in known}
-  close = [other for other in leaves if leaf and other.startswith(leaf)]
-  close = close or difflib.get_close_matches(leaf, leaves, 1, 0.7)
-  same = [path for path in known if path.rpartition(".")[2] in close]
-  if not section and len(same) > 1:
-    return f"choose one of {', '.join(f'--config.{path}' for path in same)}"
-  similar = difflib.get_close_matches(name, same or known, 1, 0.5)
-  return f"did you mean '--config.{similar[0]}'?" if similar else "see --help for all fields"
+    remedy = nearest_field(name, known, "--config.") or "see --help for all fields"
+    raise UserError(f"--config.{name} is unknown; {remedy}")
 
 
 def _flags_of(argv: list[str]) -> list[str]:
@@ -296,78 +271,6 @@ def _config_path(argv: list[str]) -> str | None:
     elif re.match(r"--?config=", argument):
       path = argument.partition("=")[2]
   return path
-
-
-def _preset(argument: str) -> Config:
-  """What the config file returns by itself; whatever is wrong in it has its own sentence."""
-  name, *get_config_arguments = argument.split(":", 1)
-  path = pathlib.Path(name)
-  if not path.is_file():
-    folder = path.parent if path.parent.is_dir() and path.parent != pathlib.Path() else "configs"
-    presets = [str(preset) for preset in pathlib.Path(folder).glob("*.py")]
-    remedy = nearest(name, presets) if presets else "give the path of a preset, a .py file"
-    raise UserError(f"--config={argument} is not a file; {remedy}")
-  try:
-    functions = runpy.run_path(name, run_name="config")
-    require(
-      callable(functions.get("get_config")),
-      f"{name} has no get_config()",
-      "define get_config() so that it returns a fedjax_med.core.config.Config",
-    )
-    config = functions["get_config"](*get_config_arguments)
-  except UserError:
-    raise
-  except SyntaxError as error:
-    where = f"{name}, line {error.lineno}"
-    raise UserError(f"{where}: {error.msg}; correct the config file") from error
-  except Exception as error:
-    frames = traceback.extract_tb(error.__traceback__)
-    line = next((frame.lineno for frame in reversed(frames) if frame.filename == name), None)
-    where = f"{name}, line {line}" if line else name
-    text = " ".join(f"{type(error).__name__}: {error}".split())
-    raise UserError(f"{where}: {text}; correct the config file") from error
-  require(
-    isinstance(config, Config),
-    f"get_config() of {name} returned {type(config).__name__}, not Config",
-    "return a fedjax_med.core.config.Config",
-  )
-  return config
-
-
-def _check_values(config: Config) -> None:
-  """Config files assign freely: refuses unknown names and wrong types, makes int floats float."""
-  known = declared()
-  for section, expected in sections().items():
-    record = get_field(config, section) if section else config
-    require(
-      isinstance(record, expected),
-      f"{section} is {type(record).__name__}, not {expected.__name__}",
-      "assign to its fields instead of replacing it",
-    )
-    names = {part.name for part in dataclasses.fields(record)}
-    for name in vars(record).keys() - names:
-      _refuse_name(f"{section}.{name}".lstrip("."), known)
-  require(
-    isinstance(config.options, Options),
-    f"options is {type(config.options).__name__}, not Options",
-    "assign to its fields instead of replacing it",
-  )
-  for name in vars(config.options).keys() - OPTIONS.keys():
-    _refuse_name(f"options.{name}", known)
-  for path, field in known.items():
-    value = get_field(config, path)
-    if field.kind is float and type(value) is int:
-      value = float(value)
-      set_field(config, path, value)
-    require(
-      isinstance(value, field.kind) and not (field.kind is int and isinstance(value, bool)),
-      f"{path}={value!r} is {type(value).__name__}",
-      f"give {_KINDS[field.kind]} such as {field.default!r}",
-    )
-
-
-def _refuse_name(path: str, known: dict[str, Field]) -> NoReturn:
-  raise UserError(f"{path}, set by the config file, is unknown; {_nearest_field(path, known)}")
 
 
 def _fail(message: str, code: int) -> NoReturn:

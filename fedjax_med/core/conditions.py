@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from fedjax_med.core.fields import Condition, one_of
+from fedjax_med.core.source_facts import SOURCE_FACTS
 
 if TYPE_CHECKING:
   from fedjax_med.core.config import Config
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 def _by_site(config: Config) -> bool:
   scheme, data = config.partition.scheme, config.data
   # 'auto' is 'site' where the data say where each image comes from, as phantoms do.
-  known = data.source == "phantoms" or "{site}" in data.layout
+  known = SOURCE_FACTS[data.source].has_sites or "{site}" in data.layout
   return scheme == "site" or (scheme == "auto" and known)
 
 
@@ -48,7 +49,12 @@ def _without(part: str) -> Condition:
   )
 
 
-PICTURES = one_of("data.source", "folder", "br35h", "sars_cov2_ct")
+PICTURES = Condition(
+  wording="a data.source that reads files",
+  holds=lambda config: SOURCE_FACTS[config.data.source].reads_files,
+  fields=("data.source",),
+  remedy="use --config.data.source=folder",
+)
 FOLDER = one_of("data.source", "folder")
 DRAWN_SIDES, OPEN_PATIENTS = _without("{split}"), _without("{patient}")
 DRAWN = Condition(

@@ -54,7 +54,13 @@ class Options:
 
 @dataclasses.dataclass
 class Config:
-  """A whole run."""
+  """A whole run.
+
+  >>> config = Config(seed=3)
+  >>> config.server.num_rounds = 5
+  >>> config.seed, config.server.num_rounds, config.privacy.mechanism
+  (3, 5, 'none')
+  """
 
   seed: int = field(
     0,

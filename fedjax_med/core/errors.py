@@ -11,6 +11,11 @@ class UserError(ValueError):
 
   The message is one sentence of the form ``value; remedy``:
   ``partition.alpha=-1 must be above 0; raise it (0.1 is strong skew, 100 is nearly IID)``.
+
+  >>> require(5 < 3, "workers=5 exceeds the 3 cores", "lower it")
+  Traceback (most recent call last):
+  ...
+  fedjax_med.core.errors.UserError: workers=5 exceeds the 3 cores; lower it
   """
 
 

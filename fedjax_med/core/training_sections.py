@@ -14,14 +14,14 @@ class DataConfig:
     "phantoms",
     doc=(
       "phantoms (embedded), folder (a folder of class folders), br35h or sars_cov2_ct"
-      " (tensorflow-datasets builders; path is the folder with the downloaded class folders)."
+      " (tensorflow-datasets builders; path is the folder with the downloaded class folders), or"
+      " a source that the preset registers."
     ),
-    choices=("phantoms", "folder", "br35h", "sars_cov2_ct"),
   )
   # Where files lie and how they are read changes a run by its images and labels only, which are
   # part of the run id.
   path: str = field(
-    "", doc="folder for every source but phantoms.", read=(when.PICTURES,), shapes_run=never
+    "", doc="folder of the files that the source reads.", read=(when.PICTURES,), shapes_run=never
   )
   cache_dir: str = field(
     "~/.cache/fedjax_med/tfds",

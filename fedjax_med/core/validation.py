@@ -5,6 +5,7 @@ import re
 from fedjax_med.core.config import Config, declared, get_field
 from fedjax_med.core.errors import UserError, require, require_choice
 from fedjax_med.core.fields import Bounds
+from fedjax_med.core.source_facts import SOURCE_FACTS
 from fedjax_med.core.unread import require_read
 
 MIN_TARGET = 1e-6  # ε
@@ -37,6 +38,7 @@ REFUSED = {
 
 def validate(config: Config) -> None:
   """Checks every rule that needs no data; raises UserError with value, rule and remedy."""
+  require_choice("data.source", config.data.source, SOURCE_FACTS)
   _refuse(config)
   for path, field in declared().items():
     value = get_field(config, path)
@@ -55,7 +57,7 @@ def validate(config: Config) -> None:
 
   data, partition = config.data, config.partition
   require(
-    data.source == "phantoms" or data.path != "",
+    not SOURCE_FACTS[data.source].reads_files or data.path != "",
     f"data.source='{data.source}' needs data.path, which is empty",
     "point --config.data.path at the folder that holds the class folders",
   )

@@ -5,7 +5,9 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from fedjax_med.core.config import DataConfig
-from fedjax_med.core.errors import require_choice
+from fedjax_med.core.errors import require, require_choice
+from fedjax_med.core.source_facts import SOURCE_FACTS, SourceFacts
+from fedjax_med.core.sources import read_again
 from fedjax_med.data.builders import load_builder
 from fedjax_med.data.dataset import Dataset
 from fedjax_med.data.images import load_folder
@@ -17,14 +19,14 @@ class Source(NamedTuple):
 
   Attributes:
     load: data configuration -> dataset; UserError where files are not as they must be.
-    reads_files: whether data.path is read, and files under data.min_size are left out.
+    facts: what the rules of the configuration need to know.
     synthetic_people: whether examples show people who do not exist, so that they may be shown.
     seeded: whether data.seed makes other examples, and not only another split of them.
     beside_jax: whether it can be read by one thread while another one imports jax.
   """
 
   load: Callable[[DataConfig], Dataset]
-  reads_files: bool = True
+  facts: SourceFacts = SourceFacts()
   synthetic_people: bool = False
   seeded: bool = False
   beside_jax: bool = True
@@ -34,6 +36,23 @@ def source_named(name: str) -> Source:
   """The source that ``data.source`` names; raises UserError where there is none."""
   require_choice("data.source", name, SOURCES)
   return SOURCES[name]
+
+
+def register(name: str, source: Source) -> None:
+  """Adds a source that data.source can name.
+
+  One that was read from its file once more replaces itself: config files are read several times.
+
+  Raises:
+    UserError: the name is taken by another source.
+  """
+  known = SOURCES.get(name, source)
+  require(
+    known._replace(load=source.load) == source and read_again(known.load, source.load),
+    f"a source named '{name}' is registered already",
+    "choose another name",
+  )
+  SOURCES[name], SOURCE_FACTS[name] = source, source.facts
 
 
 def load_dataset(data: DataConfig) -> Dataset:
@@ -55,8 +74,10 @@ def _builder(data: DataConfig) -> Dataset:
 
 # tensorflow-datasets changes how the whole process imports while it is imported itself.
 SOURCES: dict[str, Source] = {
-  "phantoms": Source(load=_phantoms, reads_files=False, synthetic_people=True, seeded=True),
-  "folder": Source(load=_folder),
-  "br35h": Source(load=_builder, beside_jax=False),
-  "sars_cov2_ct": Source(load=_builder, beside_jax=False),
+  "phantoms": Source(
+    load=_phantoms, facts=SOURCE_FACTS["phantoms"], synthetic_people=True, seeded=True
+  ),
+  "folder": Source(load=_folder, facts=SOURCE_FACTS["folder"]),
+  "br35h": Source(load=_builder, facts=SOURCE_FACTS["br35h"], beside_jax=False),
+  "sars_cov2_ct": Source(load=_builder, facts=SOURCE_FACTS["sars_cov2_ct"], beside_jax=False),
 }

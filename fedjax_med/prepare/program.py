@@ -50,7 +50,8 @@ class Parts(NamedTuple):
     pretrained: parameters and state that replace the random initialisation; {} without any.
     block: (state, clients, pool, hyper, key, num_rounds) -> (state, BlockMetrics).
     evaluate: (weights, pool, batches) -> probabilities [b, size, classes].
-    personal: whether clients predict with models of their own.
+    personal: as that of a ``FederatedAlgorithm``: makes the model that a client predicts with; None
+      where all predict with the global one.
     message: bytes that a client gets in a round, and those that it sends.
     layout: of the network's vectors.
   """
@@ -59,7 +60,7 @@ class Parts(NamedTuple):
   pretrained: tuple[Any, Any]
   block: Callable[..., Any]
   evaluate: Callable[..., jax.Array]
-  personal: bool
+  personal: Callable[..., tuple[jax.Array, jax.Array]] | None
   message: tuple[int, int]
   layout: NetworkLayout
 
@@ -144,7 +145,7 @@ def make_program(
     pretrained=values,
     block=make_rounds(recipe, choice, None),
     evaluate=evaluate,
-    personal=algorithm.personal is not None,
+    personal=algorithm.personal,
     message=message_bytes(recipe, algorithm, arguments.state.server),
     layout=recipe.layout,
   )

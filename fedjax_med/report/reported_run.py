@@ -5,6 +5,7 @@ import pathlib
 from collections.abc import Callable
 
 import numpy as np
+from rich.console import Console
 
 from fedjax_med.core.config import Config
 from fedjax_med.data.dataset import Hospitals, client_rows
@@ -24,10 +25,11 @@ def run(
   command: str,
   hospitals: Callable[[], Hospitals] | None = None,
   noise_key: pathlib.Path | None = None,
+  console: Console | None = None,
 ) -> training.RunResult:
   """Trains as configured, or resumes, and writes the report; arguments as in ``training.run``."""
   finish = functools.partial(_report, folder)
-  return training.run(config, folder, name, command, hospitals, noise_key, finish)
+  return training.run(config, folder, name, command, hospitals, noise_key, finish, console)
 
 
 def _report(folder: pathlib.Path, experiment: Experiment) -> pathlib.Path:

@@ -22,6 +22,10 @@ def run_baselines(
   Each is a run of its own under ``folder``/baselines, resumable like any run; without a folder
   nothing is written. ``name`` and ``command`` are those of the federation.
   """
+
+  def tell(text: str) -> None:
+    console.print(text, markup=False)
+
   outcomes = {}
   for baseline, run in build_baselines(federation).items():
     place = None if folder is None else folder / writer.BASELINES / baseline
@@ -30,7 +34,7 @@ def run_baselines(
     title = f"{run.names[0]} alone" if baseline != "pooled" else "pooled data"
     task = task_named(run.hospitals.dataset.task)
     with terminal.progress(console, title, run.config.server.num_rounds, task) as listen:
-      outcome = train_rounds(run, place, listen, command=command)
+      outcome = train_rounds(run, place, listen, command=command, tell=tell)
     if place is not None:
       seconds = {**outcome.seconds, "total": sum(outcome.seconds.values())}
       writer.finish(place, summary_record(run, outcome, name), seconds)

@@ -10,13 +10,12 @@ privacy.target_epsilon=inf is training without privacy.
 Merge: python -m fedjax_med.sweep merge --workdir=runs/noise [other folders of the same sweep]
 """
 
-import importlib.metadata
 import pathlib
 import runpy
 import sys
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 from absl import flags
 from ml_collections import config_flags
@@ -36,6 +35,9 @@ from fedjax_med.flags import (
   run_main,
 )
 from fedjax_med.sweep import grid
+
+if TYPE_CHECKING:
+  from fedjax_med.sweep.opening import Sweep
 
 
 def _define() -> None:
@@ -97,7 +99,7 @@ def _shard(text: str) -> tuple[int, int]:
 
 
 def _command(base: Config, config: Config) -> str:
-  """The command that runs one point by itself."""
+  """What runs one point by itself."""
   flag = flags.FLAGS["config"]
   given = config_flags.get_override_values(flag)
   changed = {
@@ -147,15 +149,13 @@ def main(_: list[str]) -> None:
   index, number = _shard(values.shard)
   points = _points(base)
 
-  from fedjax_med.folder import writing as files
-  from fedjax_med.run import writer  # jax takes seconds to import
-  from fedjax_med.run.compilation_cache import use_compilation_cache
+  from fedjax_med.run.compilation_cache import use_compilation_cache  # jax takes seconds to import
   from fedjax_med.simulation.mesh import split_cpu
-  from fedjax_med.sweep import progress, table
-  from fedjax_med.sweep.points import configure, groups, plan_points, require_read
+  from fedjax_med.sweep import opening, progress
+  from fedjax_med.sweep.points import groups, plan_points
 
-  configs = [configure(base, point, values.seed_axes) for point in points]
-  require_read(base, points, configs, values.seed_axes, inherited())
+  command = command_line(["python", "-m", "fedjax_med.sweep", *sys.argv[1:]])
+  sweep = opening.check(base, points, values.seed_axes, command, inherited())
   numbers = range(index, len(points), number)
   require(
     bool(numbers), f"--shard={values.shard} has none of {len(points)} points", "use fewer shards"
@@ -164,45 +164,16 @@ def main(_: list[str]) -> None:
   use_compilation_cache(base.execution.compilation_cache)
   console = progress.make_console()
   if values.dry_run:
-    planned = plan_points(points, configs, numbers)
+    planned = plan_points(points, sweep.configs, numbers)
     progress.describe_data(console, planned)
     progress.describe(console, groups(planned))
     return
   workdir = pathlib.Path(values.workdir).expanduser()
-  for place in {config.data.path for config in configs}:
-    files.require_outside(workdir, place)
-  files.prepare(workdir)
-  # Before anything is written: a training that works in the folder must find it as it was.
-  with writer.hold(workdir, lambda text: console.print(text, markup=False), index, number):
-    secret = _secret(workdir, configs)
-    table.begin(workdir, base, points, values.seed_axes, **_notes())
+  with opening.hold(console, workdir, sweep, noise_key(), (index, number)) as secret:
     if not values.submit:
-      _run(console, workdir, base, points, configs, numbers, secret)
+      _run(console, workdir, sweep, numbers, secret)
   if values.submit:
     _submit(workdir, min(values.shards, len(points)))
-
-
-def _secret(workdir: pathlib.Path, configs: Sequence[Config]) -> bytes:
-  """The secret of a sweep with private points, which its folder keeps; b"" without any."""
-  from fedjax_med.folder import secret as secrets
-  from fedjax_med.sweep import table
-
-  if not any(secrets.is_private(config) for config in configs):
-    require_company("noise_key", False, "a private point")
-    return b""
-  if (workdir / "config.json").exists():  # a run, which ``table.begin`` refuses
-    return b""
-  # Before the definition: whoever finds that finds the secret, also another shard.
-  return secrets.folder_secret(workdir, noise_key(), (workdir / table.DEFINITION).exists())
-
-
-def _notes() -> dict[str, Any]:
-  """Notes beside the definition of the sweep: its command and the versions of packages."""
-  packages = ("jax", "flax", "dp-accounting")
-  return {
-    "command": command_line(["python", "-m", "fedjax_med.sweep", *sys.argv[1:]]),
-    "versions": {package: importlib.metadata.version(package) for package in packages},
-  }
 
 
 def _submit(workdir: pathlib.Path, shards: int) -> None:
@@ -216,19 +187,13 @@ def _submit(workdir: pathlib.Path, shards: int) -> None:
 
 
 def _run(
-  console: Console,
-  workdir: pathlib.Path,
-  base: Config,
-  points: Sequence[grid.Point],
-  configs: Sequence[Config],
-  numbers: Sequence[int],
-  secret: bytes,
+  console: Console, workdir: pathlib.Path, sweep: "Sweep", numbers: Sequence[int], secret: bytes
 ) -> None:
   """Runs the points ``numbers`` that have not ended, and writes the table if they are all."""
   from fedjax_med.sweep import progress, table
   from fedjax_med.sweep.missing import Selection, run_missing
 
-  values, started = flags.FLAGS, time.monotonic()
+  values, started, points = flags.FLAGS, time.monotonic(), sweep.points
   finished = {k for k in numbers if table.done(workdir, k)}
   require(
     not finished or values.resume,
@@ -238,9 +203,9 @@ def _run(
   run_missing(
     console,
     workdir,
-    Selection(points=points, configs=configs, numbers=numbers),
+    Selection(points=points, configs=sweep.configs, numbers=numbers),
     name=pathlib.Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem,
-    command_of=lambda each: _command(base, configs[each.key.number]),
+    command_of=lambda each: _command(sweep.base, sweep.configs[each.key.number]),
     secret=secret,
     at_once=values.points_at_once,
   )

@@ -90,7 +90,7 @@ def points(
     random: axes drawn at random, ``trials`` times together, crossed with the others.
     trials: number of random draws.
     random_seed: of those.
-    listed: points made by a sweep file, crossed with the others.
+    listed: points by themselves, such as those of a sweep file, crossed with the others.
 
   Raises:
     UserError: an axis breaks its rule, or a field has two axes.
@@ -201,4 +201,4 @@ def _value(text: str, kind: type, where: str) -> Any:
 
 def _check_type(name: str, value: Any, kind: type) -> None:
   fits = type(value) is kind or (kind is float and type(value) is int)
-  require(fits, f"{name}={value!r} of the sweep file is no {kind.__name__}", "correct the file")
+  require(fits, f"{name}={value!r} of a point is no {kind.__name__}", "correct the point")

@@ -148,7 +148,7 @@ def files_in(place: pathlib.Path) -> list[File]:
 def read_pictures(trained: Trained, files: Sequence[File]) -> Iterator[Picture]:
   """Reads files as the training did: one grey channel, the same size, window and least size."""
   data, grey = trained.config.data, trained.grey
-  least = data.min_size if source_named(data.source).reads_files else 1
+  least = data.min_size if source_named(data.source).facts.reads_files else 1
   read_raw = trained.modality.read
 
   def read(file: File) -> Picture:

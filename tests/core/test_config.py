@@ -55,7 +55,7 @@ def test_unknown_choices_are_answered_with_the_nearest(path):
 def test_every_number_has_a_range_and_every_name_its_choices_unless_a_registry_has_them():
   free = {"data.path", "data.cache_dir", "data.patient_pattern", "model.name", "server.algorithm"}
   free |= {"server.personal_layers", "data.layout", "data.positive", "data.window"}
-  free |= {"execution.compilation_cache", "model.pretrained"}
+  free |= {"execution.compilation_cache", "model.pretrained", "data.source"}
   bare = {path for path, field in FIELDS.items() if not field.choices and field.bounds is None}
   assert {path for path in bare if FIELDS[path].kind is not bool} == free
   assert [path for path in NUMBERS if FIELDS[path].kind not in (int, float)] == []

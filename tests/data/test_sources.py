@@ -7,8 +7,9 @@ import sys
 import numpy as np
 import pytest
 
-from fedjax_med.core.config import DataConfig, declared
+from fedjax_med.core.config import DataConfig
 from fedjax_med.core.errors import UserError
+from fedjax_med.core.source_facts import SOURCE_FACTS
 from fedjax_med.data.hospitals import split_with_duplicates
 from fedjax_med.data.modality import MODALITIES, PICTURES, modality_named, modality_of
 from fedjax_med.data.sources import SOURCES, Source, load_dataset, source_named
@@ -16,7 +17,7 @@ from fedjax_med.sweep.points import image_fields
 
 
 def test_every_source_that_a_configuration_may_name_is_there():
-  assert set(SOURCES) == set(declared()["data.source"].choices)
+  assert {name: source.facts for name, source in SOURCES.items()} == SOURCE_FACTS
 
 
 def test_an_unknown_source_or_modality_is_named_with_the_nearest():

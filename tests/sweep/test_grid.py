@@ -99,7 +99,7 @@ def test_points_of_a_file_are_crossed_with_the_axes():
     ({"together": ["seed=0:2", f"{SIGMA}=1"]}, "axes of --zip have 2 seed, 1 privacy"),
     ({"random": [f"{RATE}=log:1e-3:1"]}, "--random needs --trials, which is 0"),
     ({"grid": ["seed=0:2"], "trials": 3}, "--trials=3 without --random"),
-    ({"listed": [{SIGMA: "high"}]}, "of the sweep file is no float"),
+    ({"listed": [{SIGMA: "high"}]}, "of a point is no float; correct the point"),
     ({"listed": [{"sigma": 1.0}]}, "axis 'sigma' is no field"),
   ],
 )
