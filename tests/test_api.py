@@ -148,6 +148,7 @@ def test_a_workdir_gets_all_files_and_is_resumed(tmp_path):
   assert whole.workdir == tmp_path / "run"
   for name in ("config.json", "privacy_statement.md", "report.html", "summary.json"):
     assert (tmp_path / "run" / name).exists()
+  assert whole.workdir is not None
   command = json.loads((whole.workdir / "config.json").read_text())["command"]
   assert command == f"fedjax_med.simulate(config, {str(whole.workdir)!r})"
 

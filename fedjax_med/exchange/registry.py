@@ -52,7 +52,9 @@ def transform_names(config: Config) -> list[str]:
 
 def exchange_code(config: Config) -> list[str]:
   """Digests of the sources of registered transforms and aggregators; "" for this package's own."""
-  parts = [(f"transform '{name}'", TRANSFORMS[name]) for name in transform_names(config)]
+  parts: list[tuple[str, Any]] = [
+    (f"transform '{name}'", TRANSFORMS[name]) for name in transform_names(config)
+  ]
   name = config.server.aggregator
   parts.append((f"aggregator '{name}'", AGGREGATORS[name]))
   return [source_digest(make, what) for what, make in parts]

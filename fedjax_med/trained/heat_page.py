@@ -190,7 +190,7 @@ def _require_may_show(trained: Trained, given: bool, data_path: str, show_patien
     "leave it out",
   )
   require(
-    source.reads_files or not data_path,
+    source.facts.reads_files or not data_path,
     f"--data_path={data_path} is read for runs on files only, and this one made {name}",
     "leave it out",
   )

@@ -193,7 +193,7 @@ def test_no_summary_stands_without_its_statement_while_baselines_join_the_result
 
 def test_a_point_of_a_sweep_killed_at_every_write_understates_nothing(experiments, ended, tmp_path):
   (experiment, _), (source, _, outcome) = experiments, ended
-  trained = runner.Trained(outcome=outcome, lines=metrics(source))
+  trained = runner.EndedRun(outcome=outcome, lines=metrics(source))
   layout = Layout(chunks=[], size=1, at_once=1, mesh=None)
 
   def write(folder):
