@@ -11,7 +11,7 @@ A notebook needs these names:
 
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.3.0.dev0"
+__version__ = "0.3.0.dev1"
 
 # Functions are not named ``train``, ``run``, ``report`` or ``sweep``: those are modules.
 __all__ = [
