@@ -58,12 +58,9 @@ def add_metric(task: str, metric: Metric) -> None:
   require(metric.value is not None, f"{where} has no value", "give Metric(value=...) a function")
   kept = [one for one in known.shown if one.name != metric.name]
   same = [one for one in known.shown if one.name == metric.name]
+  bare = metric._replace(value=None)
   require(
-    all(
-      one._replace(value=None) == metric._replace(value=None)
-      and read_again(one.value, metric.value)
-      for one in same
-    ),
+    all(one._replace(value=None) == bare and read_again(one.value, metric.value) for one in same),
     f"{where} is there already",
     "choose another name",
   )

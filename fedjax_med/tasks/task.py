@@ -1,7 +1,8 @@
 """The records of a task: what a network predicts, and the metrics and figures that show how well.
 
-A metric is one ``Metric`` in ``Task.shown``, with its value there or in ``Task.metrics``. The terminal, the
-figures, the reports, the tables of a sweep and ``fedjax_med.study`` list metrics by ``shown`` only.
+A metric is one ``Metric`` in ``Task.shown``, with its value there or in ``Task.metrics``. The
+terminal, the figures, the reports, the tables of a sweep and ``fedjax_med.study`` list metrics by
+``shown`` only.
 """
 
 import enum
