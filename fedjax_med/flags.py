@@ -24,6 +24,7 @@ from fedjax_med.core import presets
 from fedjax_med.core.config import Config, declared, sections
 from fedjax_med.core.errors import UserError, nearest, require
 from fedjax_med.core.presets import KINDS, check_values, drop_inherited, nearest_field, read_preset
+from fedjax_med.core.registered import listed
 from fedjax_med.core.text import use_any_terminal, visible
 from fedjax_med.core.validation import validate
 
@@ -175,7 +176,7 @@ def help_text(main: Callable[[list[str]], None]) -> str:
       lines += ["", f"{section}: {doc.splitlines()[0]}"]
     lines += [f"  --config.{path}={field.default}  ({field.kind.__name__})"]
     rules = " and ".join(rule.wording for rule in field.read)
-    lines += _indented(field.doc + (f" Read with {rules}." if rules else ""))
+    lines += _indented(field.doc + (f" Read with {rules}." if rules else "") + listed(path))
   return "\n".join(lines)
 
 

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from fedjax_med.core.config import DataConfig
 from fedjax_med.core.errors import require, require_choice
+from fedjax_med.core.registered import add_name
 from fedjax_med.core.source_facts import SOURCE_FACTS, SourceFacts
 from fedjax_med.core.sources import read_again
 from fedjax_med.data.builders import load_builder
@@ -53,6 +54,7 @@ def register(name: str, source: Source) -> None:
     "choose another name",
   )
   SOURCES[name], SOURCE_FACTS[name] = source, source.facts
+  add_name("data.source", name)
 
 
 def load_dataset(data: DataConfig) -> Dataset:

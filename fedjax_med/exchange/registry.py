@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 from fedjax_med.core.config import Config
 from fedjax_med.core.errors import require, require_choice
+from fedjax_med.core.registered import add_name
 from fedjax_med.core.sources import read_again, source_digest
 from fedjax_med.exchange.aggregator import Aggregator, equal_sum, mean
 from fedjax_med.exchange.clip_and_noise import clip_and_noise
@@ -31,12 +32,14 @@ def register_transform(name: str, make: Callable[[], Transform]) -> None:
   require("," not in name, f"transform '{name}' has a comma", "choose another name")
   _require_free("transform", name, TRANSFORMS.get(name, make), make)
   TRANSFORMS[name] = make
+  add_name("server.transforms", name)
 
 
 def register_aggregator(name: str, make: Callable[[], Aggregator]) -> None:
   """Adds an aggregator that configs can name; UserError if the name is taken by another one."""
   _require_free("aggregator", name, AGGREGATORS.get(name, make), make)
   AGGREGATORS[name] = make
+  add_name("server.aggregator", name)
 
 
 def _require_free(kind: str, name: str, known: Any, make: Any) -> None:

@@ -8,6 +8,7 @@ import optax
 
 from fedjax_med.core.config import Config, add_options, algorithm_options
 from fedjax_med.core.errors import require, require_choice
+from fedjax_med.core.registered import add_name
 from fedjax_med.core.sources import read_again, source_digest
 from fedjax_med.federated.algorithm import FederatedAlgorithm
 from fedjax_med.federated.fedavg import fedavg
@@ -106,6 +107,7 @@ def register(name: str, entry: Entry) -> None:
   if entry.options is not None:
     add_options(name, entry.options)
   ALGORITHMS[name] = entry
+  add_name("server.algorithm", name)
 
 
 def algorithm_code(name: str) -> str:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from fedjax_med.core.config import ModelConfig
 from fedjax_med.core.errors import require, require_choice
+from fedjax_med.core.registered import add_name
 from fedjax_med.core.sources import read_again, source_digest
 from fedjax_med.models import ops
 from fedjax_med.models.model import Model, from_flax
@@ -66,6 +67,7 @@ def register(name: str, constructor: Callable[..., nn.Module]) -> None:
     "choose another name",
   )
   MODELS[name] = constructor
+  add_name("model.name", name)
 
 
 def code_of(name: str) -> str:

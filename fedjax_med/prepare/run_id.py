@@ -20,7 +20,7 @@ from fedjax_med.federated.registry import algorithm_code
 from fedjax_med.models.networks.pretrained import load_safetensors
 from fedjax_med.models.registry import code_of
 from fedjax_med.privacy.guarantees import Guarantee
-from fedjax_med.tasks.registry import task_named
+from fedjax_med.tasks.registry import task_code, task_named
 
 # Packages whose version may move a mechanism, a draw or a rounding.
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "scipy", "dp-accounting")
@@ -59,7 +59,7 @@ def identify(
     secret: of a private run, and of its baselines; b"" without one.
   """
   content = {
-    "config": _shaping(config),
+    "config": _shaping(config, hospitals.dataset.task),
     "data": _data_digest(hospitals, table),
     "names": names,
   }
@@ -93,7 +93,7 @@ def sources_digest() -> str:
   return sha.hexdigest()
 
 
-def _shaping(config: Config) -> dict[str, Any]:
+def _shaping(config: Config, task: str) -> dict[str, Any]:
   """The part of a config that shapes the trajectory: ``Field.shapes_run`` says of which fields."""
   fields = declared()
   shaping = {p: v for p, v in flat(to_dict(config)).items() if fields[p].shapes_run(config)}
@@ -102,7 +102,7 @@ def _shaping(config: Config) -> dict[str, Any]:
     shaping["model.pretrained_sha256"] = load_safetensors(config.model.pretrained).sha256
   # Other code is another training, and must have other noise.
   codes = [code_of(config.model.name), algorithm_code(config.server.algorithm)]
-  codes += [code for code in exchange_code(config) if code]
+  codes += [code for code in (*exchange_code(config), task_code(task)) if code]
   shaping["code"] = [__version__, codes[0], *filter(None, codes[1:])]
   return nested(shaping)
 

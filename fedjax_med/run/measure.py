@@ -79,11 +79,11 @@ def measure(
     experiment.hospitals.names, np.split(np.arange(len(rows)), ends[:-1]), strict=True
   ):
     part_targets = jax.tree.map(lambda leaf, part=part: leaf[part], targets)
-    line = {"name": name, **task.metrics(probabilities[part], part_targets)}
+    line = {"name": name, **task.measure(probabilities[part], part_targets)}
     clients.append({**line, "epsilon": by_name.get(name)} if by_name else line)
   return LogPoint(
     rounds=rounds,
-    test=task.metrics(probabilities, targets),
+    test=task.measure(probabilities, targets),
     clients=clients,
     probabilities=probabilities,
     epsilons=epsilons,

@@ -1,7 +1,8 @@
 """The records of a task: what a network predicts, and the metrics and figures that show how well.
 
-A metric is one ``Metric`` in ``Task.shown`` and its value in ``Task.metrics``. The terminal, the
-figures, the reports, the tables of a sweep and ``fedjax_med.study`` list metrics by ``shown`` only.
+A metric is one ``Metric`` in ``Task.shown``, with its value there or in ``Task.metrics``. The
+terminal, the figures, the reports, the tables of a sweep and ``fedjax_med.study`` list metrics by
+``shown`` only.
 """
 
 import enum
@@ -44,6 +45,8 @@ class Metric(NamedTuple):
     of: all (examples); positive (the positive class of two, an average over three or more); or
       classes (an average over three or more classes).
     places: where it is shown besides the places that show all metrics.
+    value: (predictions, targets) -> its value, None where it is undefined; None where
+      ``Task.metrics`` gives the value. Called with one or more predictions, all of them finite.
   """
 
   name: str
@@ -53,6 +56,7 @@ class Metric(NamedTuple):
   bounds: tuple[float, float] = (-math.inf, math.inf)
   of: str = "all"
   places: frozenset[Place] = EVERYWHERE
+  value: Callable[[np.ndarray, Any], float | None] | None = None
 
   @property
   def heading(self) -> str:
@@ -119,7 +123,8 @@ class Task(NamedTuple):
     tally: (outputs, targets) -> [B] score of each training example, 0 to 1 and the higher the
       better. Its mean is in the lines of the local training, and weighs updates under fedxnet.
     tallied: the name of that mean.
-    metrics: (predictions, targets) -> values by name, None where undefined, and n.
+    metrics: (predictions, targets) -> values by name, None where undefined, and n; of the metrics
+      without a ``value`` of their own.
     details: (predictions, targets) -> what else summary.json holds of the predictions.
     problem: (summary.json, class names) -> what is wrong with the details; empty if nothing is.
     shown: the metrics, the headline first.
@@ -152,6 +157,15 @@ class Task(NamedTuple):
   def headline(self) -> Metric:
     """The metric by which runs are compared first."""
     return self.shown[0]
+
+  def measure(self, predictions: np.ndarray, targets: Any) -> dict[str, Any]:
+    """Returns n and the values of all metrics by name, None where undefined."""
+    values = self.metrics(predictions, targets)
+    usable = len(predictions) > 0 and bool(np.isfinite(predictions).all())
+    more = {metric.name: metric.value for metric in self.shown if metric.value is not None}
+    return values | {
+      name: value(predictions, targets) if usable else None for name, value in more.items()
+    }
 
   def metrics_in(self, place: Place) -> tuple[Metric, ...]:
     """The metrics that are shown in a place."""
