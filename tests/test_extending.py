@@ -14,6 +14,7 @@ import runpy
 import subprocess
 import sys
 
+import jax
 import pytest
 
 import fedjax_med
@@ -26,6 +27,7 @@ from fedjax_med.federated import registry as algorithms
 from fedjax_med.models import registry as networks
 from fedjax_med.tasks import registry as tasks
 from fedjax_med.tasks.task import Metric
+from tests.exchange import test_conformance as exchange_promises
 from tests.federated import test_conformance as algorithm_promises
 from tests.models import test_conformance as network_promises
 
@@ -99,6 +101,8 @@ def test_help_lists_what_a_preset_registers(preset):
     ("data.source", "stripes"),
     ("model.name", "net"),
     ("server.algorithm", "cautious"),
+    ("server.transforms", "coarse"),
+    ("server.aggregator", "bounded"),
   ):
     _, _, after = text.partition(f"--config.{field}=")
     assert f"Registered here: {name}." in after.partition("--config.")[0]
@@ -129,6 +133,12 @@ def test_files_report_and_statement_are_of_the_parts(ran):
     assert text in page
   assert "AUROC" not in page
   statement = (folder / "privacy_statement.md").read_text(encoding="utf-8")
+  assert "Updates pass through coarse on their way. The server sees each update" in statement
+  assert "joins them by bounded" in statement
+  numbers = sum(leaf.size for leaf in jax.tree.leaves(result.weights["params"]))
+  visits = 2 * 3  # rounds and hospitals; 4 bytes a number down, 2 up
+  megabytes = json.loads((folder / "summary.json").read_text())["megabytes"]
+  assert megabytes == pytest.approx(visits * (4 + 2) * numbers / 1e6, abs=1e-6)
   assert f"{result.epsilon_max:.2f}"[:3] in statement
 
 
@@ -158,6 +168,32 @@ def test_the_algorithm_keeps(preset, promise, private):
 @pytest.mark.parametrize("promise", NETWORK_PROMISES)
 def test_the_network_keeps(preset, promise):
   getattr(network_promises, promise)("net", **NETWORK_PROMISES[promise])
+
+
+EXCHANGE_PROMISES = {
+  "test_a_message_without_weight_counts_exactly_nothing_whatever_it_holds": "bounded",
+  "test_the_order_of_clients_does_not_matter_and_equal_updates_are_their_own_aggregate": "bounded",
+  "test_parts_of_a_linear_aggregator_add_up": "bounded",
+  "test_no_message_is_larger_than_the_update_it_stands_for": "coarse",
+}
+
+
+@pytest.mark.parametrize("promise", EXCHANGE_PROMISES)
+def test_transform_and_aggregator_keep(preset, promise):
+  getattr(exchange_promises, promise)(EXCHANGE_PROMISES[promise])
+
+
+def test_rounds_with_transform_and_aggregator_keep_their_promises(preset):
+  made = exchanges.Exchange(
+    transform=exchanges.chain(exchanges.TRANSFORMS["coarse"]()),
+    aggregator=exchanges.AGGREGATORS["bounded"](),
+  )
+  for promise in (
+    exchange_promises.check_resumed_rounds,
+    exchange_promises.check_absent_clients,
+    exchange_promises.check_learning,
+  ):
+    promise(made)
 
 
 def test_a_preset_read_once_more_changes_nothing_and_other_parts_of_a_name_are_refused(preset):
