@@ -9,10 +9,10 @@ import pytest
 from fedjax_med.audit.likelihood_ratio import best_threshold, thresholds_of
 from fedjax_med.audit.planted_hospital import hospital_trials
 from fedjax_med.core.keys import base_key
+from fedjax_med.exchange import clip_and_noise as clipping
 from fedjax_med.privacy.accounting import epsilon
 from fedjax_med.privacy.client_level import ClientLevel
 from fedjax_med.privacy.mechanism import PoissonGaussian
-from fedjax_med.simulation import rounds as simulation
 from tests.federated.toy import make_hyper
 
 ROUNDS, DELTA, LEVEL, TRIALS = 5, 1e-2, 0.05, 3000
@@ -54,7 +54,7 @@ def test_the_bound_from_below_stays_under_the_claim_and_exceeds_it_without_noise
 
 
 def test_an_update_that_is_not_clipped_is_caught(monkeypatch):
-  monkeypatch.setattr(simulation, "clip_update", lambda update, clip_norm: (update, jnp.float32(1)))
+  monkeypatch.setattr(clipping, "clip_update", lambda update, clip_norm: (update, jnp.float32(1)))
   lower, claimed = bound(FULL, settings(FULL, 2.5))
   assert lower > claimed
 

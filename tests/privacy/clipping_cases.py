@@ -179,6 +179,16 @@ def program(method: str, name: str, lowering: Lowering = "auto", rows_per_unit: 
   return jax.jit(run)
 
 
+def jitted(method: str, model: Any, loss: Any) -> Any:
+  """Jitted: (params, state, inputs, labels, mask, C, key) -> (clipped sum, metrics)."""
+
+  def run(params, state, inputs, labels, mask, clip_norm, key):
+    rows = Rows(inputs, labels, mask)
+    return clipped_sum(method, model, loss, params, state, rows, clip_norm, key)
+
+  return jax.jit(run)
+
+
 EVERY = np.ones(6, bool)
 # Every method that covers the case: layers in a loop have no record of their own.
 PAIRS = [

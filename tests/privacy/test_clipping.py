@@ -1,7 +1,5 @@
 """Clipped sums equal a plain loop over examples of stock Flax and jax.grad."""
 
-import functools
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -10,7 +8,7 @@ import pytest
 
 from fedjax_med.models.gradients import keeps_factors
 from fedjax_med.models.model import from_flax
-from fedjax_med.privacy.clipping import METHODS, clipped_sum
+from fedjax_med.privacy.clipping import METHODS
 from tests.privacy.clipping_cases import (
   EVERY,
   NUM_CLASSES,
@@ -20,6 +18,7 @@ from tests.privacy.clipping_cases import (
   conv,
   every_pair,
   gradients,
+  jitted,
   loop,
   loss,
   norms_of,
@@ -94,7 +93,7 @@ def test_bfloat16_carries_a_contribution_past_the_clip_norm_by_its_rounding_only
   # Stock normalisation promotes bfloat16 with float32, which strict promotion forbids.
   with jax.numpy_dtype_promotion("standard"):
     params, state = jax.jit(model.init)(jax.random.key(1), inputs[:1])
-    run = jax.jit(functools.partial(clipped_sum, method, model, loss))
+    run = jitted(method, model, loss)
     for row in range(4):
       mask = jnp.arange(4) == row
       total, metrics = run(params, state, inputs, jnp.zeros(4, jnp.int32), mask, 0.01, None)
@@ -113,7 +112,7 @@ def test_a_zero_gradient_stays_zero_and_finite():
     return 0.0 * logits.sum(-1) + labels.astype(jnp.float32)
 
   for method in METHODS:
-    run = jax.jit(functools.partial(clipped_sum, method, model, flat))
+    run = jitted(method, model, flat)
     total, metrics = run(params, state, inputs, labels, mask, 1.0, None)
     assert all((np.asarray(x) == 0).all() for x in jax.tree.leaves((total, metrics.norm)))
 
@@ -124,7 +123,7 @@ def test_dropout_draws_from_the_key(method):
   inputs, labels = jax.random.normal(jax.random.key(2), (4, 5)), jnp.zeros(4, jnp.int32)
   params, state = model.init(jax.random.key(0), inputs[:1])
 
-  compiled = jax.jit(functools.partial(clipped_sum, method, model, loss))
+  compiled = jitted(method, model, loss)
 
   def run(seed):
     return compiled(params, state, inputs, labels, jnp.ones(4, bool), 0.5, jax.random.key(seed))
@@ -155,6 +154,6 @@ def test_an_example_whose_positions_cancel_contributes_at_most_the_clip_norm(spr
     del labels
     return (logits * cotangent).sum(1)
 
-  run = jax.jit(functools.partial(clipped_sum, method, model, linear))
+  run = jitted(method, model, linear)
   total, _ = run(params, state, inputs, jnp.zeros(1, jnp.int32), jnp.ones(1, bool), 1.0, None)
   assert norms_of([jax.tree.map(np.float64, total)])[0] <= 1 + 1e-5

@@ -14,6 +14,7 @@ from fedjax_med.core.rounding import NORM_SLACK
 from fedjax_med.models.gradients import keeps_factors
 from fedjax_med.models.model import from_flax
 from fedjax_med.privacy.clipping import METHODS, Rows, clipped_sum
+from tests.privacy.clipping_cases import jitted
 
 SMALL = np.sqrt(0.49 * 2.0**-23)  # added to 1, its square is rounded away
 
@@ -215,7 +216,7 @@ def test_a_backward_pass_that_cancels_does_not_reach_past_the_clip_norm(method):
   def linear(logits, cotangents):
     return (logits * cotangents).sum(1)
 
-  run = jax.jit(functools.partial(clipped_sum, method, model, linear))
+  run = jitted(method, model, linear)
   for scale in np.linspace(1, 2, 20):
     cotangent = np.float32(scale) * np.abs(weights[:, ::-1])
     total, _ = run(params, state, inputs, jnp.asarray(cotangent), jnp.ones(1, bool), 1.0, None)
