@@ -34,4 +34,5 @@ def clip_and_noise(clip_norm: float) -> Transform:
     init_server=lambda message: jnp.asarray(clip_norm, jnp.float32),
     norm=lambda bound: clip_norm if bound is None else min(bound, clip_norm),
     answers_nobody=True,
+    clients=True,
   )

@@ -81,6 +81,18 @@ def make_exchange(config: Config) -> Exchange:
       " its sensitivity to one hospital's update is not known",
       "use server.aggregator=mean",
     )
+    open_ones = [
+      name
+      for name, transform in zip(transform_names(config), transforms, strict=True)
+      if not transform.clients
+    ]
+    require(
+      not open_ones,
+      f"server.transforms='{config.server.transforms}': {', '.join(open_ones)} is not declared"
+      " private for hospitals: what it counts at the server may be read off single updates, without"
+      " noise",
+      "leave it out, or use client_privacy.mechanism=none",
+    )
     return private_exchange(config.client_privacy.clip_norm, *transforms)
   transform = chain(*transforms)
   require(

@@ -88,6 +88,8 @@ class Transform(NamedTuple):
     norm: l2 bound on the vector before ``encode`` -> bound after it, or None where there is none.
     trust: what the server sees if this transform is the last: EACH or SUM.
     answers_nobody: whether a round in which nobody takes part moves the model, as noise does.
+    clients: whether DP-FedAvg covers it: ``decode`` reads nothing of the clients but what was
+      noised, so that its tally must be empty.
   """
 
   encode: Callable[[ClientDelta, Tree, Tree, Sender], tuple[ClientDelta, Tree, Tree]]
@@ -98,6 +100,7 @@ class Transform(NamedTuple):
   norm: Callable[[float | None], float | None] = lambda bound: None
   trust: str = EACH
   answers_nobody: bool = False
+  clients: bool = False
 
 
 def chain(*transforms: Transform) -> Transform:
@@ -141,4 +144,5 @@ def chain(*transforms: Transform) -> Transform:
     norm=norm,
     trust=SUM if any(transform.trust == SUM for transform in transforms) else EACH,
     answers_nobody=any(transform.answers_nobody for transform in transforms),
+    clients=all(transform.clients for transform in transforms),
   )

@@ -175,6 +175,11 @@ def test_client_level_privacy_takes_the_mean_alone_and_clips_after_every_transfo
   with pytest.raises(UserError, match=r"'middle' with client_privacy.* is not known; use .*=mean"):
     make_exchange(private)
   private.server.aggregator, private.server.transforms = "mean", "halved"
+  with pytest.raises(
+    UserError, match=r"halved is not declared private for hospitals.*; leave it out"
+  ):
+    make_exchange(private)
+  private.server.transforms = "identity"
   exchange = make_exchange(private)
   assert exchange.transform.norm(None) == private.client_privacy.clip_norm
   assert exchange.transform.answers_nobody
