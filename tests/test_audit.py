@@ -56,12 +56,12 @@ def test_an_audit_that_could_have_refuted_the_claim_agrees_with_it():
 @pytest.mark.slow
 def test_shadow_runs_that_fail_do_not_lose_the_audit_before_them(tmp_path):
   start = (
-    "from fedjax_med import audit, flags\n"
-    "from fedjax_med.experiment import shadows\n"
+    "from fedjax_med import flags\n"
+    "from fedjax_med.audit import __main__ as door, shadow_models\n"
     "def fails(_):\n"
     "  raise MemoryError('the device is full')\n"
-    "shadows.attack = fails\n"
-    "flags.run_main(audit.main)\n"
+    "shadow_models.attack = fails\n"
+    "flags.run_main(door.main)\n"
   )
   folder = f"--workdir={tmp_path / 'run'}"
   assert smoke(("-m", "fedjax_med.train"), folder).returncode == 0
