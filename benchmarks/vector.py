@@ -1,11 +1,12 @@
 """What one vector costs and gains: compile time, step time and memory before and after it.
 
-Two checkouts are compared, one with weights as trees (--before) and this one, and in this one local
-steps on the network's arrays and on the vector. Every figure is from a process of its own, pinned
-to one core, without a compilation cache; checkouts take turns. Prints one JSON object on stdout.
+Checkouts are compared: those given by --against, the first of which the ratios are over, and this
+one. Every figure is from a process of its own, pinned to one core, without a compilation cache;
+checkouts take turns.
 
-Example: git worktree add /tmp/before 4553602
-  python -m benchmarks.vector --before=/tmp/before --json
+Example: git worktree add /tmp/arrays 4553602 && git worktree add /tmp/inside 428a0b4
+  python -m benchmarks.vector --against before=/tmp/arrays --against vector_inside=/tmp/inside \
+    --repeats 3 --json
 """
 
 import json
@@ -28,9 +29,8 @@ import json, sys, time
 import jax
 from benchmarks import specs
 from benchmarks.workloads import Ours
-workload, private, rounds, vector = json.loads(sys.argv[1])
-options = {} if vector is None else {"steps_on_vector": vector}
-ours = Ours(specs.WORKLOADS[workload], private, "scan", 1, **options)
+workload, private, rounds = json.loads(sys.argv[1])
+ours = Ours(specs.WORKLOADS[workload], private, "scan", 1)
 ours.run(rounds)
 times = []
 for _ in range(3):
@@ -43,12 +43,10 @@ print(json.dumps({"compile_s": ours.compile_s, "round_s": min(times) / rounds,
 """
 
 
-def measure(
-  checkout: pathlib.Path, case: tuple[str, bool], vector: bool | None
-) -> dict[str, float]:
+def measure(checkout: pathlib.Path, case: tuple[str, bool]) -> dict[str, float]:
   """Compile seconds, seconds of a round and working memory, in a process of its own."""
   workload, private = case
-  arguments = json.dumps([workload, private, ROUNDS[workload], vector])
+  arguments = json.dumps([workload, private, ROUNDS[workload]])
   core = str(max(os.sched_getaffinity(0)))
   done = subprocess.run(
     ["taskset", "-c", core, sys.executable, "-c", ONE, arguments],
@@ -66,31 +64,40 @@ def measure(
 
 def main() -> None:
   parser = common.parser(__doc__ or "")
-  parser.add_argument("--before", required=True, help="Checkout of the commit before the vector.")
+  parser.add_argument(
+    "--against", required=True, action="append", metavar="NAME=FOLDER", help="An earlier checkout."
+  )
   options = parser.parse_args()
-  before = pathlib.Path(options.before).resolve()
-  systems = {"before": (before, None), "arrays": (ROOT, False), "vector": (ROOT, True)}
-  result: dict[str, Any] = common.envelope("vector") | {"cases": {}}
+  named = [each.split("=", 1) for each in options.against]
+  checkouts = {name: pathlib.Path(folder).resolve() for name, folder in named} | {"now": ROOT}
+  result: dict[str, Any] = common.envelope("vector") | {"over": named[0][0], "cases": {}}
   for case in CASES:
-    found: dict[str, list[dict[str, float]]] = {name: [] for name in systems}
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in checkouts}
     for _ in range(options.repeats):
-      for name, (checkout, vector) in systems.items():
-        found[name].append(measure(checkout, case, vector))
+      for name, checkout in checkouts.items():
+        found[name].append(measure(checkout, case))
         common.say(f"{case} {name} {found[name][-1]}")
-    best = {
-      name: {key: min(run[key] for run in runs) for key in runs[0]} for name, runs in found.items()
-    }
-    ratios = {
-      name: {key: round(best[name][key] / best["before"][key], 3) for key in best[name]}
-      for name in ("arrays", "vector")
-    }
-    spread = {
-      name: {key: statistics.pstdev(run[key] for run in runs) for key in runs[0]}
-      for name, runs in found.items()
-    }
     label = f"{case[0]} {'private' if case[1] else 'plain'}"
-    result["cases"][label] = {"best": best, "over_before": ratios, "deviation": spread}
+    result["cases"][label] = _summary(found, named[0][0])
   common.finish(result, options)
+
+
+def _summary(found: dict[str, list[dict[str, float]]], base: str) -> dict[str, Any]:
+  """Least figures of each checkout, their ratios to the base's, and their spread."""
+  keys = found[base][0].keys()
+  best = {
+    name: {key: min(run[key] for run in runs) for key in keys} for name, runs in found.items()
+  }
+  return {
+    "best": best,
+    "ratio": {
+      name: {key: round(best[name][key] / best[base][key], 3) for key in keys} for name in best
+    },
+    "deviation": {
+      name: {key: statistics.pstdev(run[key] for run in runs) for key in keys}
+      for name, runs in found.items()
+    },
+  }
 
 
 if __name__ == "__main__":

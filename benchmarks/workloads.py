@@ -83,15 +83,8 @@ class Ours:
     settings: the plan in words.
   """
 
-  def __init__(
-    self,
-    workload: specs.Workload,
-    private: bool,
-    layout: str = "auto",
-    chunk: int = 1,
-    steps_on_vector: bool | None = None,
-  ):
-    program = _build(workload, private, layout, chunk, steps_on_vector)
+  def __init__(self, workload: specs.Workload, private: bool, layout: str = "auto", chunk: int = 1):
+    program = _build(workload, private, layout, chunk)
     self._clients, self._hyper, self._pool = program.clients, program.hyper, program.pool
     self._state, self._put, self.settings = program.state, program.put, program.settings
     start = time.perf_counter()
@@ -129,9 +122,7 @@ def make_model(
   return registry.create_model(config, workload.num_classes, chosen), reason
 
 
-def _build(
-  workload: specs.Workload, private: bool, layout: str, chunk: int, steps_on_vector: bool | None
-) -> _Program:
+def _build(workload: specs.Workload, private: bool, layout: str, chunk: int) -> _Program:
   rate = workload.cohort / workload.num_clients
   # A cohort is a Poisson draw here: the examples really seen are what times are divided by.
   cohort_cap = None if rate == 1 else batch_size_bound(workload.num_clients, rate, 5)
@@ -174,7 +165,6 @@ def _build(
     # With a Poisson cohort the absent slots of a chunk must be able to do nothing.
     None if cohort_cap else workload.steps,
     vectors,
-    steps_on_vector=private if steps_on_vector is None else steps_on_vector,
   )
   algorithm = create_algorithm(
     "fedavg", train, server_optimizer("sgd", 0.0), average=False, records=private

@@ -1,7 +1,7 @@
 """Local training at one client: draw a batch, take a (private) gradient, step the optimiser."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -21,7 +21,7 @@ from fedjax_med.federated.algorithm import (
 )
 from fedjax_med.federated.losses import Loss, class_logits, with_penalties
 from fedjax_med.federated.optimizers import descend
-from fedjax_med.federated.vector import Layout, NetworkLayout, merge, ravel, select, unravel
+from fedjax_med.federated.vector import Layout, NetworkLayout, ravel, unravel
 from fedjax_med.models.model import Model
 from fedjax_med.privacy.banded import banded_batch, correlated_mean, empty_memory
 from fedjax_med.privacy.clipping import Rows, clipped_sum
@@ -52,7 +52,7 @@ class StepContext(NamedTuple):
 
 
 # (params, state, memory, context) -> (gradient, new state, new memory, RoundMetrics of this step).
-# params and state are the network's trees. The gradient is a tree like params, or its vector.
+# params and state are the network's trees. The gradient is a tree like params, or as a vector.
 Gradient = Callable[[Tree, Tree, Tree, StepContext], tuple[Tree, Tree, Tree, RoundMetrics]]
 
 
@@ -252,15 +252,15 @@ def private_gradient(model: Model, loss: Loss, clipping: str, shape: BatchShape)
         examples=mask.sum(dtype=jnp.float32),
         units=present.sum(dtype=jnp.float32),
       )
-      return ravel(total), state, metrics
+      return total, state, metrics
 
     where = (context.client.number, context.round, context.step)
     drawn = _poisson_batch(context, memory, shape)
-    zeros = jnp.zeros((sum(leaf.size for leaf in jax.tree.leaves(params)),), jnp.float32)
+    zeros = jax.tree.map(jnp.zeros_like, params)
     key = key_for(context.key, Stream.DROPOUT, *where)
     total, state, metrics = _in_parts(part, shape, zeros, state, drawn, key)
     release = (
-      total,
+      ravel(total),
       key_for(context.key, Stream.NOISE, *where),
       context.client.noise_multiplier,
       hyper.clip_norm,
@@ -375,7 +375,6 @@ def local_training(
   num_local_steps: int | None,
   layout: NetworkLayout,
   *,
-  steps_on_vector: bool,
   bands: int = 1,
 ) -> LocalTraining:
   """Builds a client's round of local steps.
@@ -387,40 +386,37 @@ def local_training(
     num_local_steps: local steps where they are the same for every client, else None and
       ``client.num_steps`` decides (under vmap the clients that are done wait, unchanged).
     layout: of the network.
-    steps_on_vector: whether weights, gradient and optimiser state are one vector in every step, and
-      not the network's arrays. It changes speed and memory only (docs/performance.md).
     bands: steps that noise is correlated over.
 
-  The FedProx term μ(w − w_round) is added after clipping and noise: it depends on no example.
+  Within a round weights and optimiser state are the network's arrays: what arrives and leaves, and
+  what a private step releases, is a vector (docs/performance.md has both measured). The FedProx
+  term μ(w − w_round) is added after clipping and noise: it depends on no example.
   """
-
-  def inside(vector: jax.Array) -> Tree:
-    return vector if steps_on_vector else unravel(vector, layout.params)
 
   def rate_of(hyper: Hyper, round: jax.Array) -> jax.Array:
     return hyper.client_learning_rate * rate_factor(round)
 
   def train(start: Weights, context: StepContext, *, shift=None, pull=None, trainable=None):
     hyper, rate = context.hyper, rate_of(context.hyper, context.round)
-    first = inside(start.params)
-    strength, anchor = (
-      (hyper.proximal_weight, first) if pull is None else (pull[0], inside(pull[1]))
-    )
-    shift = None if shift is None else inside(shift)
+    first = unravel(start.params, layout.params)
+    strength, anchor = (hyper.proximal_weight, start.params) if pull is None else pull
 
-    def direction_of(local, grad):
-      grad = jax.tree.map(lambda g, w, w0: g + strength * (w - w0), grad, local, anchor)
-      return grad if shift is None else jax.tree.map(jnp.add, grad, shift)
+    def direction_of(local, grad, step):
+      # Read out of their vectors in every step: once for all they would be arrays in memory.
+      fixed, _ = jax.lax.optimization_barrier(((anchor, shift), step))
+      to, add = jax.tree.map(lambda vector: unravel(vector, layout.params), fixed)
+      grad = jax.tree.map(lambda g, w, w0: g + strength * (w - w0), grad, local, to)
+      return grad if shift is None else jax.tree.map(jnp.add, grad, add)
 
     def body(step, carry):
       local, state, memory, opt_state, sums = carry
-      params = unravel(local, layout.params) if steps_on_vector else local
-      grad, state, memory, metrics = gradient(params, state, memory, context._replace(step=step))
-      grad = ravel(grad) if steps_on_vector else _as_tree(grad, layout.params)
-      direction, opt_state = optimizer.update(direction_of(local, grad), opt_state, local)
+      grad, state, memory, metrics = gradient(local, state, memory, context._replace(step=step))
+      grad = _as_tree(grad, layout.params)
+      direction, opt_state = optimizer.update(direction_of(local, grad, step), opt_state, local)
       moved = descend(local, direction, rate)
       if trainable is not None:
-        moved = _only(trainable, moved, local, layout.params)
+        chosen = jax.tree.unflatten(layout.params.structure, trainable)
+        moved = jax.tree.map(lambda mark, new, old: new if mark else old, chosen, moved, local)
       return moved, state, memory, opt_state, add_metrics(sums, metrics)
 
     bound = context.client.num_steps if num_local_steps is None else num_local_steps
@@ -434,15 +430,6 @@ def local_training(
     return end, sums._replace(finite=finite)
 
   return LocalTraining(train=train, optimizer=optimizer, rate=rate_of, layout=layout, bands=bands)
-
-
-def _only(marks: Sequence[bool], moved: Tree, before: Tree, layout: Layout) -> Tree:
-  """``moved`` in the marked leaves and ``before`` in the others, of trees or of their vectors."""
-  if isinstance(moved, jax.Array):
-    others = [not mark for mark in marks]
-    return merge(select(moved, layout, marks), select(before, layout, others), layout, marks)
-  chosen = jax.tree.unflatten(layout.structure, marks)
-  return jax.tree.map(lambda mark, new, old: new if mark else old, chosen, moved, before)
 
 
 def _as_tree(gradient: Tree, layout: Layout) -> Tree:

@@ -212,7 +212,6 @@ def make_training(recipe: Recipe, choice: Choice, shared_steps: int | None) -> L
     schedule(client.schedule, recipe.config.server.num_rounds, client.warmup_rounds),
     shared_steps,
     recipe.layout,
-    steps_on_vector=recipe.private,
     bands=recipe.bands,
   )
 

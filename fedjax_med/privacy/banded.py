@@ -27,15 +27,13 @@ Nothing here depends on T: a run may go on beyond the steps its strategy is best
 coefficients. It may not change them, nor lose its buffer of earlier noise, between two steps.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from fedjax_med.privacy.noise import gaussian_noise_like, noised_mean
+from fedjax_med.privacy.noise import gaussian_noise_like, key_after, noised_mean, whole_grains
 from fedjax_med.privacy.sampling import poisson_batch
-
-Tree = Any  # a pytree of arrays
 
 
 def banded_batch(
@@ -106,48 +104,46 @@ def empty_memory(size: int, bands: int) -> Memory:
 
 
 def correlated_mean(
-  clipped_sum: Tree,
+  clipped_sum: jax.Array,
   key: jax.Array,
   noise_multiplier: jax.Array | float,
   clip_norm: jax.Array | float,
   expected_batch_size: jax.Array | float,
   coefficients: jax.Array,
   memory: Memory,
-) -> tuple[Tree, Memory]:
+) -> tuple[jax.Array, Memory]:
   """(clipped_sum + σ·C·x) / (q·n/b): ``noise.private_mean`` with x = C⁻¹ z in the place of z.
 
   Returns:
-    float32 pytree of ``clipped_sum``'s structure, and the memory of the next step.
+    float32 in the shape of ``clipped_sum``, and the memory of the next step.
   """
-  fresh = gaussian_noise_like(key, clipped_sum, 1.0)
+  settings = (noise_multiplier, clip_norm, expected_batch_size)
+  grains = whole_grains(clipped_sum, key, *settings)
+  fresh = gaussian_noise_like(key_after(key, grains), grains, 1.0)
   noise, last = correlated_noise(memory.noise, fresh, coefficients)
-  mean = noised_mean(clipped_sum, noise, key, noise_multiplier, clip_norm, expected_batch_size)
+  mean = noised_mean(grains, noise, *settings)
   return mean, Memory(memory.step + 1, last)
 
 
-def correlated_noise(previous: Tree, fresh: Tree, coefficients: jax.Array) -> tuple[Tree, Tree]:
+def correlated_noise(
+  previous: jax.Array, fresh: jax.Array, coefficients: jax.Array
+) -> tuple[jax.Array, jax.Array]:
   """Row t of C⁻¹ z: x_t = (z_t - Σ_{j=1}^{b-1} c_j x_{t-j}) / c_0, x before step 0 being 0.
 
   Depends on no data, so it may be multiplied by σ·C afterwards. One band gives ``fresh`` itself.
 
   Args:
-    previous: pytree of [b - 1, ...] float32, the x of the steps before, newest first.
-    fresh: pytree of [...] float32 standard normals z_t of this step.
+    previous: [b - 1, ...] float32, the x of the steps before, newest first.
+    fresh: [...] float32 standard normals z_t of this step.
     coefficients: [b] float32; may be traced, and must be the same in every step of a run.
 
   Returns:
-    noise: x_t, float32 pytree of ``fresh``'s structure.
+    noise: x_t, float32 in the shape of ``fresh``.
     buffer: ``previous`` of the next step.
   """
   c = jnp.asarray(coefficients, jnp.float32)
 
-  def mix(last: jax.Array, z: jax.Array) -> jax.Array:
-    # No matrix product: TF32 would leave x off by a thousandth.
-    weights = c[1:].reshape((-1,) + (1,) * z.ndim)
-    return (z - (weights * last).sum(0)) / c[0]
-
-  noise = jax.tree.map(mix, previous, fresh)
-  buffer = jax.tree.map(
-    lambda last, new: jnp.concatenate([new[None], last])[: last.shape[0]], previous, noise
-  )
-  return noise, buffer
+  # No matrix product: TF32 would leave x off by a thousandth.
+  weights = c[1:].reshape((-1,) + (1,) * fresh.ndim)
+  noise = (fresh - (weights * previous).sum(0)) / c[0]
+  return noise, jnp.concatenate([noise[None], previous])[: previous.shape[0]]

@@ -14,8 +14,6 @@ from fedjax_med.core.rounding import MAX_CLIP_NORM, MIN_CLIP_NORM
 from fedjax_med.privacy.clipping import evaluated_once
 from fedjax_med.privacy.noise import private_mean
 
-Tree = Any  # a pytree of arrays
-
 
 class ClientLevel(NamedTuple):
   """Traced float32 scalars of client-level privacy.
@@ -37,40 +35,35 @@ class ClientLevel(NamedTuple):
   clip_learning_rate: jax.Array
 
 
-def clip_update(update: Tree, clip_norm: jax.Array) -> tuple[Tree, jax.Array]:
+def clip_update(update: jax.Array, clip_norm: jax.Array) -> tuple[jax.Array, jax.Array]:
   """Scales one client's update to l2 norm at most C; returns it and whether it was within (0 or 1).
 
-  An update whose norm is not finite becomes exactly 0.
+  An update [P] whose norm is not finite becomes exactly 0.
   """
   update = evaluated_once(update)
-  leaves = jax.tree.leaves(update)
   # By the largest value first: squares of float32 overflow from 1.8e19 and vanish under 1e-19.
-  largest = jnp.stack([jnp.abs(leaf).max() for leaf in leaves]).max().astype(jnp.float32)
+  largest = jnp.abs(update).max()
   unit = jnp.where((largest > 0) & jnp.isfinite(largest), largest, 1)
-  squares = [jnp.square(leaf.astype(jnp.float32) / unit).sum() for leaf in leaves]
-  norm = unit * jnp.sqrt(jnp.stack(squares).sum())
+  norm = unit * jnp.sqrt(jnp.square(update / unit).sum())
   finite = jnp.isfinite(norm) & jnp.isfinite(largest)
   inside = finite & (norm <= clip_norm)
   scale = jnp.where(inside, 1, clip_norm / jnp.where(finite & ~inside, norm, 1))
-
-  def scaled(leaf):
-    return jnp.where(finite, leaf * scale.astype(leaf.dtype), jnp.zeros_like(leaf))
-
-  return jax.tree.map(scaled, update), inside.astype(jnp.float32)
+  return jnp.where(finite, update * scale, 0), inside.astype(jnp.float32)
 
 
 def noisy_mean(
-  total: Tree,
+  total: jax.Array,
   count: jax.Array,
   clip_norm: jax.Array,
   level: ClientLevel,
   key: jax.Array,
   round: Any,
-) -> tuple[Tree, jax.Array]:
+) -> tuple[jax.Array, jax.Array]:
   """The released mean update of a round, and the clip norm of the next one, 1e-12 to 1e30.
 
   Args:
-    total: sum of the cohort's clipped updates; exactly 0 for an empty cohort, noise is added still.
+    total: [P] sum of the cohort's clipped updates; exactly 0 for an empty cohort, which is noised
+      too.
     count: [] sum of (bit - 1/2) over the cohort.
     clip_norm: [] C of this round.
     level: traced settings.

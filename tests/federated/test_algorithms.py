@@ -250,7 +250,7 @@ def test_finetune_is_fedavg_with_heads_tuned_on_the_body_as_received():
   assert_close(found.client_states[1], jnp.stack([ravel(head) for head in heads]))
 
 
-def training(name, optimizer="sgd", steps_on_vector=False):
+def training(name, optimizer="sgd"):
   """Plain local training of three steps of a network, and its first weights as an attribute."""
   model = create_model(ModelConfig(name=name), 2)
   shape = BatchShape(slots=4, max_examples=12, normalisation="fixed")
@@ -260,16 +260,12 @@ def training(name, optimizer="sgd", steps_on_vector=False):
     schedule("constant", 1, 0),
     3,
     network_layout(*jax.eval_shape(model.init, base_key(1), jnp.zeros((1, 4, 4, 1)))),
-    steps_on_vector=steps_on_vector,
   )
 
 
-@pytest.mark.parametrize("steps_on_vector", [False, True])
 @pytest.mark.parametrize("optimizer", ["adamw", "momentum"])
-def test_weights_that_are_not_trainable_stay_whatever_the_optimiser_does(
-  optimizer, steps_on_vector
-):
-  local = training("mlp", optimizer, steps_on_vector)
+def test_weights_that_are_not_trainable_stay_whatever_the_optimiser_does(optimizer):
+  local = training("mlp", optimizer)
   params, _ = create_model(ModelConfig(name="mlp"), 2).init(base_key(1), jnp.zeros((1, 4, 4, 1)))
   client = jax.tree.map(lambda leaf: leaf[0], make_clients())
   marks = layers_named("head")(local.layout.params)
@@ -282,19 +278,6 @@ def test_weights_that_are_not_trainable_stay_whatever_the_optimiser_does(
     )
   chex.assert_trees_all_equal(after["hidden1"], params["hidden1"])
   assert float(jnp.abs(after["head"]["kernel"] - params["head"]["kernel"]).max()) > 0
-
-
-@pytest.mark.parametrize("private", [False, True])
-@pytest.mark.parametrize("name", ["fedavg", "scaffold"])
-def test_local_steps_on_the_vector_and_on_the_networks_arrays_agree_to_rounding(name, private):
-  states = []
-  for steps_on_vector in (False, True):
-    initial, block, _ = make_federation(
-      name, private=private, steps_on_vector=steps_on_vector, optimizer="sgd", model_name="mlp"
-    )
-    hyper = make_hyper(proximal_weight=0.2)
-    states.append(block(initial(), make_clients(STEPS), POOL, hyper, KEY, jnp.asarray(3))[0])
-  chex.assert_trees_all_close(*states, rtol=2e-5, atol=1e-6)
 
 
 @pytest.mark.slow

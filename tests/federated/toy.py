@@ -93,7 +93,6 @@ def make_federation(
   devices: int = 1,
   num_clients: int = 3,
   client_level: bool = False,
-  steps_on_vector: bool | None = None,
   exchange: Exchange | None = None,
 ):
   """(initial state maker, block, run_round) of the toy federation."""
@@ -112,7 +111,6 @@ def make_federation(
     schedule(rate_schedule, 10, 0),
     shared_steps,
     network_layout(*jax.eval_shape(model.init, base_key(1), jnp.zeros((1, 4, 4, 1)))),
-    steps_on_vector=private if steps_on_vector is None else steps_on_vector,
   )
   algorithm = create_algorithm(
     name,

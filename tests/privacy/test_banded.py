@@ -14,17 +14,15 @@ from scipy import linalg, stats
 
 from fedjax_med.core.keys import base_key
 from fedjax_med.privacy.banded import banded_batch, correlated_noise, empty_memory
-from fedjax_med.privacy.noise import GRAIN, gaussian_noise_like, noised_mean
+from fedjax_med.privacy.noise import GRAIN, gaussian_noise_like, noised_mean, whole_grains
 from fedjax_med.privacy.sampling import poisson_batch
 from fedjax_med.privacy.strategy import prefix_errors, toeplitz_strategy
 from tests.privacy.banded_cases import dense, mechanism
 
 
-def empty_buffer(tree, bands):
-  """Zeros in the place of earlier noise, in the shapes of a tree."""
-  return jax.tree.map(
-    lambda leaf: empty_memory(leaf.size, bands).noise.reshape(bands - 1, *leaf.shape), tree
-  )
+def empty_buffer(array, bands):
+  """Zeros in the place of earlier noise, in the shape of an array."""
+  return empty_memory(array.size, bands).noise.reshape(bands - 1, *array.shape)
 
 
 def run(fresh, coefficients):
@@ -62,29 +60,28 @@ def test_a_thousand_steps_in_float32_stay_with_the_dense_inverse():
   assert np.abs(np.asarray(run(jnp.asarray(fresh), c)) - expected).max() < 1e-4
 
 
-def test_one_band_is_plain_noise_bit_for_bit():
-  tree = {"w": jnp.ones((3, 4)), "b": [jnp.zeros(4), jnp.full((), 2.0)]}
-  fresh = gaussian_noise_like(base_key(0), tree, 1.0)
-  buffer = empty_buffer(tree, 1)
-  noise, buffer = correlated_noise(buffer, fresh, jnp.ones(1))
-  jax.tree.map(np.testing.assert_array_equal, noise, fresh)
-  assert [leaf.shape for leaf in jax.tree.leaves(buffer)] == [(0, 4), (0,), (0, 3, 4)]
+@pytest.mark.parametrize("shape", [(), (4,), (3, 4)])
+def test_one_band_is_plain_noise_bit_for_bit(shape):
+  fresh = gaussian_noise_like(base_key(0), jnp.ones(shape), 1.0)
+  noise, buffer = correlated_noise(empty_buffer(fresh, 1), fresh, jnp.ones(1))
+  np.testing.assert_array_equal(noise, fresh)
+  assert buffer.shape == (0, *shape)
 
 
-def test_the_buffer_holds_the_last_noise_newest_first_in_float32():
+@pytest.mark.parametrize("shape", [(), (2, 3)])
+def test_the_buffer_holds_the_last_noise_newest_first_in_float32(shape):
   c = jnp.asarray(toeplitz_strategy(10, 4), jnp.float32)
-  tree = {"w": jnp.zeros((2, 3), jnp.bfloat16), "b": jnp.zeros(())}
-  buffer, past = empty_buffer(tree, 4), []
+  array = jnp.zeros(shape, jnp.bfloat16)
+  buffer, past = empty_buffer(array, 4), []
   for step in range(6):
-    fresh = gaussian_noise_like(jax.random.fold_in(base_key(0), step), tree, 1.0)
+    fresh = gaussian_noise_like(jax.random.fold_in(base_key(0), step), array, 1.0)
     noise, buffer = correlated_noise(buffer, fresh, c)
     past.insert(0, noise)
-    for name in tree:
-      assert buffer[name].dtype == noise[name].dtype == jnp.float32
-      assert buffer[name].shape == (3, *tree[name].shape)
-      known = [each[name] for each in past[:3]]
-      np.testing.assert_array_equal(buffer[name][: len(known)], np.stack(known))
-      assert not np.any(buffer[name][len(known) :])
+    assert buffer.dtype == noise.dtype == jnp.float32
+    assert buffer.shape == (3, *shape)
+    known = past[:3]
+    np.testing.assert_array_equal(buffer[: len(known)], np.stack(known))
+    assert not np.any(buffer[len(known) :])
 
 
 def test_vmapped_clients_equal_a_loop_over_them():
@@ -215,7 +212,8 @@ def test_large_numbers_of_correlated_noise_take_every_grain():
 
   @jax.jit
   def released(total, sigma, key):
-    return noised_mean(total, large, key, sigma, jnp.float32(1), jnp.float32(64))
+    settings = (sigma, jnp.float32(1), jnp.float32(64))
+    return noised_mean(whole_grains(total, key, *settings), large, *settings)
 
   def odd(total):
     step = np.float32(np.float32(GRAIN) * np.float32(1.5)) / np.float32(64)

@@ -212,7 +212,7 @@ def handed_on(optimizer, proximal_weight):
 
   method = client_optimizer(optimizer, 0.9, 0.01)
   layout, rate = network_layout(PARAMS, {}), schedule("constant", 1, 0)
-  train = local.local_training(remembering, method, rate, 2, layout, steps_on_vector=True).train
+  train = local.local_training(remembering, method, rate, 2, layout).train
   client = jax.tree.map(lambda leaf: leaf[0], make_clients())
   hyper = make_hyper(proximal_weight=proximal_weight)
   seen = jnp.zeros((2, flat(PARAMS).size))

@@ -13,8 +13,8 @@ from fedjax_med.privacy.noise import GRAIN, gaussian_noise_like, private_mean
 from tests.privacy.draws import every_normal
 
 
-def small_tree():
-  return {"w": jnp.ones((3, 4)), "b": [jnp.zeros(4), jnp.full((), 2.0)]}
+def small_sum():
+  return jnp.concatenate([jnp.ones(12), jnp.zeros(4), jnp.full(1, 2.0)])
 
 
 def test_noise_is_normal_with_the_given_standard_deviation():
@@ -32,19 +32,17 @@ def test_noise_is_drawn_in_float32_whatever_the_leaf(dtype):
   np.testing.assert_array_equal(noise, gaussian_noise_like(base_key(0), jnp.zeros(5000), 1.0))
 
 
-def test_noise_is_uncorrelated_between_leaves_clients_steps_and_seeds():
+def test_noise_is_uncorrelated_within_an_array_and_between_clients_steps_and_seeds():
   size = 40_000
 
   @functools.partial(jax.vmap, in_axes=(None, 0))
   def of_clients(step, client):
     key = key_for(base_key(0), Stream.NOISE, client, step)
-    return gaussian_noise_like(key, {"a": jnp.zeros(size), "b": jnp.zeros(size)}, 1.0)
+    return gaussian_noise_like(key, jnp.zeros((2, size)), 1.0)
 
   first, second = of_clients(0, jnp.arange(2)), of_clients(1, jnp.arange(2))
   other = gaussian_noise_like(key_for(base_key(1), Stream.NOISE, 0, 0), jnp.zeros(size), 1.0)
-  rows = np.concatenate(
-    [np.asarray(noise[leaf]) for noise in (first, second) for leaf in "ab"] + [other[None]]
-  )
+  rows = np.concatenate([*np.asarray(first), *np.asarray(second), other[None]])
   assert rows.shape == (9, size)
   off_diagonal = np.corrcoef(rows)[np.triu_indices(9, 1)]
   assert np.abs(off_diagonal).max() < 4.5 / np.sqrt(size)
@@ -52,17 +50,16 @@ def test_noise_is_uncorrelated_between_leaves_clients_steps_and_seeds():
 
 def test_noise_of_a_client_does_not_depend_on_the_vmap():
   keys = jax.random.split(base_key(3), 4)
-  together = jax.vmap(lambda key: gaussian_noise_like(key, small_tree(), 1.0))(keys)
+  together = jax.vmap(lambda key: gaussian_noise_like(key, small_sum(), 1.0))(keys)
   for client in range(4):
-    alone = gaussian_noise_like(keys[client], small_tree(), 1.0)
-    for batched, single in zip(jax.tree.leaves(together), jax.tree.leaves(alone), strict=True):
-      np.testing.assert_array_equal(batched[client], single)
+    alone = gaussian_noise_like(keys[client], small_sum(), 1.0)
+    np.testing.assert_array_equal(together[client], alone)
 
 
 def test_without_noise_the_mean_is_exactly_sum_over_expected_size():
-  mean = private_mean(small_tree(), base_key(0), 0.0, 1.5, 7.3)
-  for leaf, expected in zip(jax.tree.leaves(mean), jax.tree.leaves(small_tree()), strict=True):
-    np.testing.assert_array_equal(leaf, np.asarray(expected) / np.float32(7.3))
+  total = jnp.concatenate([small_sum(), jnp.array([-3e-30, 1e30, -0.1])])
+  mean = private_mean(total, base_key(0), 0.0, 1.5, 7.3)
+  np.testing.assert_array_equal(mean, np.asarray(total) / np.float32(7.3))
 
 
 def test_an_empty_batch_gives_noise_of_sigma_times_clip_over_expected_size():
@@ -74,12 +71,10 @@ def test_an_empty_batch_gives_noise_of_sigma_times_clip_over_expected_size():
 
 
 def test_the_noise_added_does_not_depend_on_the_data():
-  tree = jax.tree.map(lambda leaf: 100 * leaf, small_tree())
-  zeros = jax.tree.map(jnp.zeros_like, tree)
-  noisy = private_mean(tree, base_key(2), 1.0, 1.0, 4.0)
-  noise = private_mean(zeros, base_key(2), 1.0, 1.0, 4.0)
-  for leaf, plain, z in zip(*map(jax.tree.leaves, (noisy, tree, noise)), strict=True):
-    np.testing.assert_allclose(leaf, np.asarray(plain) / 4 + np.asarray(z), atol=1e-5)
+  total = 100 * small_sum()
+  noisy = private_mean(total, base_key(2), 1.0, 1.0, 4.0)
+  noise = private_mean(jnp.zeros_like(total), base_key(2), 1.0, 1.0, 4.0)
+  np.testing.assert_allclose(noisy, np.asarray(total) / 4 + np.asarray(noise), atol=1e-5)
 
 
 def test_sigma_clip_and_size_may_be_traced_and_swept():
@@ -91,12 +86,11 @@ def test_sigma_clip_and_size_may_be_traced_and_swept():
   np.testing.assert_allclose(sweep[2], 2 * sweep[1], rtol=1e-6)
 
 
-def test_output_is_float32_of_the_same_structure():
-  tree = {"w": jnp.ones((2, 2), jnp.bfloat16), "b": jnp.ones(3)}
-  mean = private_mean(tree, base_key(0), 1.0, 1.0, 2.0)
-  assert jax.tree.structure(mean) == jax.tree.structure(tree)
-  assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(mean))
-  assert mean["w"].shape == (2, 2)
+@pytest.mark.parametrize("shape", [(), (3,), (2, 5)])
+def test_a_release_is_float32_in_the_shape_of_the_sum(shape):
+  for sigma in (0.0, 1.0):
+    mean = private_mean(jnp.ones(shape, jnp.bfloat16), base_key(0), sigma, 1.0, 2.0)
+    assert (mean.dtype, mean.shape) == (jnp.float32, shape)
 
 
 SIZE = 16.0  # expected units of a batch, in the tests of single bits
