@@ -21,7 +21,17 @@ from fedjax_med.federated.algorithm import (
 )
 from fedjax_med.federated.losses import Loss, class_logits, with_penalties
 from fedjax_med.federated.optimizers import descend
-from fedjax_med.federated.vector import Layout, NetworkLayout, ravel, unravel
+from fedjax_med.federated.vector import (
+  NetworkLayout,
+  Pieces,
+  chosen,
+  cut,
+  joined,
+  opened,
+  pieces_of,
+  ravel,
+  unravel,
+)
 from fedjax_med.models.model import Model
 from fedjax_med.privacy.banded import banded_batch, correlated_mean, empty_memory
 from fedjax_med.privacy.clipping import Rows, clipped_sum
@@ -52,8 +62,11 @@ class StepContext(NamedTuple):
 
 
 # (params, state, memory, context) -> (gradient, new state, new memory, RoundMetrics of this step).
-# params and state are the network's trees. The gradient is a tree like params, or as a vector.
-Gradient = Callable[[Tree, Tree, Tree, StepContext], tuple[Tree, Tree, Tree, RoundMetrics]]
+# params and state are the network's trees. The gradient is in pieces, that of a private step, which
+# is a release, as a vector.
+Gradient = Callable[
+  [Tree, Tree, Tree, StepContext], tuple[Pieces | jax.Array, Tree, Tree, RoundMetrics]
+]
 
 
 class BatchShape(NamedTuple):
@@ -177,11 +190,10 @@ def plain_gradient(model: Model, loss: Loss, shape: BatchShape) -> Gradient:
         tally=_masked_sum(shape.task.tally(logits, labels), mask),
         examples=mask.sum(dtype=jnp.float32),
       )
-      return grad, new_state, metrics
+      return pieces_of(grad), new_state, metrics
 
     key = key_for(context.key, Stream.DROPOUT, client.number, context.round, context.step)
-    zeros = jax.tree.map(jnp.zeros_like, params)
-    grad, state, metrics = _in_parts(part, shape, zeros, state, drawn, key)
+    grad, state, metrics = _in_parts(part, shape, _no_gradient(params), state, drawn, key)
     return grad, state, memory, metrics._replace(steps=jnp.ones((), jnp.int32))
 
   return gradient
@@ -252,15 +264,14 @@ def private_gradient(model: Model, loss: Loss, clipping: str, shape: BatchShape)
         examples=mask.sum(dtype=jnp.float32),
         units=present.sum(dtype=jnp.float32),
       )
-      return total, state, metrics
+      return pieces_of(total), state, metrics
 
     where = (context.client.number, context.round, context.step)
     drawn = _poisson_batch(context, memory, shape)
-    zeros = jax.tree.map(jnp.zeros_like, params)
     key = key_for(context.key, Stream.DROPOUT, *where)
-    total, state, metrics = _in_parts(part, shape, zeros, state, drawn, key)
+    total, state, metrics = _in_parts(part, shape, _no_gradient(params), state, drawn, key)
     release = (
-      ravel(total),
+      joined(total),
       key_for(context.key, Stream.NOISE, *where),
       context.client.noise_multiplier,
       hyper.clip_norm,
@@ -296,6 +307,11 @@ def _poisson_batch(context: StepContext, memory: Tree, shape: BatchShape) -> _Dr
     turn = jax.random.uniform(key_for(context.key, Stream.AUGMENT, *where, 0), (slots,))
   changes = _changes(context, (slots, shape.rows_per_unit * shape.copies), shape, 1)
   return _Drawn(slots=numbers, mask=mask, turn=turn, changes=changes)
+
+
+def _no_gradient(params: Tree) -> Pieces:
+  """A gradient of no example."""
+  return pieces_of(jax.tree.map(jnp.zeros_like, params))
 
 
 def slots_at_once(microbatch: int, slots: int) -> int:
@@ -350,7 +366,7 @@ class LocalTraining(NamedTuple):
     train: (Weights, StepContext of step 0, *, shift=None, pull=None, trainable=None) ->
       (Weights, RoundMetrics). ``shift`` [P] is added to every gradient. ``pull`` is
       (λ, anchor [P]): λ (w − anchor) is added. Both come after clipping and noise, and read no
-      example. ``trainable`` is a boolean for each leaf of the network: the others stay as they are.
+      example. ``trainable`` is a boolean for each array of the layout: the others stay as they are.
     optimizer: optax direction of a step.
     rate: (hyper, round) -> local learning rate.
     layout: of the network's vectors.
@@ -388,9 +404,10 @@ def local_training(
     layout: of the network.
     bands: steps that noise is correlated over.
 
-  Within a round weights and optimiser state are the network's arrays: what arrives and leaves, and
-  what a private step releases, is a vector (docs/performance.md has both measured). The FedProx
-  term μ(w − w_round) is added after clipping and noise: it depends on no example.
+  Within a round weights and optimiser state are in pieces, whose large arrays need no copy; what
+  arrives and leaves, and what a private step releases, is a vector (docs/performance.md has the
+  other ways measured). The FedProx term μ(w − w_round) is added after clipping and noise: it
+  depends on no example.
   """
 
   def rate_of(hyper: Hyper, round: jax.Array) -> jax.Array:
@@ -398,40 +415,35 @@ def local_training(
 
   def train(start: Weights, context: StepContext, *, shift=None, pull=None, trainable=None):
     hyper, rate = context.hyper, rate_of(context.hyper, context.round)
-    first = unravel(start.params, layout.params)
+    first = cut(start.params, layout.params)
     strength, anchor = (hyper.proximal_weight, start.params) if pull is None else pull
 
     def direction_of(local, grad, step):
       # Read out of their vectors in every step: once for all they would be arrays in memory.
       fixed, _ = jax.lax.optimization_barrier(((anchor, shift), step))
-      to, add = jax.tree.map(lambda vector: unravel(vector, layout.params), fixed)
+      to, add = jax.tree.map(lambda vector: cut(vector, layout.params), fixed)
       grad = jax.tree.map(lambda g, w, w0: g + strength * (w - w0), grad, local, to)
       return grad if shift is None else jax.tree.map(jnp.add, grad, add)
 
     def body(step, carry):
       local, state, memory, opt_state, sums = carry
-      grad, state, memory, metrics = gradient(local, state, memory, context._replace(step=step))
-      grad = _as_tree(grad, layout.params)
+      params = opened(local, layout.params)
+      grad, state, memory, metrics = gradient(params, state, memory, context._replace(step=step))
+      grad = cut(grad, layout.params) if isinstance(grad, jax.Array) else grad
       direction, opt_state = optimizer.update(direction_of(local, grad, step), opt_state, local)
       moved = descend(local, direction, rate)
       if trainable is not None:
-        chosen = jax.tree.unflatten(layout.params.structure, trainable)
-        moved = jax.tree.map(lambda mark, new, old: new if mark else old, chosen, moved, local)
+        moved = chosen(moved, local, layout.params, trainable)
       return moved, state, memory, opt_state, add_metrics(sums, metrics)
 
     bound = context.client.num_steps if num_local_steps is None else num_local_steps
     state = unravel(start.state, layout.state)
     carry = (first, state, start.memory, optimizer.init(first), no_metrics())
     local, state, memory, _, sums = jax.lax.fori_loop(0, bound, body, carry)
-    params = ravel(local)
+    params = joined(local)
     # The loss too: private gradients stay finite whatever the model does.
     finite = jnp.isfinite(params).all() & jnp.isfinite(sums.loss)
     end = Weights(params=params, state=ravel(state), memory=memory)
     return end, sums._replace(finite=finite)
 
   return LocalTraining(train=train, optimizer=optimizer, rate=rate_of, layout=layout, bands=bands)
-
-
-def _as_tree(gradient: Tree, layout: Layout) -> Tree:
-  """A gradient as a tree, be it one already or a vector."""
-  return unravel(gradient, layout) if isinstance(gradient, jax.Array) else gradient

@@ -1,4 +1,9 @@
-"""The weights of a network as one vector: what travels, is noised and is aggregated is an array."""
+"""The weights of a network as one vector: what travels, is noised and is aggregated is an array.
+
+The small arrays of a network come first in its vector, then the large ones. So a local step can
+hold the weights as a few pieces, the small arrays joined to one and each large array by itself:
+most of a deep network's arrays are small, and each array of its own costs kernels.
+"""
 
 import itertools
 import math
@@ -7,26 +12,35 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 Tree = Any  # a pytree of arrays
+Pieces = list[jax.Array]  # the small arrays as one [S], then each large array in its shape
+
+# Numbers of a small array at most. Of SE-ResNeXt-50 160 of 225 arrays with 1% of the numbers.
+SMALL = 2**14
 
 
 class Layout(NamedTuple):
-  """Where each array of a tree lies in its vector: one after the other, in the order of its leaves.
+  """Where each array of a tree lies in its vector: the small ones, then the large ones.
+
+  Among the small and among the large ones the order is that of the tree's leaves.
 
   Attributes:
     structure: of the tree.
-    shapes: shape of each leaf.
-    names: path of each leaf, such as head/kernel.
+    shapes: shape of each array, in the order of the vector.
+    names: path of each array, such as head/kernel, in the order of the vector.
+    places: of each leaf of the tree, its number in the order of the vector.
   """
 
   structure: Any
   shapes: tuple[tuple[int, ...], ...]
   names: tuple[str, ...]
+  places: tuple[int, ...]
 
   @property
   def sizes(self) -> tuple[int, ...]:
-    """Numbers in each leaf."""
+    """Numbers in each array."""
     return tuple(math.prod(shape) for shape in self.shapes)
 
   @property
@@ -45,10 +59,20 @@ def layout_of(tree: Tree) -> Layout:
   for path, leaf in leaves:
     if leaf.dtype != jnp.float32:
       raise ValueError(f"{jax.tree_util.keystr(path)} is {leaf.dtype}, not float32")
-  names = tuple("/".join(str(getattr(key, "key", key)) for key in path) for path, _ in leaves)
+  order = _order([leaf for _, leaf in leaves])
   return Layout(
-    structure=structure, shapes=tuple(tuple(leaf.shape) for _, leaf in leaves), names=names
+    structure=structure,
+    shapes=tuple(tuple(leaves[place][1].shape) for place in order),
+    names=tuple(
+      "/".join(str(getattr(key, "key", key)) for key in leaves[place][0]) for place in order
+    ),
+    places=tuple(order.index(number) for number in range(len(order))),
   )
+
+
+def _order(leaves: Sequence[Any]) -> list[int]:
+  """Numbers of the leaves in the order of the vector."""
+  return sorted(range(len(leaves)), key=lambda number: leaves[number].size > SMALL)
 
 
 class NetworkLayout(NamedTuple):
@@ -73,36 +97,84 @@ def network_layout(params: Tree, state: Tree) -> NetworkLayout:
 
 
 def ravel(tree: Tree) -> jax.Array:
-  """The arrays of a tree one after the other, [P] float32; [0] of a tree without any."""
-  leaves = jax.tree.leaves(tree)
-  if not leaves:
-    return jnp.zeros((0,), jnp.float32)
-  return jnp.concatenate([jnp.ravel(leaf) for leaf in leaves])
+  """The arrays of a tree as its vector, [P] float32; [0] of a tree without any."""
+  return joined(pieces_of(tree))
 
 
 def unravel(vector: jax.Array, layout: Layout) -> Tree:
   """The tree of a vector [P]."""
-  leaves = [
-    part.reshape(shape)
-    for part, shape in zip(_split(vector, layout.sizes), layout.shapes, strict=True)
-  ]
+  return _tree(_split(vector, layout.sizes), layout)
+
+
+def _tree(parts: Sequence[jax.Array], layout: Layout) -> Tree:
+  """The tree of its arrays, flat or in their shapes, in the order of the vector."""
+  leaves = [parts[place].reshape(layout.shapes[place]) for place in layout.places]
   return jax.tree.unflatten(layout.structure, leaves)
 
 
+def pieces_of(tree: Tree) -> Pieces:
+  """The pieces of a tree."""
+  leaves = jax.tree.leaves(tree)
+  small = [jnp.ravel(leaf) for leaf in leaves if leaf.size <= SMALL]
+  first = jnp.concatenate(small) if small else jnp.zeros((0,), jnp.float32)
+  return [first, *(leaf for leaf in leaves if leaf.size > SMALL)]
+
+
+def cut(vector: jax.Array, layout: Layout) -> Pieces:
+  """The pieces of a vector [P]."""
+  small = _num_small(layout)
+  sizes = [sum(layout.sizes[:small]), *layout.sizes[small:]]
+  first, *large = _split(vector, sizes)
+  shapes = layout.shapes[small:]
+  return [first, *(part.reshape(shape) for part, shape in zip(large, shapes, strict=True))]
+
+
+def joined(pieces: Pieces) -> jax.Array:
+  """The vector [P] of its pieces."""
+  return jnp.concatenate([jnp.ravel(piece) for piece in pieces])
+
+
+def opened(pieces: Pieces, layout: Layout) -> Tree:
+  """The tree of its pieces."""
+  first, *large = pieces
+  return _tree([*_split(first, layout.sizes[: _num_small(layout)]), *large], layout)
+
+
+def chosen(new: Pieces, old: Pieces, layout: Layout, marks: Sequence[bool]) -> Pieces:
+  """Pieces with the marked arrays of ``new`` and the others of ``old``.
+
+  Args:
+    new: pieces.
+    old: pieces.
+    layout: of their vector.
+    marks: of each array, in the order of the vector.
+  """
+  small = _num_small(layout)
+  parts = [np.full(size, mark) for size, mark in zip(layout.sizes, marks, strict=True)][:small]
+  among = np.concatenate(parts) if parts else np.zeros(0, bool)
+  first = jnp.where(among, new[0], old[0])
+  pairs = zip(marks[small:], new[1:], old[1:], strict=True)
+  return [first, *(one if mark else other for mark, one, other in pairs)]
+
+
+def _num_small(layout: Layout) -> int:
+  return sum(size <= SMALL for size in layout.sizes)
+
+
 def select(vector: jax.Array, layout: Layout, marks: Sequence[bool]) -> jax.Array:
-  """The marked leaves of a vector, one after the other.
+  """The marked arrays of a vector, one after the other.
 
   Args:
     vector: [P].
     layout: of the vector.
-    marks: of each leaf.
+    marks: of each array.
   """
   parts = [part for part, mark in _runs(vector, layout, marks) if mark]
   return jnp.concatenate(parts) if parts else vector[:0]
 
 
 def merge(marked: jax.Array, others: jax.Array, layout: Layout, marks: Sequence[bool]) -> jax.Array:
-  """The vector [P] whose marked leaves are ``marked``, and the rest ``others``, both in order."""
+  """The vector [P] whose marked arrays are ``marked``, and the rest ``others``, both in order."""
   sizes = [(mark, sum(size for _, size in run)) for mark, run in _grouped(layout, marks)]
   parts = {
     True: iter(_split(marked, [size for mark, size in sizes if mark])),

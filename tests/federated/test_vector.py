@@ -4,11 +4,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from jax.flatten_util import ravel_pytree
 
-from fedjax_med.federated.vector import layout_of, merge, ravel, select, unravel
+from fedjax_med.federated import vector as vectors
+from fedjax_med.federated.vector import (
+  chosen,
+  cut,
+  joined,
+  layout_of,
+  merge,
+  opened,
+  pieces_of,
+  ravel,
+  select,
+  unravel,
+)
 
 TREE = {"b": {"kernel": jnp.arange(6.0).reshape(2, 3), "bias": jnp.ones(3)}, "a": jnp.zeros(())}
 
@@ -31,17 +43,55 @@ def test_a_leaf_that_is_not_float32_is_refused_with_its_name():
     layout_of({"a": jnp.ones(2), "b": jnp.ones(2, jnp.int32)})
 
 
-@settings(deadline=None, max_examples=25)
-@given(st.lists(st.tuples(st.integers(0, 4), st.booleans()), min_size=1, max_size=6))
-def test_marked_leaves_are_taken_out_in_order_and_put_back(leaves):
+@pytest.fixture
+def small_is_two(monkeypatch):
+  """Arrays of more than two numbers are large."""
+  monkeypatch.setattr(vectors, "SMALL", 2)
+
+
+def test_small_arrays_come_first_and_names_and_shapes_follow(small_is_two):
+  layout = layout_of(TREE | {"c": jnp.full(2, 7.0)})
+  assert layout.names == ("a", "c", "b/bias", "b/kernel")
+  assert layout.shapes == ((), (2,), (3,), (2, 3))
+  vector = ravel(TREE | {"c": jnp.full(2, 7.0)})
+  np.testing.assert_array_equal(vector[:6], [0, 7, 7, 1, 1, 1])
+
+
+@pytest.mark.parametrize("names", ["a", "abc", "ab", "b"])
+def test_pieces_are_the_small_arrays_as_one_and_each_large_one(small_is_two, names):
+  tree = {"a": jnp.arange(2.0), "b": jnp.arange(6.0).reshape(2, 3), "c": jnp.full((1, 1), 9.0)}
+  tree = {name: tree[name] for name in names}
+  layout, vector, pieces = layout_of(tree), ravel(tree), pieces_of(tree)
+  assert [piece.shape for piece in pieces] == [
+    (sum(tree[name].size for name in names if name != "b"),),
+    *([(2, 3)] if "b" in names else []),
+  ]
+  np.testing.assert_array_equal(joined(pieces), vector)
+  jax.tree.map(np.testing.assert_array_equal, cut(vector, layout), pieces)
+  jax.tree.map(np.testing.assert_array_equal, opened(pieces, layout), tree)
+
+
+LEAVES = st.lists(st.tuples(st.integers(0, 4), st.booleans()), min_size=1, max_size=6)
+
+
+@pytest.mark.parametrize("small", [0, 2, 2**14])
+@settings(
+  deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(leaves=LEAVES)
+def test_marked_arrays_are_taken_out_in_order_and_put_back(monkeypatch, small, leaves):
+  monkeypatch.setattr(vectors, "SMALL", small)
   random = np.random.default_rng(0)
-  tree = [random.normal(size=size).astype(np.float32) for size, _ in leaves]
-  marks = tuple(mark for _, mark in leaves)
+  tree = {f"{k}": random.normal(size=size).astype(np.float32) for k, (size, _) in enumerate(leaves)}
+  marked_names = {f"{k}" for k, (_, mark) in enumerate(leaves) if mark}
+  layout, vector = layout_of(tree), ravel(tree)
+  marks = tuple(name in marked_names for name in layout.names)
   others = tuple(not mark for mark in marks)
-  layout = layout_of(tree)
-  vector = ravel(tree)
   marked = select(vector, layout, marks)
-  chosen = [leaf for leaf, mark in zip(tree, marks, strict=True) if mark]
-  np.testing.assert_array_equal(marked, np.concatenate([np.zeros(0, np.float32), *chosen]))
+  parts = [tree[name] for name in layout.names if name in marked_names]
+  np.testing.assert_array_equal(marked, np.concatenate([np.zeros(0, np.float32), *parts]))
   back = merge(marked, select(vector, layout, others), layout, marks)
   np.testing.assert_array_equal(back, vector)
+  mixed = opened(chosen(cut(vector, layout), cut(-vector, layout), layout, marks), layout)
+  for name, leaf in tree.items():
+    np.testing.assert_array_equal(mixed[name], leaf if name in marked_names else -leaf)
