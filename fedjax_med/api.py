@@ -308,7 +308,7 @@ def _checked(config: Config) -> Config:
 
 
 def _use_machine(config: Config) -> None:
-  """Sets what jax is told before it runs anything; what the caller's process has set stays."""
+  """Configures jax before it runs anything; settings of the caller's process stay."""
   import jax
 
   from fedjax_med.run.compilation_cache import use_compilation_cache
@@ -435,7 +435,7 @@ def _baselines(ended: "RunResult", task: "Task") -> "pd.DataFrame":
 
 
 def _variables(experiment: "Experiment", params: Any, state: Any) -> dict[str, Any]:
-  """A network's variables in NumPy, of the two vectors that a run makes of them."""
+  """A network's variables as NumPy arrays, unravelled from its two vectors."""
   import jax
   import numpy as np
 

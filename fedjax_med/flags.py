@@ -1,8 +1,8 @@
 """Command line of the entry points: flags, --help from the fields' declarations, one-line errors.
 
 An entry point is three lines: ``define_config()`` at module level, a ``main`` that calls
-``load_config()``, and ``run_main(main)``. Whatever the user can put right is answered with one
-sentence on stderr and exit code 2; only our own bugs print a traceback.
+``load_config()``, and ``run_main(main)``. An error that the user can put right is one sentence on
+stderr and exit code 2; only our own bugs print a traceback.
 """
 
 import contextlib
@@ -62,11 +62,11 @@ def noise_key() -> pathlib.Path | None:
 def load_config(whole: bool = True) -> Config:
   """The Config of the command line, checked; call it inside ``main``.
 
-  A flag that takes away what a setting of the preset is read with takes the setting away too: it
-  falls back to its default, and stderr says so.
+  A setting of the preset that the flags leave without effect falls back to its default, and stderr
+  says so.
 
   Args:
-    whole: whether it has to be one that can be run, or only hold values of the right types.
+    whole: True checks every rule, False the types of values only.
 
   Raises:
     UserError: --config is missing, or a value breaks a rule of ``core.validation.validate``.

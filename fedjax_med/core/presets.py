@@ -33,7 +33,7 @@ def read_preset(argument: str, name: str = "preset") -> Config:
   """The Config that a preset returns by itself.
 
   Args:
-    argument: path of the file, and after a colon what its get_config() takes, if anything.
+    argument: path of the file, and after a colon the argument of its get_config(), if any.
     name: name of the argument, for errors.
 
   Raises:
@@ -76,7 +76,7 @@ def read_preset(argument: str, name: str = "preset") -> Config:
 def check_values(config: Config, setter: str = "", prefix: str = "") -> None:
   """Refuses unknown names and values of wrong types; whole numbers of number fields become float.
 
-  A Config takes any assignment, and this is what finds a wrong one.
+  A Config takes any assignment; wrong ones are found here.
 
   Args:
     config: the configuration.
@@ -131,7 +131,7 @@ def assign(config: Config, path: str, value: Any) -> None:
 
 
 def nearest_field(name: str, known: dict[str, Field], prefix: str = "") -> str:
-  """Which field may be meant; a right name in a wrong or missing section wins. "" if none may."""
+  """Suggests the field that may be meant, first one of that name in another section; or ""."""
   section, _, leaf = name.rpartition(".")
   leaves = {path.rpartition(".")[2] for path in known}
   close = [other for other in leaves if leaf and other.startswith(leaf)]

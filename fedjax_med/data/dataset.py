@@ -27,7 +27,7 @@ class Dataset:
     skipped: every file left out, with the reason.
     notes: sentences that must stand beside every result on these data (leakage, licence).
     tumour_masks: [N, H, W] bool ground truth of the phantoms, else None.
-    grey: how grey values of the files became pixels.
+    grey: rule by which grey values of the files became pixels.
     in_test: [N] bool, the test part that the source gives; None where it gives none.
     task: name of what is predicted, of ``tasks.registry.TASKS``.
     modality: name of what an example is, of ``data.modality.MODALITIES``.

@@ -12,10 +12,10 @@ Tree = Any  # a pytree of arrays
 
 
 class Layout(NamedTuple):
-  """Where each array of a tree lies in its vector: one after the other, in the order of its leaves.
+  """Places of a tree's arrays in its vector: one after the other, in the order of the leaves.
 
   Attributes:
-    structure: of the tree.
+    structure: treedef of the tree.
     shapes: shape of each leaf.
     names: path of each leaf, such as head/kernel.
   """
@@ -52,18 +52,18 @@ def layout_of(tree: Tree) -> Layout:
 
 
 class NetworkLayout(NamedTuple):
-  """How the arrays of a network lie in vectors.
+  """Layouts of a network's two vectors.
 
   Attributes:
-    params: of the trained weights.
-    state: of the non-trained state.
+    params: layout of the trained weights.
+    state: layout of the non-trained state.
   """
 
   params: Layout
   state: Layout
 
   def trees(self, params: jax.Array, state: jax.Array) -> tuple[Tree, Tree]:
-    """The network's arrays of two vectors."""
+    """The network's arrays, unravelled from its two vectors."""
     return unravel(params, self.params), unravel(state, self.state)
 
 
@@ -94,8 +94,8 @@ def select(vector: jax.Array, layout: Layout, marks: Sequence[bool]) -> jax.Arra
 
   Args:
     vector: [P].
-    layout: of the vector.
-    marks: of each leaf.
+    layout: layout of the vector.
+    marks: one mark for each leaf.
   """
   parts = [part for part, mark in _runs(vector, layout, marks) if mark]
   return jnp.concatenate(parts) if parts else vector[:0]

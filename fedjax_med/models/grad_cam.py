@@ -65,11 +65,11 @@ def find_layers(model: Model, params: Params, state: State, inputs: Any) -> list
 
 
 def choose_layer(layers: list[MapLayer], name: str = "") -> MapLayer:
-  """The layer of that name, or without one the last that says where in an image something is.
+  """The layer of that name, or without one the last whose map tells places of an image apart.
 
   That is the last map of at least ``LEAST_SIDE`` positions a side, or failing that of more than
-  one, among the outermost blocks: what a residual block hands on, and not a layer inside one, holds
-  all that later layers see.
+  one, among the outermost blocks: the output of a residual block, unlike that of a layer inside
+  it, holds all that later layers see.
 
   Raises:
     UserError: there is no such layer, or none that has a map.

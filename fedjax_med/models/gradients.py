@@ -1,7 +1,7 @@
 """Layers as plain functions that know the gradient of each privacy unit, cheaply.
 
-A unit is one or more consecutive rows of the batch (an image; all images of a patient). What a
-layer keeps of a unit is either its gradient, or the two factors whose product it is, whichever
+A unit is one or more consecutive rows of the batch (an image; all images of a patient). A layer
+keeps of each unit either its gradient, or the two factors whose product it is, whichever
 costs less; norms and weighted sums follow from either (Goodfellow 2015; Li et al. 2022; Bu et al.
 2023, "book-keeping"; here also for grouped convolutions, group by group).
 
@@ -73,7 +73,7 @@ class Layer(NamedTuple):
 
 
 def sq_norms(record: Record) -> jax.Array:  # [U]
-  """Squared norm of each unit's gradient; what is not finite stays visible.
+  """Squared norm of each unit's gradient; one that is not finite stays visible.
 
   In float32 ``weighted_sum`` of one unit has a norm of at most its weight times the square root of
   this times 1 + NORM_SLACK, whatever the numbers (about 1e-6 in place of NORM_SLACK where positions
@@ -369,7 +369,7 @@ def _finite_float32(*arrays: jax.Array) -> tuple[jax.Array, ...]:
 
 
 def _finite(values: jax.Array) -> jax.Array:
-  """Replaces what is not finite by 0: a clip coefficient of 0 leaves 0 * inf = NaN behind."""
+  """Replaces non-finite numbers by 0: a clip coefficient of 0 leaves 0 * inf = NaN behind."""
   return jnp.where(jnp.isfinite(values), values, jnp.zeros_like(values))
 
 

@@ -64,8 +64,8 @@ def _as(array: jax.Array, values: jax.Array) -> jax.Array:
 def _zero_after(array: jax.Array) -> jax.Array:
   """[] uint32 0, which a program has only once it has the array.
 
-  What waits for it is not computed before: a compiler free to choose draws the noise first and
-  keeps it during the whole backward pass.
+  Operations that use it wait for the array. A compiler that is free to choose draws the noise first
+  and keeps it during the whole backward pass.
   """
   word = jax.lax.bitcast_convert_type(jnp.ravel(array)[0], jnp.uint32)
   return jax.lax.clz(word) >> 6  # at most 32 zeros lead a word, which the compiler does not know

@@ -32,7 +32,7 @@ from fedjax_med.tasks.registry import task_named
 
 
 class RunResult(NamedTuple):
-  """A run that has ended, for who called it in the same process.
+  """A run that has ended, for the caller in the same process.
 
   Attributes:
     experiment: config, hospitals, mechanisms and compiled functions.
@@ -53,7 +53,7 @@ class RunResult(NamedTuple):
 
 
 class _Start(NamedTuple):
-  """How a run was started; fields as the arguments of ``run``."""
+  """Arguments that a run was started with; see ``run``."""
 
   config: Config
   folder: pathlib.Path | None

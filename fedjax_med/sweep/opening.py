@@ -69,7 +69,7 @@ def hold(
   noise_key: pathlib.Path | None = None,
   shard: tuple[int, int] = (0, 1),
 ) -> Iterator[bytes]:
-  """Holds the folder of a sweep, which then says what the sweep is; gives its secret.
+  """Locks the folder of a sweep inside the block, writes its definition, and yields its secret.
 
   Args:
     console: where a file system without locks is reported.

@@ -64,7 +64,7 @@ class Prepared(NamedTuple):
   Attributes:
     group: its points.
     program: of one run.
-    shapes: what the program is made for.
+    shapes: sizes that the program is made for.
     layout: how runs lie on this machine.
     batches: [b, size] of test images, enough for each run's.
     images: in the pool, enough for each run's.

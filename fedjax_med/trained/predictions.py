@@ -180,7 +180,7 @@ def predict_files(
     output: the table; its folder is made. With ``layer`` a folder beside it, of its name and
       '_maps', gets an overlay of each picture.
     layer: layer of Grad-CAM for the predicted class; None makes none.
-    tell: hears of progress.
+    tell: called with lines of progress.
 
   Raises:
     UserError: there is nothing to read.

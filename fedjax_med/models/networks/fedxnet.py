@@ -57,7 +57,7 @@ def relative_offsets() -> np.ndarray:  # [T * T, (2 WINDOW - 1)**2] float32
 
 
 def _shift(side: int, shift: int) -> int:
-  """A map of one window has nothing to exchange, and is not shifted (as in Swin)."""
+  """The shift of windows; 0 for a map of one window, which has nothing to exchange (as in Swin)."""
   return shift if side > WINDOW else 0
 
 
