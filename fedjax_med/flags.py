@@ -99,7 +99,7 @@ def run_main(main: Callable[[list[str]], None]) -> None:
 
   Exits with code 2 after a UserError, a file that the system refuses or a wrong command line (one
   line on stderr, with --debug the traceback as well), 130 after Ctrl-C, 0 after --help. Other
-  exceptions are bugs and pass. What a terminal's encoding lacks is spelt out.
+  exceptions are bugs and pass. Letters that a terminal's encoding lacks are spelt out.
   """
   use_any_terminal()
   if any(argument in _HELP for argument in sys.argv[1:]):
@@ -136,9 +136,9 @@ def require_company(name: str, there: bool, company: str) -> None:
   """Raises UserError where the flag ``name`` was given and its ``company`` is not ``there``.
 
   Args:
-    name: of the flag, without dashes.
-    there: whether what the flag is read with was given.
-    company: for people, such as ``--maps``.
+    name: name of the flag, without dashes.
+    there: whether the flag or setting that this one needs was given.
+    company: name of that one, for people, such as ``--maps``.
   """
   require(
     there or not flags.FLAGS[name].present,

@@ -218,7 +218,7 @@ def compare(
     second: another one.
     metric: a column of ``by_point``.
     pair_by: columns whose values make a pair; each pair must have one point of either arm.
-    confidence: of the interval, which stays within what the bounds of the metric allow.
+    confidence: of the interval, which stays within the bounds of a difference of the metric.
 
   Raises:
     UserError: no such column, or points that do not pair.

@@ -1,8 +1,8 @@
 """Presets: config files that are read, and values that are assigned to their fields.
 
-The command line and ``fedjax_med.load_config`` read presets by the same functions. They differ in
-what they call the file and its fields: ``--config=FILE`` and ``--config.seed``, or ``preset=FILE``
-and ``seed``.
+The command line and ``fedjax_med.load_config`` read presets by the same functions. They name the
+file and its fields differently: ``--config=FILE`` and ``--config.seed``, or ``preset=FILE`` and
+``seed``.
 """
 
 import dataclasses
@@ -80,7 +80,7 @@ def check_values(config: Config, setter: str = "", prefix: str = "") -> None:
 
   Args:
     config: the configuration.
-    setter: who set the names, for errors, such as ``the config file``.
+    setter: origin of the names, for errors, such as ``the config file``.
     prefix: of a field in the remedy.
   """
   known = declared()
@@ -155,7 +155,7 @@ def drop_inherited(config: Config, preset: Config, given: Collection[str], by: s
     config: the preset with its changes; its fields are set back.
     preset: the preset as it is written.
     given: fields that were changed.
-    by: what changed them, for people, such as ``these flags``.
+    by: origin of the changes, for people, such as ``these flags``.
 
   Returns:
     A sentence for each field that is back at its default.

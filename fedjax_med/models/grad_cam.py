@@ -108,7 +108,7 @@ def grad_cam(
   """Gradient-weighted class activation map (Selvaraju et al. 2017, equations 1 and 2).
 
   The weight of a channel is the mean over positions of the gradient of the target's logit, and the
-  map what is positive of the weighted sum of channels. Images do not see each other. The map of a
+  map the positive part of the weighted sum of channels. Images do not see each other. The map of a
   layer inside a loop (``nn.scan``) does not leave it: jit raises UnexpectedTracerError.
   """
 

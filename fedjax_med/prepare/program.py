@@ -114,7 +114,7 @@ def make_program(
 
   Raises:
     UserError: the network lacks a setting that was given, does not return the columns that are due,
-      or the rounds do not fit into the memory budget, whatever may be changed.
+      or the rounds do not fit into the memory budget in any layout that is allowed.
   """
   require_read(config.model)
   recipe = make_recipe(config, dataset, shapes)

@@ -118,12 +118,12 @@ def difference(said: Any, truth: Any, path: str = "") -> str:
     found = (difference(*pair, f"{path}[{number}]") for number, pair in pairs)
     return next(filter(None, found), "")
   kinds = isinstance(said, bool), isinstance(truth, bool)
-  if kinds[0] == kinds[1] and (said == truth or _near(said, truth)):
+  if kinds[0] == kinds[1] and (said == truth or _equal_numbers(said, truth)):
     return ""
   return f"{name} is {_short(said)}, the ledger gives {_short(truth)}"
 
 
-def _near(said: Any, truth: Any) -> bool:
+def _equal_numbers(said: Any, truth: Any) -> bool:
   """Whether two values are numbers that differ by no more than rounding."""
   if not (isinstance(said, int | float) and isinstance(truth, int | float)):
     return False
@@ -190,11 +190,11 @@ def _bounds(
   )
   before = max(each for each in book.told if each <= rounds)
   after = min(each for each in book.told if each >= rounds)
-  return _told(book, book.told[before]), _told(book, book.told[after])
+  return _told_epsilons(book, book.told[before]), _told_epsilons(book, book.told[after])
 
 
-def _told(book: ledger.Ledger, epsilons: ledger.Epsilons) -> dict[str, float]:
-  """The ε in results; see ``require_told``."""
+def _told_epsilons(book: ledger.Ledger, epsilons: ledger.Epsilons) -> dict[str, float]:
+  """``epsilons`` by the names that they have in results; see ``require_told``."""
   found = {"first": max(epsilons[0])}
   for guarantee, own in zip(book.guarantees, epsilons, strict=True):
     if guarantee.unit == "client":
@@ -235,7 +235,7 @@ def require_epsilons(folder: pathlib.Path, book: ledger.Ledger) -> None:
         guarantee.names, epsilons, spent(guarantee, counts), strict=True
       ):
         require(
-          _near(said, truth),
+          _equal_numbers(said, truth),
           f"{folder / ledger.FILE} tells ε {said:.12g} at '{party}' (unit {guarantee.unit}){whose},"
           f" its mechanisms give {truth:.12g}",
           f"restore the file; where it was not edited, use {_versions(book)}",

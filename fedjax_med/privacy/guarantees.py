@@ -305,7 +305,7 @@ def privacy_record(
   Args:
     guarantees: guarantee of each kind of unit.
     counts: releases.
-    gaps: further sentences on what is not covered.
+    gaps: further sentences on risks that are not covered.
     epsilons: ε of each party of each guarantee; None computes them.
     version: of the library that computed them; empty is the installed one.
 

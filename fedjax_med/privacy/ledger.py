@@ -79,7 +79,7 @@ class Ledger(NamedTuple):
 
   Attributes:
     run_id: fingerprint of the run.
-    spent: what was executed by the last line.
+    spent: releases that were executed by the last line.
     rounds_at: finished rounds at every line, in order.
     told: ε of each party of each guarantee that was told, by rounds; none in ledgers of 0.2.0.
     digests: of every line, in order; the last stands for the whole.
@@ -189,7 +189,7 @@ def record(
   )
   contents = [{"ran": ran._asdict()}] if _is_news(before, ran, not done) else []
   if not done:
-    contents.append(_counted(before.guarantees, rounds, now))
+    contents.append(_count_line(before.guarantees, rounds, now))
   return _continued(folder / FILE, before, contents)
 
 
@@ -214,7 +214,7 @@ def record_baselines(
     name: {
       "guarantees": [_to_json(guarantee) for guarantee in own.guarantees],
       "counts": own.counts,
-      "epsilons": _finite(own.epsilons or ()),
+      "epsilons": _epsilons_to_json(own.epsilons or ()),
     }
     for name, own in found.items()
   }
@@ -286,7 +286,7 @@ def set_apart(folder: pathlib.Path, parts: Split, rounds: int, counts: Counts) -
       contents.append({"ran": ran._asdict()})
       told = told._replace(ran=(*told.ran, ran))
   if rounds > told.rounds:
-    contents.append(_counted(told.guarantees, rounds, counts))
+    contents.append(_count_line(told.guarantees, rounds, counts))
   texts, head = list(parts.texts), told.head
   for content in contents:
     head = _digest(head, content)
@@ -313,7 +313,7 @@ def _ledger(path: pathlib.Path, lines: list[dict[str, Any]]) -> Ledger:
       baselines={},
     )
     for number, line in enumerate(later, 2):
-      after = _after(book, line, line["digest"])
+      after = _with_line(book, line, line["digest"])
       if after is None:
         raise UserError(f"{path}, line {number} counts fewer rounds or steps; restore the file")
       book = after
@@ -322,7 +322,7 @@ def _ledger(path: pathlib.Path, lines: list[dict[str, Any]]) -> Ledger:
     raise UserError(f"{path} is not a ledger ({error}); restore the file") from error
 
 
-def _after(book: Ledger, content: dict[str, Any], digest: str) -> Ledger | None:
+def _with_line(book: Ledger, content: dict[str, Any], digest: str) -> Ledger | None:
   """The ledger after one more line; None if that line counts less than those before."""
   rounds, own = book.rounds, book.spent
   if "ran" in content:
@@ -335,7 +335,7 @@ def _after(book: Ledger, content: dict[str, Any], digest: str) -> Ledger | None:
     rounds, counts = content["rounds"], _whole_numbers(content["counts"])
     if rounds <= book.rounds or not _at_most(own.counts, counts):
       return None
-    own = own._replace(counts=counts, epsilons=_infinite(content.get("epsilons"), counts))
+    own = own._replace(counts=counts, epsilons=_epsilons_from_json(content.get("epsilons"), counts))
     if own.epsilons is not None:
       book = book._replace(told={**book.told, rounds: own.epsilons})
   return book._replace(
@@ -348,22 +348,24 @@ def _spent_of(value: dict[str, Any]) -> Spent:
   return Spent(
     guarantees=tuple(_from_json(guarantee) for guarantee in value["guarantees"]),
     counts=counts,
-    epsilons=_infinite(value["epsilons"], counts),
+    epsilons=_epsilons_from_json(value["epsilons"], counts),
   )
 
 
-def _counted(guarantees: Sequence[Guarantee], rounds: int, counts: Counts) -> dict[str, Any]:
+def _count_line(guarantees: Sequence[Guarantee], rounds: int, counts: Counts) -> dict[str, Any]:
   """The line of so many rounds, with the ε of its releases."""
   epsilons = tuple(spent(*each) for each in zip(guarantees, counts, strict=True))
-  return {"rounds": int(rounds), "counts": counts, "epsilons": _finite(epsilons)}
+  return {"rounds": int(rounds), "counts": counts, "epsilons": _epsilons_to_json(epsilons)}
 
 
-def _finite(epsilons: Epsilons) -> list[list[float | None]]:
+def _epsilons_to_json(epsilons: Epsilons) -> list[list[float | None]]:
   """ε as JSON has it, which knows no infinity."""
   return [[None if math.isinf(value) else value for value in row] for row in epsilons]
 
 
-def _infinite(epsilons: list[list[float | None]] | None, counts: Counts) -> Epsilons | None:
+def _epsilons_from_json(
+  epsilons: list[list[float | None]] | None, counts: Counts
+) -> Epsilons | None:
   """ε from JSON; ValueError unless there is one for each count."""
   if epsilons is None:
     return None
@@ -495,7 +497,7 @@ def _append(path: pathlib.Path, previous: str, content: dict[str, Any]) -> str:
 def _continued(path: pathlib.Path, book: Ledger, contents: Sequence[dict[str, Any]]) -> Ledger:
   """Adds lines to the file on the disk; returns the ledger with them."""
   for content in contents:
-    after = _after(book, content, _append(path, book.head, content))
+    after = _with_line(book, content, _append(path, book.head, content))
     assert after is not None
     book = after
   return book

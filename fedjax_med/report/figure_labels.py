@@ -41,8 +41,8 @@ def families() -> list[str]:
 def drawable(text: str, most: int = 150) -> str:
   """A text as matplotlib draws it letter by letter: one line, shortened in the middle.
 
-  What no font has is drawn as an escape such as ``\\u8105``. A dollar starts no formula, and an
-  underscore in front does not hide an entry of a legend.
+  A letter that no font has is drawn as an escape such as ``\\u8105``. A dollar starts no formula,
+  and an underscore in front does not hide an entry of a legend.
   """
   line = " ".join(visible(text.replace("\n", " ")).split())
   line = "".join(letter if letter in _letters() else escaped(letter) for letter in line)

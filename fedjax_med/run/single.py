@@ -99,7 +99,7 @@ def train_rounds(
   The caller writes the end of the run (``writer.finish``).
 
   Args:
-    experiment: what to run.
+    experiment: the run.
     folder: the workdir, with checkpoints to resume from; None writes nothing and begins anew.
     listen: called at every log point, when it is written and before its checkpoint is.
     compiling: from ``start_compiling``, which is called here if it was not before.

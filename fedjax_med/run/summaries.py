@@ -94,8 +94,8 @@ def hospital_record(hospitals: Hospitals, names: bool = True) -> dict[str, Any]:
   """hospitals.json: examples of each class at each hospital, and facts about the split.
 
   ``train`` counts real images; ``synthetic``, where there are any, stands beside it. Without
-  ``names`` no file is named: a left-out one is "", with what is known of it but for its decoder's
-  words, and pictures that contradict each other are only counted.
+  ``names`` no file is named: the name of a left-out one is "", its reason is without the words of
+  the decoder, and pictures that contradict each other are only counted.
   """
   dataset, split = hospitals.dataset, hospitals.split
   classes, strata = len(dataset.class_names), task_named(dataset.task).strata(dataset)

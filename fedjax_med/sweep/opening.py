@@ -31,7 +31,7 @@ class Sweep(NamedTuple):
     base: configuration that the points change.
     points: all of them.
     configs: of each point.
-    seed_axes: what an axis named seed moves.
+    seed_axes: the seeds that an axis named seed moves.
     command: starts the sweep.
   """
 

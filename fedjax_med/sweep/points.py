@@ -110,7 +110,7 @@ def require_read(
     base: configuration that the points change.
     points: of the sweep.
     configs: of each point, from ``configure``.
-    seed_axes: what an axis named seed moves.
+    seed_axes: the seeds that an axis named seed moves.
     excused: settings of the base that may be without effect.
   """
   axes = list(points[0])

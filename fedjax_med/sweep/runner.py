@@ -84,7 +84,7 @@ def run_points(
   Baselines are runs of their own, and join the results of their points at the end.
 
   Args:
-    planned: the points. Programs are made for all of them, so that what is resumed is run by the
+    planned: the points. Programs are made for all of them, so that a resumed point is run by the
       program that would have run it.
     done: runs that are not to be run again.
     output: where they are written.
