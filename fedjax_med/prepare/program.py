@@ -53,7 +53,7 @@ class Parts(NamedTuple):
     personal: as that of a ``FederatedAlgorithm``: makes the model that a client predicts with; None
       where all predict with the global one.
     message: bytes that a client gets in a round, and those that it sends.
-    layout: of the network's vectors.
+    layout: layout of the network's vectors.
   """
 
   initial: Callable[..., SimulationState]

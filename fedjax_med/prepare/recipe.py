@@ -81,7 +81,7 @@ class Recipe(NamedTuple):
     cohort_cap: most clients of a drawn cohort; None if everyone takes part.
     cores: cores of a CPU, the fewest of all processes.
     network: (remat, devices) -> Model. The lowering of convolutions depends on the devices.
-    layout: of the network's vectors.
+    layout: layout of the network's vectors.
   """
 
   config: Config

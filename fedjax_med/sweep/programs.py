@@ -65,7 +65,7 @@ class Prepared(NamedTuple):
     group: its points.
     program: of one run.
     shapes: sizes that the program is made for.
-    layout: how runs lie on this machine.
+    layout: layout of the runs on this machine.
     batches: [b, size] of test images, enough for each run's.
     images: in the pool, enough for each run's.
     sweep: (states, fresh, rounds [S], points, pool, pretrained) -> (states, metrics,

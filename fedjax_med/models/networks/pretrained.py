@@ -211,9 +211,9 @@ def to_state_dict(
 ) -> tuple[dict[str, np.ndarray], str]:
   """Weights as PyTorch names and lays them out; the inverse of ``convert_state_dict``.
 
-  A network of this package's SE-ResNeXt layout, gates or not, gets the names of the file that its
-  stem's pool belongs to (``NAMINGS``; ResNet-50 those of timm, which are torchvision's), any other
-  one its path in Flax with dots. Convolution kernels become
+  A network with the layers of this package's SE-ResNeXt, gates or not, gets the names of the file
+  that its stem's pool belongs to (``NAMINGS``; ResNet-50 those of timm, which are torchvision's),
+  any other one its path in Flax with dots. Convolution kernels become
   OIHW and matrices [out, in]; 'kernel' and 'scale' are called 'weight', 'mean' and 'var'
   'running_mean' and 'running_var'. Arrays of other shapes and names stay as they are.
 
