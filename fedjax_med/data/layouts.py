@@ -67,7 +67,7 @@ class LeftOut(NamedTuple):
 
   Attributes:
     name: relative to the folder.
-    reason: why it is left out.
+    reason: reason to leave it out.
     class_name: class that its place says; empty where it says none.
   """
 

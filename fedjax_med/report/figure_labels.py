@@ -24,7 +24,7 @@ MOST = {"class": 20, "hospital": 32}  # columns of a label, in which a wide lett
 
 @functools.cache
 def families() -> list[str]:
-  """Fonts of a figure: matplotlib's own, and those of ``FALLBACKS`` that can be used here."""
+  """Fonts of a figure: matplotlib's own, and those of ``FALLBACKS`` that are installed."""
   from matplotlib import font_manager
 
   installed = {font.name for font in font_manager.fontManager.ttflist}

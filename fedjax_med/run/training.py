@@ -36,7 +36,7 @@ class RunResult(NamedTuple):
 
   Attributes:
     experiment: config, hospitals, mechanisms and compiled functions.
-    outcome: final state, why the run stopped, and the last log point: metrics of each hospital, and
+    outcome: final state, reason of the end, and the last log point: metrics of each hospital, and
       ε after all rounds.
     curve: every log point of this process; the first is the start, or where it resumed.
     baselines: outcome of each baseline by its name; {} where none was asked for.

@@ -87,7 +87,7 @@ def secret_of(config: Config, folder: pathlib.Path | None, noise_key: pathlib.Pa
 
 
 def _as_first(work: Callable[[], Any], otherwise: str) -> None:
-  """Does ``work`` in the first process; a UserError there is one in all, or the others would wait.
+  """Does ``work`` in the first process; a UserError there ends all, which would wait otherwise.
 
   Raises:
     UserError: of ``work`` in the first process, with the sentence ``otherwise`` in the others.

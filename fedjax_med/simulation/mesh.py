@@ -23,9 +23,9 @@ class Devices(NamedTuple):
   """Devices that the clients of a run are dealt over.
 
   Attributes:
-    number: how many.
+    number: number of devices.
     mesh: one axis of them, or None for a single device, which needs no collectives.
-    reason: why that number, for people.
+    reason: reason for that number, for people.
   """
 
   number: int
@@ -153,7 +153,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def replicate(tree: Any, mesh: Mesh | None) -> Any:
   """A copy of each array on every device of the mesh, or on the one device there is.
 
-  Every process must pass the same values; that they do is for the caller to check.
+  Every process must pass the same values, which the caller checks.
   """
 
   def put(leaf):

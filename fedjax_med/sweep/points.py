@@ -271,7 +271,7 @@ def groups(planned: Sequence[Planned]) -> list[list[Planned]]:
 def chunks(
   group: Sequence[Planned], size: int, fill: int = 1, limit: float = math.inf
 ) -> list[list[Planned]]:
-  """A group in parts of at most ``size`` runs; of the same images long runs are together.
+  """Divides a group into parts of at most ``size`` runs; within a set of images long runs join.
 
   A part of fewer than ``fill`` runs takes those of another set of images (GANs, phantoms of several
   seeds) too, as long as the sets take at most ``limit`` bytes.

@@ -265,7 +265,7 @@ def advance_together(
 
 
 def pool_of(datasets: Sequence[Dataset], prepared: Prepared) -> Pool:
-  """All examples on the devices, and zeros that nobody holds up to ``prepared.images``."""
+  """All examples on the devices, padded to ``prepared.images`` with zeros that no client holds."""
   missing = prepared.images - sum(len(each.labels) for each in datasets)
 
   def joined(*leaves: np.ndarray) -> jax.Array:

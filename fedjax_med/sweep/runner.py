@@ -39,7 +39,7 @@ class Progress(NamedTuple):
     runs: runs whose files are written.
     epsilon: largest ε of a written run so far; None if none has a guarantee.
     note: current activity.
-    failed: runs whose images could not be made, and why.
+    failed: runs whose images could not be made, with the reasons.
   """
 
   rounds: int
@@ -173,7 +173,7 @@ def run_group(
 def _images(
   chunk: Sequence[Planned], complete: Callable[[Config, Hospitals], Hospitals]
 ) -> tuple[dict[tuple[Any, ...], Dataset], dict[tuple[Any, ...], UserError]]:
-  """The sets of images of a chunk, and why others could not be made, by ``images_of``."""
+  """The sets of images of a chunk, and reasons why others could not be made, by ``images_of``."""
   sets, errors = {}, {}
   for run in chunk:
     key = images_of(run)

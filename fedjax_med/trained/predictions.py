@@ -35,7 +35,7 @@ class Picture(NamedTuple):
     path: of the file.
     name: relative to the folder that was asked for, as ``core.text.readable`` writes it.
     pixels: [H, W, C] uint8 or uint16 as the network sees it, None where it cannot be read.
-    error: why not; empty where it can.
+    error: reason why it cannot be read; empty if it can.
   """
 
   path: pathlib.Path
