@@ -49,7 +49,7 @@ class Result:
   (256, 2)
 
   Attributes:
-    config: the configuration, with what ``privacy.solve_for`` left open.
+    config: the configuration, with the value that ``privacy.solve_for`` found.
     run_id: fingerprint of the run.
     class_names: in the order of the network's outputs.
     rounds: finished rounds.
@@ -167,7 +167,7 @@ def simulate(
     verbose: whether to print what will run, progress and results.
 
   Raises:
-    UserError: whatever the user can put right, as value, rule and remedy.
+    UserError: an error that the user can put right, as value, rule and remedy.
   """
   config = _checked(config)
   from fedjax_med.report import reported_run
@@ -208,7 +208,7 @@ def simulate_grid(
       say, and ``privacy.target_epsilon`` of infinity is training without privacy.
     workdir: folder of the sweep, for the same files as ``python -m fedjax_med.sweep`` writes, and
       to go on from; None keeps nothing.
-    seed_axes: what an axis named seed moves: partition, init, sampling.
+    seed_axes: the seeds that an axis named seed moves: partition, init, sampling.
     noise_key: file with the secret of the private points.
     verbose: whether to print progress.
 
@@ -217,7 +217,7 @@ def simulate_grid(
     ``study.compare`` take it.
 
   Raises:
-    UserError: whatever the user can put right, before anything compiles.
+    UserError: an error that the user can put right, before anything compiles.
   """
   base = copy.deepcopy(config)
   check_values(base)  # the rules are those of the points
@@ -308,7 +308,7 @@ def _checked(config: Config) -> Config:
 
 
 def _use_machine(config: Config) -> None:
-  """Sets what jax is told before it runs anything; what the caller's process has set stays."""
+  """Configures jax before it runs anything; settings of the caller's process stay."""
   import jax
 
   from fedjax_med.run.compilation_cache import use_compilation_cache
@@ -435,7 +435,7 @@ def _baselines(ended: "RunResult", task: "Task") -> "pd.DataFrame":
 
 
 def _variables(experiment: "Experiment", params: Any, state: Any) -> dict[str, Any]:
-  """A network's variables in NumPy, of the two vectors that a run makes of them."""
+  """A network's variables as NumPy arrays, unravelled from its two vectors."""
   import jax
   import numpy as np
 

@@ -1,8 +1,8 @@
 """Command line of the entry points: flags, --help from the fields' declarations, one-line errors.
 
 An entry point is three lines: ``define_config()`` at module level, a ``main`` that calls
-``load_config()``, and ``run_main(main)``. Whatever the user can put right is answered with one
-sentence on stderr and exit code 2; only our own bugs print a traceback.
+``load_config()``, and ``run_main(main)``. An error that the user can put right is one sentence on
+stderr and exit code 2; only our own bugs print a traceback.
 """
 
 import contextlib
@@ -62,11 +62,11 @@ def noise_key() -> pathlib.Path | None:
 def load_config(whole: bool = True) -> Config:
   """The Config of the command line, checked; call it inside ``main``.
 
-  A flag that takes away what a setting of the preset is read with takes the setting away too: it
-  falls back to its default, and stderr says so.
+  A setting of the preset that the flags leave without effect falls back to its default, and stderr
+  says so.
 
   Args:
-    whole: whether it has to be one that can be run, or only hold values of the right types.
+    whole: True checks every rule, False the types of values only.
 
   Raises:
     UserError: --config is missing, or a value breaks a rule of ``core.validation.validate``.
@@ -99,7 +99,7 @@ def run_main(main: Callable[[list[str]], None]) -> None:
 
   Exits with code 2 after a UserError, a file that the system refuses or a wrong command line (one
   line on stderr, with --debug the traceback as well), 130 after Ctrl-C, 0 after --help. Other
-  exceptions are bugs and pass. What a terminal's encoding lacks is spelt out.
+  exceptions are bugs and pass. Letters that a terminal's encoding lacks are spelt out.
   """
   use_any_terminal()
   if any(argument in _HELP for argument in sys.argv[1:]):
@@ -136,9 +136,9 @@ def require_company(name: str, there: bool, company: str) -> None:
   """Raises UserError where the flag ``name`` was given and its ``company`` is not ``there``.
 
   Args:
-    name: of the flag, without dashes.
-    there: whether what the flag is read with was given.
-    company: for people, such as ``--maps``.
+    name: name of the flag, without dashes.
+    there: whether the flag or setting that this one needs was given.
+    company: name of that one, for people, such as ``--maps``.
   """
   require(
     there or not flags.FLAGS[name].present,

@@ -84,7 +84,7 @@ REDUCED = {"": "mean.", "alone.": "alone.", "alone.all.": "alone.all."}
 
 
 def by_point(frame: pd.DataFrame) -> pd.DataFrame:
-  """A row a point, in which what hospitals differ in is a mean over them, and the worst of them.
+  """A row a point: values that differ between hospitals become their mean and their worst.
 
   mean.METRIC and worst.METRIC are of the run's model on each hospital's test images. alone.METRIC
   (the mean) and worst.alone.METRIC are of the models that hospitals trained by themselves, on the
@@ -146,7 +146,7 @@ def aggregate(
 
   Args:
     frame: from ``load``.
-    by: columns that make a group; what else varies, seeds for one, is averaged over.
+    by: columns that make a group; all else that varies, such as seeds, is averaged over.
     metric: a column of ``by_point``, such as all.auroc, worst.recall or alone.auroc.
     interval: t (Student), or bootstrap (BCa, 9,999 resamples, for 5 points or more).
     confidence: of the interval.
@@ -209,7 +209,7 @@ def compare(
   pair_by: Sequence[str] = ("seed",),
   confidence: float = 0.95,
 ) -> Comparison:
-  """Whether two values of a column differ in a metric, over pairs of points that share the rest.
+  """Compares two values of a column in a metric, over pairs of points that share the rest.
 
   Args:
     frame: from ``load``.
@@ -218,7 +218,7 @@ def compare(
     second: another one.
     metric: a column of ``by_point``.
     pair_by: columns whose values make a pair; each pair must have one point of either arm.
-    confidence: of the interval, which stays within what the bounds of the metric allow.
+    confidence: of the interval, which stays within the bounds of a difference of the metric.
 
   Raises:
     UserError: no such column, or points that do not pair.

@@ -1,4 +1,4 @@
-"""Points of the study: ε, hospitals, how unlike they are, what is protected, seeds.
+"""Points of the study: ε, number of hospitals, skew, unit of privacy, seeds.
 
 Without privacy (ε infinite) there is no unit: those points stand under both, beside the others. The
 larger unit is a group of near-duplicates, since the real sets name no patients.

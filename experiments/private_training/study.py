@@ -1,4 +1,4 @@
-"""What helps private training at ε = 3: each of the usual helps alone, five seeds in one program.
+"""The study of private training at ε = 3: each of the usual helps alone, five seeds a program.
 
 python -m experiments.private_training.study --path=FOLDER
 """

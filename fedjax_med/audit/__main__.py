@@ -1,4 +1,4 @@
-"""Attacks a run's privacy mechanism as it is executed and says what ε can be shown from below.
+"""Attacks a run's privacy mechanism as it is executed, and prints lower bounds on its ε.
 
 Example: python -m fedjax_med.audit --config=configs/quickstart.py --workdir=runs/quickstart
 """

@@ -1,7 +1,7 @@
 """Statistics of a privacy audit: lower bounds on ε.
 
-An audit attacks what a run released and says what a claimed (ε, δ) makes unlikely. Host-side NumPy
-and SciPy; higher scores mean "was in the training data" throughout.
+An audit attacks the releases of a run. Its bounds are the ε that the outcome makes unlikely at a
+given δ. Host-side NumPy and SciPy; higher scores mean "was in the training data" throughout.
 
 A bound of 0 says that the attack found nothing, not that there is nothing to find.
 """
@@ -99,7 +99,7 @@ def one_run_epsilon(
   is the one with the most wrong guesses; that is never more right ones than an order that does not
   know the bits, so the bound holds, whatever the order of the canaries.
 
-  What is needed: the bits are independent fair coins, and scores depend on them through what the
+  Assumptions: the bits are independent fair coins, and scores depend on them through what the
   run released alone. The adjacency then is that of this package: a canary that is not in is a
   record replaced by nothing, while the hospital's size n, absent canaries counted, is public.
 

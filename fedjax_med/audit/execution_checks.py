@@ -1,4 +1,4 @@
-"""Checks of every draw and release of local steps: clipped sums, noise, and who was drawn."""
+"""Checks of every draw and release of local steps: sampling, clipped sums and noise."""
 
 import itertools
 from typing import NamedTuple
@@ -111,7 +111,7 @@ def _watch(audited: AuditedRun, k: int) -> _Watched:
 
 
 def check_execution(audited: AuditedRun) -> list[Check]:
-  """Whether every hospital's releases are what their accounted mechanism says."""
+  """Checks that every hospital's releases are those of its accounted mechanism."""
   checks: list[tuple[str, float]] = []
   watched = [_watch(audited, k) for k in range(len(audited.steps))]
   for name, mechanism, seen in zip(

@@ -1,4 +1,4 @@
-"""Likelihood-ratio attacks on a mechanism: what an attacker computes, and the ε it then shows."""
+"""Likelihood-ratio attacks on a mechanism: scores of trials, and the bound on ε they give."""
 
 import math
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Exact p-values of draws: whether noise, and who was drawn, are what a mechanism says.
+"""Exact p-values of draws: of the noise and the sampling that a mechanism claims.
 
 Host-side NumPy and SciPy. A small value says that the claim is wrong; a large one proves nothing.
 """

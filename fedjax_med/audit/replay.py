@@ -145,7 +145,7 @@ def _config(config: Config, plan: Plan) -> Config:
 
 
 def _reference(experiment: Experiment) -> Any:
-  """(k, (round, step), params, state, memory) -> what the accounted mechanism releases there.
+  """(k, (round, step), params, state, memory) -> the release of the accounted mechanism there.
 
   That is the mean gradient without noise, the noise of standard deviation 1, and the memory that
   the next step goes on from; () is the memory before the first.
@@ -194,7 +194,7 @@ def _reference(experiment: Experiment) -> Any:
 
 
 def accounted_client(case: Case, k: int) -> Client:
-  """Hospital k as its accounted mechanism has it, without noise; of the program nothing is read."""
+  """Hospital k by its accounted mechanism, without noise. Nothing of the program is read."""
   protection = case.protection
   assert protection.local is not None
   mechanism, table = protection.local.mechanisms[k], protection.units

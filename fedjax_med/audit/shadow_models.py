@@ -36,7 +36,7 @@ class Shadows(NamedTuple):
 
 
 def prepare(config: Config, hospitals: Hospitals, runs: int, seed: int) -> Shadows:
-  """Halves the data for ``runs`` models; whatever is refused is refused here, before any training.
+  """Halves the data for ``runs`` models. Every refusal comes here, before any training.
 
   Every run has the config's number of rounds, privacy and batch size, on half of each hospital's
   training examples (n is halved, so its ε is above that of the whole run at the same noise).

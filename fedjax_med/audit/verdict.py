@@ -1,4 +1,4 @@
-"""The audit of a run: every guarantee it gives is attacked, and audit.json says what was found."""
+"""The audit of a run: attacks every guarantee, and makes the content of audit.json."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -158,13 +158,13 @@ def _local(experiment: Experiment, max_trials: int, seed: int, tell: Callable) -
 
 
 def _on_host(key: jax.Array) -> jax.Array:
-  """The key, bound to no device: an audit spreads its trials over others than a run its clients."""
+  """The key, bound to no device: trials of an audit use other devices than clients of a run."""
   data = jax.device_get(jax.random.key_data(key))
   return jax.random.wrap_key_data(data, impl=jax.random.key_impl(key))
 
 
 def _arrays(experiment: Experiment) -> Check:
-  """Whether the run's arrays are those of the accounted mechanisms."""
+  """Checks that the run's arrays are those of the accounted mechanisms."""
   case = experiment.case
   arrays = experiment.clients, experiment.hyper
   wrong = differences(case.protection, case.numbers, case.rows, *arrays)

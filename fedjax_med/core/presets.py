@@ -1,8 +1,8 @@
 """Presets: config files that are read, and values that are assigned to their fields.
 
-The command line and ``fedjax_med.load_config`` read presets by the same functions. They differ in
-what they call the file and its fields: ``--config=FILE`` and ``--config.seed``, or ``preset=FILE``
-and ``seed``.
+The command line and ``fedjax_med.load_config`` read presets by the same functions. They name the
+file and its fields differently: ``--config=FILE`` and ``--config.seed``, or ``preset=FILE`` and
+``seed``.
 """
 
 import dataclasses
@@ -33,7 +33,7 @@ def read_preset(argument: str, name: str = "preset") -> Config:
   """The Config that a preset returns by itself.
 
   Args:
-    argument: path of the file, and after a colon what its get_config() takes, if anything.
+    argument: path of the file, and after a colon the argument of its get_config(), if any.
     name: name of the argument, for errors.
 
   Raises:
@@ -76,11 +76,11 @@ def read_preset(argument: str, name: str = "preset") -> Config:
 def check_values(config: Config, setter: str = "", prefix: str = "") -> None:
   """Refuses unknown names and values of wrong types; whole numbers of number fields become float.
 
-  A Config takes any assignment, and this is what finds a wrong one.
+  A Config takes any assignment; wrong ones are found here.
 
   Args:
     config: the configuration.
-    setter: who set the names, for errors, such as ``the config file``.
+    setter: origin of the names, for errors, such as ``the config file``.
     prefix: of a field in the remedy.
   """
   known = declared()
@@ -131,7 +131,7 @@ def assign(config: Config, path: str, value: Any) -> None:
 
 
 def nearest_field(name: str, known: dict[str, Field], prefix: str = "") -> str:
-  """Which field may be meant; a right name in a wrong or missing section wins. "" if none may."""
+  """Suggests the field that may be meant, first one of that name in another section; or ""."""
   section, _, leaf = name.rpartition(".")
   leaves = {path.rpartition(".")[2] for path in known}
   close = [other for other in leaves if leaf and other.startswith(leaf)]
@@ -155,7 +155,7 @@ def drop_inherited(config: Config, preset: Config, given: Collection[str], by: s
     config: the preset with its changes; its fields are set back.
     preset: the preset as it is written.
     given: fields that were changed.
-    by: what changed them, for people, such as ``these flags``.
+    by: origin of the changes, for people, such as ``these flags``.
 
   Returns:
     A sentence for each field that is back at its default.

@@ -1,4 +1,4 @@
-"""Names of data sources, and what the rules of the configuration need to know of each.
+"""Names of data sources, and the facts about each that rules of the configuration use.
 
 The sources themselves are in data/sources.py, which adds to this table those that users register.
 """

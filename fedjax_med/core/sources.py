@@ -37,7 +37,7 @@ def source_digest(function: Any, what: str) -> str:
   """SHA-256 of the file that defines a registered function; empty for this package's own.
 
   Args:
-    function: what was registered.
+    function: the registered function.
     what: for people, such as ``model 'mine'``.
 
   Raises:

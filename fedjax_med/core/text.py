@@ -33,7 +33,7 @@ def readable(name: str) -> str:
 
 
 def visible(text: str) -> str:
-  """Escapes what ``readable`` escapes, but for backslashes. Twice is the same as once."""
+  """Escapes what ``readable`` escapes, but for backslashes. A second time changes nothing."""
   return re.sub(_HIDDEN, lambda found: escaped(found[0]), text)
 
 

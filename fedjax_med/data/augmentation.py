@@ -39,7 +39,7 @@ def draw_changes(key: jax.Array, shape: tuple[int, ...], kind: str) -> Changes:
 
 
 def change(images: jax.Array, changes: Changes) -> jax.Array:
-  """Images [B, H, W, C] mirrored, then shifted; the border is repeated where nothing is known."""
+  """Images [B, H, W, C] mirrored, then shifted; uncovered pixels repeat the image's border."""
 
   def one(image, flip, shift):
     height, width = image.shape[:2]

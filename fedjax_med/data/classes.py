@@ -87,7 +87,7 @@ def sign(name: str, other: str = "") -> int:
 
 
 def _signs(names: Sequence[str]) -> tuple[int, int]:
-  """Signs of two names, one of which sounds negative. The number 0 does if no word says more.
+  """Signs of two names, one of which sounds negative; if no word does, the number 0 does.
 
   A positive sound alone decides nothing: the other class may be a disease too.
   """

@@ -27,10 +27,10 @@ class Dataset:
     skipped: every file left out, with the reason.
     notes: sentences that must stand beside every result on these data (leakage, licence).
     tumour_masks: [N, H, W] bool ground truth of the phantoms, else None.
-    grey: how grey values of the files became pixels.
+    grey: rule by which grey values of the files became pixels.
     in_test: [N] bool, the test part that the source gives; None where it gives none.
-    task: name of what is predicted, of ``tasks.registry.TASKS``.
-    modality: name of what an example is, of ``data.modality.MODALITIES``.
+    task: key of the kind of prediction in ``tasks.registry.TASKS``.
+    modality: key of the kind of example in ``data.modality.MODALITIES``.
     num_synthetic: examples at the end that were made from training images of a hospital, and are in
       its training row only; sites, patients, masks and sides end before them.
   """

@@ -63,7 +63,7 @@ class File(NamedTuple):
   Attributes:
     path: where it is.
     parts: names of the folders on the way from the folder, and its own, as text that can be shown.
-    reason: why it is not read; empty for a picture.
+    reason: reason not to read it; empty for a picture.
   """
 
   path: pathlib.Path

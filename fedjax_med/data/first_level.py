@@ -49,7 +49,7 @@ def require_no_parts(classes: list[str], layout: str) -> None:
 
 
 def side_of(name: str) -> str:
-  """Part that a name says, as Training and testset do: train, validation or test; else empty."""
+  """Part that a name such as testset stands for: train, validation or test; empty if none."""
   words = re.findall(r"[a-z]+", name.lower())
   stems = {re.sub(r"(set|data)$", "", word) for word in words}
   for side, known in (("train", TRAIN), ("validation", VALIDATION), ("test", TEST)):

@@ -48,7 +48,7 @@ class Grey(NamedTuple):
     low: value that becomes black.
     high: value that becomes white.
     deep: whether pixels are stored with 16 bits and not 8.
-    rule: why, for people.
+    rule: reason for these values, for people.
     levels: median over the pictures of the number of different values that are kept; 0 until
       ``stored_levels`` counts them.
     outside: share of all pixels below ``low`` or above ``high``.

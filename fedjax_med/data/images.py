@@ -32,14 +32,14 @@ MASK_BY_VALUES = "one or two grey values, as a mask has, and no picture"
 
 
 class Read(NamedTuple):
-  """A picture file after reading: its place, and its values or why it is left out."""
+  """A picture file after reading: its place, and its values or the reason to leave it out."""
 
   placed: Placed
   values: Values | str
 
 
 def read_values(path: pathlib.Path, min_size: int, size: int, exact: bool = False) -> Values | str:
-  """The grey values of a picture as a square of ``size`` pixels, or why it is left out.
+  """The grey values of a picture as a square of ``size`` pixels, or the reason to leave it out.
 
   Colours become ITU-R 601 grey, transparency is laid over black, EXIF orientation is applied. The
   resolution changes with bicubic antialiasing.
@@ -63,7 +63,7 @@ def read_values(path: pathlib.Path, min_size: int, size: int, exact: bool = Fals
 def read_pixels(
   path: pathlib.Path, min_size: int, size: int, grey: Grey, window: bool
 ) -> np.ndarray | str:
-  """Returns [H, W, 1] pixels of a picture by the rule of a run, or why they cannot be had.
+  """Returns [H, W, 1] pixels of a picture by the rule of a run, or the reason why there are none.
 
   Args:
     path: the file.

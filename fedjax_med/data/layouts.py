@@ -67,7 +67,7 @@ class LeftOut(NamedTuple):
 
   Attributes:
     name: relative to the folder.
-    reason: why it is left out.
+    reason: reason to leave it out.
     class_name: class that its place says; empty where it says none.
   """
 
@@ -77,7 +77,7 @@ class LeftOut(NamedTuple):
 
 
 class Arrangement(NamedTuple):
-  """All files of a folder, sorted by what their places say.
+  """All files of a folder, divided by their places into placed pictures and left-out files.
 
   Attributes:
     class_names: sorted; one may have no picture.
@@ -222,7 +222,7 @@ def _side(root: pathlib.Path, name: str) -> str:
 
 
 def _is_mask(file: File, named: set[str]) -> bool:
-  """Whether a file is a mask beside a picture by the names that the layout does not explain."""
+  """Whether a file is a mask, judged by those of its names that are no part of the layout."""
   *folders, last = file.parts
   stem = pathlib.PurePosixPath(last).stem
   by_folder = any(names_masks(name) for name in folders if name not in named)

@@ -1,4 +1,4 @@
-"""Patients of pictures, as the names of files or folders say."""
+"""Patients of pictures, read from the names of files or folders."""
 
 import collections
 import re
@@ -12,7 +12,7 @@ from fedjax_med.core.errors import UserError, require
 
 
 class PatientCounts(NamedTuple):
-  """Counts of what the names of N examples say of patients.
+  """Counts of the patients that the names of N examples give.
 
   Attributes:
     named: examples whose patient is named.
@@ -32,7 +32,7 @@ class Patients(NamedTuple):
 
   Attributes:
     numbers: [N] int32 patient of each example; one without a name is a patient of its own.
-    counts: counts of what the names say.
+    counts: counts of the patients that the names give.
   """
 
   numbers: np.ndarray
@@ -132,7 +132,7 @@ def described(counts: PatientCounts | None, images: int, by_site: bool) -> str:
   """A sentence on how many of ``images`` names say their patient.
 
   Args:
-    counts: counts of what the names say; None if they say nothing.
+    counts: counts of the patients that the names give; None if they give none.
     images: in all.
     by_site: whether each site is a hospital.
   """

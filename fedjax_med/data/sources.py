@@ -20,7 +20,7 @@ class Source(NamedTuple):
 
   Attributes:
     load: data configuration -> dataset; UserError where files are not as they must be.
-    facts: what the rules of the configuration need to know.
+    facts: facts that rules of the configuration use.
     synthetic_people: whether examples show people who do not exist, so that they may be shown.
     seeded: whether data.seed makes other examples, and not only another split of them.
     beside_jax: whether it can be read by one thread while another one imports jax.

@@ -1,1 +1,1 @@
-"""What happens to an update between client and server: transforms, and the rule that joins them."""
+"""The way of an update from client to server: transforms, and aggregators of all updates."""

@@ -57,7 +57,7 @@ def mean() -> Aggregator:
 
 
 def equal_sum() -> Aggregator:
-  """The sum in which every client counts 1: what client-level privacy is made of."""
+  """The sum in which every client counts 1, as client-level privacy needs it."""
   return Aggregator(
     weigh=jnp.ones_like,
     combine=weighted_sum,

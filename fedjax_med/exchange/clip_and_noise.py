@@ -10,7 +10,7 @@ from fedjax_med.privacy.client_level import clip_update, noisy_mean
 def clip_and_noise(clip_norm: float) -> Transform:
   """Clips an update to l2 norm C and noises the sum of all, by ``hyper.client_level``.
 
-  The aggregate is the sum in which each client counts 1; what becomes of it is the released mean.
+  The aggregate is the sum in which each client counts 1; ``decode`` releases a noisy mean of it.
   Noise answers an empty cohort too. Non-trained state and ``extra`` are neither clipped nor noised:
   they do not reach the server.
 

@@ -19,8 +19,8 @@ class Exchange(NamedTuple):
   """The way of an update from clients to the server.
 
   Attributes:
-    transform: what is done to it, a chain.
-    aggregator: how the updates of all clients become one.
+    transform: chain of all transforms.
+    aggregator: rule that makes one update of those of all clients.
   """
 
   transform: Transform

@@ -15,7 +15,7 @@ SUM = "sums of updates only"
 
 
 class Sender(NamedTuple):
-  """What a transform may read at a client.
+  """Values that a transform may read at a client.
 
   Attributes:
     client: the client.
@@ -31,7 +31,7 @@ class Sender(NamedTuple):
 
 
 class Receiver(NamedTuple):
-  """What a transform may read at the server.
+  """Values that a transform may read at the server.
 
   Attributes:
     weight: [] float32 total weight of the clients that took part.
@@ -82,11 +82,11 @@ class Transform(NamedTuple):
     encode: (message, kept, state, Sender) -> (message, kept, tally), at a client, under vmap.
       ``tally`` is summed over the clients that take part.
     decode: (aggregate, state, tally, Receiver) -> (aggregate, state), at the server.
-    init_client: message -> what a client keeps between rounds, such as an error; () for most.
+    init_client: message -> a client's state between rounds, such as an error; () for most.
     init_server: message -> the server's state of the transform; () for most.
     wire: Wire -> Wire after ``encode``: its bytes are counted.
     norm: l2 bound on the vector before ``encode`` -> bound after it, or None where there is none.
-    trust: what the server sees if this transform is the last: EACH or SUM.
+    trust: EACH or SUM, the messages that the server sees if this transform is the last.
     answers_nobody: whether a round in which nobody takes part moves the model, as noise does.
     clients: whether DP-FedAvg covers it: ``decode`` reads nothing of the clients but what was
       noised, so that its tally must be empty.

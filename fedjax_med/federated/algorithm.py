@@ -49,7 +49,7 @@ class Client(NamedTuple):
     sampling_probability: float32 q of the Poisson draw (private runs).
     expected_batch_size: float32 q·n, the fixed denominator (private runs).
     noise_multiplier: float32 σ (private runs).
-    units: what is sampled and clipped as a whole; None if it is the single example.
+    units: rows that are sampled and clipped as a whole; None if every example is a unit.
     coefficients: [b] float32 strategy of correlated noise; None if steps' noise is independent.
     batch_cap: int32 units a Poisson batch is cut to; None if to as many slots as a batch has.
   """
@@ -106,12 +106,12 @@ def plain_hyper() -> Hyper:
 
 
 class ClientDelta(NamedTuple):
-  """What a client sends: one vector of weights, and little besides.
+  """The update that a client sends: one vector of weights, and little besides.
 
   Attributes:
     params: [P] float32 local minus received weights, of the layers that leave the client.
     state: [S] float32, the same for non-trained state; [0] for most networks.
-    extra: what the algorithm needs besides, averaged with the same weights; () for most.
+    extra: further values of the algorithm, averaged with the same weights; () for most.
   """
 
   params: jax.Array
@@ -120,7 +120,7 @@ class ClientDelta(NamedTuple):
 
 
 class ServerState(NamedTuple):
-  """The global model and what the server keeps between rounds.
+  """The global model and other state of the server between rounds.
 
   Attributes:
     params: [P] float32 trained weights.
@@ -128,7 +128,7 @@ class ServerState(NamedTuple):
     opt_state: state of the server optimiser.
     average: [P] exponential moving average of params over rounds, None when it is off.
     round: int32 finished rounds.
-    extra: what the algorithm keeps besides; () for most.
+    extra: further state of the algorithm; () for most.
   """
 
   params: jax.Array
@@ -192,8 +192,8 @@ class FederatedAlgorithm(NamedTuple):
 
   Attributes:
     init_server: (params, state) -> ServerState.
-    init_client: (params, state) -> a client's persistent state. Includes the memory of its local
-      training, which correlated noise goes on from; () for most runs.
+    init_client: (params, state) -> a client's persistent state. Includes the memory of its
+      correlated noise; () for most runs.
     client_update: (server, client_state, client, pool, hyper, key) -> (ClientDelta, client_state,
       RoundMetrics). Runs under vmap over clients; random keys come from (client.number,
       server.round, step).

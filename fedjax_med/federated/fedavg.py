@@ -26,7 +26,7 @@ def first_step(
 
 
 def difference(weights: Weights, server: ServerState) -> ClientDelta:
-  """What a client sends that ended with these weights."""
+  """The update of a client whose training ended with these weights."""
   return ClientDelta(params=weights.params - server.params, state=weights.state - server.state)
 
 
@@ -36,7 +36,7 @@ def fedavg(
   """Clients train from the global weights; the server steps along the mean of their deltas.
 
   Args:
-    local: how clients train.
+    local: local training of the clients.
     optimizer: direction of the server step (identity is FedAvg; Reddi et al. 2021 for others).
     average: also keep an exponential moving average of the weights over rounds.
   """

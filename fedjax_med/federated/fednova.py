@@ -13,7 +13,7 @@ from fedjax_med.federated.rules import require_no_proximal_term
 
 
 def effective_steps(optimizer: optax.GradientTransformation, steps: jax.Array) -> jax.Array:
-  """‖a_i‖₁: what ``steps`` local steps move a weight by whose gradient stays 1, in learning rates.
+  """‖a_i‖₁: distance a weight of constant gradient 1 moves in ``steps`` steps, in learning rates.
 
   With plain SGD the number of steps; with momentum ρ more, up to 1 / (1 − ρ) times (section 4).
   """

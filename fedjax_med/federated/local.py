@@ -42,7 +42,7 @@ from fedjax_med.tasks.task import Task
 
 
 class StepContext(NamedTuple):
-  """What a local step may depend on besides the weights.
+  """Inputs of a local step besides the weights.
 
   Attributes:
     client: the client.
@@ -70,18 +70,18 @@ Gradient = Callable[
 
 
 class BatchShape(NamedTuple):
-  """Sizes of a local step's batch, how its examples are prepared, and how they are scored.
+  """Sizes of a local step's batch, and the preparation and task of its examples.
 
   Attributes:
     slots: places for examples or units; of a private step the cap of the Poisson batch.
     max_examples: slots of a client's index row.
-    normalisation: of data.normalisation.
-    augmentation: of client.augmentation.
+    normalisation: value of data.normalisation.
+    augmentation: value of client.augmentation.
     microbatch: slots in memory at once; 0 takes all.
     rows_per_unit: rows of a unit that a private step looks at.
     copies: random changes of each example in a private step (augmentation multiplicity).
-    modality: of the examples.
-    task: of the run.
+    modality: kind of the examples.
+    task: kind of prediction.
   """
 
   slots: int
@@ -96,13 +96,13 @@ class BatchShape(NamedTuple):
 
 
 class _Drawn(NamedTuple):
-  """What a step drew, slot by slot.
+  """Slots that a step drew, with the random changes of their examples.
 
   Attributes:
     slots: [S] int32 slots of the client's table of examples or units.
     mask: [S] bool, slots that count.
-    turn: [S] float32 in 0 .. 1, where in a unit of many rows to begin.
-    changes: how each of the slot's examples is changed, [S, examples]; None if it is not.
+    turn: [S] float32 in 0 .. 1, place in a unit of many rows at which the step begins.
+    changes: random changes of the slot's examples, [S, examples]; None without any.
   """
 
   slots: jax.Array
@@ -112,7 +112,7 @@ class _Drawn(NamedTuple):
 
 
 def _rows(client: Client, drawn: _Drawn, rows_per_unit: int) -> tuple[jax.Array, jax.Array]:
-  """Rows of the pool and which of them count, both [S, rows_per_unit]."""
+  """Rows of the pool, and the mask of those that count, both [S, rows_per_unit]."""
   if client.units is None:
     return client.indices[drawn.slots][:, None], drawn.mask[:, None]
   starts, sizes = client.units.starts[drawn.slots], client.units.sizes[drawn.slots]
@@ -159,7 +159,7 @@ def _masked_sum(values: jax.Array, mask: jax.Array) -> jax.Array:
 def plain_gradient(model: Model, loss: Loss, shape: BatchShape) -> Gradient:
   """Gradient of the mean loss over the next batch of a client's shuffled epoch.
 
-  ``loss`` is of the class logits; what the network adds to it comes on top (``with_penalties``).
+  ``loss`` is of the class logits; penalties of the network are added to it (``with_penalties``).
 
   Epochs run on across rounds (global step = round · steps a round + step), so a round shorter
   than an epoch still visits every example (of the rounds that the client takes part in). The last
@@ -346,12 +346,12 @@ def _in_parts(part, shape: BatchShape, zeros: Tree, state: Tree, drawn: _Drawn, 
 
 
 class Weights(NamedTuple):
-  """What a client trains.
+  """Weights of a client in local training, and the memory of its gradient.
 
   Attributes:
     params: [P] float32 trained weights.
     state: [S] float32 non-trained state of the network, such as batch statistics; [0] for most.
-    memory: what the gradient goes on from: a banded.Memory, or () where there is none.
+    memory: memory of correlated noise, a banded.Memory; () without correlated noise.
   """
 
   params: jax.Array
@@ -360,7 +360,7 @@ class Weights(NamedTuple):
 
 
 class LocalTraining(NamedTuple):
-  """How a client trains in a round.
+  """Local training of a client in a round.
 
   Attributes:
     train: (Weights, StepContext of step 0, *, shift=None, pull=None, trainable=None) ->
@@ -369,7 +369,7 @@ class LocalTraining(NamedTuple):
       example. ``trainable`` is a boolean for each array of the layout: the others stay as they are.
     optimizer: optax direction of a step.
     rate: (hyper, round) -> local learning rate.
-    layout: of the network's vectors.
+    layout: layout of the network's vectors.
     bands: steps that noise is correlated over; 1 for independent noise and without privacy.
   """
 
@@ -380,7 +380,7 @@ class LocalTraining(NamedTuple):
   bands: int = 1
 
   def init_memory(self) -> Tree:
-    """What training goes on from in a client's first round."""
+    """The memory before a client's first round; () without correlated noise."""
     return empty_memory(self.layout.params.size, self.bands) if self.bands > 1 else ()
 
 
@@ -401,7 +401,7 @@ def local_training(
     rate_factor: schedule factor of the round.
     num_local_steps: local steps where they are the same for every client, else None and
       ``client.num_steps`` decides (under vmap the clients that are done wait, unchanged).
-    layout: of the network.
+    layout: layout of the network's vectors.
     bands: steps that noise is correlated over.
 
   Within a round weights and optimiser state are in pieces, whose large arrays need no copy; what

@@ -1,4 +1,4 @@
-"""What a network adds of its own to the loss of an example."""
+"""Loss terms that a network adds to the loss of each example."""
 
 import jax
 
@@ -6,7 +6,7 @@ from fedjax_med.tasks.task import Loss
 
 
 def class_logits(outputs: jax.Array, penalties: int) -> jax.Array:
-  """What a network says of the classes: its outputs [B, columns] without the last ``penalties``."""
+  """The logits of the classes: outputs [B, columns] without the last ``penalties`` columns."""
   return outputs[:, :-penalties] if penalties else outputs
 
 

@@ -1,4 +1,4 @@
-"""Performance-weighted fusion, as in FedXNet: who does better counts for more."""
+"""Performance-weighted fusion, as in FedXNet: clients whose predictions are better count more."""
 
 import jax.numpy as jnp
 import optax
@@ -11,10 +11,10 @@ from fedjax_med.federated.local import LocalTraining
 def performance_weighted(
   local: LocalTraining, optimizer: optax.GradientTransformation, *, average: bool
 ) -> FederatedAlgorithm:
-  """FedAvg whose weights are multiplied by each client's mean tally on the batches of its round: of
-  classification its accuracy.
+  """FedAvg whose weights are multiplied by each client's mean tally on the batches of its round.
 
-  Where nobody classifies anything rightly nothing moves. Arguments as of ``fedavg``.
+  For classification the tally is the accuracy. A round in which no client classifies any example
+  correctly changes nothing. Arguments as of ``fedavg``.
   """
   plain = fedavg(local, optimizer, average=average)
 

@@ -73,7 +73,7 @@ def layers_at_home(
   With norm layers it is FedBN (Li et al. 2021), with the head FedPer (Arivazhagan et al. 2019).
 
   Args:
-    local: how clients train.
+    local: local training of the clients.
     optimizer: of the server.
     average: also keep an exponential moving average of the shared weights.
     chosen: the layers.

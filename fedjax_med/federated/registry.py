@@ -27,7 +27,7 @@ from fedjax_med.federated.scaffold import require_plain_sgd, scaffold
 
 
 class Entry(NamedTuple):
-  """An algorithm, its settings, and what protects it.
+  """An algorithm, its settings, and the privacy mechanisms that cover it.
 
   Attributes:
     make: (LocalTraining, server optimiser, average=, and the options that are not traced, by
@@ -140,7 +140,7 @@ def create_algorithm(
 
   Args:
     name: of ``ALGORITHMS``.
-    local: how clients train.
+    local: local training of the clients.
     optimizer: direction of the server step.
     average: also keep an exponential moving average of the weights over rounds.
     records: whether the run protects records or patients (DP-SGD).

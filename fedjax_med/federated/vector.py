@@ -22,12 +22,12 @@ SMALL = 2**14
 
 
 class Layout(NamedTuple):
-  """Where each array of a tree lies in its vector: the small ones, then the large ones.
+  """Places of a tree's arrays in its vector: the small ones, then the large ones.
 
   Among the small and among the large ones the order is that of the tree's leaves.
 
   Attributes:
-    structure: of the tree.
+    structure: treedef of the tree.
     shapes: shape of each array, in the order of the vector.
     names: path of each array, such as head/kernel, in the order of the vector.
     places: of each leaf of the tree, its number in the order of the vector.
@@ -76,18 +76,18 @@ def _order(leaves: Sequence[Any]) -> list[int]:
 
 
 class NetworkLayout(NamedTuple):
-  """How the arrays of a network lie in vectors.
+  """Layouts of a network's two vectors.
 
   Attributes:
-    params: of the trained weights.
-    state: of the non-trained state.
+    params: layout of the trained weights.
+    state: layout of the non-trained state.
   """
 
   params: Layout
   state: Layout
 
   def trees(self, params: jax.Array, state: jax.Array) -> tuple[Tree, Tree]:
-    """The network's arrays of two vectors."""
+    """The network's arrays, unravelled from its two vectors."""
     return unravel(params, self.params), unravel(state, self.state)
 
 
@@ -166,8 +166,8 @@ def select(vector: jax.Array, layout: Layout, marks: Sequence[bool]) -> jax.Arra
 
   Args:
     vector: [P].
-    layout: of the vector.
-    marks: of each array.
+    layout: layout of the vector.
+    marks: one mark for each array.
   """
   parts = [part for part, mark in _runs(vector, layout, marks) if mark]
   return jnp.concatenate(parts) if parts else vector[:0]

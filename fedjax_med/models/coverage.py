@@ -1,14 +1,14 @@
 """Proof from the traced program that norm taps see every parameter of every example (fail closed).
 
 The program is traced with each tapped layer marked, at the number of rows that it runs with: shapes
-are static, so what is looked at is what runs. Taps are exact if every parameter goes into at most
-one marked layer and nowhere else, and if no operation mixes the examples of a batch. Examples are
+are static, so this is the program that runs. Taps are exact if every parameter goes into at
+most one marked layer and nowhere else, and if no operation mixes examples of a batch. Examples are
 followed by shape: a second trace at another number of rows tells the example axis of every array
 apart, also where another axis is as long, and each operation must pass on exactly that axis. That
 holds if both traces are one program: the same operations, wired alike, with parameters that differ
-at most in the number of rows. One that is another program for one of the two sizes (pairs where the
-rows are even, groups where they divide, a special size) is refused, and so are an operation that is
-not known, which counts as mixing, and one that this version of jax describes in an unknown way.
+at most in the number of rows. A network that is another program for one of the two sizes (pairs
+where the rows are even, groups where they divide, a special size) is refused. So are unknown
+operations, which count as mixing, and those that this version of jax describes in an unknown way.
 """
 
 import math

@@ -65,11 +65,11 @@ def find_layers(model: Model, params: Params, state: State, inputs: Any) -> list
 
 
 def choose_layer(layers: list[MapLayer], name: str = "") -> MapLayer:
-  """The layer of that name, or without one the last that says where in an image something is.
+  """The layer of that name, or without one the last whose map tells places of an image apart.
 
   That is the last map of at least ``LEAST_SIDE`` positions a side, or failing that of more than
-  one, among the outermost blocks: what a residual block hands on, and not a layer inside one, holds
-  all that later layers see.
+  one, among the outermost blocks: the output of a residual block, unlike that of a layer inside
+  it, holds all that later layers see.
 
   Raises:
     UserError: there is no such layer, or none that has a map.
@@ -108,7 +108,7 @@ def grad_cam(
   """Gradient-weighted class activation map (Selvaraju et al. 2017, equations 1 and 2).
 
   The weight of a channel is the mean over positions of the gradient of the target's logit, and the
-  map what is positive of the weighted sum of channels. Images do not see each other. The map of a
+  map the positive part of the weighted sum of channels. Images do not see each other. The map of a
   layer inside a loop (``nn.scan``) does not leave it: jit raises UnexpectedTracerError.
   """
 

@@ -1,7 +1,7 @@
 """Layers as plain functions that know the gradient of each privacy unit, cheaply.
 
-A unit is one or more consecutive rows of the batch (an image; all images of a patient). What a
-layer keeps of a unit is either its gradient, or the two factors whose product it is, whichever
+A unit is one or more consecutive rows of the batch (an image; all images of a patient). A layer
+keeps of each unit either its gradient, or the two factors whose product it is, whichever
 costs less; norms and weighted sums follow from either (Goodfellow 2015; Li et al. 2022; Bu et al.
 2023, "book-keeping"; here also for grouped convolutions, group by group).
 
@@ -73,7 +73,7 @@ class Layer(NamedTuple):
 
 
 def sq_norms(record: Record) -> jax.Array:  # [U]
-  """Squared norm of each unit's gradient; what is not finite stays visible.
+  """Squared norm of each unit's gradient; one that is not finite stays visible.
 
   In float32 ``weighted_sum`` of one unit has a norm of at most its weight times the square root of
   this times 1 + NORM_SLACK, whatever the numbers (about 1e-6 in place of NORM_SLACK where positions
@@ -301,16 +301,17 @@ def _sq_norms(entry: jax.Array | Factors) -> jax.Array:
 def _gram_sq_norms(rows: jax.Array, errors: jax.Array) -> jax.Array:  # [N, T, d], [N, T, p] -> [N]
   """Squared norm of sum_t rows_t errors_t, which is sum_ts (rows rows')_ts (errors errors')_ts.
 
-  Positions may cancel, and of a difference of large numbers rounding can take all. So it is raised
-  where need be: to what the exact value is at most, and to what makes the rounding of the sum over
-  t small beside it. The bounds hold for any order of summation (n roundings are at most n eps / 2
-  of the sum of magnitudes: Higham 2002, section 3.1) and for products too small for float32.
+  Positions may cancel, and rounding can then exceed the small difference of large numbers. So the
+  result is raised where need be: to an upper bound of the exact value, and to a size beside which
+  the rounding of the sum over t is small. The bounds hold for any order of summation (n roundings
+  are at most n eps / 2 of the sum of magnitudes: Higham 2002, section 3.1) and for products too
+  small for float32.
   """
   (_, positions, fan_in), fan_out = rows.shape, errors.shape[2]
   eps = float(jnp.finfo(rows.dtype).eps)
   if positions == 1 and (fan_in + fan_out + 4) * eps <= NORM_SLACK:
     ours, theirs = jnp.square(rows).sum((1, 2)), jnp.square(errors).sum((1, 2))
-    return ours * theirs + _flushed(ours, theirs, fan_in, fan_out)
+    return ours * theirs + _underflow_bound(ours, theirs, fan_in, fan_out)
   ours, theirs = _exact("ntd,nsd->nts", rows, rows), _exact("ntp,nsp->nts", errors, errors)
   our_size, their_size = (
     jnp.sqrt(jnp.diagonal(products, axis1=1, axis2=2)) for products in (ours, theirs)
@@ -328,13 +329,13 @@ def _gram_sq_norms(rows: jax.Array, errors: jax.Array) -> jax.Array:  # [N, T, d
   )
   second_order = 1 + eps * positions * (fan_in + fan_out)
   highest = squares + 0.5 * eps * second_order * first_order
-  highest += _flushed(our_total, their_total, fan_in, fan_out)
+  highest += _underflow_bound(our_total, their_total, fan_in, fan_out)
   # The 4 eps are what random numbers need to stay within 1e-6.
   raised = jnp.maximum(squares + 4 * eps * size, highest * (1 - NORM_SLACK))
   return jnp.maximum(raised, ((positions + 1) * eps / NORM_SLACK) ** 2 * size)
 
 
-def _flushed(ours: jax.Array, theirs: jax.Array, fan_in: int, fan_out: int) -> jax.Array:
+def _underflow_bound(ours: jax.Array, theirs: jax.Array, fan_in: int, fan_out: int) -> jax.Array:
   """Bound on the loss of d or p products that are too small for the dtype; 0 if negligible."""
   tiny = float(jnp.finfo(ours.dtype).tiny)
   most = (tiny * fan_in) * theirs + (tiny * fan_out) * ours
@@ -369,7 +370,7 @@ def _finite_float32(*arrays: jax.Array) -> tuple[jax.Array, ...]:
 
 
 def _finite(values: jax.Array) -> jax.Array:
-  """Replaces what is not finite by 0: a clip coefficient of 0 leaves 0 * inf = NaN behind."""
+  """Replaces non-finite numbers by 0: a clip coefficient of 0 leaves 0 * inf = NaN behind."""
   return jnp.where(jnp.isfinite(values), values, jnp.zeros_like(values))
 
 

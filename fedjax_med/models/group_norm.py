@@ -59,7 +59,7 @@ def _channel_statistics(
 
 
 def _over_group(values: jax.Array, num_groups: int, reduce: Any) -> jax.Array:
-  """[B, C] -> [B, C]: each channel gets what ``reduce`` makes of its group."""
+  """[B, C] -> [B, C]: each channel gets the result of ``reduce`` on its group."""
   grouped = values.reshape(values.shape[0], num_groups, -1)
   return jnp.broadcast_to(reduce(grouped, axis=2, keepdims=True), grouped.shape).reshape(
     values.shape

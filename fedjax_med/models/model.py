@@ -59,7 +59,7 @@ class Model(NamedTuple):
     recorded_apply: (params, state, inputs [B, ...], blank records, units, *, key=None) -> the
       same. The cotangent of the blank records is each layer's ``Record``.
     uncovered: (params, state, inputs, rows) -> for clipping methods 'book_keeping' and 'two_pass',
-      why they cannot be trusted with batches of B = ``rows``, one phrase a reason, empty if they
+      reasons not to trust them with batches of B = ``rows``, one phrase each, empty if they
       can. ``inputs`` needs a shape [any, ...] and a dtype only.
     watched_apply: (params, state, inputs [B, ...], watch) -> logits outside training. Every module
       is shown to ``watch`` when it is done, as a ``Call``, and ``watch(call)`` goes on in the place

@@ -86,7 +86,7 @@ def shifted_views(
 ) -> Iterator[tuple[int, int, jax.Array]]:
   """Yields (row, column, view [B, H', W', C]) for each shift of the window, row by row.
 
-  The view at (i, j) holds what kernel entry [i, j] multiplies at every output position; pixels
+  The view at (i, j) holds the factors of kernel entry [i, j] at every output position; pixels
   outside the image read ``fill``.
   """
   height, width = output_size(

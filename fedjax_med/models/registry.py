@@ -108,7 +108,7 @@ def create_module(config: ModelConfig, num_classes: int) -> nn.Module:
 
 
 def unread(config: ModelConfig) -> tuple[str, ...]:
-  """Those of ``SETTINGS`` that the network has not: another value makes an equal module."""
+  """Names of ``SETTINGS`` that the network lacks: any value of them makes an equal module."""
   require_choice("model.name", config.name, MODELS)
   return _unread(MODELS[config.name])
 

@@ -42,7 +42,7 @@ def tapped(layer: Layer, inputs: jax.Array, taps: jax.Array) -> jax.Array:
 def recorded(layer: Layer, inputs: jax.Array, blank: Record, units: int) -> jax.Array:
   """Runs ``layer`` on ``inputs`` [B, ...]; ``blank``, zeros, receives its Record as a cotangent.
 
-  Parameters get no gradient: what is kept suffices for norms and weighted sums after one backward
+  Parameters get no gradient: the Record suffices for norms and weighted sums after one backward
   pass (book-keeping).
   """
 

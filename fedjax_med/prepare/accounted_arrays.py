@@ -1,4 +1,4 @@
-"""Whether the arrays that a program runs on are those of the mechanisms that ε is computed from."""
+"""Comparison of a program's arrays with those of the mechanisms that ε is computed from."""
 
 from collections.abc import Callable
 from typing import Any
@@ -28,12 +28,12 @@ def differences(
   hyper: Hyper,
   start: int = 0,
 ) -> list[str]:
-  """Sentences about every array that is not float32 (or int32) of what is accounted for.
+  """Sentences about every array that differs from its accounted value in float32 (or int32).
 
   Args:
-    protection: what is accounted for.
-    numbers: [K] what names each client in random keys: no two alike.
-    rows: who holds what.
+    protection: the accounted mechanisms.
+    numbers: [K] number of each client in random keys; no two are alike.
+    rows: examples of each client.
     clients: stacked over K clients.
     hyper: traced hyperparameters.
     start: row of the pool that the images begin at.

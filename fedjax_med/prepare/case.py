@@ -29,7 +29,7 @@ class Case(NamedTuple):
   It is the federation or one of its baselines.
 
   Attributes:
-    config: the validated config, with what ``privacy.solve_for`` leaves open filled in.
+    config: the validated config, with the value that ``privacy.solve_for`` finds filled in.
     hospitals: the data. Every run is measured on their test table.
     names: names of the K training clients.
     rows: rows of each client, in the order of ``protection.units``.

@@ -33,7 +33,7 @@ class Experiment(NamedTuple):
   """One training run, ready to start.
 
   Attributes:
-    case: what it is.
+    case: definition of the run.
     clients: stacked Client records of the training clients.
     hyper: traced hyperparameters.
     pool: all examples on the device.

@@ -238,7 +238,7 @@ class Choice(NamedTuple):
 
 
 class Freedom(NamedTuple):
-  """Whether each size of a choice may be changed to save memory, since it was not configured."""
+  """Sizes of a choice that may be changed to save memory, since they were not configured."""
 
   devices: bool
   chunk: bool

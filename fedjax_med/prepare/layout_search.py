@@ -1,4 +1,4 @@
-"""The search for a layout: what fits into the memory of this machine, and what is fastest."""
+"""The search for the fastest layout that fits into the memory of this machine."""
 
 import functools
 from collections.abc import Callable
@@ -40,7 +40,7 @@ class LayoutProblem(NamedTuple):
     arguments: shapes of the arguments of a block.
     may_remat: whether the network has blocks to compute again.
     may_share_less: whether fewer devices may be used than ``start`` names.
-    uncovered: (remat, microbatch) -> why each clipping method cannot be trusted, by method.
+    uncovered: (remat, microbatch) -> reasons not to trust each clipping method, by method.
   """
 
   config: Config

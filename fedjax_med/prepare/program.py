@@ -53,7 +53,7 @@ class Parts(NamedTuple):
     personal: as that of a ``FederatedAlgorithm``: makes the model that a client predicts with; None
       where all predict with the global one.
     message: bytes that a client gets in a round, and those that it sends.
-    layout: of the network's vectors.
+    layout: layout of the network's vectors.
   """
 
   initial: Callable[..., SimulationState]
@@ -114,7 +114,7 @@ def make_program(
 
   Raises:
     UserError: the network lacks a setting that was given, does not return the columns that are due,
-      or the rounds do not fit into the memory budget, whatever may be changed.
+      or the rounds do not fit into the memory budget in any layout that is allowed.
   """
   require_read(config.model)
   recipe = make_recipe(config, dataset, shapes)

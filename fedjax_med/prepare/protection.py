@@ -28,7 +28,7 @@ class Protection(NamedTuple):
   """The privacy mechanisms of a run, and the sizes that they fix.
 
   Attributes:
-    config: the config, with what ``privacy.solve_for`` leaves open filled in.
+    config: the config, with the value that ``privacy.solve_for`` finds filled in.
     steps: [K] int64 local steps a round of each client.
     units: privacy units that hold several rows, or None.
     rows_per_unit: rows of a unit that a step looks at.

@@ -74,14 +74,14 @@ class Recipe(NamedTuple):
   Attributes:
     config: validated config.
     shapes: largest sizes of the runs that share the program.
-    task: what is predicted.
-    modality: what an example is.
+    task: kind of prediction.
+    modality: kind of example.
     num_columns: outputs of the network for an example.
     image: shape of one image [1, H, W, C] float32, as the network sees it.
     cohort_cap: most clients of a drawn cohort; None if everyone takes part.
     cores: cores of a CPU, the fewest of all processes.
     network: (remat, devices) -> Model. The lowering of convolutions depends on the devices.
-    layout: of the network's vectors.
+    layout: layout of the network's vectors.
   """
 
   config: Config
@@ -112,7 +112,7 @@ class Recipe(NamedTuple):
 
   @property
   def exchange(self) -> Exchange:
-    """What happens to updates on their way."""
+    """Transforms and aggregator of updates."""
     return make_exchange(self.config)
 
   @property

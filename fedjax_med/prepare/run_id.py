@@ -54,7 +54,7 @@ def identify(
     config: validated config.
     hospitals: the data.
     names: of the training clients.
-    table: arrays that say who holds what.
+    table: arrays of the rows of each client.
     guarantees: the mechanisms that protect units; () of a run without privacy.
     secret: of a private run, and of its baselines; b"" without one.
   """

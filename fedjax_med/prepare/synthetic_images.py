@@ -43,7 +43,7 @@ def reserve_synthetic(config: Config, hospitals: Hospitals) -> Hospitals:
   if config.client.synthetic == "none":
     return hospitals
   share, dataset, real = config.client.synthetic_share, hospitals.dataset, hospitals.train
-  learned = np.where(_held(hospitals) >= MIN_IMAGES, _held(hospitals), 0)
+  learned = np.where(_class_counts(hospitals) >= MIN_IMAGES, _class_counts(hospitals), 0)
   counts = [largest_remainder(share * row, round(share * int(row.sum()))) for row in learned]
   labels = [np.repeat(np.arange(len(row), dtype=np.int32), row) for row in counts]
   sizes = [len(row_labels) for row_labels in labels]
@@ -74,9 +74,10 @@ def reserve_synthetic(config: Config, hospitals: Hospitals) -> Hospitals:
 
 def left_out(hospitals: Hospitals) -> list[tuple[str, str]]:
   """(hospital, class) of each class of which a hospital has too few images to learn from."""
+  counts = _class_counts(hospitals)
   return [
     (hospitals.names[k], hospitals.dataset.class_names[label])
-    for k, label in np.argwhere((_held(hospitals) > 0) & (_held(hospitals) < MIN_IMAGES))
+    for k, label in np.argwhere((counts > 0) & (counts < MIN_IMAGES))
   ]
 
 
@@ -140,7 +141,7 @@ def make_images(config: Config, hospitals: Hospitals) -> np.ndarray:
   Raises:
     UserError: an image is not finite.
   """
-  dataset, held = hospitals.dataset, _held(hospitals)
+  dataset, held = hospitals.dataset, _class_counts(hospitals)
   cpu = jax.default_backend() == "cpu"
   learners = _learners(hospitals, held)
   height, width = dataset.inputs.shape[1:3]
@@ -197,7 +198,7 @@ def image_key(config: Config, hospitals: Hospitals) -> tuple[Any, ...]:
   return id(hospitals), config.seed, config.client.gan_steps
 
 
-def _held(hospitals: Hospitals) -> np.ndarray:
+def _class_counts(hospitals: Hospitals) -> np.ndarray:
   """[K, classes] real training images."""
   dataset = hospitals.dataset
   rows = zip(client_rows(hospitals.train), hospitals.real_counts, strict=True)

@@ -1,4 +1,4 @@
-"""ε of a mechanism: what its releases and its δ add up to.
+"""ε of a mechanism, computed from its releases and its δ.
 
 Adjacency is zero-out (``REPLACE_SPECIAL``): one unit (record, patient or hospital) is replaced by
 nothing while the number of units n stays, because q = batch_size / n and the denominator q·n make n

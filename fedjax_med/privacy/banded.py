@@ -87,7 +87,7 @@ def banded_batch(
 
 
 class Memory(NamedTuple):
-  """State that a hospital's correlated noise goes on from. Its loss would break the promise of ε.
+  """State of a hospital's correlated noise between steps. Its loss would break the promise of ε.
 
   Attributes:
     step: [] int32 private steps taken so far.

@@ -29,7 +29,7 @@ REMEDY = "one of the two was edited or is of another run: restore it"
 
 
 def record_of(book: ledger.Ledger, folder: pathlib.Path) -> dict[str, Any]:
-  """privacy.json of a run whose ledger, in ``folder``, is ``book``; of that and nothing else.
+  """privacy.json of a run, made from its ledger ``book`` in ``folder`` and from nothing else.
 
   Raises:
     UserError: the ledger is of a version that did not write down all that is claimed.
@@ -57,7 +57,7 @@ def _largest(own: ledger.Spent) -> float | None:
 
 
 def read(folder: pathlib.Path) -> dict[str, Any]:
-  """Claims of a run by its ledger. privacy.json must say all of it, and the same.
+  """Claims of a run by its ledger. privacy.json must hold all of them, and no others.
 
   ε is not computed again: it stands in the ledger beside the releases. See ``require_epsilons``.
 
@@ -84,8 +84,8 @@ def require_same(where: object, said: Any, truth: Any, otherwise: str = "") -> N
 
   Args:
     where: the file.
-    said: what it holds, or what it holds of the matter.
-    truth: the same, from the ledger.
+    said: content of the file, or the part of it that is compared.
+    truth: the same, made from the ledger.
     otherwise: ends the remedy.
   """
   found = difference(said, json.loads(json.dumps(truth)))
@@ -118,12 +118,12 @@ def difference(said: Any, truth: Any, path: str = "") -> str:
     found = (difference(*pair, f"{path}[{number}]") for number, pair in pairs)
     return next(filter(None, found), "")
   kinds = isinstance(said, bool), isinstance(truth, bool)
-  if kinds[0] == kinds[1] and (said == truth or _near(said, truth)):
+  if kinds[0] == kinds[1] and (said == truth or _equal_numbers(said, truth)):
     return ""
   return f"{name} is {_short(said)}, the ledger gives {_short(truth)}"
 
 
-def _near(said: Any, truth: Any) -> bool:
+def _equal_numbers(said: Any, truth: Any) -> bool:
   """Whether two values are numbers that differ by no more than rounding."""
   if not (isinstance(said, int | float) and isinstance(truth, int | float)):
     return False
@@ -152,7 +152,7 @@ def require_told(
   Args:
     where: the file, or a line of one.
     said: summary.json or a line of metrics.jsonl.
-    rounds: that it is of.
+    rounds: finished rounds that the results are of.
     book: the ledger; None without one.
   """
   clients = said.get("clients", [])
@@ -190,11 +190,11 @@ def _bounds(
   )
   before = max(each for each in book.told if each <= rounds)
   after = min(each for each in book.told if each >= rounds)
-  return _told(book, book.told[before]), _told(book, book.told[after])
+  return _told_epsilons(book, book.told[before]), _told_epsilons(book, book.told[after])
 
 
-def _told(book: ledger.Ledger, epsilons: ledger.Epsilons) -> dict[str, float]:
-  """The ε that results tell."""
+def _told_epsilons(book: ledger.Ledger, epsilons: ledger.Epsilons) -> dict[str, float]:
+  """``epsilons`` by the names that they have in results; see ``require_told``."""
   found = {"first": max(epsilons[0])}
   for guarantee, own in zip(book.guarantees, epsilons, strict=True):
     if guarantee.unit == "client":
@@ -211,7 +211,7 @@ def require_logged(
 
   Args:
     path: metrics.jsonl.
-    lines: of it.
+    lines: lines of the log.
     book: the ledger; None without one.
   """
   tests = [number for number, line in enumerate(lines) if line.get("split") == "test"]
@@ -235,7 +235,7 @@ def require_epsilons(folder: pathlib.Path, book: ledger.Ledger) -> None:
         guarantee.names, epsilons, spent(guarantee, counts), strict=True
       ):
         require(
-          _near(said, truth),
+          _equal_numbers(said, truth),
           f"{folder / ledger.FILE} tells ε {said:.12g} at '{party}' (unit {guarantee.unit}){whose},"
           f" its mechanisms give {truth:.12g}",
           f"restore the file; where it was not edited, use {_versions(book)}",
@@ -243,7 +243,7 @@ def require_epsilons(folder: pathlib.Path, book: ledger.Ledger) -> None:
 
 
 def _versions(book: ledger.Ledger) -> str:
-  """The versions that wrote a ledger, and those of here."""
+  """The versions that wrote a ledger, and the installed ones."""
   wrote = book.ran[-1]
   return (
     f"fedjax_med {wrote.fedjax_med} with dp-accounting {wrote.dp_accounting}, which wrote it (here:"
@@ -252,7 +252,7 @@ def _versions(book: ledger.Ledger) -> str:
 
 
 def version_note(book: ledger.Ledger) -> str:
-  """A sentence where the installed accountant is not the one that the run was told ε by."""
+  """A sentence if the run's ε are of another accountant than the installed one; else empty."""
   wrote, here = book.ran[-1].dp_accounting, accountant_version()
   if wrote == here:
     return ""

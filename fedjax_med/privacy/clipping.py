@@ -44,8 +44,8 @@ def resolve_method(requested: str, uncovered: dict[str, tuple[str, ...]]) -> tup
 
   Args:
     requested: privacy.clipping: auto or one of METHODS.
-    uncovered: by method but 'reference', why it cannot be trusted with this model, dtype and
-      number of rows; empty if it can.
+    uncovered: by method but 'reference', the reasons not to trust it with this model, dtype and
+      number of rows; empty if there are none.
 
   Raises:
     UserError: the method is unknown, or does not cover the model.
@@ -160,7 +160,7 @@ def clipped_sum(
 
 
 class _Batch(NamedTuple):
-  """Rows with zeros outside the mask, and what each counts.
+  """Rows with zeros outside the mask, and the weight of each.
 
   Attributes:
     inputs: [B, ...].
@@ -289,7 +289,7 @@ def evaluated_once(gradients: Any) -> Any:
   """The same arrays, for a norm and a sum that read the same bits.
 
   A compiler may compute an array again for each kernel that reads it, and sum it in another order;
-  what was summed could then exceed what was measured.
+  the array in the sum could then exceed the one that was measured.
   """
   return jax.lax.optimization_barrier(gradients)
 

@@ -19,11 +19,11 @@ class Unit(NamedTuple):
   """Words that describe a unit of privacy.
 
   Attributes:
-    protects: what one unit is.
-    adjacency: which two datasets ε compares.
-    mechanism: what is done to protect it.
-    holds_against: who may look.
-    not_against: who may not, or empty.
+    protects: description of one unit.
+    adjacency: the two datasets that ε compares.
+    mechanism: steps that protect it.
+    holds_against: readers against whom ε holds.
+    not_against: readers against whom it does not hold; empty if there are none.
   """
 
   protects: str
@@ -133,9 +133,9 @@ class Guarantee(NamedTuple):
   Attributes:
     unit: a name of UNITS.
     names: [P] parties: the hospitals, or the one server.
-    mechanisms: [P] what one release of each is.
+    mechanisms: [P] mechanism of one release of each.
     deltas: [P] δ of each.
-    place: who trains: federation, or a name of BASELINES.
+    place: the training: federation, or a name of BASELINES.
   """
 
   unit: str
@@ -230,7 +230,7 @@ def describe(
 ) -> dict[str, Any]:
   """One guarantee as privacy.json holds it, after ``counts`` [P] releases; see ``spent``.
 
-  Their ε, and the version of the library that computed them, are those of here if not given.
+  If not given, their ε are computed here, by the installed version of the library.
   """
   epsilons = spent(guarantee, counts) if epsilons is None else epsilons
   unit = UNITS[guarantee.unit]
@@ -303,9 +303,9 @@ def privacy_record(
   """Claims of a run after ``counts`` releases of each party of each guarantee.
 
   Args:
-    guarantees: what protects each kind of unit.
+    guarantees: guarantee of each kind of unit.
     counts: releases.
-    gaps: further sentences on what is not covered.
+    gaps: further sentences on risks that are not covered.
     epsilons: ε of each party of each guarantee; None computes them.
     version: of the library that computed them; empty is the installed one.
 

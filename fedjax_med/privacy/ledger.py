@@ -1,10 +1,10 @@
 """The privacy ledger of a run: which private mechanisms were executed, and ε from that alone.
 
-``ledger.jsonl`` grows line by line. Its first line names the mechanisms of every guarantee. A
-further one says how often each of them was executed after some round, and the ε that was told of
-it; or with what the run is executed (``Ran``); or the same of its baselines. A line carries the
-digest of itself and of the line before it, so that an edit shows; it is no signature, and protects
-against mistakes and not against whoever recomputes all digests.
+``ledger.jsonl`` grows line by line. Its first line names the mechanisms of every guarantee. Each
+further line is one of three: how often each mechanism was executed after some round, with the ε
+that was told of it; software and settings of the run (``Ran``); releases of its baselines. A line
+carries the digest of itself and of the line before it, so that an edit shows. The digest is no
+signature: it protects against mistakes, not against a person who recomputes all digests.
 
 A round that a resumed run repeats is the same release (same sample, same noise) and gets no line.
 
@@ -64,7 +64,7 @@ class Spent(NamedTuple):
   """Releases of the mechanisms of a run, or of one of its baselines.
 
   Attributes:
-    guarantees: what protects each kind of unit; empty where nothing does.
+    guarantees: guarantee of each kind of unit; empty without privacy.
     counts: releases of each party of each guarantee that were executed.
     epsilons: ε of each party of each guarantee, as it was told; None in ledgers of 0.2.0.
   """
@@ -79,12 +79,12 @@ class Ledger(NamedTuple):
 
   Attributes:
     run_id: fingerprint of the run.
-    spent: what was executed by the last line.
+    spent: releases that were executed by the last line.
     rounds_at: finished rounds at every line, in order.
     told: ε of each party of each guarantee that was told, by rounds; none in ledgers of 0.2.0.
     digests: of every line, in order; the last stands for the whole.
-    ran: with what it was executed, start by start; empty in ledgers of 0.2.0.
-    baselines: what each baseline that has ended has spent, by its name.
+    ran: software and settings of each start, in order; empty in ledgers of 0.2.0.
+    baselines: releases of each baseline that has ended, by its name.
   """
 
   run_id: str
@@ -120,7 +120,7 @@ class Split(NamedTuple):
   """A ledger of which not every line follows from those before it.
 
   Attributes:
-    intact: what the lines say that follow from one another, from the first on.
+    intact: the ledger of the lines that follow from one another, from the first on.
     texts: of those lines.
     broken: texts of the others: repeated lines, and all from the first on that says anything else.
     first: number of the first of the others, from 1.
@@ -160,20 +160,20 @@ def start(folder: pathlib.Path, run_id: str, guarantees: Sequence[Guarantee]) ->
 def record(
   folder: pathlib.Path, before: Ledger, rounds: int, counts: Sequence[Sequence[int]], ran: Ran
 ) -> Ledger:
-  """Writes down that ``rounds`` rounds are done, what was executed by then, and with what.
+  """Writes the releases of the first ``rounds`` rounds, and the software that executes them.
 
-  It reaches the disk before this returns. What is in the ledger already is not written again.
+  The line reaches the disk before this returns. A line that is there already is not written again.
 
   Args:
     folder: the workdir.
-    before: what ``start`` or the last ``record`` returned. The file is not read again: what was
-      done to it meanwhile shows when it is.
+    before: the ledger from ``start`` or the last ``record``. The file is not read again here; a
+      change made to it meanwhile shows when it is.
     rounds: finished rounds.
     counts: releases of each party of each guarantee, in all.
-    ran: with what they are executed from now on.
+    ran: software and settings that execute them from now on.
 
   Returns:
-    What the ledger says now.
+    The ledger with these releases.
 
   Raises:
     UserError: the ledger says more releases for fewer rounds.
@@ -189,14 +189,14 @@ def record(
   )
   contents = [{"ran": ran._asdict()}] if _is_news(before, ran, not done) else []
   if not done:
-    contents.append(_counted(before.guarantees, rounds, now))
+    contents.append(_count_line(before.guarantees, rounds, now))
   return _continued(folder / FILE, before, contents)
 
 
 def record_baselines(
   folder: pathlib.Path, before: Ledger, ended: Mapping[str, Ledger | None]
 ) -> Ledger:
-  """Writes down what the baselines of a run have spent that have ended.
+  """Writes the releases of a run's baselines that have ended.
 
   Args:
     folder: the workdir of the run.
@@ -204,7 +204,7 @@ def record_baselines(
     ended: the ledger of each baseline by name; None of one that nothing protects.
 
   Returns:
-    What the ledger of the run says now.
+    The ledger of the run with these releases.
   """
   nothing = Spent(guarantees=(), counts=(), epsilons=())
   found = {name: nothing if own is None else own.spent for name, own in ended.items()}
@@ -214,7 +214,7 @@ def record_baselines(
     name: {
       "guarantees": [_to_json(guarantee) for guarantee in own.guarantees],
       "counts": own.counts,
-      "epsilons": _finite(own.epsilons or ()),
+      "epsilons": _epsilons_to_json(own.epsilons or ()),
     }
     for name, own in found.items()
   }
@@ -272,7 +272,7 @@ def set_apart(folder: pathlib.Path, parts: Split, rounds: int, counts: Counts) -
   Args:
     folder: the workdir.
     parts: from ``split``.
-    rounds: that the ledger is to count, if it does not already: a line for them comes with it.
+    rounds: finished rounds that the ledger must count; a line for them is added if it lacks them.
     counts: releases of each party of each guarantee by then.
   """
   path, number = folder / FILE, 1
@@ -286,7 +286,7 @@ def set_apart(folder: pathlib.Path, parts: Split, rounds: int, counts: Counts) -
       contents.append({"ran": ran._asdict()})
       told = told._replace(ran=(*told.ran, ran))
   if rounds > told.rounds:
-    contents.append(_counted(told.guarantees, rounds, counts))
+    contents.append(_count_line(told.guarantees, rounds, counts))
   texts, head = list(parts.texts), told.head
   for content in contents:
     head = _digest(head, content)
@@ -313,7 +313,7 @@ def _ledger(path: pathlib.Path, lines: list[dict[str, Any]]) -> Ledger:
       baselines={},
     )
     for number, line in enumerate(later, 2):
-      after = _after(book, line, line["digest"])
+      after = _with_line(book, line, line["digest"])
       if after is None:
         raise UserError(f"{path}, line {number} counts fewer rounds or steps; restore the file")
       book = after
@@ -322,7 +322,7 @@ def _ledger(path: pathlib.Path, lines: list[dict[str, Any]]) -> Ledger:
     raise UserError(f"{path} is not a ledger ({error}); restore the file") from error
 
 
-def _after(book: Ledger, content: dict[str, Any], digest: str) -> Ledger | None:
+def _with_line(book: Ledger, content: dict[str, Any], digest: str) -> Ledger | None:
   """The ledger after one more line; None if that line counts less than those before."""
   rounds, own = book.rounds, book.spent
   if "ran" in content:
@@ -335,7 +335,7 @@ def _after(book: Ledger, content: dict[str, Any], digest: str) -> Ledger | None:
     rounds, counts = content["rounds"], _whole_numbers(content["counts"])
     if rounds <= book.rounds or not _at_most(own.counts, counts):
       return None
-    own = own._replace(counts=counts, epsilons=_infinite(content.get("epsilons"), counts))
+    own = own._replace(counts=counts, epsilons=_epsilons_from_json(content.get("epsilons"), counts))
     if own.epsilons is not None:
       book = book._replace(told={**book.told, rounds: own.epsilons})
   return book._replace(
@@ -348,22 +348,24 @@ def _spent_of(value: dict[str, Any]) -> Spent:
   return Spent(
     guarantees=tuple(_from_json(guarantee) for guarantee in value["guarantees"]),
     counts=counts,
-    epsilons=_infinite(value["epsilons"], counts),
+    epsilons=_epsilons_from_json(value["epsilons"], counts),
   )
 
 
-def _counted(guarantees: Sequence[Guarantee], rounds: int, counts: Counts) -> dict[str, Any]:
+def _count_line(guarantees: Sequence[Guarantee], rounds: int, counts: Counts) -> dict[str, Any]:
   """The line of so many rounds, with the ε of its releases."""
   epsilons = tuple(spent(*each) for each in zip(guarantees, counts, strict=True))
-  return {"rounds": int(rounds), "counts": counts, "epsilons": _finite(epsilons)}
+  return {"rounds": int(rounds), "counts": counts, "epsilons": _epsilons_to_json(epsilons)}
 
 
-def _finite(epsilons: Epsilons) -> list[list[float | None]]:
+def _epsilons_to_json(epsilons: Epsilons) -> list[list[float | None]]:
   """ε as JSON has it, which knows no infinity."""
   return [[None if math.isinf(value) else value for value in row] for row in epsilons]
 
 
-def _infinite(epsilons: list[list[float | None]] | None, counts: Counts) -> Epsilons | None:
+def _epsilons_from_json(
+  epsilons: list[list[float | None]] | None, counts: Counts
+) -> Epsilons | None:
   """ε from JSON; ValueError unless there is one for each count."""
   if epsilons is None:
     return None
@@ -377,7 +379,7 @@ def _whole_numbers(counts: Sequence[Sequence[int]]) -> Counts:
 
 
 def _is_news(book: Ledger, ran: Ran, goes_on: bool) -> bool:
-  """Whether the ledger has to say with what a run is executed from now on.
+  """Whether the ledger needs a line with the software and settings of this start.
 
   Versions alone are news where it goes on: what was told before was told with others.
   """
@@ -493,9 +495,9 @@ def _append(path: pathlib.Path, previous: str, content: dict[str, Any]) -> str:
 
 
 def _continued(path: pathlib.Path, book: Ledger, contents: Sequence[dict[str, Any]]) -> Ledger:
-  """Adds lines to the file on the disk; returns what the ledger says with them."""
+  """Adds lines to the file on the disk; returns the ledger with them."""
   for content in contents:
-    after = _after(book, content, _append(path, book.head, content))
+    after = _with_line(book, content, _append(path, book.head, content))
     assert after is not None
     book = after
   return book

@@ -129,7 +129,7 @@ class PoissonGaussian:
 
   @property
   def sum_noise_multiplier(self) -> float:
-    """z, what the device puts on the sum over ``clip_norm``: σ, or more beside a noisy count.
+    """z, noise on the sum over ``clip_norm`` on the device: σ, or more beside a noisy count.
 
     A sum with z·C and bits (a bit - 1/2 is at most 1/2) with σ_b are one Gaussian mechanism of
     1/σ² = 1/z² + 1/(2 σ_b)² (Andrew et al., arXiv 1905.03871, theorem 1).

@@ -37,7 +37,7 @@ def gaussian_noise_like(key: jax.Array, array: jax.Array, stddev: jax.Array | fl
     UserError: ``key`` is no threefry key.
   """
   require_threefry(key)
-  size = _padded(array)
+  size = _padded_count(array)
 
   # A loop is computed for itself: fused into the kernels that add it, each of them would draw its
   # own stretch again, which takes twice as long to run and four times as long to compile.
@@ -46,17 +46,17 @@ def gaussian_noise_like(key: jax.Array, array: jax.Array, stddev: jax.Array | fl
 
   zero = _zero_after(jax.random.key_data(key)).astype(jnp.float32)
   values = jax.lax.fori_loop(0, _DRAWS, draw, jnp.broadcast_to(zero, (size,)))
-  return jnp.asarray(stddev, jnp.float32) * _as(array, values / math.sqrt(_DRAWS))
+  return jnp.asarray(stddev, jnp.float32) * _in_shape_of(array, values / math.sqrt(_DRAWS))
 
 
-def _padded(array: jax.Array) -> int:
+def _padded_count(array: jax.Array) -> int:
   """Count of the array's numbers, rounded up: to a power of two below ``_MULTIPLE``."""
   size = math.prod(jnp.shape(array))
   multiple = min(_MULTIPLE, 1 << max(size - 1, 0).bit_length())
   return -(-size // multiple) * multiple
 
 
-def _as(array: jax.Array, values: jax.Array) -> jax.Array:
+def _in_shape_of(array: jax.Array, values: jax.Array) -> jax.Array:
   """The first of ``values`` in the array's shape."""
   return values[: math.prod(jnp.shape(array))].reshape(jnp.shape(array))
 
@@ -64,8 +64,8 @@ def _as(array: jax.Array, values: jax.Array) -> jax.Array:
 def _zero_after(array: jax.Array) -> jax.Array:
   """[] uint32 0, which a program has only once it has the array.
 
-  What waits for it is not computed before: a compiler free to choose draws the noise first and
-  keeps it during the whole backward pass.
+  Operations that use it wait for the array. A compiler that is free to choose draws the noise first
+  and keeps it during the whole backward pass.
   """
   word = jax.lax.bitcast_convert_type(jnp.ravel(array)[0], jnp.uint32)
   return jax.lax.clz(word) >> 6  # at most 32 zeros lead a word, which the compiler does not know
@@ -134,8 +134,8 @@ def whole_grains(
   _, grain, _, noisy = _scales(noise_multiplier, clip_norm, expected_batch_size)
   total = jnp.asarray(clipped_sum).astype(jnp.float32)
   key = jax.random.fold_in(key_after(key, total), _DRAWS)
-  chances = jax.random.uniform(key, (_padded(total),), jnp.float32)
-  chances = _as(total, jax.lax.optimization_barrier(chances))
+  chances = jax.random.uniform(key, (_padded_count(total),), jnp.float32)
+  chances = _in_shape_of(total, jax.lax.optimization_barrier(chances))
   grains = jnp.clip(total / grain, -_MOST, _MOST)
   whole = jnp.floor(grains)
   up = (chances < grains - whole).astype(jnp.int32)

@@ -1,4 +1,4 @@
-"""The privacy statement of a run: what privacy.json holds, for a hospital's data officer."""
+"""The privacy statement of a run: privacy.json in words, for a hospital's data officer."""
 
 import dataclasses
 import functools
@@ -60,10 +60,10 @@ _tuned = functools.lru_cache(4096)(tuned_epsilon)
 
 
 def participation_costs(guarantee: dict[str, Any]) -> tuple[float, float] | None:
-  """ε of a hospital for whom sees in which rounds it took part; None where all take part in all.
+  """ε of a hospital for readers who see its rounds; None where all take part in all rounds.
 
-  Whether a hospital was drawn is part of what hides it. The log of a run, and its steps, tell who
-  was: for their readers each round of a hospital costs what it would cost if all took part.
+  The secret draw of hospitals is part of their protection. The log of a run, and its steps, reveal
+  the draw: for their readers a round of a hospital costs as much as if all took part.
 
   Returns:
     ε of as many rounds as a hospital is drawn on average, and ε of all rounds.
@@ -93,7 +93,7 @@ def write_out(
     record: privacy.json.
     run_id: of the run.
     audit: result of an audit, if one was made.
-    patients: how much is known of who the patients are, in a sentence.
+    patients: sentence on how many names say whose image it is.
   """
   lines = [f"# Privacy statement of run {run_id}", ""]
   if not record["guarantees"]:
@@ -146,7 +146,7 @@ def no_power(found: dict[str, Any]) -> str:
   """A sentence where the attack on one unit could not have refuted the claim, else nothing.
 
   Args:
-    found: what an audit has of the unit.
+    found: result of an audit for the unit.
   """
   shown = found["epsilon_lower_without_noise"]
   if not found["passed"] or shown > found["epsilon"]:
@@ -199,7 +199,7 @@ def _strength(epsilon: float, delta: float, protects: str) -> str:
 
 
 def participation_sentence(guarantee: dict[str, Any]) -> str:
-  """Worth of a guarantee against readers who see who took part; empty if all always do."""
+  """Worth of a guarantee against readers who see the draw; empty if all always take part."""
   costs = participation_costs(guarantee)
   if costs is None:
     return ""

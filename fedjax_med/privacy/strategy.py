@@ -42,7 +42,7 @@ def prefix_errors(coefficients: np.ndarray | tuple[float, ...], steps: int) -> n
 def error_over_independent(
   independent: PoissonGaussian, banded: PoissonGaussian, steps: int
 ) -> float:
-  """By how much banded noise is better: above 1 it leaves less noise in SGD's weights.
+  """Error of independent over that of banded noise: above 1 banded noise harms SGD's weights less.
 
   Compared is the root mean square, over steps, of the noise in the sum of all mean gradients so far
   (a constant learning rate without momentum). Noise from the choice of batches is not counted.

@@ -24,7 +24,7 @@ MOST = {"class": 20, "hospital": 32}  # columns of a label, in which a wide lett
 
 @functools.cache
 def families() -> list[str]:
-  """Fonts of a figure: matplotlib's own, and those of ``FALLBACKS`` that can be used here."""
+  """Fonts of a figure: matplotlib's own, and those of ``FALLBACKS`` that are installed."""
   from matplotlib import font_manager
 
   installed = {font.name for font in font_manager.fontManager.ttflist}
@@ -41,8 +41,8 @@ def families() -> list[str]:
 def drawable(text: str, most: int = 150) -> str:
   """A text as matplotlib draws it letter by letter: one line, shortened in the middle.
 
-  What no font has is drawn as an escape such as ``\\u8105``. A dollar starts no formula, and an
-  underscore in front does not hide an entry of a legend.
+  A letter that no font has is drawn as an escape such as ``\\u8105``. A dollar starts no formula,
+  and an underscore in front does not hide an entry of a legend.
   """
   line = " ".join(visible(text.replace("\n", " ")).split())
   line = "".join(letter if letter in _letters() else escaped(letter) for letter in line)

@@ -61,7 +61,7 @@ def write_report(workdir: pathlib.Path, papers: bool = False) -> pathlib.Path:
 
 
 def require_told(workdir: pathlib.Path) -> None:
-  """Raises UserError unless statement and report, where they are, say what the other files do.
+  """Raises UserError unless statement and report, where they exist, agree with the other files.
 
   The report is compared up to the end of its section on privacy, without its figures.
   """
@@ -76,11 +76,11 @@ def require_told(workdir: pathlib.Path) -> None:
   if page.exists():
     expected = _page(workdir, read_run(workdir), {})
     remedy = f"python -m fedjax_med.report --workdir={workdir} writes it again"
-    _require_lines(page, _told(read_utf8(page)), _told(expected), remedy)
+    _require_lines(page, _comparable_lines(read_utf8(page)), _comparable_lines(expected), remedy)
 
 
-def _told(page: str) -> list[str]:
-  """Lines of a report up to the end of its section on privacy, without what follows from fonts."""
+def _comparable_lines(page: str) -> list[str]:
+  """Lines of a report through its section on privacy, without parts that depend on fonts."""
   drawn = r"<figure.*?</figure>|<p [^>]*id=.labels.*?</p>"
   head = re.sub(drawn, "", page.partition(END_OF_PRIVACY)[0], flags=re.DOTALL)
   return [line.strip() for line in head.splitlines() if line.strip()]

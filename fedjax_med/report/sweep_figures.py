@@ -18,7 +18,7 @@ class Series(NamedTuple):
   """Arms that make one line of a figure: they differ in ε, or in the x of the figure.
 
   Attributes:
-    label: what all of them share.
+    label: text of the values that all of them share.
     x: [n] ε, or values of the first axis, ascending; infinite is no privacy.
     mean: [n] of the metric over points.
     low: [n] lower end of its interval, NaN where there is one point.

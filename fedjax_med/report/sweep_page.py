@@ -1,4 +1,4 @@
-"""report.html of a sweep or of several runs: what privacy costs, for whom, and how to repeat it.
+"""report.html of a sweep or of several runs: cost of privacy, its spread over hospitals, commands.
 
 Nothing but the files of the runs enters it: the same files give the same bytes.
 """
@@ -47,11 +47,11 @@ class ComparedRuns(NamedTuple):
   Attributes:
     title: its heading.
     folders: of the runs that have ended.
-    points: what each of them differs in.
+    points: values of the fields in which each of them differs.
     frame: the table, a row a run and hospital.
     missing: runs that have not ended.
     command: that started all of them; empty for runs by themselves.
-    task: of all of them.
+    task: task of all of them.
   """
 
   title: str

@@ -176,7 +176,7 @@ def _read_newest(workdir: pathlib.Path, run_id: str, who: str = "config.json") -
 
 
 class _Found(NamedTuple):
-  """A checkpoint: its leaves by name, the ledger's head, where it is, what to do if it is bad."""
+  """A checkpoint: its leaves by name, the ledger's head, its place, the remedy if it is bad."""
 
   leaves: dict[str, np.ndarray]
   head: str | None

@@ -1,4 +1,4 @@
-"""What a run says on the terminal: what will happen, live progress, the result per hospital."""
+"""Terminal output of a run: its plan, live progress, the results of each hospital."""
 
 import contextlib
 import pathlib
@@ -36,7 +36,7 @@ MOST_ROWS = 20  # hospitals in a table on the terminal; files and report hold al
 
 
 class Terminal(Console):
-  """A console that spells out what its encoding lacks before columns are laid out, not after."""
+  """A console that spells out letters its encoding lacks before it lays out columns, not after."""
 
   def render_str(self, text: str, **options: Any) -> Text:
     return super().render_str(encodable(text, self.encoding), **options)
@@ -72,7 +72,7 @@ def describe(
   client_epsilon: float | None,
   num_parameters: int,
 ) -> None:
-  """Prints what will run: data, hospitals, model, plan, and the ε spent after ``rounds`` rounds."""
+  """Prints data, hospitals, model and plan of a run, and the ε spent after ``rounds`` rounds."""
   config, hospitals = experiment.config, experiment.hospitals
   dataset, split = hospitals.dataset, hospitals.split
   height, width = dataset.inputs.shape[1:3]

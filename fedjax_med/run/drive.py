@@ -1,7 +1,7 @@
 """The one loop of the host: runs advance to their next log points until each has ended.
 
-How runs advance is for the caller to say: a run by itself by its compiled block, points of a sweep
-by the program that they share, replicas by one program for all rounds.
+The caller gives the function that advances runs: a run by itself has its compiled block, points of
+a sweep have the program that they share, replicas have one program for all rounds.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,7 +18,7 @@ COMPLETED, BUDGET, DIVERGED = "completed", "budget", "diverged"
 
 
 class Reached(NamedTuple):
-  """Where one run stands after it was advanced, on the host.
+  """Progress of one run after it was advanced, on the host.
 
   Attributes:
     rounds: finished rounds.
@@ -38,7 +38,7 @@ class Reached(NamedTuple):
 
 
 class Outcome(NamedTuple):
-  """Where a run ended.
+  """Outcome of a run that has ended.
 
   Attributes:
     state: final state.
@@ -67,7 +67,7 @@ def drive(
   *,
   epsilon_at_end: bool = False,
 ) -> list[str]:
-  """Advances runs until each of them has ended; returns why, run by run, as ``Reached`` has it.
+  """Advances runs until each of them has ended; returns ``Reached.stopped`` of every run.
 
   A run that diverged is not advanced again, and its log point has NaN for every prediction.
 

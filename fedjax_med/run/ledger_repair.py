@@ -36,7 +36,7 @@ def mend(
     experiment: the run.
     folder: its workdir.
     head: digest of the line that the checkpoint was saved after.
-    tell: called with what was done.
+    tell: called with a sentence on the repair.
 
   Raises:
     UserError: the lines come after the checkpoint's, and releases might be hidden.

@@ -118,8 +118,8 @@ def log_lines(
 def train_line(experiment: Experiment, metrics: BlockMetrics) -> dict[str, Any]:
   """Means over a block's local steps; null for a client that took no part.
 
-  Only of all clients together where who took part is to stay secret. Under client-level privacy
-  also how many hospitals sent any update that counted 0, as it was not finite.
+  Means are over all clients together if participation is to stay secret. Under client-level privacy
+  the line also counts hospitals that sent an update that counted 0, as it was not finite.
   """
   sums = jax.device_get(metrics.clients)
   tallied = task_named(experiment.hospitals.dataset.task).tallied

@@ -59,9 +59,9 @@ def start_compiling(experiment: Experiment) -> Callable[[], float]:
 def advance_from(
   experiment: Experiment, state: SimulationState
 ) -> tuple[Advance, Callable[[], SimulationState]]:
-  """How a run by itself advances from a state, and a function that gives the state it is in.
+  """Builds the function that advances a run by itself, and one that returns its current state.
 
-  A block donates the state: what was given before a block is not to be used after it.
+  A block donates the state: one that was returned before a block must not be used after it.
   """
   program = experiment.program
   groups = evaluation_groups(program.parts, experiment.hospitals)
@@ -96,15 +96,15 @@ def train_rounds(
 ) -> Outcome:
   """Runs or resumes all rounds; equal configs end in equal weights, bit for bit.
 
-  What ``writer.finish`` writes is left to the caller.
+  The caller writes the end of the run (``writer.finish``).
 
   Args:
-    experiment: what to run.
+    experiment: the run.
     folder: the workdir, with checkpoints to resume from; None writes nothing and begins anew.
     listen: called at every log point, when it is written and before its checkpoint is.
     compiling: from ``start_compiling``, which is called here if it was not before.
-    command: what starts the run, for config.json.
-    tell: called with what was mended in the folder.
+    command: command that starts the run, for config.json.
+    tell: called with a sentence on each repair of the folder.
 
   Raises:
     UserError: a foreign or damaged checkpoint or folder, a loss that is not finite (with round and

@@ -1,19 +1,14 @@
 """The privacy statement of a run, written from the files of its workdir."""
 
 import pathlib
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fedjax_med.core.errors import require
 from fedjax_med.folder.data_notes import patient_note
+from fedjax_med.folder.reading import read_json
 from fedjax_med.folder.writing import write_text
 from fedjax_med.privacy import claims
-from fedjax_med.privacy.statement import (
-  write_out,
-)
-
-if TYPE_CHECKING:
-  pass
-from fedjax_med.folder.reading import read_json
+from fedjax_med.privacy.statement import write_out
 
 
 def read_audit(workdir: pathlib.Path) -> dict[str, Any] | None:
@@ -43,7 +38,7 @@ def write_statement(workdir: pathlib.Path) -> pathlib.Path:
 
 
 def statement_text(workdir: pathlib.Path) -> str:
-  """What the privacy statement has to say; see ``write_statement``."""
+  """Text of the privacy statement; see ``write_statement``."""
   record, config = claims.read(workdir), read_json(workdir / "config.json")
   held, unit = read_json(workdir / "hospitals.json"), config["config"]["privacy"]["unit"]
   patients = patient_note(held, unit).text
@@ -53,7 +48,7 @@ def statement_text(workdir: pathlib.Path) -> str:
 
 
 def _exchange_sentences(exchange: dict[str, Any]) -> str:
-  """What travels and who sees it, as a section of the statement."""
+  """The section on transforms of updates and on the messages that the server sees."""
   changed = ", ".join(exchange["transforms"])
   how = f"Updates pass through {changed} on their way. " if changed else ""
   return (

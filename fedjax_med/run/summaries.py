@@ -1,4 +1,4 @@
-"""What is written down of a run: its configuration, its hospitals, its results."""
+"""Records of a run for its folder: its configuration, its hospitals, its results."""
 
 import importlib.metadata
 import pathlib
@@ -38,14 +38,14 @@ def num_parameters(experiment: Experiment) -> int:
 def weights_digest(parts: Parts, weights: EvaluatedModel) -> str:
   """SHA-256 of the arrays that predict, by their names in the network.
 
-  Where hospitals predict with models of their own, what each of them keeps is part of it.
+  Where hospitals predict with models of their own, the persistent state of each is part of it.
   """
   params, state = parts.layout.trees(weights.params, weights.state)
   return digest(weights._replace(params=params, state=state) if parts.personal else params)
 
 
 def config_record(experiment: Experiment, command: str) -> dict[str, Any]:
-  """config.json: what was asked, with what, and what must stand beside every result."""
+  """config.json: configuration, command, versions, and notes that belong to every result."""
   versions = {name: importlib.metadata.version(name) for name in PACKAGES}
   versions |= {"fedjax_med": __version__, "python": platform.python_version()}
   dataset = experiment.hospitals.dataset
@@ -72,7 +72,7 @@ def config_record(experiment: Experiment, command: str) -> dict[str, Any]:
 
 
 def exchange_record(config: Config) -> dict[str, Any]:
-  """What happens to updates on their way, and what the server sees of them."""
+  """Transforms and aggregator of updates, and the messages that the server sees."""
   return {
     "transforms": transform_names(config),
     "aggregator": config.server.aggregator,
@@ -91,11 +91,11 @@ def write_hospitals(folder: pathlib.Path, experiment: Experiment) -> None:
 
 
 def hospital_record(hospitals: Hospitals, names: bool = True) -> dict[str, Any]:
-  """hospitals.json: who holds how many examples of each class, and what is known of the split.
+  """hospitals.json: examples of each class at each hospital, and facts about the split.
 
   ``train`` counts real images; ``synthetic``, where there are any, stands beside it. Without
-  ``names`` no file is named: a left-out one is "", with what is known of it but for its decoder's
-  words, and pictures that contradict each other are only counted.
+  ``names`` no file is named: the name of a left-out one is "", its reason is without the words of
+  the decoder, and pictures that contradict each other are only counted.
   """
   dataset, split = hospitals.dataset, hospitals.split
   classes, strata = len(dataset.class_names), task_named(dataset.task).strata(dataset)

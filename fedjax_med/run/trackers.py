@@ -31,7 +31,7 @@ def require_installed(name: str) -> None:
 def track(
   name: str, folder: pathlib.Path, run_id: str, config: dict[str, Any], task: Task
 ) -> Iterator[Callable[[dict[str, Any]], None]]:
-  """Yields what records a test line of metrics.jsonl.
+  """Yields the function that records a test line of metrics.jsonl.
 
   Args:
     name: none, tensorboard, wandb or mlflow.
@@ -58,7 +58,7 @@ def _encodable(value: Any) -> Any:
 
 
 def values_of(line: dict[str, Any], task: Task) -> dict[str, float]:
-  """Numbers of a test line by slash-separated names; what is undefined is left out."""
+  """Numbers of a test line by slash-separated names; undefined values are left out."""
   names = [metric.name for metric in task.shown]
   found = {f"test/{name}": line.get(name) for name in names}
   found["epsilon"] = line.get("epsilon_max")

@@ -32,11 +32,11 @@ from fedjax_med.tasks.registry import task_named
 
 
 class RunResult(NamedTuple):
-  """A run that has ended, for who called it in the same process.
+  """A run that has ended, for the caller in the same process.
 
   Attributes:
     experiment: config, hospitals, mechanisms and compiled functions.
-    outcome: final state, why the run stopped, and the last log point: metrics of each hospital, and
+    outcome: final state, reason of the end, and the last log point: metrics of each hospital, and
       ε after all rounds.
     curve: every log point of this process; the first is the start, or where it resumed.
     baselines: outcome of each baseline by its name; {} where none was asked for.
@@ -53,7 +53,7 @@ class RunResult(NamedTuple):
 
 
 class _Start(NamedTuple):
-  """How a run was started; fields as the arguments of ``run``."""
+  """Arguments that a run was started with; see ``run``."""
 
   config: Config
   folder: pathlib.Path | None
@@ -113,7 +113,7 @@ def run(
     console: where progress goes; None is the terminal, ``make_console(quiet=True)`` nowhere.
 
   Raises:
-    UserError: whatever the user can put right, always before a finished round is lost. A folder
+    UserError: an error that the user can put right, before a finished round is lost. A folder
       that another process works in is refused before the data are waited for.
   """
   begun = time.monotonic()
@@ -132,12 +132,12 @@ def run(
       "give a workdir, or set eval.tracker=none",
     )
     secret = writer.secret_of(config, None, noise_key)
-    return _trained(start, *_built(start, hospitals, secret), begun)
+    return _train_in_folder(start, *_build_experiment(start, hospitals, secret), begun)
   files.require_outside(folder, config.data.path)
   files.prepare(folder)
   with writer.hold(folder, start.tell):
     secret = writer.secret_of(config, folder, noise_key)
-    result = _trained(start, *_built(start, hospitals, secret), begun)
+    result = _train_in_folder(start, *_build_experiment(start, hospitals, secret), begun)
     if write_report is not None and is_first():
       report, seconds = write_report(result.experiment), result.outcome.seconds
       start.console.print(
@@ -147,7 +147,7 @@ def run(
   return result
 
 
-def _built(
+def _build_experiment(
   start: _Start, hospitals: Callable[[], Hospitals] | None, secret: bytes
 ) -> tuple[Experiment, dict[str, float]]:
   """The experiment, and the seconds that its synthetic images took."""
@@ -169,7 +169,7 @@ def _built(
   return experiment, seconds
 
 
-def _trained(
+def _train_in_folder(
   start: _Start, experiment: Experiment, seconds: dict[str, float], begun: float
 ) -> RunResult:
   """Trains in a folder that is locked, if there is one; see ``run``."""

@@ -87,7 +87,7 @@ def secret_of(config: Config, folder: pathlib.Path | None, noise_key: pathlib.Pa
 
 
 def _as_first(work: Callable[[], Any], otherwise: str) -> None:
-  """Does ``work`` in the first process; a UserError there is one in all, or the others would wait.
+  """Does ``work`` in the first process; a UserError there ends all, which would wait otherwise.
 
   Raises:
     UserError: of ``work`` in the first process, with the sentence ``otherwise`` in the others.
@@ -115,10 +115,10 @@ def begin(
   Args:
     experiment: the run.
     folder: its workdir.
-    command: what starts it.
+    command: command that starts it.
     saved: rounds of the checkpoint that it goes on from; None where it begins.
     head: digest of the ledger's line that the checkpoint was saved after.
-    tell: called with what was mended.
+    tell: called with a sentence on each repair.
 
   Returns:
     The ledger; None where nothing is protected, and in all processes but the first.
@@ -148,7 +148,7 @@ def begin(
 
 
 def withdraw(folder: pathlib.Path) -> None:
-  """Removes what is said of a run that has ended, the summary first: the run goes on."""
+  """Removes the results of a run that had ended and now goes on, the summary first."""
   for name in (SUMMARY, REPORT, STATEMENT):
     (folder / name).unlink(missing_ok=True)
 
@@ -163,7 +163,7 @@ def log(
 ) -> ledger.Ledger | None:
   """Writes down releases up to ``rounds`` and ``steps`` [K], and after them lines of the log.
 
-  privacy.json says what the ledger says: of a resumed run also the rounds that it does again.
+  privacy.json follows the ledger, which for a resumed run counts also the rounds it does again.
 
   Args:
     experiment: the run.
@@ -236,9 +236,9 @@ def _publish(folder: pathlib.Path, summary: dict[str, Any], federation: Case | N
 
 
 def _write_baselines(federation: Case, folder: pathlib.Path) -> dict[str, Any]:
-  """Writes what baselines have spent and their curves; returns their last metrics.
+  """Writes the releases and the curves of baselines; returns their last metrics.
 
-  What they have spent is in the ledger, and so their ε in privacy.json; the curves are in
+  Their releases are in the ledger, and so their ε in privacy.json; the curves are in
   baselines.json.
   """
   names = federation.hospitals.names

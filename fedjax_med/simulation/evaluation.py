@@ -67,7 +67,7 @@ def make_evaluate(
 ) -> Callable[..., jax.Array]:
   """Builds ``evaluate(weights, pool, batches) -> [b, size, columns]``, not jitted.
 
-  The result is what ``classify`` (of ``make_classify``) says of pool rows, batch by batch; with
+  The result is that of ``classify`` (of ``make_classify``) on pool rows, batch by batch; with
   ``personal`` (of a FederatedAlgorithm) by the model of each batch's owner.
   """
 

@@ -23,9 +23,9 @@ class Devices(NamedTuple):
   """Devices that the clients of a run are dealt over.
 
   Attributes:
-    number: how many.
+    number: number of devices.
     mesh: one axis of them, or None for a single device, which needs no collectives.
-    reason: why that number, for people.
+    reason: reason for that number, for people.
   """
 
   number: int
@@ -50,7 +50,7 @@ def split_cpu(devices: int) -> None:
   """Lets jax see the CPU as ``devices`` devices, or with 0 as one for each core.
 
   A client on a core of its own wastes less of it than operations that are cut over all cores. Call
-  it before jax runs anything; what XLA_FLAGS or JAX_NUM_CPU_DEVICES say is left alone.
+  it before jax runs anything; it leaves XLA_FLAGS and JAX_NUM_CPU_DEVICES as they are.
   """
   flags = os.environ.get("XLA_FLAGS", "")
   if "xla_force_host_platform_device_count" in flags or _is_split():
@@ -115,7 +115,7 @@ def map_over_devices(one: Callable[[Any, Any], Any], devices: int, at_once: int)
   """Compiles ``several(shared, rows)``: ``one(shared, row)`` of every row, on the host.
 
   Args:
-    one: what is done with a row: ``rows`` without their leading axis. ``shared`` lies whole on
+    one: function of a row: ``rows`` without their leading axis. ``shared`` lies whole on
       every device.
     devices: of this process, that rows are dealt over.
     at_once: rows that a device works on side by side.
@@ -153,7 +153,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def replicate(tree: Any, mesh: Mesh | None) -> Any:
   """A copy of each array on every device of the mesh, or on the one device there is.
 
-  Every process must pass the same values; that they do is for the caller to check.
+  Every process must pass the same values, which the caller checks.
   """
 
   def put(leaf):

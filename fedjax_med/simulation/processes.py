@@ -12,7 +12,7 @@ def join(
 ) -> None:
   """Connects this process to the others of its run; call it before anything else of jax.
 
-  With all three None the cluster says who is who (SLURM, Open MPI, TPU pods).
+  With all three None the cluster numbers the processes (SLURM, Open MPI, TPU pods).
 
   Raises:
     UserError: only some of the three are given, or nothing can be detected.

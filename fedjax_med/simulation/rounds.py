@@ -37,7 +37,7 @@ class SimulationState(NamedTuple):
     client_states: persistent state of each client, leading axis K.
     steps: [K] int32 local steps executed so far by each client: the privacy ledger's counts.
     exchange: the server's state of the transforms, such as the bound of clipped updates.
-    kept: what each client keeps of the transforms, leading axis K; () for most.
+    kept: each client's state of the transforms, leading axis K; () for most.
   """
 
   server: ServerState
@@ -48,7 +48,7 @@ class SimulationState(NamedTuple):
 
 
 class BlockMetrics(NamedTuple):
-  """What a block of rounds reports, summed over its rounds.
+  """Metrics of a block of rounds, summed over its rounds.
 
   Attributes:
     clients: RoundMetrics with a leading [K] axis.
@@ -61,7 +61,7 @@ class BlockMetrics(NamedTuple):
 
 
 class Setup(NamedTuple):
-  """What a round is made of.
+  """Functions and sizes of a round.
 
   Attributes:
     algorithm: the federated algorithm.
@@ -70,7 +70,7 @@ class Setup(NamedTuple):
     chunk: clients trained at once on a device; K is vmap, 1 is a scan. Updates are folded chunk by
       chunk where the aggregator is linear, so memory grows with the chunk, not with K.
     mesh: devices that the chunks are dealt over (all arguments lie whole on each), or None.
-    exchange: what happens to updates on their way.
+    exchange: transforms and aggregator of updates.
   """
 
   algorithm: FederatedAlgorithm
@@ -97,7 +97,7 @@ class Setup(NamedTuple):
 
 
 class Sent(NamedTuple):
-  """What the clients of some chunks have sent; all are sums over clients that took part.
+  """Messages of the clients of some chunks, as sums over the clients that took part.
 
   Attributes:
     partial: partial result of the aggregator, or the blank one where it is not linear.
@@ -111,11 +111,11 @@ class Sent(NamedTuple):
 
 
 class Chunk(NamedTuple):
-  """What a chunk leaves, with a leading axis of its clients, and its sums.
+  """Results of a chunk, with a leading axis of its clients, and its sums.
 
   Attributes:
     client_states: persistent states after the round.
-    kept: what clients keep of the transforms.
+    kept: the clients' states of the transforms.
     metrics: RoundMetrics of each client.
     weight: [] their total weight.
     tally: sums of the transforms' tallies.
@@ -144,7 +144,7 @@ def init_state(
     params: [P] initial weights.
     state: [S] initial non-trained state.
     num_clients: K.
-    exchange: what happens to updates; None leaves them as they are.
+    exchange: transforms and aggregator of updates; None leaves updates as they are.
   """
   transform = (exchange or plain_exchange()).transform
   server = algorithm.init_server(params, state)
@@ -260,7 +260,7 @@ def _train_chunks(
   key: jax.Array,
   numbers: jax.Array,
 ) -> tuple[Sent, Chunk]:
-  """Trains a device's chunks [chunks, chunk]: what they sent in all, and what each leaves."""
+  """Trains a device's chunks [chunks, chunk]; returns sums over all, and results of each."""
   (transform, aggregator), server = setup.exchange, state.server
 
   def update(client_state, kept, client):
@@ -373,8 +373,8 @@ def make_block(run_round: Callable, num_clients: int, goes_on: bool = False) -> 
 
   ``num_rounds`` is traced: blocks of any length share one compiled program. The block ends early
   after a round in which some client sent a non-finite weight, unless it ``goes_on``: under
-  client-level privacy such an update counts 0, and ending would tell of one hospital what nothing
-  has noised.
+  client-level privacy such an update counts 0, and ending would tell an unnoised fact about one
+  hospital.
   """
 
   def block(state, clients, pool, hyper, key, num_rounds):

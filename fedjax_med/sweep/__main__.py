@@ -99,7 +99,7 @@ def _shard(text: str) -> tuple[int, int]:
 
 
 def _command(base: Config, config: Config) -> str:
-  """What runs one point by itself."""
+  """The command that runs one point by itself."""
   flag = flags.FLAGS["config"]
   given = config_flags.get_override_values(flag)
   changed = {

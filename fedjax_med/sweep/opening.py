@@ -31,7 +31,7 @@ class Sweep(NamedTuple):
     base: configuration that the points change.
     points: all of them.
     configs: of each point.
-    seed_axes: what an axis named seed moves.
+    seed_axes: the seeds that an axis named seed moves.
     command: starts the sweep.
   """
 
@@ -69,7 +69,7 @@ def hold(
   noise_key: pathlib.Path | None = None,
   shard: tuple[int, int] = (0, 1),
 ) -> Iterator[bytes]:
-  """Holds the folder of a sweep, which then says what the sweep is; gives its secret.
+  """Locks the folder of a sweep inside the block, writes its definition, and yields its secret.
 
   Args:
     console: where a file system without locks is reported.

@@ -110,7 +110,7 @@ def require_read(
     base: configuration that the points change.
     points: of the sweep.
     configs: of each point, from ``configure``.
-    seed_axes: what an axis named seed moves.
+    seed_axes: the seeds that an axis named seed moves.
     excused: settings of the base that may be without effect.
   """
   axes = list(points[0])
@@ -176,7 +176,7 @@ def _short(value: Any) -> str:
 
 
 def image_fields(data: DataConfig) -> dict[str, Any]:
-  """The fields that say which examples there are, and not who holds which."""
+  """The fields that the examples follow from, without those of their split."""
   seed = [] if source_named(data.source).seeded else ["seed"]
   others = ("split", "test_fraction", *seed)
   return {k: v for k, v in dataclasses.asdict(data).items() if k not in others}
@@ -271,7 +271,7 @@ def groups(planned: Sequence[Planned]) -> list[list[Planned]]:
 def chunks(
   group: Sequence[Planned], size: int, fill: int = 1, limit: float = math.inf
 ) -> list[list[Planned]]:
-  """A group in parts of at most ``size`` runs; of the same images long runs are together.
+  """Divides a group into parts of at most ``size`` runs; within a set of images long runs join.
 
   A part of fewer than ``fill`` runs takes those of another set of images (GANs, phantoms of several
   seeds) too, as long as the sets take at most ``limit`` bytes.

@@ -64,8 +64,8 @@ class Prepared(NamedTuple):
   Attributes:
     group: its points.
     program: of one run.
-    shapes: what the program is made for.
-    layout: how runs lie on this machine.
+    shapes: sizes that the program is made for.
+    layout: layout of the runs on this machine.
     batches: [b, size] of test images, enough for each run's.
     images: in the pool, enough for each run's.
     sweep: (states, fresh, rounds [S], points, pool, pretrained) -> (states, metrics,
@@ -265,7 +265,7 @@ def advance_together(
 
 
 def pool_of(datasets: Sequence[Dataset], prepared: Prepared) -> Pool:
-  """All examples on the devices, and zeros that nobody holds up to ``prepared.images``."""
+  """All examples on the devices, padded to ``prepared.images`` with zeros that no client holds."""
   missing = prepared.images - sum(len(each.labels) for each in datasets)
 
   def joined(*leaves: np.ndarray) -> jax.Array:

@@ -39,7 +39,7 @@ class Progress(NamedTuple):
     runs: runs whose files are written.
     epsilon: largest ε of a written run so far; None if none has a guarantee.
     note: current activity.
-    failed: runs whose images could not be made, and why.
+    failed: runs whose images could not be made, with the reasons.
   """
 
   rounds: int
@@ -84,7 +84,7 @@ def run_points(
   Baselines are runs of their own, and join the results of their points at the end.
 
   Args:
-    planned: the points. Programs are made for all of them, so that what is resumed is run by the
+    planned: the points. Programs are made for all of them, so that a resumed point is run by the
       program that would have run it.
     done: runs that are not to be run again.
     output: where they are written.
@@ -173,7 +173,7 @@ def run_group(
 def _images(
   chunk: Sequence[Planned], complete: Callable[[Config, Hospitals], Hospitals]
 ) -> tuple[dict[tuple[Any, ...], Dataset], dict[tuple[Any, ...], UserError]]:
-  """The sets of images of a chunk, and why others could not be made, by ``images_of``."""
+  """The sets of images of a chunk, and reasons why others could not be made, by ``images_of``."""
   sets, errors = {}, {}
   for run in chunk:
     key = images_of(run)

@@ -22,7 +22,7 @@ def submit(
   """Submits ``shards`` jobs, each of which runs its share of the sweep; logs lie in the workdir.
 
   Jobs have --resume, so that a requeued one goes on. With local it waits for all of them and
-  raises what they raise.
+  raises their errors.
 
   Args:
     cluster: slurm, or local for processes of this machine.

@@ -1,1 +1,1 @@
-"""Kinds of prediction: what a target is, how a prediction is scored, where a score is shown."""
+"""Kinds of prediction: targets, losses, metrics, and the places where metrics are shown."""

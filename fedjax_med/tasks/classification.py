@@ -109,7 +109,7 @@ def positive_class(class_names: Sequence[str]) -> str:
 
 
 def about(positives: Sequence[str]) -> str:
-  """Says below a table which class its metrics are of.
+  """Returns the sentence below a table that names the class of its metrics.
 
   Args:
     positives: ``positive_class`` of each run in the table.
@@ -129,7 +129,7 @@ def about(positives: Sequence[str]) -> str:
 
 
 def explained(class_names: Sequence[str]) -> str:
-  """Says what the metrics of a report are."""
+  """Returns sentences that explain the metrics of a report."""
   if len(class_names) == 2:
     meaning = (
       f"The positive class is “{class_names[1]}”: sensitivity is the share of its images that the"
@@ -241,12 +241,12 @@ def _auroc(scores: np.ndarray, positive: np.ndarray) -> float:
 
 
 def details(probabilities: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
-  """Returns what summary.json holds of the predictions besides the metrics."""
+  """Returns the entries of summary.json about the predictions, besides the metrics."""
   return {"confusion": confusion_matrix(probabilities, labels).tolist()}
 
 
 def problem(summary: dict[str, Any], class_names: Sequence[str]) -> str:
-  """Returns what is wrong with the confusion matrix of summary.json; empty if it has none."""
+  """Returns the fault of the confusion matrix of summary.json; empty if there is none."""
   rows = summary.get("confusion", [[0] * len(class_names)] * len(class_names))
   square = isinstance(rows, list) and len(rows) == len(class_names)
   if square and all(isinstance(row, list) and len(row) == len(class_names) for row in rows):

@@ -1,4 +1,4 @@
-"""The records of a task: what a network predicts, and the metrics and figures that show how well.
+"""The records of a task: predictions of a network, and the metrics and figures that judge them.
 
 A metric is one ``Metric`` in ``Task.shown``, with its value there or in ``Task.metrics``. The
 terminal, the figures, the reports, the tables of a sweep and ``fedjax_med.study`` list metrics by
@@ -121,19 +121,20 @@ class Task(NamedTuple):
     loss: client.label_smoothing -> per-example loss, (outputs [B, columns], targets) -> [B].
     predict: outputs [B, columns] -> float32 predictions, such as probabilities.
     tally: (outputs, targets) -> [B] score of each training example, 0 to 1 and the higher the
-      better. Its mean is in the lines of the local training, and weighs updates under fedxnet.
+      better. Its mean is in the lines of the local training, and weighs updates under
+      server.algorithm=performance.
     tallied: the name of that mean.
     metrics: (predictions, targets) -> values by name, None where undefined, and n; of the metrics
       without a ``value`` of their own.
-    details: (predictions, targets) -> what else summary.json holds of the predictions.
-    problem: (summary.json, class names) -> what is wrong with the details; empty if nothing is.
+    details: (predictions, targets) -> further entries of summary.json about the predictions.
+    problem: (summary.json, class names) -> fault of the details; empty if there is none.
     shown: the metrics, the headline first.
     strata: dataset -> [N] int numbers, as many as class_names, of groups of like examples, which
       the split keeps in proportion, the partition deals by, and hospitals.json counts.
     figures: drawn from the details.
     positive: (class names) -> name of the class that some metrics are of; empty without one.
-    about: (positive classes of the runs of a table) -> what must be said under its metrics.
-    explained: (class names) -> what the metrics of a report are, in sentences.
+    about: (positive classes of the runs of a table) -> text that must stand under its metrics.
+    explained: (class names) -> sentences that explain the metrics of a report.
   """
 
   name: str

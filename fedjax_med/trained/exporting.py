@@ -77,7 +77,7 @@ def describe(trained: Trained, privacy: dict[str, Any]) -> dict[str, Any]:
 
 
 def export_model(trained: Trained, how: str, output: pathlib.Path) -> str:
-  """Writes ``output``, a program (jax) or weights (safetensors); returns what it holds, in words.
+  """Writes ``output``, a program (jax) or weights (safetensors); returns a description of it.
 
   A .safetensors file has the description in its metadata, a program beside it as OUTPUT.json.
 

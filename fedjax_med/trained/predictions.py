@@ -35,7 +35,7 @@ class Picture(NamedTuple):
     path: of the file.
     name: relative to the folder that was asked for, as ``core.text.readable`` writes it.
     pixels: [H, W, C] uint8 or uint16 as the network sees it, None where it cannot be read.
-    error: why not; empty where it can.
+    error: reason why it cannot be read; empty if it can.
   """
 
   path: pathlib.Path
@@ -180,7 +180,7 @@ def predict_files(
     output: the table; its folder is made. With ``layer`` a folder beside it, of its name and
       '_maps', gets an overlay of each picture.
     layer: layer of Grad-CAM for the predicted class; None makes none.
-    tell: hears of progress.
+    tell: called with lines of progress.
 
   Raises:
     UserError: there is nothing to read.

@@ -9,8 +9,8 @@ from fedjax_med.models.model import Model, from_flax
 class Canary(nn.Module):
   """Two layers side by side, logits = scale · (x A + x B) of two classes, A = B = 0 at first.
 
-  The gradient of the cross-entropy of label 0 is (-1/2, 1/2) · scale ⊗ x in both layers: what the
-  two classes have in common (their sum) no record ever moves, so that there is noise alone.
+  The gradient of the cross-entropy of label 0 is (-1/2, 1/2) · scale ⊗ x in both layers. No record
+  moves the sum over the two classes, which therefore holds noise alone.
 
   Attributes:
     scale: factor on the logits, and so on every gradient.

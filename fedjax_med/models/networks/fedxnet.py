@@ -57,7 +57,7 @@ def relative_offsets() -> np.ndarray:  # [T * T, (2 WINDOW - 1)**2] float32
 
 
 def _shift(side: int, shift: int) -> int:
-  """A map of one window has nothing to exchange, and is not shifted (as in Swin)."""
+  """The shift of windows; 0 for a map of one window, which has nothing to exchange (as in Swin)."""
   return shift if side > WINDOW else 0
 
 
@@ -85,7 +85,7 @@ def window_attention(
 ) -> jax.Array:  # [B, H, W, C], dtype of values
   """Multi-head attention inside windows, which are shifted by ``shift`` positions up and left.
 
-  Shifting is cyclic, with a mask between what is not adjacent (Liu et al. 2021, figure 4). Sides
+  Shifting is cyclic, with a mask between distant positions (Liu et al. 2021, figure 4). Sides
   that are no multiple of the window are padded, and nothing sees the padding.
   """
   batch, height, width, channels = values.shape
@@ -233,7 +233,7 @@ def contrastive_penalty(deep: jax.Array, shallow: jax.Array) -> jax.Array:
   """InfoNCE between the places of one image (Hjelm et al. 2019; Park et al. 2020).
 
   Each place's deep embedding is to find the shallow one of the same place among those of all N
-  places of its image. In shares of log N, what a blind guess costs; 0 where N is 1.
+  places of its image. In shares of log N, the cost of a blind guess; 0 where N is 1.
 
   Args:
     deep: [B, H, W, E].

@@ -82,7 +82,7 @@ def _active(x: jax.Array, name: str) -> jax.Array:
 class Discriminator(nn.Module):
   """Strided 3x3 convolutions, and a head with a score for each class.
 
-  A column of the head is what the projection of Miyato and Koyama (2018) has for a class.
+  A column of the head is the projection of Miyato and Koyama (2018) for a class.
 
   Attributes:
     num_classes: scores.

@@ -171,7 +171,7 @@ def efficientnet_b0(num_classes: int, *, width: float = 1.0, **kwargs: Any) -> M
 
 
 def efficientnet_b0_texture(num_classes: int, *, width: float = 1.0, **kwargs: Any) -> MobileNet:
-  """EfficientNet-B0 that is told the image's co-occurrence properties and local binary patterns.
+  """EfficientNet-B0 with texture features: co-occurrence properties and local binary patterns.
 
   ``kwargs`` are norm, dropout and dtype.
   """

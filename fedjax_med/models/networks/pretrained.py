@@ -22,7 +22,7 @@ class Naming(NamedTuple):
   """Names of our layers in the files of one origin.
 
   Attributes:
-    layers: their name of each of our layers; of a layer in a block, what follows 'layerS.B.'.
+    layers: their name of each of our layers; of one in a block, the part after 'layerS.B.'.
     stem_pool_padding: padding of the max pool that they were trained with (see ``SEResNeXt``).
   """
 
@@ -142,8 +142,8 @@ def convert_state_dict(
   """PyTorch arrays in the places, layouts and dtype (float32) of an SEResNeXt.
 
   Kernels go from OIHW to HWIO, matrices from [out, in] to [in, out]. The stem of a network for one
-  channel gets the sum over the file's channels: what it computes of a grey image is what the file's
-  network computes of that image repeated in every channel.
+  channel gets the sum over the file's channels: its result for a grey image is that of the file's
+  network for that image repeated in every channel.
 
   Args:
     arrays: a whole state dict in one of ``NAMINGS``; ``num_batches_tracked`` is ignored.
@@ -211,9 +211,9 @@ def to_state_dict(
 ) -> tuple[dict[str, np.ndarray], str]:
   """Weights as PyTorch names and lays them out; the inverse of ``convert_state_dict``.
 
-  A network of this package's SE-ResNeXt layout, gates or not, gets the names of the file that its
-  stem's pool belongs to (``NAMINGS``; ResNet-50 those of timm, which are torchvision's), any other
-  one its path in Flax with dots. Convolution kernels become
+  A network with the layers of this package's SE-ResNeXt, gates or not, gets the names of the file
+  that its stem's pool belongs to (``NAMINGS``; ResNet-50 those of timm, which are torchvision's),
+  any other one its path in Flax with dots. Convolution kernels become
   OIHW and matrices [out, in]; 'kernel' and 'scale' are called 'weight', 'mean' and 'var'
   'running_mean' and 'running_var'. Arrays of other shapes and names stay as they are.
 
