@@ -1,8 +1,8 @@
 """What one vector costs and gains: compile time, step time and memory before and after it.
 
 Checkouts are compared: those given by --against, the first of which the ratios are over, and this
-one. Every figure is from a process of its own, pinned to one core, without a compilation cache;
-checkouts take turns.
+one. Every figure is from a process of its own, pinned to one core, without a compilation cache, and
+in seconds of the processor; checkouts take turns.
 
 Example: git worktree add /tmp/arrays 4553602 && git worktree add /tmp/inside 428a0b4
   python -m benchmarks.vector --against before=/tmp/arrays --against vector_inside=/tmp/inside \
@@ -26,6 +26,7 @@ ROUNDS = {"W1": 2, "W2": 1, "W3": 4}
 
 ONE = """
 import json, sys, time
+time.perf_counter = time.process_time  # other work on the machine does not count
 import jax
 from benchmarks import specs
 from benchmarks.workloads import Ours

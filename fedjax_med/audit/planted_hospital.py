@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from fedjax_med.audit.likelihood_ratio import ATTACKS, TRIALS_AT_ONCE, Scores, attack_scores, ratio
-from fedjax_med.exchange.registry import private_exchange
+from fedjax_med.exchange.registry import Exchange, private_exchange
 from fedjax_med.federated.algorithm import (
   Client,
   ClientDelta,
@@ -55,7 +55,12 @@ def _algorithm(clip_norm: float) -> FederatedAlgorithm:
 
 
 def hospital_trials(
-  mechanism: PoissonGaussian, hyper: Hyper, rounds: int, number: int, key: jax.Array
+  mechanism: PoissonGaussian,
+  hyper: Hyper,
+  rounds: int,
+  number: int,
+  key: jax.Array,
+  exchange: Exchange | None = None,
 ) -> Scores:
   """Attack scores of independent runs in which one hospital speaks, or sends nothing.
 
@@ -67,9 +72,11 @@ def hospital_trials(
     rounds: rounds of a run.
     number: runs without the hospital; a tenth as many are run with it.
     key: key of the trials.
+    exchange: the run's exchange, whose last transform clips; None for clip and noise alone.
   """
   num_clients, q = mechanism.num_units, mechanism.sampling_probability
-  algorithm, exchange = _algorithm(mechanism.clip_norm), private_exchange(mechanism.clip_norm)
+  algorithm = _algorithm(mechanism.clip_norm)
+  exchange = exchange or private_exchange(mechanism.clip_norm)
   run_round = make_round(
     algorithm,
     num_clients=num_clients,
@@ -102,7 +109,7 @@ def hospital_trials(
       state, scores = carry
       after, _ = run_round(state, clients, pool, hyper, key)
       moved = (after.server.params - state.server.params)[0]
-      seen = moved * expected / state.exchange[0]
+      seen = moved * expected / state.exchange[-1]
       return after, scores + ratio(seen, q, sigma)
 
     start = (state, jnp.zeros(len(ATTACKS), jnp.float32))

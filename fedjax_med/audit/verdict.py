@@ -24,6 +24,7 @@ from fedjax_med.audit.planted_records import (
   single_canaries,
 )
 from fedjax_med.audit.replay import replay_checks
+from fedjax_med.exchange.registry import make_exchange
 from fedjax_med.federated.algorithm import Hyper
 from fedjax_med.prepare.accounted_arrays import differences
 from fedjax_med.prepare.experiment import Experiment
@@ -181,10 +182,11 @@ def _central(
   number = wanted_trials(epsilon, level, max_trials)
   places = thresholds_of(epsilon, delta)
   hyper, key = jax.device_get(experiment.hyper), key_of(_on_host(experiment.key), 3, seed)
+  exchange = make_exchange(experiment.config)
 
   def bound(hyper: Hyper) -> float:
     return best_threshold(
-      hospital_trials(mechanism, hyper, rounds, number, key), places, delta, level
+      hospital_trials(mechanism, hyper, rounds, number, key, exchange), places, delta, level
     )
 
   assert hyper.client_level is not None

@@ -24,6 +24,7 @@ class Stream(enum.IntEnum):
   CLIENT_NOISE = 6  # Gaussian noise of a round, at the server
   AUGMENT = 7  # which rows of a patient, and how an image is changed
   SYNTHETIC = 8  # the GAN of a hospital, and what it makes
+  EXCHANGE = 9  # draws of transforms: 0, client and round at a client, 1 and round at the server
 
 
 def base_key(seed: int | jax.Array) -> jax.Array:

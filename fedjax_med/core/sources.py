@@ -36,15 +36,23 @@ def _definition(function: Any) -> tuple[Any, ...]:
 def source_digest(function: Any, what: str) -> str:
   """SHA-256 of the file that defines a registered function; empty for this package's own.
 
+  Of a ``functools.partial`` function and arguments count: with others it is another function.
+
   Args:
     function: the registered function.
     what: for people, such as ``model 'mine'``.
 
   Raises:
-    UserError: neither a file nor compiled code of it can be read.
+    UserError: neither a file nor compiled code of it can be read, or an argument of a partial is
+      neither a number, a text nor a function.
   """
-  while isinstance(function, functools.partial):
-    function = function.func
+  if isinstance(function, functools.partial):
+    named = {**dict(enumerate(function.args)), **function.keywords}
+    parts = [
+      source_digest(function.func, what),
+      *(f"{name}={_argument(value, what)}" for name, value in named.items()),
+    ]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest() if any(parts) else ""
   if getattr(function, "__module__", "").startswith("fedjax_med."):
     return ""
   try:
@@ -54,3 +62,15 @@ def source_digest(function: Any, what: str) -> str:
     require(code is not None, f"the source of {what} cannot be read", "put it in a file")
     source = code.co_code + repr(code.co_consts).encode()
   return hashlib.sha256(source).hexdigest()
+
+
+def _argument(value: Any, what: str) -> str:
+  if value is None or isinstance(value, bool | int | float | str):
+    return repr(value)
+  require(
+    callable(value),
+    f"{what} is a functools.partial with an argument of type {type(value).__name__}, whose value"
+    " cannot be told from another's",
+    "give it numbers, texts and functions only",
+  )
+  return source_digest(value, what) or f"{value.__module__}.{value.__qualname__}"

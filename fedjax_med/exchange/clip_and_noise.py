@@ -25,14 +25,13 @@ def clip_and_noise(clip_norm: float) -> Transform:
   def decode(total, bound, tally, receiver):
     level = receiver.hyper.client_level
     assert level is not None
-    update, bound = noisy_mean(total.params, tally, bound, level, receiver.key, receiver.round)
+    update, bound = noisy_mean(total.params, tally, bound, level, receiver.run_key, receiver.round)
     return ClientDelta(params=update, state=jnp.zeros_like(total.state)), bound
 
   return Transform(
     encode=encode,
     decode=decode,
     init_server=lambda message: jnp.asarray(clip_norm, jnp.float32),
-    norm=lambda bound: clip_norm if bound is None else min(bound, clip_norm),
     answers_nobody=True,
     clients=True,
   )

@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
+
 from fedjax_med.core.config import Config
 from fedjax_med.core.errors import require, require_choice
 from fedjax_med.core.registered import add_name
@@ -114,4 +116,30 @@ def private_exchange(clip_norm: float, *transforms: Transform) -> Exchange:
 
   The clip comes last at a client, so that the sensitivity of the sum is C whatever a transform did.
   """
-  return Exchange(transform=chain(*transforms, clip_and_noise(clip_norm)), aggregator=equal_sum())
+  covered = [_without_side_channels(transform) for transform in transforms]
+  return Exchange(transform=chain(*covered, clip_and_noise(clip_norm)), aggregator=equal_sum())
+
+
+def _without_side_channels(transform: Transform) -> Transform:
+  """The transform, to whose server nothing comes but the noised sum.
+
+  Tracing ``encode`` raises UserError if the transform has a tally.
+  """
+
+  def encode(message, kept, state, sender):
+    message, kept, tally = transform.encode(message, kept, state, sender)
+    require(
+      not jax.tree.leaves(tally),
+      "a transform that is declared private for hospitals (clients=True) counts something of every"
+      " client at the server, which nothing would clip or noise",
+      "return () as its tally, or declare clients=False",
+    )
+    return message, kept, tally
+
+  def decode(aggregate, state, tally, receiver):
+    level = receiver.hyper.client_level
+    assert level is not None
+    expected = receiver._replace(weight=level.expected_cohort)
+    return transform.decode(aggregate, state, tally, expected)
+
+  return transform._replace(encode=encode, decode=decode)

@@ -20,7 +20,7 @@ class Sender(NamedTuple):
   Attributes:
     client: the client.
     hyper: traced hyperparameters.
-    key: base key of the run; draws are named by stream, client.number and round.
+    key: key of this transform's draws, for this client and round.
     round: [] int32.
   """
 
@@ -34,15 +34,18 @@ class Receiver(NamedTuple):
   """Values that a transform may read at the server.
 
   Attributes:
-    weight: [] float32 total weight of the clients that took part.
+    weight: [] float32 total weight of the clients that took part; under DP-FedAvg the expected
+      one.
     hyper: traced hyperparameters.
-    key: base key of the run.
+    key: key of this transform's draws, for this round.
+    run_key: base key of the run, of which the accounted noise is drawn.
     round: [] int32.
   """
 
   weight: jax.Array
   hyper: Hyper
   key: jax.Array
+  run_key: jax.Array
   round: jax.Array
 
 
@@ -85,11 +88,10 @@ class Transform(NamedTuple):
     init_client: message -> a client's state between rounds, such as an error; () for most.
     init_server: message -> the server's state of the transform; () for most.
     wire: Wire -> Wire after ``encode``: its bytes are counted.
-    norm: l2 bound on the vector before ``encode`` -> bound after it, or None where there is none.
     trust: EACH or SUM, the messages that the server sees if this transform is the last.
     answers_nobody: whether a round in which nobody takes part moves the model, as noise does.
     clients: whether DP-FedAvg covers it: ``decode`` reads nothing of the clients but what was
-      noised, so that its tally must be empty.
+      noised, and its tally is empty.
   """
 
   encode: Callable[[ClientDelta, Tree, Tree, Sender], tuple[ClientDelta, Tree, Tree]]
@@ -97,7 +99,6 @@ class Transform(NamedTuple):
   init_client: Callable[[ClientDelta], Tree] = _nothing
   init_server: Callable[[ClientDelta], Tree] = _nothing
   wire: Callable[[Wire], Wire] = _same
-  norm: Callable[[float | None], float | None] = lambda bound: None
   trust: str = EACH
   answers_nobody: bool = False
   clients: bool = False
@@ -111,17 +112,19 @@ def chain(*transforms: Transform) -> Transform:
 
   def encode(message, kept, state, sender):
     after, tallies = [], []
-    for transform, own, shared in zip(transforms, kept, state, strict=True):
-      message, own, tally = transform.encode(message, own, shared, sender)
+    for place, (transform, own, shared) in enumerate(zip(transforms, kept, state, strict=True)):
+      draws = sender._replace(key=jax.random.fold_in(sender.key, place))
+      message, own, tally = transform.encode(message, own, shared, draws)
       after.append(own)
       tallies.append(tally)
     return message, tuple(after), tuple(tallies)
 
   def decode(aggregate, state, tally, receiver):
     after = []
-    steps = list(zip(transforms, state, tally, strict=True))
-    for transform, shared, total in reversed(steps):
-      aggregate, shared = transform.decode(aggregate, shared, total, receiver)
+    steps = list(enumerate(zip(transforms, state, tally, strict=True)))
+    for place, (transform, shared, total) in reversed(steps):
+      draws = receiver._replace(key=jax.random.fold_in(receiver.key, place))
+      aggregate, shared = transform.decode(aggregate, shared, total, draws)
       after.append(shared)
     return aggregate, tuple(reversed(after))
 
@@ -130,18 +133,12 @@ def chain(*transforms: Transform) -> Transform:
       message = transform.wire(message)
     return message
 
-  def norm(bound: float | None) -> float | None:
-    for transform in transforms:
-      bound = transform.norm(bound)
-    return bound
-
   return Transform(
     encode=encode,
     decode=decode,
     init_client=lambda message: tuple(each.init_client(message) for each in transforms),
     init_server=lambda message: tuple(each.init_server(message) for each in transforms),
     wire=wire,
-    norm=norm,
     trust=SUM if any(transform.trust == SUM for transform in transforms) else EACH,
     answers_nobody=any(transform.answers_nobody for transform in transforms),
     clients=all(transform.clients for transform in transforms),

@@ -61,6 +61,10 @@ def _by_pattern(make: Callable[..., FederatedAlgorithm]) -> Callable[..., Federa
   return made
 
 
+def _fedbn(*arguments: Any, average: bool) -> FederatedAlgorithm:
+  return layers_at_home(*arguments, average=average, chosen=norm_layers, statistics=True)
+
+
 ALGORITHMS: dict[str, Entry] = {
   "fedavg": Entry(make=fedavg, records=True, clients=True),
   # What these send besides the weights is no client-level release.
@@ -68,7 +72,7 @@ ALGORITHMS: dict[str, Entry] = {
   "fednova": Entry(make=fednova, records=True, clients=False, rules=require_known_steps),
   # What stays at home is part of the model that a hospital uses, and DP-FedAvg noises what is sent.
   "fedbn": Entry(
-    make=functools.partial(layers_at_home, chosen=norm_layers, statistics=True),
+    make=_fedbn,
     records=True,
     clients=False,
     has_global_model=False,

@@ -176,7 +176,7 @@ def _alone(federation: Case, config: Config, k: int) -> Case:
 
 
 def with_plain_server(config: Config) -> Config:
-  """The config with a plain server: no optimiser, no noise, every client in every round.
+  """The config with a plain server: no optimiser, transform or noise, every client in every round.
 
   A client by itself needs neither.
   """
@@ -187,6 +187,8 @@ def with_plain_server(config: Config) -> Config:
     learning_rate=1.0,
     participation="full",
     proximal_weight=0.0,
+    transforms="",
+    aggregator="mean",
   )
   measured = dataclasses.replace(config.eval, local_baselines=False)
   return dataclasses.replace(

@@ -81,7 +81,7 @@ UNITS = {
       "whoever gets a model of any round",
     ),
     not_against=(
-      "the server, which sees every update before it adds the noise and has to be trusted",
+      "the server, which sees what hospitals send before it adds the noise, and has to be trusted",
     ),
   ),
 }

@@ -53,5 +53,5 @@ def _exchange_sentences(exchange: dict[str, Any]) -> str:
   how = f"Updates pass through {changed} on their way. " if changed else ""
   return (
     "## What the server sees\n\n"
-    f"{how}The server sees {exchange['server_sees']}; it joins them by {exchange['aggregator']}.\n"
+    f"{how}The server sees {exchange['server_sees']} and joins them by {exchange['aggregator']}.\n"
   )

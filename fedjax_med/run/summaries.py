@@ -73,9 +73,10 @@ def config_record(experiment: Experiment, command: str) -> dict[str, Any]:
 
 def exchange_record(config: Config) -> dict[str, Any]:
   """Transforms and aggregator of updates, and the messages that the server sees."""
+  summed = config.client_privacy.mechanism != "none"
   return {
     "transforms": transform_names(config),
-    "aggregator": config.server.aggregator,
+    "aggregator": "a sum in which each counts 1" if summed else config.server.aggregator,
     "server_sees": make_exchange(config).transform.trust,
   }
 

@@ -202,7 +202,8 @@ def make_round(
     partial = sent.partial
     if not aggregator.linear:
       partial = aggregator.combine(*jax.tree.map(_joined, left.messages))
-    receiver = Receiver(weight=sent.weight, hyper=hyper, key=key, round=server.round)
+    draws = key_for(key, Stream.EXCHANGE, 1, server.round)
+    receiver = Receiver(weight=sent.weight, hyper=hyper, key=draws, run_key=key, round=server.round)
     aggregate, shared = transform.decode(
       aggregator.finish(partial, sent.weight), state.exchange, sent.tally, receiver
     )
@@ -263,11 +264,15 @@ def _train_chunks(
   """Trains a device's chunks [chunks, chunk]; returns sums over all, and results of each."""
   (transform, aggregator), server = setup.exchange, state.server
 
+  def sender_of(client):
+    draws = key_for(key, Stream.EXCHANGE, 0, client.number, server.round)
+    return Sender(client=client, hyper=hyper, key=draws, round=server.round)
+
   def update(client_state, kept, client):
     delta, client_state, metrics = setup.algorithm.client_update(
       server, client_state, client, pool, hyper, key
     )
-    sender = Sender(client=client, hyper=hyper, key=key, round=server.round)
+    sender = sender_of(client)
     message, kept, tally = transform.encode(delta, kept, state.exchange, sender)
     return message, client_state, kept, metrics, tally
 
@@ -304,7 +309,7 @@ def _train_chunks(
     client_state, kept, client = take(numbers)
     blank = setup.algorithm.blank_delta(server)
     first = jax.tree.map(lambda leaf: leaf[0], (kept, client))
-    sender = Sender(client=first[1], hyper=hyper, key=key, round=server.round)
+    sender = sender_of(first[1])
     message, _, tally = jax.eval_shape(transform.encode, blank, first[0], state.exchange, sender)
     weights = jnp.zeros((setup.chunk,), jnp.float32)
     chunk = Chunk(

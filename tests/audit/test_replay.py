@@ -9,6 +9,7 @@ from fedjax_med.audit.replay import replay_checks
 from fedjax_med.audit.verdict import audit_run
 from fedjax_med.core.keys import Stream
 from fedjax_med.data.hospitals import load_hospitals
+from fedjax_med.exchange.registry import TRANSFORMS
 from fedjax_med.federated import local
 from fedjax_med.prepare import accounted_arrays
 from fedjax_med.prepare import experiment as experiments
@@ -17,6 +18,7 @@ from fedjax_med.privacy import noise
 from fedjax_med.privacy.sampling import poisson_batch
 from fedjax_med.simulation.evaluation import batches_of
 from fedjax_med.sweep import programs
+from tests.exchange.parts import halved
 from tests.running import smoke_config
 
 SECRET = bytes(range(16))
@@ -191,3 +193,14 @@ def test_the_audit_of_a_run_on_other_arrays_fails(wrong, experiment):
   assert any("on the device" in name or "share the numbers" in name for name in failed)
   by_use = [name for name in failed if "on the device" not in name and "share the" not in name]
   assert by_use, "the arrays alone told it: neither a draw nor a replay did"
+
+
+def test_a_private_run_with_a_transform_is_replayed_without_it_and_baselines_send_nothing():
+  assert TRANSFORMS["halved"] is halved
+  experiment = built(server__transforms="halved")
+  checks = replay_checks(experiment)
+  assert len(checks) >= 3
+  assert all(check.passed for check in checks), checks
+  for baseline in build_baselines(experiment).values():
+    server = baseline.case.config.server
+    assert (server.transforms, server.aggregator) == ("", "mean")

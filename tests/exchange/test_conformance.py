@@ -8,19 +8,22 @@ import pytest
 
 from fedjax_med.core.config import Config
 from fedjax_med.core.errors import UserError
+from fedjax_med.core.keys import Stream, key_for
 from fedjax_med.exchange.registry import (
   AGGREGATORS,
   TRANSFORMS,
   Exchange,
   make_exchange,
+  private_exchange,
   register_transform,
   transform_names,
 )
-from fedjax_med.exchange.transform import EACH, SUM, Wire, chain
+from fedjax_med.exchange.transform import EACH, SUM, Transform, Wire, chain
 from fedjax_med.federated.algorithm import ClientDelta
 from tests.exchange.parts import halved, middle
 from tests.federated.test_conformance import rounds
-from tests.federated.toy import make_federation, make_hyper
+from tests.federated.toy import KEY, make_clients, make_federation, make_hyper, make_pool
+from tests.privacy.test_client_level import level
 
 EXCHANGES = {
   f"{transform}-{aggregator}": Exchange(chain(TRANSFORMS[transform]()), AGGREGATORS[aggregator]())
@@ -181,6 +184,94 @@ def test_client_level_privacy_takes_the_mean_alone_and_clips_after_every_transfo
     make_exchange(private)
   private.server.transforms = "identity"
   exchange = make_exchange(private)
-  assert exchange.transform.norm(None) == private.client_privacy.clip_norm
   assert exchange.transform.answers_nobody
   assert middle().linear is False
+
+
+def third(counted: bool = False) -> Transform:
+  """Sends a third, which the server takes times three; it may count every client at the server."""
+
+  def encode(message, kept, state, sender):
+    tally = message.params.sum() if counted else ()
+    return message._replace(params=message.params / 3), kept, tally
+
+  def decode(aggregate, state, tally, receiver):
+    # Times the expected cohort over itself: nothing else is told of how many took part.
+    share = receiver.weight / receiver.hyper.client_level.expected_cohort
+    return aggregate._replace(params=3 * share * aggregate.params), state
+
+  return Transform(encode=encode, decode=decode, clients=True)
+
+
+def private_round(exchange, clip_norm, states):
+  """Movement of the server in a round of DP-FedAvg without noise, from the first clip norm."""
+  initial, block, _ = make_federation(client_level=True, exchange=exchange)
+  hyper = make_hyper()._replace(client_level=level())
+  start = initial()._replace(exchange=(*states, jnp.float32(clip_norm)))
+  before = np.asarray(start.server.params)
+  after, _ = block(start, make_clients(), make_pool(), hyper, KEY, jnp.asarray(1))
+  return np.asarray(after.server.params) - before
+
+
+def test_under_client_level_privacy_a_covered_transform_comes_before_the_clip_and_sees_no_cohort():
+  plain, covered = private_exchange(1.0), private_exchange(1.0, third())
+  assert covered.transform.trust == EACH
+  np.testing.assert_allclose(
+    private_round(covered, 1e6, [()]), private_round(plain, 1e6, []), rtol=1e-5, atol=1e-7
+  )
+  moved = private_round(covered, 1e-3, [()])  # three updates of norm C over 3, times three
+  assert 0 < np.linalg.norm(moved) <= 3e-3 * (1 + 1e-5)
+  assert np.linalg.norm(moved) > 1.5e-3
+
+
+def test_under_client_level_privacy_nothing_comes_to_the_server_beside_the_noised_sum():
+  with pytest.raises(UserError, match=r"counts something of every client at the server.*; return"):
+    private_round(private_exchange(1.0, third(counted=True)), 1.0, [()])
+
+
+def shaken() -> Transform:
+  """Adds noise to an update, and to the aggregate of the round."""
+
+  def encode(message, kept, state, sender):
+    noise = jax.random.normal(sender.key, message.params.shape)
+    return message._replace(params=message.params + noise), kept, ()
+
+  def decode(aggregate, state, tally, receiver):
+    noise = jax.random.normal(receiver.key, aggregate.params.shape)
+    return aggregate._replace(params=aggregate.params + noise), state
+
+  return Transform(encode=encode, decode=decode)
+
+
+def test_draws_of_transforms_are_the_same_in_every_layout():
+  exchange = Exchange(chain(shaken()), AGGREGATORS["mean"]())
+  expected, _ = rounds(make_federation(exchange=exchange), 2)
+  found, _ = rounds(make_federation(exchange=exchange, chunk=1), 2)
+  chex.assert_trees_all_close(jax.device_get(expected), jax.device_get(found), rtol=2e-5, atol=1e-6)
+
+
+def test_draws_differ_between_transforms_of_a_chain_clients_rounds_and_the_server():
+  keys = []
+
+  def seen(message, kept, state, sender):
+    keys.append(sender.key)
+    return message, kept, ()
+
+  def told(aggregate, state, tally, receiver):
+    keys.append(receiver.key)
+    return aggregate, state
+
+  exchange = Exchange(chain(*[Transform(encode=seen, decode=told)] * 2), AGGREGATORS["mean"]())
+  initial, _, run_round = make_federation.__wrapped__(exchange=exchange, chunk=1)
+  clients = make_clients()._replace(num_steps=jnp.zeros(3, jnp.int32))
+  with jax.disable_jit():  # keys as values
+    state = initial()
+    for _ in range(2):
+      state, _ = run_round(state, clients, make_pool(), make_hyper(), KEY)
+  words = {tuple(np.asarray(jax.random.key_data(key)).tolist()) for key in keys}
+  assert len(keys) >= 2 * 2 * (3 + 1)
+  assert len(words) == 2 * 2 * (3 + 1)  # rounds, transforms, clients and the server
+  for stream in Stream:
+    for counters in ((), (0,), (1,), (0, 0), (0, 1), (1, 0), (0, 0, 0)):
+      data = np.asarray(jax.random.key_data(key_for(KEY, stream, *counters)))
+      assert tuple(data.tolist()) not in words

@@ -192,7 +192,9 @@ def test_whole_hospitals_are_protected_beside_their_records_and_both_epsilons_ar
   report = (tmp_path / "report.html").read_text()
   assert 'id="privacy-record"' in report
   assert 'id="privacy-client"' in report
-  assert "which sees every update" in (tmp_path / "privacy_statement.md").read_text()
+  statement = (tmp_path / "privacy_statement.md").read_text()
+  assert "which sees what hospitals send before it adds the noise" in statement
+  assert "joins them by a sum in which each counts 1" in statement
   assert command.recompute(tmp_path)["guarantees"][1]["epsilon_max"] == central["epsilon_max"]
 
 
