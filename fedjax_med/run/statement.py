@@ -1,19 +1,14 @@
 """The privacy statement of a run, written from the files of its workdir."""
 
 import pathlib
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fedjax_med.core.errors import require
 from fedjax_med.folder.data_notes import patient_note
+from fedjax_med.folder.reading import read_json
 from fedjax_med.folder.writing import write_text
 from fedjax_med.privacy import claims
-from fedjax_med.privacy.statement import (
-  write_out,
-)
-
-if TYPE_CHECKING:
-  pass
-from fedjax_med.folder.reading import read_json
+from fedjax_med.privacy.statement import write_out
 
 
 def read_audit(workdir: pathlib.Path) -> dict[str, Any] | None:
