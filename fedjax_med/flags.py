@@ -76,9 +76,10 @@ def load_config(whole: bool = True) -> Config:
     raise UserError(f"--config is missing; {_PASS_A_PRESET}")
   check_values(config, "the config file", "--config.")
   if whole:
-    for sentence in drop_inherited(config, *_preset_and_flags(), "these flags"):
-      print(f"note: {sentence}", file=sys.stderr)
+    notes = drop_inherited(config, *_preset_and_flags(), "these flags")
     validate(config)
+    for sentence in notes:  # of a mistake in the flags, that alone is said
+      print(f"note: {sentence}", file=sys.stderr)
   return config
 
 

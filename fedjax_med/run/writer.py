@@ -256,9 +256,7 @@ def _read_baselines(federation: Case, folder: pathlib.Path) -> _Baselines:
   return _Baselines(names=names, book=book, ledgers=ledgers, curves=curves)
 
 
-def _publish(
-  folder: pathlib.Path, summary: dict[str, Any], baselines: _Baselines | None
-) -> None:
+def _publish(folder: pathlib.Path, summary: dict[str, Any], baselines: _Baselines | None) -> None:
   if baselines is not None:
     summary = {**summary, "baselines": _write_baselines(baselines, folder)}
   write_statement(folder)
