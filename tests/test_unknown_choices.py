@@ -1,5 +1,6 @@
 """A name that nothing has is answered with one sentence and the nearest name, however it is set."""
 
+import dataclasses
 import warnings
 
 import pytest
@@ -32,9 +33,13 @@ def sentence(field):
 
 @pytest.mark.parametrize("field", REGISTERED)
 def test_an_unknown_name_of_a_registry_is_answered_by_load_config_or_the_run_it_is_for(field):
-  with pytest.raises(UserError) as caught, warnings.catch_warnings():
-    warnings.simplefilter("error")  # the mistake alone is told
+  def run():
     fedjax_med.simulate(fedjax_med.load_config("smoke", {field: REGISTERED[field][0]}))
+
+  with warnings.catch_warnings():
+    warnings.simplefilter("error")  # the mistake alone is told
+    with pytest.raises(UserError) as caught:
+      run()
   assert str(caught.value) == sentence(field)
 
 
@@ -64,7 +69,7 @@ def misnamed(monkeypatch):
   """A config whose source names a task that there is not."""
 
   def load(data):
-    return sources.SOURCES["phantoms"].load(data)._replace(task="clasification")
+    return dataclasses.replace(sources.SOURCES["phantoms"].load(data), task="clasification")
 
   monkeypatch.setitem(sources.SOURCES, "mine", sources.Source(load=load))
   monkeypatch.setitem(SOURCE_FACTS, "mine", sources.SourceFacts(reads_files=False))

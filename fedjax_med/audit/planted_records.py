@@ -2,9 +2,9 @@
 
 The functions that train are run as they are, on the run's own arrays, hyperparameters and key. Only
 who holds which image is replaced, and the network, by one whose gradients are known
-(``models.networks.canary``). The attacker knows the accounted mechanism and sees every noised gradient,
-which is what ε is claimed for. A record that is absent is a blank image, whose gradient is exactly
-0: the adjacency of the claim.
+(``models.networks.canary``). The attacker knows the accounted mechanism and sees every noised
+gradient, which is what ε is claimed for. A record that is absent is a blank image, whose gradient
+is exactly 0: the adjacency of the claim.
 """
 
 import math
