@@ -54,19 +54,13 @@ def define_noise_key() -> None:
 
 
 def define_network() -> None:
-  """Defines --network, for ``register_network`` or ``trained.loading.load``."""
+  """Defines --network, whose file ``core.presets.register_parts`` reads."""
   flags.DEFINE_string(
     "network",
     "",
     "Python file that registers the run's network, source, task or other parts, if they are yours:"
     " usually the --config of the run.",
   )
-
-
-def register_network() -> None:
-  """Runs the file of --network, if there is one; UserError where it registers nothing."""
-  if flags.FLAGS["network"].value:
-    presets.register_parts(flags.FLAGS["network"].value)
 
 
 def noise_key() -> pathlib.Path | None:

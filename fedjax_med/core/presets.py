@@ -77,9 +77,13 @@ def read_preset(argument: str, name: str = "preset") -> Config:
 def register_parts(file: str) -> None:
   """Runs the Python file of --network, which registers parts of a run that are the user's own.
 
+  An empty name does nothing.
+
   Raises:
     UserError: there is no such file, it cannot be run, or registers nothing.
   """
+  if not file:
+    return
   path = pathlib.Path(file).expanduser()
   require(
     path.is_file(),

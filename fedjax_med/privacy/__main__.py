@@ -15,7 +15,8 @@ import jax
 from absl import flags
 
 from fedjax_med.core.errors import UserError, require
-from fedjax_med.flags import define_network, register_network, run_main
+from fedjax_med.core.presets import register_parts
+from fedjax_med.flags import define_network, run_main
 from fedjax_med.privacy import claims, ledger
 from fedjax_med.privacy.accounting import MIN_DELTA, check_delta, epsilon
 from fedjax_med.privacy.guarantees import UNITS, Guarantee
@@ -165,7 +166,7 @@ def _show(result: dict[str, Any]) -> None:
 def main(argv: list[str]) -> None:
   require(len(argv) == 1, f"'{' '.join(argv[1:])}' is not a flag", "give --workdir=DIR")
   require(_WORKDIR.value != "", "--workdir is empty", "give the folder of a private run")
-  register_network()
+  register_parts(flags.FLAGS["network"].value)
   jax.config.update("jax_platforms", "cpu")  # a run may keep the accelerator busy
   result = recompute(pathlib.Path(_WORKDIR.value).expanduser(), _DELTA.value)
   if _JSON.value:

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from absl import flags
 
 from fedjax_med.core.errors import require
+from fedjax_med.core.presets import register_parts
 from fedjax_med.core.text import visible
-from fedjax_med.flags import define_network, register_network
 from fedjax_med.folder import lock
 from fedjax_med.folder import secret as secrets
 from fedjax_med.folder import writing as files
@@ -19,15 +19,14 @@ from fedjax_med.sweep import image_sets, table
 
 
 def define() -> None:
-  """Defines --workdir and --network."""
+  """Defines --workdir; ``main`` reads --network too."""
   flags.DEFINE_string("workdir", None, "Folder of the sweep, which gets the table of all results.")
-  define_network()
 
 
 def main(arguments: list[str]) -> None:
   workdir = flags.FLAGS["workdir"].value
   require(bool(workdir), "--workdir is missing", "name the folder of the sweep")
-  register_network()
+  register_parts(flags.FLAGS["network"].value)
   sources = [pathlib.Path(source).expanduser() for source in arguments[2:]]  # after "merge"
   join(pathlib.Path(str(workdir)).expanduser(), sources)
 

@@ -108,8 +108,7 @@ def load(
       of this package or another network was trained, or the run has no global model, or no model
       of that hospital, or its ledger does not count the rounds of the weights.
   """
-  if network:
-    register_parts(network)
+  register_parts(network)
   run = _read_run(folder)
   config, saved = run.config, run.network
   cores = cpu_cores()
