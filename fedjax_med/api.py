@@ -130,9 +130,10 @@ def load_config(preset: Path | Config, overrides: Mapping[str, Any] | None = Non
   for path, value in overrides.items():
     assign(config, path, value)
   check_values(config)
-  for sentence in drop_inherited(config, original, overrides, "these overrides"):
-    warnings.warn(sentence, stacklevel=2)
+  notes = drop_inherited(config, original, overrides, "these overrides")
   validate(config)
+  for sentence in notes:
+    warnings.warn(sentence, stacklevel=2)
   return config
 
 

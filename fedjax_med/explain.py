@@ -21,7 +21,7 @@ from absl import flags
 
 from fedjax_med.core.errors import require
 from fedjax_med.core.text import encodable, visible
-from fedjax_med.flags import run_main
+from fedjax_med.flags import define_network, run_main
 
 flags.DEFINE_string("workdir", "", "Folder of the run; the page goes to its folder 'explain'.")
 flags.DEFINE_string(
@@ -48,7 +48,7 @@ flags.DEFINE_string(
   "Hospital whose own model is shown on its own test images (fedbn, fedper, finetune, ditto); empty"
   " is the global model, which fedbn and fedper have not.",
 )
-flags.DEFINE_string("network", "", "Python file that registers the run's network, if it is yours.")
+define_network()
 
 
 def main(argv: list[str]) -> None:

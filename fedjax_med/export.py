@@ -23,7 +23,7 @@ from absl import flags
 
 from fedjax_med.core.errors import require, require_choice
 from fedjax_med.core.text import encodable, visible
-from fedjax_med.flags import run_main
+from fedjax_med.flags import define_network, run_main
 
 _ENDINGS = {"jax": ".jax", "safetensors": ".safetensors"}
 
@@ -38,7 +38,7 @@ flags.DEFINE_string(
   "Hospital whose own model is meant (fedbn, fedper, finetune, ditto); empty is the"
   " global model, which fedbn and fedper have not.",
 )
-flags.DEFINE_string("network", "", "Python file that registers the run's network, if it is yours.")
+define_network()
 
 
 def main(argv: list[str]) -> None:

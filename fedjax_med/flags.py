@@ -53,6 +53,16 @@ def define_noise_key() -> None:
   )
 
 
+def define_network() -> None:
+  """Defines --network, whose file ``core.presets.register_parts`` reads."""
+  flags.DEFINE_string(
+    "network",
+    "",
+    "Python file that registers the run's network, source, task or other parts, if they are yours:"
+    " usually the --config of the run.",
+  )
+
+
 def noise_key() -> pathlib.Path | None:
   """The file of --noise_key; None without it."""
   name = flags.FLAGS["noise_key"].value
@@ -76,9 +86,10 @@ def load_config(whole: bool = True) -> Config:
     raise UserError(f"--config is missing; {_PASS_A_PRESET}")
   check_values(config, "the config file", "--config.")
   if whole:
-    for sentence in drop_inherited(config, *_preset_and_flags(), "these flags"):
-      print(f"note: {sentence}", file=sys.stderr)
+    notes = drop_inherited(config, *_preset_and_flags(), "these flags")
     validate(config)
+    for sentence in notes:  # of a mistake in the flags, that alone is said
+      print(f"note: {sentence}", file=sys.stderr)
   return config
 
 

@@ -20,8 +20,7 @@ from absl import flags
 
 from fedjax_med.core.errors import require
 from fedjax_med.core.text import encodable, visible
-from fedjax_med.flags import require_company, run_main
-from fedjax_med.tasks.classification import positive_class
+from fedjax_med.flags import define_network, require_company, run_main
 
 flags.DEFINE_string("workdir", "", "Folder of the run whose model predicts; it may be unfinished.")
 flags.DEFINE_string("images", "", "Folder of pictures, searched with all below it, or one picture.")
@@ -36,7 +35,7 @@ flags.DEFINE_string(
   "Hospital whose own model is meant (fedbn, fedper, finetune, ditto); empty is the"
   " global model, which fedbn and fedper have not.",
 )
-flags.DEFINE_string("network", "", "Python file that registers the run's network, if it is yours.")
+define_network()
 
 SHOWN = 20  # unreadable files that are named on the terminal; the table has them all
 
@@ -68,8 +67,8 @@ def main(argv: list[str]) -> None:
     _tell(f"... and {len(counts.errors) - SHOWN} more, see the column 'error'")
   shown = visible(str(output))
   print(f"{shown}: {counts.read} predicted, {len(counts.errors)} not ({model.described})")
-  if positive_class(model.class_names):
-    print(f"positive class: '{positive_class(model.class_names)}'")
+  if positive := model.task.positive(model.class_names):
+    print(f"positive class: '{positive}'")
   if layer is not None and counts.read:
     maps = visible(str(output.with_name(output.stem + "_maps")))
     print(f"{maps}: Grad-CAM at layer {layer.name}")

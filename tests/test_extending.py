@@ -11,11 +11,14 @@ import os
 import pathlib
 import re
 import runpy
+import shutil
 import subprocess
 import sys
 
 import jax
+import numpy as np
 import pytest
+from PIL import Image
 
 import fedjax_med
 from fedjax_med.core import config as config_lib
@@ -28,6 +31,7 @@ from fedjax_med.models import registry as networks
 from fedjax_med.privacy.accounting import round_up
 from fedjax_med.tasks import registry as tasks
 from fedjax_med.tasks.task import Metric
+from tests.command import start
 from tests.exchange import test_conformance as exchange_promises
 from tests.federated import test_conformance as algorithm_promises
 from tests.models import test_conformance as network_promises
@@ -219,3 +223,80 @@ def test_the_sources_of_what_is_registered_are_part_of_the_run_id(preset):
   assert algorithms.algorithm_code("cautious")
   assert tasks.task_code("severity")
   assert tasks.task_code("classification") == ""
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+  """(folder, preset) of a run of the page's preset that another process trained."""
+  folder = tmp_path_factory.mktemp("elsewhere")
+  path = folder / "mine.py"
+  path.write_text("\n\n".join(BLOCKS), encoding="utf-8")
+  rounds = "--config.server.num_rounds=1"
+  done = start("train", f"--config={path}", f"--workdir={folder / 'run'}", rounds)
+  assert done.returncode == 0, done.stderr
+  return folder / "run", f"--network={path}"
+
+
+UNKNOWN = "give --network=FILE.py, the file that registers it (usually the --config of the run)"
+
+
+def refused_without_the_file(network, module, *arguments):
+  """An entry point names the flag that it lacks, and works with it; returns what it then says."""
+  done = start(module, *arguments)
+  assert done.returncode == 2
+  assert done.stderr == f"error: the run's task 'severity' is not part of this package; {UNKNOWN}\n"
+  done = start(module, *arguments, network)
+  assert done.returncode == 0, done.stderr
+  return done.stdout
+
+
+@pytest.mark.slow
+def test_the_privacy_of_a_run_of_the_page_is_checked_in_another_process(trained, tmp_path):
+  folder, network = shutil.copytree(trained[0], tmp_path / "run"), trained[1]
+  done = start("privacy", f"--workdir={folder}")
+  assert done.returncode == 0, done.stderr
+  assert "report.html was not compared: the run's task 'severity' is not part of" in done.stdout
+  assert "ε = " in done.stdout
+  done = start("privacy", f"--workdir={folder}", network)
+  assert done.returncode == 0, done.stderr
+  assert "not compared" not in done.stdout
+  page = folder / "report.html"
+  page.write_text(page.read_text().replace("ε&nbsp;≤&nbsp;", "ε&nbsp;≤&nbsp;0.", 1))
+  done = start("privacy", f"--workdir={folder}", network)
+  assert done.returncode == 2
+  assert "report.html says" in done.stderr
+
+
+@pytest.mark.slow
+def test_a_run_of_the_page_is_reported_exported_and_predicts_in_another_process(trained, tmp_path):
+  folder, network = trained
+  page = (folder / "report.html").read_bytes()
+  refused_without_the_file(network, "report", f"--workdir={folder}")
+  assert (folder / "report.html").read_bytes() == page
+  said = refused_without_the_file(network, "export", f"--workdir={folder}", "--format=jax")
+  assert "predictions of the task 'severity'" in said
+  assert (folder / "export" / "model.jax").exists()
+  Image.fromarray(np.full((16, 16), 100, np.uint8)).save(tmp_path / "one.png")
+  arguments = (f"--images={tmp_path / 'one.png'}", f"--output={tmp_path / 'table.csv'}")
+  refused_without_the_file(network, "predict", f"--workdir={folder}", *arguments)
+  title, row = (tmp_path / "table.csv").read_text().splitlines()
+  assert title == "file,prediction,error"
+  assert re.fullmatch(r"one\.png,-?[\d.e-]+,", row)
+  done = start("explain", f"--workdir={folder}", network)
+  assert done.returncode == 2
+  assert "has the task 'severity', and a map is made for a class" in done.stderr
+
+
+@pytest.mark.slow
+def test_a_sweep_of_the_page_is_merged_in_another_process(trained, tmp_path):
+  preset = trained[1].removeprefix("--network=")
+  grid = ("--grid=seed=0,1", "--config.server.num_rounds=1")
+  done = start("sweep", f"--config={preset}", f"--workdir={tmp_path}", *grid)
+  assert done.returncode == 0, done.stderr
+  results = (tmp_path / "results.csv").read_bytes()
+  done = start("sweep", "merge", f"--workdir={tmp_path}")
+  assert done.returncode == 2
+  assert done.stderr.startswith("error: the run's task 'severity' is not part of this package; ")
+  done = start("sweep", "merge", f"--workdir={tmp_path}", trained[1])
+  assert done.returncode == 0, done.stderr
+  assert (tmp_path / "results.csv").read_bytes() == results

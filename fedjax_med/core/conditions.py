@@ -7,16 +7,21 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from fedjax_med.core.fields import Condition, one_of
-from fedjax_med.core.source_facts import SOURCE_FACTS
+from fedjax_med.core.source_facts import SOURCE_FACTS, SourceFacts
 
 if TYPE_CHECKING:
   from fedjax_med.core.config import Config
 
 
+def _facts(config: Config) -> SourceFacts:
+  # ``validate`` refuses an unknown source; conditions are also asked before that.
+  return SOURCE_FACTS.get(config.data.source, SourceFacts())
+
+
 def _by_site(config: Config) -> bool:
   scheme, data = config.partition.scheme, config.data
   # 'auto' is 'site' where the data say where each image comes from, as phantoms do.
-  known = SOURCE_FACTS[data.source].has_sites or "{site}" in data.layout
+  known = _facts(config).has_sites or "{site}" in data.layout
   return scheme == "site" or (scheme == "auto" and known)
 
 
@@ -51,7 +56,7 @@ def _without(part: str) -> Condition:
 
 PICTURES = Condition(
   wording="a data.source that reads files",
-  holds=lambda config: SOURCE_FACTS[config.data.source].reads_files,
+  holds=lambda config: _facts(config).reads_files,
   fields=("data.source",),
   remedy="use --config.data.source=folder",
 )

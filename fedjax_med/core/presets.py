@@ -24,6 +24,7 @@ from fedjax_med.core.config import (
 )
 from fedjax_med.core.errors import UserError, nearest, require
 from fedjax_med.core.fields import Field
+from fedjax_med.core.registered import heard
 from fedjax_med.core.unread import default_of, drop_unread, shown, unmet
 
 KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
@@ -71,6 +72,37 @@ def read_preset(argument: str, name: str = "preset") -> Config:
     "return a fedjax_med.core.config.Config",
   )
   return config
+
+
+def register_parts(file: str) -> None:
+  """Runs the Python file of --network, which registers parts of a run that are the user's own.
+
+  An empty name does nothing.
+
+  Raises:
+    UserError: there is no such file, it cannot be run, or registers nothing.
+  """
+  if not file:
+    return
+  path = pathlib.Path(file).expanduser()
+  require(
+    path.is_file(),
+    f"--network={file} is not a file",
+    "give the Python file that registers what of the run is yours, usually its --config",
+  )
+  before = heard()
+  try:
+    runpy.run_path(str(path), run_name="fedjax_med_network")
+  except UserError:
+    raise
+  except Exception as error:  # whatever the user's file raises
+    reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+    raise UserError(f"--network={file} cannot be run ({reason}); correct the file") from error
+  require(
+    heard() > before,
+    f"--network={file} registers no network, task, source or other part of a run",
+    "leave it out, or give the file that does, usually the --config of the run",
+  )
 
 
 def check_values(config: Config, setter: str = "", prefix: str = "") -> None:

@@ -15,6 +15,8 @@ from fedjax_med.core.errors import UserError, require
 from fedjax_med.core.text import encodable
 from fedjax_med.simulation.processes import is_first
 
+SUMMARY, REPORT, STATEMENT = "summary.json", "report.html", "privacy_statement.md"
+
 
 def require_outside(workdir: pathlib.Path, data_path: str) -> None:
   """Raises UserError for a workdir inside the data, whose pictures would be read as data later."""
@@ -53,6 +55,12 @@ def require_text(workdir: pathlib.Path) -> None:
     f"--workdir={workdir.absolute()} holds bytes that are no UTF-8, which checkpoints cannot have",
     "rename the folder or choose another one",
   )
+
+
+def withdraw(folder: pathlib.Path) -> None:
+  """Removes what is said of a run that has ended, the summary first: the run goes on."""
+  for name in (SUMMARY, REPORT, STATEMENT):
+    (folder / name).unlink(missing_ok=True)
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:

@@ -3,7 +3,8 @@
 Two accountants (PLD, and Rényi as an independent upper bound) and the curve ε(δ) of every hospital.
 Refuses (exit code 2) a ledger that was edited or whose ε do not follow from its mechanisms, weights
 of rounds that it does not count, and a privacy.json, summary, log, statement or report that says
-anything else than the ledger.
+anything else than the ledger. The report of a run with a task of your own is compared with
+--network=FILE.py, the file that registers it.
 """
 
 import json
@@ -14,14 +15,17 @@ import jax
 from absl import flags
 
 from fedjax_med.core.errors import UserError, require
-from fedjax_med.flags import run_main
+from fedjax_med.core.presets import register_parts
+from fedjax_med.flags import define_network, run_main
 from fedjax_med.privacy import claims, ledger
 from fedjax_med.privacy.accounting import MIN_DELTA, check_delta, epsilon
 from fedjax_med.privacy.guarantees import UNITS, Guarantee
+from fedjax_med.tasks.registry import is_known
 
 _WORKDIR = flags.DEFINE_string("workdir", "", "Folder of the run.")
 _DELTA = flags.DEFINE_float("delta", 0.0, "δ instead of each hospital's own; 0 keeps those.")
 _JSON = flags.DEFINE_bool("json", False, "Print one JSON object.")
+define_network()
 
 CURVE = (1e-10, 1e-9, 1e-8, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2)
 
@@ -40,7 +44,7 @@ def recompute(folder: pathlib.Path, delta: float = 0.0) -> dict[str, Any]:
   claims.read(folder)
   claims.require_epsilons(folder, book)
   weights = _require_covered(folder, book)
-  _require_files(folder, book, weights)
+  not_compared = _require_files(folder, book, weights)
   guarantees = [
     _recompute(guarantee, counts, delta)
     for guarantee, counts in zip(book.guarantees, book.counts, strict=True)
@@ -51,6 +55,7 @@ def recompute(folder: pathlib.Path, delta: float = 0.0) -> dict[str, Any]:
     "rounds_of_weights": weights,
     "ledger": book.head,
     "note": claims.version_note(book),
+    "not_compared": not_compared,
     "epsilon_max": guarantees[0]["epsilon_max"],
     "guarantees": guarantees,
   }
@@ -93,10 +98,11 @@ def _require_covered(folder: pathlib.Path, book: ledger.Ledger) -> int | None:
   return found[1]
 
 
-def _require_files(folder: pathlib.Path, book: ledger.Ledger, weights: int | None) -> None:
+def _require_files(folder: pathlib.Path, book: ledger.Ledger, weights: int | None) -> str:
   """Holds results, log, statement and report against the ledger; UserError where one differs.
 
-  ``weights`` are the rounds of the newest checkpoint, None where there is none.
+  ``weights`` are the rounds of the newest checkpoint, None where there is none. Returns a sentence
+  where the report could not be compared, as only its task could make it again.
   """
   from fedjax_med.folder import writing
   from fedjax_med.report import run_page
@@ -116,7 +122,15 @@ def _require_files(folder: pathlib.Path, book: ledger.Ledger, weights: int | Non
   if config.exists():  # of a baseline up to 0.2.0 there is none, nor a statement
     said, own = {"run_id": _read(config).get("run_id")}, {"run_id": book.run_id}
     claims.require_same(config, said, own)
-    run_page.require_told(folder)
+    run_page.require_statement(folder)
+    page, record = folder / writing.REPORT, _read(config)
+    if page.exists() and not is_known(record):
+      return (
+        f"{page} was not compared: the run's task '{record['task']}' is not part of this package;"
+        " give --network=FILE.py, the file that registers it, to compare it too."
+      )
+    run_page.require_page(folder)
+  return ""
 
 
 def _read(path: pathlib.Path) -> dict[str, Any]:
@@ -134,8 +148,8 @@ def _show(result: dict[str, Any]) -> None:
     if weights is not None
     else "No checkpoint holds weights and ledger together: lines cut off its end would not show."
   )
-  if result["note"]:
-    print(result["note"])
+  for note in filter(None, (result["note"], result["not_compared"])):
+    print(note)
   for guarantee in result["guarantees"]:
     print(f"Unit {guarantee['unit']}: {UNITS[guarantee['unit']].protects}")
     for row in guarantee["parties"]:
@@ -152,6 +166,7 @@ def _show(result: dict[str, Any]) -> None:
 def main(argv: list[str]) -> None:
   require(len(argv) == 1, f"'{' '.join(argv[1:])}' is not a flag", "give --workdir=DIR")
   require(_WORKDIR.value != "", "--workdir is empty", "give the folder of a private run")
+  register_parts(flags.FLAGS["network"].value or "")
   jax.config.update("jax_platforms", "cpu")  # a run may keep the accelerator busy
   result = recompute(pathlib.Path(_WORKDIR.value).expanduser(), _DELTA.value)
   if _JSON.value:

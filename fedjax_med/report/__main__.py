@@ -10,11 +10,13 @@ from absl import flags
 
 from fedjax_med.api import write_report
 from fedjax_med.core.errors import require
+from fedjax_med.core.presets import register_parts
 from fedjax_med.core.text import visible
-from fedjax_med.flags import require_company, run_main
+from fedjax_med.flags import define_network, require_company, run_main
 
 flags.DEFINE_list("workdir", [], "Folder of a run or of a sweep, or several of runs with commas.")
 flags.DEFINE_string("out", "", "Folder for the report on several runs.")
+define_network()
 
 
 def main(argv: list[str]) -> None:
@@ -27,6 +29,7 @@ def main(argv: list[str]) -> None:
     "--out is empty",
     "name a folder for the report on several runs",
   )
+  register_parts(values.network)
   folders = values.workdir if len(values.workdir) > 1 else values.workdir[0]
   print(visible(str(write_report(folders, values.out or None))))
 

@@ -17,7 +17,7 @@ import numpy as np
 from fedjax_med.core.errors import require
 from fedjax_med.folder.data_notes import data_notes
 from fedjax_med.folder.reading import EXPLANATION, read_json, read_run, read_utf8, require_shape
-from fedjax_med.folder.writing import write_text
+from fedjax_med.folder.writing import REPORT, STATEMENT, write_text
 from fedjax_med.privacy.accounting import round_up
 from fedjax_med.privacy.statement import (
   ASSUMPTIONS,
@@ -55,17 +55,14 @@ def write_report(workdir: pathlib.Path, papers: bool = False) -> pathlib.Path:
   run = read_run(workdir)
   if papers:
     _draw_all(workdir / "figures", run, ".pdf")
-  path = workdir / "report.html"
+  path = workdir / REPORT
   write_text(path, _page(workdir, run, _draw(workdir, run)))
   return path
 
 
-def require_told(workdir: pathlib.Path) -> None:
-  """Raises UserError unless statement and report, where they exist, agree with the other files.
-
-  The report is compared up to the end of its section on privacy, without its figures.
-  """
-  statement, page = workdir / "privacy_statement.md", workdir / "report.html"
+def require_statement(workdir: pathlib.Path) -> None:
+  """Raises UserError unless the statement, where there is one, says what the other files do."""
+  statement = workdir / STATEMENT
   if statement.exists():
     _require_lines(
       statement,
@@ -73,6 +70,14 @@ def require_told(workdir: pathlib.Path) -> None:
       statement_text(workdir).splitlines(),
       "restore it, or start the finished run again, which writes it",
     )
+
+
+def require_page(workdir: pathlib.Path) -> None:
+  """Raises UserError unless the report, where there is one, says what the other files do.
+
+  It is compared up to the end of its section on privacy, without its figures.
+  """
+  page = workdir / REPORT
   if page.exists():
     expected = _page(workdir, read_run(workdir), {})
     remedy = f"python -m fedjax_med.report --workdir={workdir} writes it again"

@@ -32,6 +32,8 @@ def mend(
 ) -> None:
   """Sets broken lines of a resumed run's ledger apart; does nothing where none can be.
 
+  What is said of a run that has ended is taken away before: it is of the older ledger.
+
   Args:
     experiment: the run.
     folder: its workdir.
@@ -48,6 +50,7 @@ def mend(
   if (book.run_id, book.guarantees) != (experiment.run_id, tuple(experiment.guarantees)):
     return
   rounds = _given_out(experiment, folder, parts)
+  files.withdraw(folder)
   beside = ledger.set_apart(folder, parts, rounds, _counts(experiment, rounds))
   path = folder / ledger.FILE
   tell(

@@ -7,7 +7,7 @@
 
 So a folder keeps two promises at any moment, also after a kill. Results are never of a release that
 ledger and privacy.json lack. With summary.json the run is done, and its privacy statement is there
-and of the same ledger: ``withdraw`` takes the summary away before anything else changes.
+and of the same ledger: ``files.withdraw`` takes the summary away before anything else changes.
 
 Where several processes share a run, the first one writes.
 """
@@ -16,7 +16,7 @@ import contextlib
 import json
 import pathlib
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -36,7 +36,6 @@ from fedjax_med.run.statement import write_statement
 from fedjax_med.run.summaries import config_record, write_hospitals
 from fedjax_med.simulation.processes import is_first, least
 
-SUMMARY, REPORT, STATEMENT = "summary.json", "report.html", "privacy_statement.md"
 BASELINES = "baselines"  # the folder of them, and the file of their curves
 
 
@@ -140,17 +139,11 @@ def begin(
     book = ledger.start(folder, experiment.run_id, experiment.guarantees)
     if saved is not None:
       ledger.require_covers(book, folder, head, saved)
-  withdraw(folder)
+  files.withdraw(folder)
   files.write_json(folder / "config.json", config_record(experiment, command))
   write_hospitals(folder, experiment)
   files.keep_metrics_to(folder, -1 if saved is None else saved)
   return book
-
-
-def withdraw(folder: pathlib.Path) -> None:
-  """Removes the results of a run that had ended and now goes on, the summary first."""
-  for name in (SUMMARY, REPORT, STATEMENT):
-    (folder / name).unlink(missing_ok=True)
 
 
 def log(
@@ -216,39 +209,70 @@ def finish(
   """
   rounded = {name: round(value, 3) for name, value in seconds.items()}
   files.write_json(folder / "timing.json", rounded)
-  _publish(folder, summary, federation)
+  if is_first():
+    baselines = None if federation is None else _read_baselines(federation, folder)
+    _publish(folder, summary, baselines)
 
 
 def add_baselines(federation: Case, folder: pathlib.Path) -> None:
-  """Adds the baselines, all of which have ended, to the results of a run that has ended before."""
-  summary = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
-  withdraw(folder)
-  _publish(folder, summary, federation)
+  """Adds the baselines, all of which have ended, to the results of a run that has ended before.
+
+  Raises:
+    UserError: a ledger was edited, the run's own or that of a baseline; nothing changes then.
+  """
+  summary = json.loads((folder / files.SUMMARY).read_text(encoding="utf-8"))
+  baselines = _read_baselines(federation, folder)
+  files.withdraw(folder)
+  _publish(folder, summary, baselines)
 
 
-def _publish(folder: pathlib.Path, summary: dict[str, Any], federation: Case | None) -> None:
-  if not is_first():
-    return
-  if federation is not None:
-    summary = {**summary, "baselines": _write_baselines(federation, folder)}
+class _Baselines(NamedTuple):
+  """Baselines that have ended, as their folders and that of their run have them.
+
+  Attributes:
+    names: of the hospitals.
+    book: ledger of the run; None without privacy.
+    ledgers: ledger of each baseline by its name, None of one that nothing protects.
+    curves: test lines of the log of each baseline by its name.
+  """
+
+  names: tuple[str, ...]
+  book: ledger.Ledger | None
+  ledgers: dict[str, ledger.Ledger | None]
+  curves: dict[str, list[dict[str, Any]]]
+
+
+def _read_baselines(federation: Case, folder: pathlib.Path) -> _Baselines:
+  """Reads what the baselines in ``folder`` left; UserError where a ledger was edited."""
+  names = federation.hospitals.names
+  runs = [*(f"alone-{k + 1}" for k in range(len(names))), "pooled"]
+  places = {name: folder / BASELINES / name for name in runs}
+  book, ledgers = None, {}
+  if federation.guarantees:
+    book = ledger.read(folder)
+    claims.record_of(book, folder)  # refuses a ledger that says too little
+    ledgers = {name: claims.ledger_of(place) for name, place in places.items()}
+  curves = {name: _curve(place) for name, place in places.items()}
+  return _Baselines(names=names, book=book, ledgers=ledgers, curves=curves)
+
+
+def _publish(folder: pathlib.Path, summary: dict[str, Any], baselines: _Baselines | None) -> None:
+  if baselines is not None:
+    summary = {**summary, "baselines": _write_baselines(baselines, folder)}
   write_statement(folder)
-  files.write_json(folder / SUMMARY, summary)
+  files.write_json(folder / files.SUMMARY, summary)
 
 
-def _write_baselines(federation: Case, folder: pathlib.Path) -> dict[str, Any]:
+def _write_baselines(baselines: _Baselines, folder: pathlib.Path) -> dict[str, Any]:
   """Writes the releases and the curves of baselines; returns their last metrics.
 
   Their releases are in the ledger, and so their ε in privacy.json; the curves are in
   baselines.json.
   """
-  names = federation.hospitals.names
-  runs = [*(f"alone-{k + 1}" for k in range(len(names))), "pooled"]
-  places = {name: folder / BASELINES / name for name in runs}
-  if federation.guarantees:
-    ended = {name: claims.ledger_of(place) for name, place in places.items()}
-    book = ledger.record_baselines(folder, ledger.read(folder), ended)
+  names, curves = baselines.names, baselines.curves
+  if baselines.book is not None:
+    book = ledger.record_baselines(folder, baselines.book, baselines.ledgers)
     files.write_json(folder / claims.FILE, claims.record_of(book, folder))
-  curves = {name: _curve(place) for name, place in places.items()}
   solo = []
   for k, hospital in enumerate(names):
     curve = [

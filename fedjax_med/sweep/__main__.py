@@ -27,6 +27,7 @@ from fedjax_med.core.errors import UserError, require, require_choice
 from fedjax_med.core.text import command_line
 from fedjax_med.flags import (
   define_config,
+  define_network,
   define_noise_key,
   inherited,
   load_config,
@@ -228,6 +229,7 @@ if __name__ == "__main__":
     from fedjax_med.sweep import merge
 
     merge.define()
+    define_network()
     run_main(merge.main)
   else:
     _define()

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from absl import flags
 
 from fedjax_med.core.errors import require
+from fedjax_med.core.presets import register_parts
 from fedjax_med.core.text import visible
 from fedjax_med.folder import lock
 from fedjax_med.folder import secret as secrets
@@ -18,13 +19,14 @@ from fedjax_med.sweep import image_sets, table
 
 
 def define() -> None:
-  """Defines --workdir."""
+  """Defines --workdir; ``main`` reads --network too."""
   flags.DEFINE_string("workdir", None, "Folder of the sweep, which gets the table of all results.")
 
 
 def main(arguments: list[str]) -> None:
   workdir = flags.FLAGS["workdir"].value
   require(bool(workdir), "--workdir is missing", "name the folder of the sweep")
+  register_parts(flags.FLAGS["network"].value or "")
   sources = [pathlib.Path(source).expanduser() for source in arguments[2:]]  # after "merge"
   join(pathlib.Path(str(workdir)).expanduser(), sources)
 

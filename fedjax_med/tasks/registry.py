@@ -3,6 +3,7 @@
 from typing import Any
 
 from fedjax_med.core.errors import require, require_choice
+from fedjax_med.core.registered import add_name
 from fedjax_med.core.sources import read_again, source_digest
 from fedjax_med.tasks.classification import CLASSIFICATION
 from fedjax_med.tasks.task import Metric, Task
@@ -20,8 +21,22 @@ def task_named(name: str) -> Task:
 
 
 def task_of(record: dict[str, Any]) -> Task:
-  """The task of a run by its config.json, which names none in folders of older versions."""
+  """The task of a run by its config.json, which names none in folders of older versions.
+
+  Raises:
+    UserError: it is the user's own, and the file that registers it was not read.
+  """
+  require(
+    is_known(record),
+    f"the run's task '{record.get('task')}' is not part of this package",
+    "give --network=FILE.py, the file that registers it (usually the --config of the run)",
+  )
   return task_named(record.get("task", DEFAULT))
+
+
+def is_known(record: dict[str, Any]) -> bool:
+  """Whether the task of a run, by its config.json, is registered here."""
+  return record.get("task", DEFAULT) in TASKS
 
 
 def register(task: Task) -> None:
@@ -42,6 +57,7 @@ def register(task: Task) -> None:
     "choose another name",
   )
   TASKS[task.name] = task
+  add_name("task", task.name)
 
 
 def add_metric(task: str, metric: Metric) -> None:
@@ -65,6 +81,7 @@ def add_metric(task: str, metric: Metric) -> None:
     "choose another name",
   )
   TASKS[task] = known._replace(shown=(*kept, metric))
+  add_name("metric", metric.name)
 
 
 def task_code(name: str) -> str:

@@ -16,7 +16,6 @@ from fedjax_med.models.networks.norms import EPSILON
 from fedjax_med.models.networks.pretrained import to_state_dict
 from fedjax_med.privacy import claims
 from fedjax_med.simulation.evaluation import make_classify
-from fedjax_med.tasks.classification import positive_class
 from fedjax_med.trained.loading import Trained
 
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -53,7 +52,7 @@ def describe(trained: Trained, privacy: dict[str, Any]) -> dict[str, Any]:
   ]
   data, grey = trained.config.data, trained.grey
   top = np.iinfo(grey.dtype).max
-  positive = positive_class(trained.class_names)
+  positive = trained.task.positive(trained.class_names)
   how = {
     "image": "each image minus its mean, divided by its standard deviation or by 1 if that is less",
     "fixed": f"pixel / {top / 2:g} - 1",
@@ -93,9 +92,12 @@ def export_model(trained: Trained, how: str, output: pathlib.Path) -> str:
     text = json.dumps({**about, "platforms": list(PLATFORMS)}, indent=2, ensure_ascii=False)
     write_text(beside, f"{text}\n")
     size = trained.image_shape[0]
+    made = f"probabilities [b, {len(trained.class_names)}]"
+    if not trained.predicts_classes:
+      made = f"predictions of the task '{trained.task.name}'"
     return (
-      f"a program of {np.dtype(trained.grey.dtype)} images [b, {size}, {size}, 1] to probabilities"
-      f" [b, {len(trained.class_names)}] for {', '.join(PLATFORMS)}; {beside.name} describes it"
+      f"a program of {np.dtype(trained.grey.dtype)} images [b, {size}, {size}, 1] to {made}"
+      f" for {', '.join(PLATFORMS)}; {beside.name} describes it"
     )
   from safetensors.numpy import save_file
 

@@ -15,7 +15,7 @@ from fedjax_med.core.errors import UserError, require, require_choice
 from fedjax_med.core.text import readable
 from fedjax_med.data.dataset import Hospitals, client_rows
 from fedjax_med.data.hospitals import load_hospitals
-from fedjax_med.data.sources import source_named
+from fedjax_med.data.sources import SOURCES, shown_as
 from fedjax_med.folder import writing as files
 from fedjax_med.models import grad_cam
 from fedjax_med.prepare.synthetic_images import reserve_synthetic
@@ -166,12 +166,12 @@ def _kind_of(trained: Trained, given: bool) -> str:
   if given:
     return "given pictures"
   source = trained.config.data.source
-  return source if source_named(source).synthetic_people else "test images"
+  return source if shown_as(source).synthetic_people else "test images"
 
 
 def _shows_secrets(trained: Trained) -> bool:
   """Whether the run's own images are pictures of patients whom it protects."""
-  return trained.private and not source_named(trained.config.data.source).synthetic_people
+  return trained.private and not shown_as(trained.config.data.source).synthetic_people
 
 
 def _require_may_show(trained: Trained, given: bool, data_path: str, show_patients: bool) -> None:
@@ -180,7 +180,7 @@ def _require_may_show(trained: Trained, given: bool, data_path: str, show_patien
   ``given`` says whether pictures were named.
   """
   name = trained.config.data.source
-  source = source_named(name)
+  source = shown_as(name)
   secret = _shows_secrets(trained)
   reason = f"do not: they are {name}" if source.synthetic_people else "may do: it is not private"
   require(
@@ -257,6 +257,12 @@ def _draw(
 def _load_data(trained: Trained, data_path: str) -> Hospitals:
   """The run's hospitals; UserError if the data cannot be read or are not those of the run."""
   config = trained.config
+  require(
+    config.data.source in SOURCES,
+    f"the run's data.source='{config.data.source}' is not part of this package",
+    "give --network=FILE.py, the file that registers it (usually the --config of the run), or"
+    " --images=FOLDER",
+  )
   if data_path:
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, path=data_path))
   try:

@@ -2,7 +2,6 @@
 
 import json
 import pathlib
-import runpy
 from typing import Any, NamedTuple
 
 import jax
@@ -13,6 +12,7 @@ from fedjax_med import __version__
 from fedjax_med.core.config import Config, algorithm_options, from_dict
 from fedjax_med.core.errors import UserError, require, require_choice
 from fedjax_med.core.keys import base_key
+from fedjax_med.core.presets import register_parts
 from fedjax_med.data.grey import EIGHT_BITS, Grey
 from fedjax_med.data.modality import Modality, modality_of
 from fedjax_med.federated.algorithm import FederatedAlgorithm
@@ -22,11 +22,12 @@ from fedjax_med.federated.vector import NetworkLayout, network_layout
 from fedjax_med.folder.writing import require_text
 from fedjax_med.models.model import Model, from_flax
 from fedjax_med.models.ops import Lowering
-from fedjax_med.models.registry import MODELS, recreate_module
+from fedjax_med.models.registry import recreate_module
 from fedjax_med.prepare.layout import choose_lowering
 from fedjax_med.privacy import ledger
 from fedjax_med.run.checkpoints import Restored, restore_model
 from fedjax_med.simulation.mesh import cpu_cores
+from fedjax_med.tasks.classification import CLASSIFICATION
 from fedjax_med.tasks.registry import task_of
 from fedjax_med.tasks.task import Task
 
@@ -78,6 +79,11 @@ class Trained(NamedTuple):
     return self.config.data.image_size, self.config.data.image_size, CHANNELS
 
   @property
+  def predicts_classes(self) -> bool:
+    """Whether predictions are probabilities of the classes."""
+    return self.task.predict is CLASSIFICATION.predict
+
+  @property
   def private(self) -> bool:
     """Whether the run promises differential privacy."""
     levels = self.config.privacy, self.config.client_privacy
@@ -91,26 +97,20 @@ def load(
 
   Args:
     folder: the workdir.
-    network: Python file that registers a network of the user's own; empty without one.
+    network: Python file that registers the network, source, task or other parts of the run that
+      are the user's own; empty without any.
     hospital: name of the hospital whose model is meant, where the algorithm leaves each one of its
       own; empty for the global model.
     lowering: lowering of convolutions; None chooses as the run would here.
 
   Raises:
-    UserError: the folder holds no run or no weights, another version of this package or another
-      network was trained, or the run has no global model, or no model of that hospital, or its
-      ledger does not count the rounds of the weights.
+    UserError: ``network`` registers nothing, the folder holds no run or no weights, another version
+      of this package or another network was trained, or the run has no global model, or no model
+      of that hospital, or its ledger does not count the rounds of the weights.
   """
+  register_parts(network)
   run = _read_run(folder)
   config, saved = run.config, run.network
-  if network:
-    require(
-      saved.get("source_sha256") != "" or config.model.name not in MODELS,
-      f"--network={network} registers a network of your own, and {folder} trained"
-      f" model.name='{config.model.name}' of this package",
-      "leave out --network",
-    )
-    _register(network)
   cores = cpu_cores()
   lowering = lowering or choose_lowering(config.execution.lowering, cores)[0]
   module = recreate_module(config.model, run.num_columns, saved)
@@ -291,19 +291,3 @@ def _read(path: pathlib.Path) -> dict[str, Any]:
     ) from error
   except (ValueError, TypeError) as error:  # UnicodeDecodeError is one
     raise UserError(f"{path} is not what a run writes ({error}); restore it") from error
-
-
-def _register(file: str) -> None:
-  """Runs a user's Python file, which calls ``models.registry.register``."""
-  require(
-    pathlib.Path(file).expanduser().is_file(),
-    f"--network={file} is not a file",
-    "give the Python file that registers the run's network",
-  )
-  try:
-    runpy.run_path(str(pathlib.Path(file).expanduser()), run_name="fedjax_med_network")
-  except UserError:
-    raise
-  except Exception as error:  # whatever the user's file raises
-    reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-    raise UserError(f"--network={file} cannot be run ({reason}); correct the file") from error

@@ -18,7 +18,7 @@ from fedjax_med.core.text import REPLACING, readable
 from fedjax_med.data.files import EXTENSIONS, SYSTEM, File, counted, walk
 from fedjax_med.data.grey import to_eight_bits
 from fedjax_med.data.modality import preparation
-from fedjax_med.data.sources import source_named
+from fedjax_med.data.sources import shown_as
 from fedjax_med.folder.writing import write_whole
 from fedjax_med.models import grad_cam
 from fedjax_med.simulation.evaluation import make_classify
@@ -66,7 +66,7 @@ class Counts(NamedTuple):
 
 
 def make_probabilities(trained: Trained) -> Callable[[np.ndarray], np.ndarray]:
-  """Compiles images [B, H, W, C] -> class probabilities [B, classes], on the host."""
+  """Compiles images [B, H, W, C] -> predictions [B, classes or numbers], on the host."""
   classify = jax.jit(
     make_classify(
       trained.model, preparation(trained.modality, trained.config.data), trained.task.predict
@@ -79,12 +79,17 @@ def choose_layer(trained: Trained, name: str = "") -> grad_cam.MapLayer:
   """The layer that Grad-CAM is made at; see ``grad_cam.choose_layer``.
 
   Raises:
-    UserError: the examples of the run are of a kind that no map is drawn over, or there is no such
-      layer.
+    UserError: the examples of the run are of a kind that no map is drawn over, it predicts no
+      classes, or there is no such layer.
   """
   require(
     trained.modality.explain,
     f"run {trained.run_id} was trained on {trained.modality.name}, over which no map is drawn",
+    "leave out maps",
+  )
+  require(
+    trained.predicts_classes,
+    f"run {trained.run_id} has the task '{trained.task.name}', and a map is made for a class",
     "leave out maps",
   )
   image = jax.ShapeDtypeStruct((1, *trained.image_shape), jnp.float32)
@@ -148,7 +153,7 @@ def files_in(place: pathlib.Path) -> list[File]:
 def read_pictures(trained: Trained, files: Sequence[File]) -> Iterator[Picture]:
   """Reads files as the training did: one grey channel, the same size, window and least size."""
   data, grey = trained.config.data, trained.grey
-  least = data.min_size if source_named(data.source).facts.reads_files else 1
+  least = data.min_size if shown_as(data.source).facts.reads_files else 1
   read_raw = trained.modality.read
 
   def read(file: File) -> Picture:
@@ -172,7 +177,8 @@ def predict_files(
 
   Columns: file, predicted, the probability of each class under 'probability of CLASS', with
   ``layer`` map (the overlay, from the table's folder), error. Files that cannot be read have a row
-  with an error and no numbers.
+  with an error and no numbers. Of a task that predicts no classes: file, prediction (of several
+  numbers 'prediction 1' and so on), error.
 
   Args:
     trained: the model.
@@ -202,6 +208,7 @@ def predict_files(
   predict = make_probabilities(trained) if layer is None else None
   look = None if layer is None else make_look(trained, layer)
   names = trained.class_names
+  titles = ["predicted", *[f"probability of {c}" for c in names]]
   rows: list[list[str]] = []
   errors: list[tuple[str, str]] = []
   for start in range(0, len(files), size):
@@ -213,26 +220,27 @@ def predict_files(
         batch[row] = picture.pixels
     looked = look(batch, None) if look else None
     probabilities = looked.probabilities if looked else predict(batch) if predict else batch
+    if not trained.predicts_classes:
+      count = probabilities.shape[1]
+      titles = ["prediction"] if count == 1 else [f"prediction {k + 1}" for k in range(count)]
     for row, picture in enumerate(pictures):
       if picture.error:
         errors.append((picture.name, picture.error))
-        rows.append([picture.name, "", *[""] * len(names), *[""] * bool(layer), picture.error])
+        rows.append([picture.name, *[""] * len(titles), *[""] * bool(layer), picture.error])
         continue
-      classes, shown = probabilities[row], []
+      values, shown = probabilities[row], []
+      best = [names[int(values.argmax())]] if trained.predicts_classes else []
       if looked:
         place = _write_overlay(trained, picture, looked.maps[row], beside)
         shown = [place.relative_to(output.parent).as_posix()]
-      rows.append(
-        [picture.name, names[int(classes.argmax())], *[f"{p:.7g}" for p in classes], *shown, ""]
-      )
+      rows.append([picture.name, *best, *[f"{value:.7g}" for value in values], *shown, ""])
     if len(files) > size:
       tell(f"{min(start + size, len(files))} of {len(files)} files")
 
   def write(place: pathlib.Path) -> None:
     with place.open("w", newline="", encoding="utf-8", errors=REPLACING) as file:
       table = csv.writer(file, lineterminator="\n")
-      title = ["file", "predicted", *[f"probability of {c}" for c in names]]
-      table.writerow([*title, *["map"] * bool(layer), "error"])
+      table.writerow(["file", *titles, *["map"] * bool(layer), "error"])
       table.writerows(rows)
 
   output.parent.mkdir(parents=True, exist_ok=True)

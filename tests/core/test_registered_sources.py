@@ -6,7 +6,7 @@ import pytest
 
 from fedjax_med.core.errors import UserError
 from fedjax_med.core.sources import source_digest
-from fedjax_med.federated.personal import layers_at_home
+from fedjax_med.federated.personal import layers_at_home, norm_layers
 
 
 def coarse(step, *, rounded=None):
@@ -31,7 +31,7 @@ def test_a_function_is_named_by_its_file_and_the_packages_own_by_nothing():
     functools.partial(coarse, 0.1, rounded=layers_at_home),
     functools.partial(layers_at_home, statistics=False),
     functools.partial(layers_at_home, statistics=True),
-    functools.partial(layers_at_home, chosen=coarse),
+    functools.partial(layers_at_home, chosen=norm_layers),
     coarse,
   ],
 )

@@ -1,6 +1,7 @@
 """What lies in a folder at any moment: killed at every write, it understates nothing."""
 
 import contextlib
+import copy
 import itertools
 import json
 import pathlib
@@ -30,6 +31,7 @@ WRITES = [
   (writing, "write_whole"),
   (writing, "append_metrics"),
   (ledger, "_append"),
+  (ledger, "_write"),
   (secret, "keep"),
   (checkpoints, "save"),
 ]
@@ -60,7 +62,7 @@ def killed_at(number: int):
   unlink = pathlib.Path.unlink
 
   def remove(path, missing_ok=False):
-    results = path.name in (writer.SUMMARY, writer.REPORT, writer.STATEMENT)
+    results = path.name in (writing.SUMMARY, writing.REPORT, writing.STATEMENT)
     (interrupted(unlink) if results else unlink)(path, missing_ok=missing_ok)
 
   with pytest.MonkeyPatch.context() as patch, contextlib.suppress(Killed):
@@ -189,6 +191,59 @@ def test_no_summary_stands_without_its_statement_while_baselines_join_the_result
     require_promises(later)
   assert number > 6
   assert files_of(at_once) == files_of(later) == files_of(whole)
+
+
+def test_an_ended_run_whose_ledger_broke_is_extended_and_understates_nothing_killed_at_every_write(
+  experiments, ended, tmp_path
+):
+  experiment, (source, summary, _) = experiments[0], ended
+  config = copy.deepcopy(experiment.config)
+  config.server.num_rounds = 2
+  longer = experiment._replace(case=experiment.case._replace(config=config))
+  whole = shutil.copytree(source, tmp_path / "whole")
+  writer.finish(whole, summary, {"total": 0.0})
+  require_promises(whole)
+  head = ledger.read(whole).head
+  with (whole / ledger.FILE).open("ab") as file:
+    file.write(b'{"rounds": 2}\n')  # of which something may have been given out
+  broken = (whole / ledger.FILE).read_bytes()
+
+  def begin(folder):
+    writer.begin(longer, folder, "test", saved=1, head=head, tell=lambda _: None)
+
+  number, killed, mended = 0, ["the first start"], 0
+  while killed:
+    number += 1
+    folder = shutil.copytree(whole, tmp_path / f"killed{number}")
+    with killed_at(number) as killed:
+      begin(folder)
+    if (folder / ledger.FILE).read_bytes() != broken:
+      mended += 1
+      require_promises(folder)
+      assert not (folder / writing.STATEMENT).exists()  # it is of one round, the ledger of two
+    begin(folder)
+    assert ledger.read(folder).rounds == 2
+  assert number > 6
+  assert mended > 2
+
+
+def test_baselines_whose_ledger_was_edited_are_refused_and_the_points_results_stay(
+  experiments, ended, tmp_path
+):
+  source, summary, _ = ended
+  folder = shutil.copytree(source, tmp_path / "point")
+  writer.finish(folder, summary, {"total": 0.0})
+  before = files_of(folder)
+  for place in ("baselines/pooled", "."):
+    path = folder / place / ledger.FILE
+    text = path.read_bytes()
+    path.write_bytes(text.replace(b'"rounds": 1', b'"rounds": 0'))
+    with pytest.raises(UserError, match="was edited"):
+      writer.add_baselines(experiments[0].case, folder)
+    path.write_bytes(text)
+    assert files_of(folder) == before
+  assert (folder / writing.SUMMARY).exists()
+  require_promises(folder)
 
 
 def test_a_point_of_a_sweep_killed_at_every_write_understates_nothing(experiments, ended, tmp_path):

@@ -1,6 +1,7 @@
 """A trained model on pictures: equal to the run's numbers, robust to whatever a folder holds."""
 
 import csv
+import dataclasses
 import json
 import os
 import shutil
@@ -11,8 +12,9 @@ from PIL import Image
 
 from fedjax_med.core.errors import UserError
 from fedjax_med.run.checkpoints import digest
+from fedjax_med.tasks import registry as tasks
 from fedjax_med.tasks.classification import classification_metrics, confusion_matrix
-from fedjax_med.trained import loading, predictions
+from fedjax_med.trained import heat_page, loading, predictions
 from tests.command import start
 from tests.learning import learning_config, write_test_images
 from tests.running import smoke_config
@@ -218,9 +220,65 @@ def test_a_folder_without_a_model_is_refused_in_one_sentence(change, sentence, f
     loading.load(folder)
 
 
-def test_a_file_of_networks_is_refused_where_the_network_is_the_packages_own(finished):
-  with pytest.raises(UserError, match=r"--network=mine.py registers .*'linear' of this package;"):
-    loading.load(finished, network="mine.py")
+OWN_TASK = """
+from fedjax_med.tasks import registry
+
+registry.register(registry.task_named("classification")._replace(name="of_mine"))
+"""
+
+
+@pytest.mark.parametrize(
+  ("text", "sentence"),
+  [
+    ("x = 1\n", r"mine.py registers no network, task, source .*; leave it out"),
+    ("1 / 0\n", r"mine.py cannot be run \(ZeroDivisionError: .*; correct the file"),
+    (None, r"mine.py is not a file; give the Python file that registers"),
+  ],
+)
+def test_a_file_that_registers_nothing_is_refused(finished, tmp_path, text, sentence):
+  if text is not None:
+    (tmp_path / "mine.py").write_text(text)
+  with pytest.raises(UserError, match=sentence):
+    loading.load(finished, network=str(tmp_path / "mine.py"))
+
+
+def test_a_file_that_registers_a_task_is_read_before_the_run_that_has_it(
+  finished, tmp_path, monkeypatch
+):
+  monkeypatch.setattr(tasks, "TASKS", dict(tasks.TASKS))
+  folder, mine = shutil.copytree(finished, tmp_path / "run"), tmp_path / "mine.py"
+  record = json.loads((folder / "config.json").read_text())
+  (folder / "config.json").write_text(json.dumps({**record, "task": "of_mine"}))
+  mine.write_text(OWN_TASK)
+  with pytest.raises(UserError, match=r"task 'of_mine' is not part of .*; give --network=FILE.py"):
+    loading.load(folder)
+  for _ in range(2):  # read once more it registers nothing new
+    assert loading.load(folder, network=str(mine)).task.name == "of_mine"
+
+
+def with_own_source(model):
+  """The model as of a run whose source is not registered here."""
+  data = dataclasses.replace(model.config.data, source="of_mine", min_size=1)
+  return model._replace(config=dataclasses.replace(model.config, data=data))
+
+
+def test_pictures_are_predicted_where_the_source_of_the_run_is_not_registered(model, tmp_path):
+  write_test_images(tmp_path / "images", smoke_config())
+  _, known = predict(model, tmp_path / "images", tmp_path / "known.csv")
+  counts, rows = predict(with_own_source(model), tmp_path / "images", tmp_path / "unknown.csv")
+  assert counts == (len(known), [])
+  assert rows == known
+
+
+@pytest.mark.slow
+def test_pictures_are_explained_where_the_source_of_the_run_is_not_registered(learned, tmp_path):
+  write_test_images(tmp_path / "images", learning_config())
+  model = with_own_source(loading.load(shutil.copytree(learned, tmp_path / "run")))
+  given = {"num_images": 1, "target": "predicted", "layer_name": "", "show_patients": False}
+  place = tmp_path / "images"
+  assert heat_page.explain(model, images=place, data_path="", tell=silent, **given).exists()
+  with pytest.raises(UserError, match=r"data\.source='of_mine' is not part of this package; give"):
+    heat_page.explain(model, images=None, data_path="", tell=silent, **given)
 
 
 def test_loading_a_model_writes_nothing(finished):
