@@ -267,3 +267,20 @@ def test_a_run_that_ends_before_its_ledger_is_written_and_checked(copy):
   edit(copy / "summary.json", lambda record: record.update(rounds=7))
   with pytest.raises(UserError, match="is of 7 rounds, the ledger counts 6"):
     write_report(copy)
+
+
+def test_of_a_run_with_a_task_that_is_not_registered_all_but_the_report_is_checked(copy):
+  assert command.recompute(copy)["not_compared"] == ""
+  edit(copy / "config.json", lambda record: {**record, "task": "of_mine"})
+  found = command.recompute(copy)
+  assert found["epsilon_max"] > 0
+  assert (
+    "report.html was not compared: the run's task 'of_mine' is not part" in found["not_compared"]
+  )
+  statement = copy / "privacy_statement.md"
+  statement.write_text(statement.read_text().replace("ε", "e", 1))
+  with pytest.raises(UserError, match=r"privacy_statement\.md says"):
+    command.recompute(copy)
+  statement.unlink()
+  (copy / "report.html").unlink()
+  assert command.recompute(copy)["not_compared"] == ""
