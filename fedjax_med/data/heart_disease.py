@@ -46,7 +46,7 @@ def paper_split(labels: np.ndarray, sites: np.ndarray) -> np.ndarray:
 
 def _test_rows(labels: np.ndarray) -> np.ndarray:
   """Rows of a hospital's test side."""
-  random = np.random.RandomState(SEED)  # noqa: NPY002 (the generator of the published split)
+  random = np.random.RandomState(SEED)  # the generator of the published split
   counts = np.bincount(labels, minlength=2)
   num_train = int(TRAIN_SHARE * len(labels))
   num_test = len(labels) - num_train
@@ -64,7 +64,7 @@ def _test_rows(labels: np.ndarray) -> np.ndarray:
 def _rounded(
   counts: np.ndarray,
   total: int,
-  random: np.random.RandomState,  # noqa: NPY002
+  random: np.random.RandomState,
 ) -> np.ndarray:
   """Whole shares of ``total`` in proportion to ``counts``; ties are drawn, as in scikit-learn."""
   exact = counts / counts.sum() * total

@@ -7,6 +7,7 @@ program that trains still imports it.
 
 import functools
 import pathlib
+import re
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -79,6 +80,16 @@ def modality_named(name: str) -> Modality:
 def modality_of(record: dict[str, Any]) -> Modality:
   """The modality of a run by its config.json, which names none in folders of older versions."""
   return modality_named(record.get("modality", DEFAULT))
+
+
+def worded(text: str, modality: Modality) -> str:
+  """The text with the modality's own words for image and images; HTML and paths stay.
+
+  >>> worded("one image of 5 images, data:image/png", TABLE)
+  'one record of 5 records, data:image/png'
+  """
+  words = {"image": modality.noun, "images": modality.nouns}
+  return re.sub(r"(?<![:/\w.-])images?(?![\w/-])", lambda found: words[found[0]], text)
 
 
 def preparation(modality: Modality, data: DataConfig) -> Callable[[Any], "jax.Array"]:

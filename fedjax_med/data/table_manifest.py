@@ -34,7 +34,8 @@ class Column(NamedTuple):
     high: largest value of a number.
     categories: names of a category, as ``plain`` writes them.
     missing: cells that hold no value, as ``plain`` writes them.
-    required: whether rows without a value are left out; else an added input says that it is missing.
+    required: whether rows without a value are left out; else an added input says that it is
+      missing.
   """
 
   name: str

@@ -17,6 +17,7 @@ from fedjax_med.core.errors import UserError, require
 from fedjax_med.data.classes import order_classes, require_distinct
 from fedjax_med.data.dataset import Dataset, Hospitals, client_rows
 from fedjax_med.data.duplicates import contents, number_groups
+from fedjax_med.data.files import SYSTEM
 from fedjax_med.data.layouts import LeftOut
 from fedjax_med.data.patients import number_patients
 from fedjax_med.data.table_files import Cells, read_cells, table_files
@@ -32,6 +33,8 @@ from fedjax_med.data.table_manifest import (
 )
 
 MOST_OUTSIDE = 0.05  # share of a column's values outside its range from which a strict run stops
+
+REQUIRED = "no value of the required column"  # begins the reason why a record is left out
 
 
 class Encoded(NamedTuple):
@@ -171,7 +174,7 @@ def _kept_rows(cells: Cells, manifest: Manifest) -> tuple[Cells, list[LeftOut]]:
       reason = "a class that the manifest does not name"
     lacks = next((c.name for c in required if plain(row[place[c.name]]) in c.missing), "")
     if lacks and not reason:
-      reason = f"no value of the required column '{lacks}'"
+      reason = f"{REQUIRED} '{lacks}'"
     if reason:
       left.append(LeftOut(name=f"{cells.name}:{line}", reason=reason, class_name=""))
     else:
@@ -182,9 +185,7 @@ def _kept_rows(cells: Cells, manifest: Manifest) -> tuple[Cells, list[LeftOut]]:
 
 def _require_strict(root: pathlib.Path, left: Sequence[LeftOut], strict: bool) -> None:
   """Raises UserError where a strict run lacks a record that the manifest does not leave out."""
-  stopping = [
-    item for item in left if "required" not in item.reason and "system" not in item.reason
-  ]
+  stopping = [item for item in left if not item.reason.startswith((SYSTEM, REQUIRED))]
   if strict and stopping:
     shown = "; ".join(f"'{item.name}': {item.reason}" for item in stopping[:3])
     raise UserError(
@@ -247,7 +248,8 @@ def _sites(files: Sequence[Cells], places: list[str], manifest: Manifest) -> lis
     without = [line for site, line in zip(sites, lines, strict=True) if not site]
     require(
       not without,
-      f"{''.join(without[:1])}: no value of the site column '{manifest.site}' ({len(without)} rows)",
+      f"{''.join(without[:1])}: no value of the site column '{manifest.site}', as in"
+      f" {len(without)} rows",
       "name the hospital of every record",
     )
     return sites
@@ -362,7 +364,7 @@ def statistics(rows: np.ndarray) -> np.ndarray:
 
 
 def constants(sums: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-  """Mean and standard deviation of the sums of ``statistics``; 0 and 1 of columns without values."""
+  """Mean and standard deviation by the sums of ``statistics``; 0 and 1 without a known value."""
   count, total, squares = sums
   mean = total / np.maximum(count, 1)
   deviation = np.sqrt(np.maximum(squares / np.maximum(count, 1) - np.square(mean), 0))

@@ -90,8 +90,8 @@ def federation(config: Config, hospitals: Hospitals, secret: bytes | None = None
   )
   require(
     config.privacy.unit != "patient" or counts is None or counts.patients < images,
-    f"privacy.unit='patient': the names ({counts and counts.source}) make each of {images} {modality.nouns} a"
-    " patient of its own",
+    f"privacy.unit='patient': the names ({counts and counts.source}) make each of {images}"
+    f" {modality.nouns} a patient of its own",
     "mend the pattern, or use privacy.unit=record if no patient has two",
   )
   private = secrets.is_private(config)
