@@ -142,7 +142,7 @@ def _require_columns(files: Sequence[Cells], manifest: Manifest) -> None:
   known = {name for cells in files for name in cells.header}
   for cells in files:
     everywhere = {*manifest.roles, *(c.name for c in manifest.inputs if c.required)}
-    everywhere |= {c.name for c in manifest.columns} - known
+    everywhere |= {c.name for c in manifest.inputs} - known
     absent = sorted(everywhere - set(cells.header))
     require(
       not absent,

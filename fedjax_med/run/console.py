@@ -117,7 +117,8 @@ def describe(
   end = "" if rounds == total else f"; the budget stops the run before round {rounds + 1}"
   if experiment.local:
     console.print(
-      f"Privacy of {worded(UNITS[experiment.local.unit].protects, modality)}, zero-out adjacency, DP-SGD:"
+      f"Privacy of {worded(UNITS[experiment.local.unit].protects, modality)}, zero-out adjacency,"
+      " DP-SGD:"
       f" {rounds} of {total} rounds would spend ε = {max(planned):.3f} at the worst hospital{end}"
     )
   if experiment.central:
