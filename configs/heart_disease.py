@@ -4,11 +4,11 @@
         --workdir=runs/heart_disease
 
 FOLDER holds processed.cleveland.data, .hungarian.data, .switzerland.data and .va.data, downloaded
-by hand. To expect on two CPU cores: a quarter of a minute, test AUROC 0.90, no ε.
-
-FLamby's rows and split: --config.data.split=paper. Private, at ε 1.0 for each hospital's records:
---config.privacy.mechanism=dp_sgd --config.privacy.target_epsilon=1 --config.client.learning_rate=2
---config.client.num_local_steps=1 --config.server.num_rounds=20
+by hand. To expect on two CPU cores: a quarter of a minute, mean test AUROC of five splits 0.903, no
+ε. FLamby's rows and split, --config.data.split=paper: AUROC 0.882, accuracy 0.798. There at ε 1.0
+for the records of each hospital AUROC 0.867 (8 runs), with --config.privacy.mechanism=dp_sgd
+--config.privacy.target_epsilon=1 --config.privacy.clip_norm=0.5 --config.client.learning_rate=4
+--config.client.num_local_steps=1 --config.server.num_rounds=20 --config.server.weighting=examples
 """
 
 from fedjax_med.core.config import (

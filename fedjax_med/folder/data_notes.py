@@ -100,7 +100,9 @@ def _table_notes(held: dict[str, Any]) -> list[Note]:
   equal = held["split"]["num_in_duplicate_groups"]
   if equal:
     groups = held["split"]["num_duplicate_groups"]
-    text = f"{number(equal, 'record')} equal to another one in all columns ({groups} groups)"
+    text = (
+      f"{number(equal, 'record')} equal to another one in all columns ({number(groups, 'group')})"
+    )
     notes.append(Note(f"{text}: they may be of different people and are not kept together.", False))
   for hospital in held["hospitals"]:
     seen = [name for name, n in zip(held["class_names"], hospital["train"], strict=True) if n]
@@ -173,7 +175,9 @@ def _left_out(skipped: Sequence[Sequence[str]], show_names: bool, noun: str) -> 
     for row in rows:
       by_class.setdefault(row[2] if len(row) > 2 else "", []).append(row[1])
     parts = [
-      f"{len(by_class[name])} {f'of class {name}' if name else 'of no class'},"
+      counted(by_class[name])  # a record has no class if its target is missing
+      if noun != "file"
+      else f"{len(by_class[name])} {f'of class {name}' if name else 'of no class'},"
       f" {counted(by_class[name])}"
       for name in sorted(by_class)
     ]

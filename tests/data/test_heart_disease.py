@@ -63,9 +63,7 @@ def test_a_folder_without_all_four_files_is_refused(tmp_path):
 def test_settings_that_the_published_split_leaves_unread_are_refused():
   with pytest.raises(UserError, match=r"data.test_fraction=0.4 is read with a split wh"):
     heart("x", split="paper", test_fraction=0.4)
-  with pytest.raises(
-    UserError, match=r"data.seed=3 is read with a split or a partition"
-  ):
+  with pytest.raises(UserError, match=r"data.seed=3 is read with a split or a partition"):
     heart("x", split="paper", seed=3)
   with pytest.raises(UserError, match=r"data.image_size=64 is read with a data.sourc"):
     heart("x", image_size=64)
