@@ -12,7 +12,7 @@ from tests.exchange import parts  # noqa: F401  (registers the transform and the
 
 Changes = dict[str, Any]
 FILES = "FILES"  # stands for the folder of pictures, with numbers for other ones
-TABLE, COLUMNS, HEART = "A TABLE", "ITS COLUMNS", "FILES OF UCI"  # stand for files of tables
+TABLE, COLUMNS, HEART = "A TABLE", "ITS COLUMNS", "HEART"  # stand for files of tables
 
 
 class Case(NamedTuple):
