@@ -171,10 +171,10 @@ def test_a_hospital_of_one_class_is_named_and_its_auroc_is_none(tmp_path):
 
 def test_pooled_training_to_the_end_is_logistic_regression_of_scikit_learn(tmp_path):
   config = table_config(tmp_path, partition__scheme="iid", partition__num_clients=1)
-  config.server.num_rounds = 60
+  config.server.num_rounds = 30
   config.data.path = str(table_file(tmp_path / "one.csv", 120))
   config.client.batch_size, config.client.num_local_steps = 128, 100
-  config.client.learning_rate, config.eval.every = 1.0, 60
+  config.client.learning_rate, config.eval.every = 2.0, 30
   validate(config)
   experiment = build(config, load_hospitals(config))
   outcome = train_rounds(experiment)
