@@ -207,7 +207,7 @@ def _column(name: str, values: Any, missing: tuple[str, ...], where: str) -> Col
     "give low and high",
   )
   require(
-    low is None or (math.isfinite(low) and math.isfinite(high) and low < high),
+    low is None or high is None or (math.isfinite(low) and math.isfinite(high) and low < high),
     f"{place}: low={low} is not under high={high}",
     "give a range of finite numbers",
   )

@@ -50,7 +50,7 @@ class Trained(NamedTuple):
     task: kind of the run's predictions.
     stem_pool_padding: padding of the pool of the network's stem; empty if it has no such choice.
     hospital: hospital of the model; empty for the global one.
-    input_shape: shape of one input of the network.
+    input_shape: shape of one input of the network; () is a picture of data.image_size.
     table: how records became inputs, from hospitals.json; None of other examples.
   """
 
@@ -67,8 +67,8 @@ class Trained(NamedTuple):
   task: Task
   stem_pool_padding: str
   hospital: str
-  input_shape: tuple[int, ...]
-  table: dict[str, Any] | None
+  input_shape: tuple[int, ...] = ()
+  table: dict[str, Any] | None = None
 
   @property
   def described(self) -> str:
@@ -79,7 +79,8 @@ class Trained(NamedTuple):
   @property
   def image_shape(self) -> tuple[int, ...]:
     """Shape of one input of the network, (H, W, C) of a picture."""
-    return self.input_shape
+    side = self.config.data.image_size
+    return self.input_shape or (side, side, CHANNELS)
 
   @property
   def private(self) -> bool:

@@ -1,5 +1,6 @@
 """Tables become inputs as the manifest says, as by pandas; what is amiss is named or counted."""
 
+import doctest
 import pathlib
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 from fedjax_med.core.config import Config, DataConfig
 from fedjax_med.core.errors import UserError
 from fedjax_med.core.validation import validate
+from fedjax_med.data import modality, table_manifest
 from fedjax_med.data.dataset import client_rows
 from fedjax_med.data.hospitals import build_hospitals, load_hospitals
 from fedjax_med.data.sources import load_dataset
@@ -228,6 +230,13 @@ def test_cells_that_mean_the_same_are_one_category():
   assert [plain(value) for value in (" 1.0", 1, "1", "-9.0", "a ", True)] == [
     "1", "1", "1", "-9", "a", "true",
   ]  # fmt: skip
+
+
+@pytest.mark.parametrize("module", [modality, table_manifest])
+def test_examples_in_docstrings_are_true(module):
+  outcome = doctest.testmod(module)
+  assert outcome.attempted > 0
+  assert outcome.failed == 0
 
 
 def test_a_manifest_survives_the_trip_through_json(tmp_path):
