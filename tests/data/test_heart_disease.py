@@ -36,7 +36,7 @@ def test_the_split_of_a_hospital_is_that_of_scikit_learn(counts):
     stratify=stratify,
   )
   found = paper_split(labels, np.zeros(len(labels), np.int32))
-  assert np.flatnonzero(found).tolist() == sorted(expected.tolist())
+  assert np.flatnonzero(found).tolist() == sorted(np.asarray(expected).tolist())
 
 
 def test_all_patients_are_kept_unless_the_split_is_that_of_the_paper(tmp_path):

@@ -151,6 +151,21 @@ def test_units_that_records_have_not_are_refused(tmp_path):
     federation(config, load_hospitals(config))
 
 
+def test_all_records_of_a_patient_are_one_unit_and_equal_records_of_others_are_not(tmp_path):
+  private = {"privacy__mechanism": "dp_sgd", "privacy__noise_multiplier": 1.0}
+  config = table_config(tmp_path, **private, privacy__unit="patient")
+  with (tmp_path / "tables" / "south.csv").open("a") as file:
+    file.write("yes,P10,70,190,f,none\n" * 3 + "yes,Q1,70,190,f,none\nyes,Q2,70,190,f,none\n")
+  hospitals = load_hospitals(config)
+  local = federation(config, hospitals).protection.local
+  assert local is not None
+  names = hospitals.names
+  south = hospitals.train.counts[names.index("south")]
+  first = hospitals.dataset.names.index("south.csv:2")  # P10, whose other records are the last
+  in_train = first in hospitals.split.train
+  assert local.mechanisms[names.index("south")].num_units == south - 3 * in_train
+
+
 def test_image_settings_have_no_effect_and_are_refused(tmp_path):
   for name, value in {"client__augmentation": "flip", "client__synthetic": "gan"}.items():
     with pytest.raises(UserError, match=r"is read with a data.source of pictures only"):
