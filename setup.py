@@ -80,7 +80,7 @@ setup(
   license_files=["LICENSE"],
   python_requires=">=3.11",
   packages=find_packages(include=["fedjax_med", "fedjax_med.*"]),
-  package_data={"fedjax_med": ["report/templates/*"]},
+  package_data={"fedjax_med": ["data/*.toml", "report/templates/*"]},
   install_requires=INSTALL,
   extras_require={
     "test": TEST,

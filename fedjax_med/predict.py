@@ -6,15 +6,20 @@ with its own window of values. The training data are not needed. The table has a
 predicted class, probability of every class, its map with --maps, error. Files that are not read are
 named with the reason and do not stop the others; the exit code is 2 if none can be.
 
+The model of a run on a table reads --table, a CSV or Parquet file with the columns of the run (the
+target may be left out); predictions have the file and the line of each record.
+
 Probabilities are the network's own and not calibrated on your pictures. Not for diagnosis.
 
 Examples:
   python -m fedjax_med.predict --workdir=runs/quickstart --images=scans
   python -m fedjax_med.predict --workdir=runs/quickstart --images=scan.png --output=one.csv --maps
+  python -m fedjax_med.predict --workdir=runs/heart_disease --table=patients.csv
 """
 
 import pathlib
 import sys
+from typing import Any
 
 from absl import flags
 
@@ -24,6 +29,7 @@ from fedjax_med.flags import define_network, require_company, run_main
 
 flags.DEFINE_string("workdir", "", "Folder of the run whose model predicts; it may be unfinished.")
 flags.DEFINE_string("images", "", "Folder of pictures, searched with all below it, or one picture.")
+flags.DEFINE_string("table", "", "Table of records, or a folder of tables, for a run on a table.")
 flags.DEFINE_string("output", "predictions.csv", "The table to write (CSV).")
 flags.DEFINE_bool(
   "maps", False, "Also write each picture with Grad-CAM of its predicted class, beside the table."
@@ -43,8 +49,17 @@ SHOWN = 20  # unreadable files that are named on the terminal; the table has the
 def main(argv: list[str]) -> None:
   values = flags.FLAGS
   require(len(argv) == 1, f"'{' '.join(argv[1:])}' is not a flag", "give --images=FOLDER")
+  require(
+    not (values.images and values.table),
+    f"--table={values.table} with --images={values.images}",
+    "give one of them: tables for a run on a table, pictures for one on pictures",
+  )
   require(bool(values.workdir), "--workdir is missing", "give the folder of a run")
-  require(bool(values.images), "--images is missing", "give a folder of pictures or a picture")
+  require(
+    bool(values.images or values.table),
+    "--images is missing",
+    "give a folder of pictures or a picture, or --table=FILE for a run on a table",
+  )
   require_company("layer", values.maps, "--maps")
   images = pathlib.Path(values.images).expanduser()
   output = pathlib.Path(values.output).expanduser()
@@ -55,10 +70,19 @@ def main(argv: list[str]) -> None:
     predictions,
   )
 
-  predictions.files_in(images)  # a typo need not wait for the model
+  if values.images:
+    predictions.files_in(images)  # a typo need not wait for the model
   folder = pathlib.Path(values.workdir).expanduser()
   model = loading.load(folder, values.network, encodable(values.hospital))
   use_compilation_cache(model.config.execution.compilation_cache)
+  require(
+    bool(values.table) == (model.table is not None),
+    f"run {model.run_id} was trained on {model.modality.nouns}",
+    "give --images=FOLDER" if model.table is None else "give --table=FILE",
+  )
+  if values.table:
+    _predict_table(model, pathlib.Path(values.table).expanduser(), output)
+    return
   layer = predictions.choose_layer(model, values.layer) if values.maps else None
   counts = predictions.predict_files(model, images, output, layer, _tell)
   for name, error in counts.errors[:SHOWN]:
@@ -77,6 +101,21 @@ def main(argv: list[str]) -> None:
     f"none of the {len(counts.errors)} files of --images={images} can be read",
     f"see the column 'error' of {output}",
   )
+
+
+def _predict_table(model: Any, place: pathlib.Path, output: pathlib.Path) -> None:
+  """Predicts the records of a table, and says how many."""
+  from fedjax_med.trained.table_predictions import predict_table
+
+  require(
+    not flags.FLAGS.maps, "--maps is read for pictures only", "leave it out: records have no map"
+  )
+  number, met = predict_table(model, place, output)
+  if met:
+    _tell(met)
+  print(f"{visible(str(output))}: {number} records predicted ({model.described})")
+  if positive_class(model.class_names):
+    print(f"positive class: '{positive_class(model.class_names)}'")
 
 
 def _tell(text: str) -> None:

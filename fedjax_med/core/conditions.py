@@ -54,19 +54,49 @@ def _without(part: str) -> Condition:
   )
 
 
+def _modality(name: str) -> Callable[[Config], bool]:
+  return lambda config: SOURCE_FACTS[config.data.source].modality == name
+
+
+def _drawn_side(config: Config) -> bool:
+  data = config.data
+  return not (SOURCE_FACTS[data.source].own_split and data.split == "paper")
+
+
 PICTURES = Condition(
   wording="a data.source that reads files",
   holds=lambda config: _facts(config).reads_files,
   fields=("data.source",),
   remedy="use --config.data.source=folder",
 )
+IMAGES = Condition(
+  wording="a data.source of pictures",
+  holds=_modality("pictures"),
+  fields=("data.source",),
+  remedy="use --config.data.source=folder",
+)
+TABLES = Condition(
+  wording="a data.source of tables",
+  holds=_modality("table"),
+  fields=("data.source",),
+  remedy="use --config.data.source=table",
+)
+OWN_TABLE = one_of("data.source", "table")
+OPEN_SIDES = Condition(
+  wording="a split whose sides are not published with the data",
+  holds=_drawn_side,
+  fields=("data.source", "data.split"),
+  remedy="use --config.data.split=grouped",
+)
 FOLDER = one_of("data.source", "folder")
 DRAWN_SIDES, OPEN_PATIENTS = _without("{split}"), _without("{patient}")
 DRAWN = Condition(
   wording="a split or a partition that is drawn",
-  holds=lambda config: "{split}" not in config.data.layout or not _by_site(config),
-  fields=("data.layout", "partition.scheme"),
-  remedy="use * in place of {split}, or another partition.scheme",
+  holds=lambda config: (
+    ("{split}" not in config.data.layout and _drawn_side(config)) or not _by_site(config)
+  ),
+  fields=("data.layout", "data.split", "partition.scheme"),
+  remedy="use * in place of {split}, data.split=grouped, or another partition.scheme",
 )
 PHANTOMS = one_of("data.source", "phantoms")
 BUILDERS = one_of("data.source", "br35h", "sars_cov2_ct")

@@ -11,11 +11,15 @@ class SourceFacts(NamedTuple):
 
   Attributes:
     reads_files: whether data.path is read, and files under data.min_size are left out.
+    modality: name of what its examples are, of ``data.modality.MODALITIES``.
+    own_split: whether data.split=paper is a split of its own, which nothing else decides.
     has_sites: whether it always says which hospital or scanner each example comes from.
   """
 
   reads_files: bool = True
   has_sites: bool = False
+  modality: str = "pictures"
+  own_split: bool = False
 
 
 SOURCE_FACTS: dict[str, SourceFacts] = {
@@ -23,4 +27,6 @@ SOURCE_FACTS: dict[str, SourceFacts] = {
   "folder": SourceFacts(),
   "br35h": SourceFacts(),
   "sars_cov2_ct": SourceFacts(),
+  "table": SourceFacts(modality="table"),
+  "heart_disease": SourceFacts(has_sites=True, modality="table", own_split=True),
 }

@@ -14,14 +14,18 @@ class DataConfig:
     "phantoms",
     doc=(
       "phantoms (embedded), folder (a folder of class folders), br35h or sars_cov2_ct"
-      " (tensorflow-datasets builders; path is the folder with the downloaded class folders), or"
-      " a source that the preset registers."
+      " (tensorflow-datasets builders; path is the folder with the downloaded class folders),"
+      " table (CSV or Parquet, with data.columns), heart_disease (UCI's four files), or a source"
+      " that the preset registers."
     ),
   )
   # Where files lie and how they are read changes a run by its images and labels only, which are
   # part of the run id.
   path: str = field(
-    "", doc="folder of the files that the source reads.", read=(when.PICTURES,), shapes_run=never
+    "",
+    doc="folder of the files that the source reads, or one table.",
+    read=(when.PICTURES,),
+    shapes_run=never,
   )
   cache_dir: str = field(
     "~/.cache/fedjax_med/tfds",
@@ -33,12 +37,13 @@ class DataConfig:
     192,
     doc="side of the square images, pixels.",
     bounds=least(8, 4096, remedy="use 64 to 224; the paper uses 192"),
+    read=(when.IMAGES,),
   )
   min_size: int = field(
     32,
     doc="images with a side under this many pixels are left out and counted.",
     bounds=least(1, 4096, remedy="use 32"),
-    read=(when.PICTURES,),
+    read=(when.PICTURES, when.IMAGES),
   )
   layout: str = field(
     "auto",
@@ -70,12 +75,12 @@ class DataConfig:
       " largest value."
     ),
     traced=True,
-    read=(when.PICTURES,),
+    read=(when.PICTURES, when.IMAGES),
     shapes_run=never,
   )
   strict: bool = field(
     False,
-    doc="stop if any file is left out, instead of naming and counting it.",
+    doc="stop if any file is left out, instead of naming and counting it (tables: docs/data.md).",
     read=(when.PICTURES,),
     shapes_run=never,
   )
@@ -83,7 +88,8 @@ class DataConfig:
     "grouped",
     doc=(
       "grouped (near-duplicates and patients stay on one side, in one hospital) or paper"
-      " (random). With {split} in data.layout the sides are given."
+      " (random; of heart_disease FLamby's rows and split). With {split} in data.layout the sides"
+      " are given."
     ),
     choices=("grouped", "paper"),
     traced=True,
@@ -94,7 +100,7 @@ class DataConfig:
     doc="share of examples held out, 0 to 1.",
     bounds=above(0, 0.9, remedy="use 0.2"),
     traced=True,
-    read=(when.DRAWN_SIDES,),
+    read=(when.DRAWN_SIDES, when.OPEN_SIDES),
   )
   patient_pattern: str = field(
     "",
@@ -103,7 +109,7 @@ class DataConfig:
       " group is the patient."
     ),
     traced=True,
-    read=(when.PICTURES, when.OPEN_PATIENTS),
+    read=(when.PICTURES, when.IMAGES, when.OPEN_PATIENTS),
   )
   normalisation: str = field(
     "image",
@@ -112,6 +118,25 @@ class DataConfig:
       " or fixed (black is -1, white is 1)."
     ),
     choices=("image", "fixed"),
+    read=(when.IMAGES,),
+  )
+  columns: str = field(
+    "",
+    doc="TOML file that says what the columns of source=table are (docs/data.md).",
+    read=(when.OWN_TABLE,),
+    shapes_run=never,
+  )
+  scaling: str = field(
+    "ranges",
+    doc=(
+      "of numbers of a table: ranges (those of data.columns become -1 to 1), federated (mean and"
+      " deviation by sums of all hospitals' training records, which no ε counts) or hospital"
+      " (each by its own: as a warning, scores fall)."
+    ),
+    choices=("ranges", "federated", "hospital"),
+    traced=True,
+    read=(when.TABLES,),
+    shapes_run=never,
   )
   num_examples: int = field(
     4000,
@@ -270,6 +295,7 @@ class ClientConfig:
       " drawn anew for every image and step."
     ),
     choices=("none", "flip", "shift", "flip_shift"),
+    read=(when.IMAGES,),
   )
   synthetic: str = field(
     "none",
@@ -279,6 +305,7 @@ class ClientConfig:
     ),
     choices=("none", "gan"),
     traced=True,  # more images, and pools are filled up to the largest
+    read=(when.IMAGES,),
     shapes_run=when.GAN.holds,
   )
   synthetic_share: float = field(

@@ -59,7 +59,9 @@ def validate(config: Config) -> None:
   require(
     not SOURCE_FACTS[data.source].reads_files or data.path != "",
     f"data.source='{data.source}' needs data.path, which is empty",
-    "point --config.data.path at the folder that holds the class folders",
+    "point --config.data.path at the folder that holds the class folders"
+    if SOURCE_FACTS[data.source].modality == "pictures"
+    else "point --config.data.path at the table, or at the folder that holds the tables",
   )
   require(
     partition.scheme == "site" or partition.num_clients >= 1,

@@ -8,6 +8,7 @@ import numpy as np
 from fedjax_med.data.grey import EIGHT_BITS, Grey
 from fedjax_med.data.layouts import LeftOut
 from fedjax_med.data.patients import PatientCounts
+from fedjax_med.data.table_manifest import Table
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +32,9 @@ class Dataset:
     in_test: [N] bool, the test part that the source gives; None where it gives none.
     task: key of the kind of prediction in ``tasks.registry.TASKS``.
     modality: key of the kind of example in ``data.modality.MODALITIES``.
+    groups: [N] int32 groups of examples that stay on one side besides those of a patient, or None.
+    table: how records of a table became inputs; None of other examples.
+    unscaled: ``inputs`` before statistics of training records scaled them; None where nothing did.
     num_synthetic: examples at the end that were made from training images of a hospital, and are in
       its training row only; sites, patients, masks and sides end before them.
   """
@@ -50,6 +54,9 @@ class Dataset:
   in_test: np.ndarray | None = None
   task: str = "classification"
   modality: str = "pictures"
+  groups: np.ndarray | None = None
+  table: Table | None = None
+  unscaled: np.ndarray | None = None
   num_synthetic: int = 0
 
   @property

@@ -52,7 +52,7 @@ def similar_pairs(images: np.ndarray, threshold: float = THRESHOLD) -> Iterator[
   return _correlated_pairs(descriptors(images), threshold)
 
 
-def _contents(inputs: Any) -> np.ndarray:
+def contents(inputs: Any) -> np.ndarray:
   """[N] numbers, equal for examples that are equal value for value."""
   examples = zip(*array_leaves(inputs), strict=True)
   whole = (b"".join(leaf.tobytes() for leaf in example) for example in examples)
@@ -139,7 +139,7 @@ def find_contradictions(
       count: a chain may lead from one class to another by small steps.
     pairs_of: ``similar`` of the dataset's modality.
   """
-  same = _contents(dataset.inputs)
+  same = contents(dataset.inputs)
   identical, alike = np.zeros((2, len(groups)), bool)
   pairs: list[tuple[int, int]] = []
   for members in _mixed(same, dataset.labels):

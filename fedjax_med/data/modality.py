@@ -7,6 +7,7 @@ program that trains still imports it.
 
 import functools
 import pathlib
+import re
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -14,9 +15,11 @@ import numpy as np
 
 from fedjax_med.core.config import DataConfig
 from fedjax_med.core.errors import require_choice
+from fedjax_med.data.dataset import Hospitals
 from fedjax_med.data.duplicates import near_duplicate_groups, similar_pairs
 from fedjax_med.data.grey import Grey
 from fedjax_med.data.images import read_pixels
+from fedjax_med.data.tables import equal_rows, fit_scaling, no_pairs
 
 if TYPE_CHECKING:
   import jax
@@ -48,6 +51,11 @@ class Modality(NamedTuple):
     read: (path, least side, side or 0 for the file's own, scale, windowed) -> one raw example as
       a run read its own, or a text that says why it cannot be read; see ``images.read_pixels``.
     explain: whether Grad-CAM can be drawn over an example.
+    noun: one example, for people.
+    nouns: several of them.
+    keeps_copies: whether copies stay on one side of the split, and at one hospital. Equal records
+      of a table may be of different people, and are only counted.
+    fit: scales a dataset by statistics of its training examples, once it is dealt; None for none.
   """
 
   name: str
@@ -57,6 +65,10 @@ class Modality(NamedTuple):
   similar: Callable[[Any], Iterator[np.ndarray]]
   read: Callable[[pathlib.Path, int, int, Grey, bool], np.ndarray | str]
   explain: bool
+  noun: str = "image"
+  nouns: str = "images"
+  keeps_copies: bool = True
+  fit: Callable[[Hospitals], Hospitals] | None = None
 
 
 def modality_named(name: str) -> Modality:
@@ -68,6 +80,16 @@ def modality_named(name: str) -> Modality:
 def modality_of(record: dict[str, Any]) -> Modality:
   """The modality of a run by its config.json, which names none in folders of older versions."""
   return modality_named(record.get("modality", DEFAULT))
+
+
+def worded(text: str, modality: Modality) -> str:
+  """The text with the modality's own words for image and images; HTML and paths stay.
+
+  >>> worded("one image of 5 images, data:image/png", TABLE)
+  'one record of 5 records, data:image/png'
+  """
+  words = {"image": modality.noun, "images": modality.nouns}
+  return re.sub(r"(?<![:/\w.-])images?(?![\w/-])", lambda found: words[found[0]], text)
 
 
 def preparation(modality: Modality, data: DataConfig) -> Callable[[Any], "jax.Array"]:
@@ -94,6 +116,16 @@ def _change(images: "jax.Array", changes: Any) -> "jax.Array":
   return change(images, changes)
 
 
+def _as_they_are(inputs: "jax.Array", how: str) -> "jax.Array":
+  del how  # rows of a table are inputs already
+  return inputs
+
+
+def _no_picture(path: pathlib.Path, *rule: Any) -> str:
+  del rule
+  return f"{path.name} is no record of a table: use --table"
+
+
 PICTURES = Modality(
   name="pictures",
   prepare=_normalise,
@@ -103,6 +135,20 @@ PICTURES = Modality(
   read=read_pixels,
   explain=True,
 )
+TABLE = Modality(
+  name="table",
+  prepare=_as_they_are,
+  vary=None,
+  copies=equal_rows,
+  similar=no_pairs,
+  read=_no_picture,
+  explain=False,
+  noun="record",
+  nouns="records",
+  keeps_copies=False,
+  fit=fit_scaling,
+)
 MODALITIES: dict[str, Modality] = {
   "pictures": PICTURES,
+  "table": TABLE,
 }

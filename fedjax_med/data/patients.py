@@ -128,26 +128,32 @@ def apart_by_site(patients: np.ndarray, sites: np.ndarray) -> np.ndarray:
 FEW = 1.1
 
 
-def described(counts: PatientCounts | None, images: int, by_site: bool) -> str:
+def described(
+  counts: PatientCounts | None, images: int, by_site: bool, nouns: str = "images"
+) -> str:
   """A sentence on how many of ``images`` names say their patient.
 
   Args:
     counts: counts of the patients that the names give; None if they give none.
     images: in all.
     by_site: whether each site is a hospital.
+    nouns: examples, for people.
   """
   if counts is None:
+    if nouns != "images":
+      return f"Nothing says which {nouns} are of one patient."
     return "No name says which patient it shows."
+  names = "names" if nouns == "images" else nouns
   parts = [
-    f"{counts.named} of {images} names say which patient they are of ({counts.source}):"
+    f"{counts.named} of {images} {names} say which patient they are of ({counts.source}):"
     f" {counts.patients} patients"
   ]
   if counts.named != images:
     parts.append("each of the others counts as a patient of its own, which may be wrong")
   elif counts.patients == images:
-    parts.append("none of them has two images")
+    parts.append(f"none of them has two {nouns}")
   elif images < FEW * counts.patients:
-    parts.append("few of them have two images: if that is not so, the pattern takes in too much")
+    parts.append(f"few of them have two {nouns}: if that is not so, the pattern takes in too much")
   if counts.shared and by_site:
     parts.append(
       f"{counts.shared} of these names stand at several hospitals and are taken for different"

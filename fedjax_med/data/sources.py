@@ -11,8 +11,10 @@ from fedjax_med.core.source_facts import SOURCE_FACTS, SourceFacts
 from fedjax_med.core.sources import read_again
 from fedjax_med.data.builders import load_builder
 from fedjax_med.data.dataset import Dataset
+from fedjax_med.data.heart_disease import load_heart_disease
 from fedjax_med.data.images import load_folder
 from fedjax_med.data.phantoms import make_phantoms
+from fedjax_med.data.tables import load_table
 
 
 class Source(NamedTuple):
@@ -90,4 +92,6 @@ SOURCES: dict[str, Source] = {
   "folder": Source(load=_folder, facts=SOURCE_FACTS["folder"]),
   "br35h": Source(load=_builder, facts=SOURCE_FACTS["br35h"], beside_jax=False),
   "sars_cov2_ct": Source(load=_builder, facts=SOURCE_FACTS["sars_cov2_ct"], beside_jax=False),
+  "table": Source(load=load_table, facts=SOURCE_FACTS["table"]),
+  "heart_disease": Source(load=load_heart_disease, facts=SOURCE_FACTS["heart_disease"]),
 }

@@ -5,7 +5,9 @@ from typing import Any, NamedTuple
 
 from fedjax_med.data.files import SYSTEM, counted
 from fedjax_med.data.grey import FEW_LEVELS, Grey
+from fedjax_med.data.modality import modality_of
 from fedjax_med.data.patients import PatientCounts, described
+from fedjax_med.data.table_files import NO_TABLE
 
 
 class Note(NamedTuple):
@@ -20,6 +22,12 @@ class Note(NamedTuple):
   warning: bool
 
 
+FEDERATED_SCALING = (
+  "Numbers are scaled by mean and deviation of the training records of all hospitals"
+  " (data.scaling=federated): exact sums of each column leave every hospital, and no ε counts them."
+)
+
+
 def data_notes(held: dict[str, Any], unit: str, show_names: bool) -> list[Note]:
   """Sentences about the data of a run, from hospitals.json.
 
@@ -28,7 +36,7 @@ def data_notes(held: dict[str, Any], unit: str, show_names: bool) -> list[Note]:
     unit: ``privacy.unit``.
     show_names: whether a file may be named: of private runs none is.
   """
-  split = held["split"]
+  split, noun = held["split"], modality_of(held).noun
   notes = [patient_note(held, unit)]
   if "grey" in held:
     grey = Grey(**held["grey"])
@@ -38,33 +46,75 @@ def data_notes(held: dict[str, Any], unit: str, show_names: bool) -> list[Note]:
     if grey.levels < FEW_LEVELS:
       text = f"Half of the pictures have at most {grey.levels} different grey values"
       notes.append(Note(f"{text}: they may have been exported with too few.", True))
+  if "table" in held:
+    notes += _table_notes(held)
   if split["scheme"] == "given":
     text = "Train and test sides are those that the folders give (validation counts as train)."
     notes.append(Note(text, False))
   sites = held.get("sites", {"count": 0, "are_hospitals": False})
   if sites["count"] and not sites["are_hospitals"]:
     text = f"{number(sites['count'], 'site')} named by the data are not the hospitals here"
-    notes.append(Note(f"{text}: partition.scheme deals their images anew.", False))
+    notes.append(Note(f"{text}: partition.scheme deals their {noun}s anew.", False))
   if held.get("num_elsewhere"):
-    text = f"{number(held['num_elsewhere'], 'image')} at another hospital than its site"
+    text = f"{number(held['num_elsewhere'], noun)} at another hospital than its site"
     reason = "it is kept together with near-duplicates or images of the patient there"
+    reason = reason if noun == "image" else f"it is kept together with {noun}s of the patient there"
     notes.append(Note(f"{text}: {reason}.", True))
   shared = split.get("num_test_of_train_patients", 0)
   if shared:
-    text = f"{number(shared, 'test image')} of patients who are in train as well"
+    text = f"{number(shared, f'test {noun}')} of patients who are in train as well"
     notes.append(Note(f"{text}: the score will be optimistic.", True))
   notes += _contradictions(held, show_names)
   shifts = held.get("mixture_shifts", {})
   if shifts:
+    moved = number(held["num_moved"], f"train {noun}")
     worst = max(shifts, key=lambda name: shifts[name])
     text = (
-      f"{number(held['num_moved'], 'train image')} moved to {number(len(shifts), 'hospital')} under"
+      f"{moved} moved to {number(len(shifts), 'hospital')} under"
       " partition.min_client_size; the class mixture there differs from what was drawn by"
       f" {sum(shifts.values()) / len(shifts):.2f} on average (total variation, 0 to 1), at most"
       f" {shifts[worst]:.2f} ('{worst}')."
     )
     notes.append(Note(text, shifts[worst] > 0.1))
-  return [*notes, *_left_out(held["skipped"], show_names)]
+  noun = "file" if noun == "image" else noun
+  return [*notes, *_left_out(held["skipped"], show_names, noun)]
+
+
+def _table_notes(held: dict[str, Any]) -> list[Note]:
+  """How records of a table became inputs, and what may mislead about them."""
+  table, notes = held["table"], []
+  for told, text in ((table["outside"], "outside the range"), (table["unknown"], "of no category")):
+    parts = [f"'{name}' {count:,}" for name, count in told.items()]
+    end = "cut to it" if text == "outside the range" else "taken for other"
+    if parts:
+      notes.append(Note(f"Values {text} that the manifest gives, {end}: {', '.join(parts)}.", True))
+  for name, columns in table["absent"].items():
+    notes.append(Note(f"{name} has no column {', '.join(columns)}: missing there.", True))
+  if table["unlisted"]:
+    text = f"Columns that the manifest does not name, not read: {', '.join(table['unlisted'])}"
+    notes.append(Note(f"{text}.", False))
+  for name, shares in table["missing"].items():
+    whole = [column for column, share in shares.items() if share == 1]
+    if whole and not any(set(whole) <= set(columns) for columns in table["absent"].values()):
+      notes.append(Note(f"No value of {', '.join(whole)} at '{name}'.", False))
+  equal = held["split"]["num_in_duplicate_groups"]
+  if equal:
+    groups = held["split"]["num_duplicate_groups"]
+    text = (
+      f"{number(equal, 'record')} equal to another one in all columns ({number(groups, 'group')})"
+    )
+    notes.append(Note(f"{text}: they may be of different people and are not kept together.", False))
+  for hospital in held["hospitals"]:
+    seen = [name for name, n in zip(held["class_names"], hospital["train"], strict=True) if n]
+    if len(seen) == 1:
+      text = f"'{hospital['name']}' has training records of one class only"
+      notes.append(Note(f"{text} ({seen[0]}): a model trained there alone learns nothing.", True))
+  if table["scaling"] == "federated":
+    notes.append(Note(FEDERATED_SCALING, True))
+  if table["scaling"] == "hospital":
+    text = "Each hospital scales numbers by its own mean and deviation (data.scaling=hospital)"
+    notes.append(Note(f"{text}: equal values become different inputs, and scores fall.", True))
+  return notes
 
 
 def number(count: int, noun: str) -> str:
@@ -78,7 +128,7 @@ def patient_note(held: dict[str, Any], unit: str) -> Note:
   known = held.get("patients")
   counts = PatientCounts(**known) if known else None
   by_site = held.get("sites", {}).get("are_hospitals", False)
-  text = described(counts, images, by_site)
+  text = described(counts, images, by_site, modality_of(held).nouns)
   if counts is None:
     group = " Protected is a group of near-duplicates, which is less than a patient."
     return Note(text + (group if unit == "group" else ""), unit == "group")
@@ -89,6 +139,9 @@ def _contradictions(held: dict[str, Any], show_names: bool) -> list[Note]:
   found = held.get("contradictions")
   if not found or not found["similar"]:
     return []
+  if not modality_of(held).keeps_copies:
+    text = f"{number(found['identical'], modality_of(held).noun)} equal in all columns to one of"
+    return [Note(f"{text} another class.", False)]
   more = found["similar"] - found["identical"]
   named = ""
   if show_names:
@@ -105,22 +158,31 @@ def _contradictions(held: dict[str, Any], show_names: bool) -> list[Note]:
   return notes
 
 
-def _left_out(skipped: Sequence[Sequence[str]], show_names: bool) -> list[Note]:
-  """Numbers of files left out, by class and reason; files of the system by themselves."""
+def _left_out(skipped: Sequence[Sequence[str]], show_names: bool, noun: str) -> list[Note]:
+  """Numbers of files or records left out, by class and reason; the system's by themselves."""
   system = sum(row[1] == SYSTEM for row in skipped)
   rows = [row for row in skipped if row[1] != SYSTEM]
   notes = []
+  if noun != "file":
+    others = [row for row in rows if row[1] == NO_TABLE]
+    rows = [row for row in rows if row[1] != NO_TABLE]
+    if others:
+      named = f", such as {others[0][0]}" if show_names else ""
+      text = f"Left out as {NO_TABLE}: {number(len(others), 'file')}{named}"
+      notes.append(Note(f"{text}.", True))
   if rows:
     by_class: dict[str, list[str]] = {}
     for row in rows:
       by_class.setdefault(row[2] if len(row) > 2 else "", []).append(row[1])
     parts = [
-      f"{len(by_class[name])} {f'of class {name}' if name else 'of no class'},"
+      counted(by_class[name])  # a record has no class if its target is missing
+      if noun != "file"
+      else f"{len(by_class[name])} {f'of class {name}' if name else 'of no class'},"
       f" {counted(by_class[name])}"
       for name in sorted(by_class)
     ]
     named = f", for example {rows[0][0]}" if show_names else ""
-    notes.append(Note(f"Left out: {number(len(rows), 'file')}, {'; '.join(parts)}{named}.", True))
+    notes.append(Note(f"Left out: {number(len(rows), noun)}, {'; '.join(parts)}{named}.", True))
   if system:
     notes.append(Note(f"Left out as {SYSTEM}: {number(system, 'file')}.", False))
   return notes

@@ -52,6 +52,24 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
 }
 
 
+ROWS = ("linear", "mlp")  # networks of this package that take rows of numbers
+
+
+def require_inputs(name: str, shape: tuple[int, ...], nouns: str) -> None:
+  """Raises UserError where a network of this package reads pictures, and inputs are none.
+
+  Args:
+    name: of the network.
+    shape: of one input; that of a picture is [H, W, C].
+    nouns: examples, for people.
+  """
+  require(
+    len(shape) == 3 or name in ROWS or code_of(name) != "",
+    f"model.name='{name}' is a network for pictures, and {nouns} of shape {list(shape)} are none",
+    f"use --config.model.name={' or '.join(ROWS)}",
+  )
+
+
 def register(name: str, constructor: Callable[..., nn.Module]) -> None:
   """Adds a network that configs can name; UserError if the name is taken by another one.
 

@@ -14,6 +14,7 @@ from fedjax_med.data.dataset import (
   client_rows,
   client_table,
 )
+from fedjax_med.data.modality import modality_named
 from fedjax_med.data.patients import described
 from fedjax_med.exchange.registry import make_exchange
 from fedjax_med.federated.registry import require_rules
@@ -71,19 +72,27 @@ def federation(config: Config, hospitals: Hospitals, secret: bytes | None = None
   """
   require_rules(config)
   make_exchange(config)
+  modality = modality_named(hospitals.dataset.modality)
+  require(
+    config.privacy.unit != "group" or modality.keeps_copies,
+    f"privacy.unit='group' protects near-duplicates, which {modality.nouns} have not",
+    "use privacy.unit=patient with a patient column, or privacy.unit=record",
+  )
   counts, images = hospitals.dataset.patient_counts, hospitals.dataset.num_real
   require(
     config.privacy.unit != "patient" or (counts is not None and counts.named == images),
-    "privacy.unit='patient' needs to know who is on every image:"
-    f" {described(counts, images, by_site=hospitals.by_site)}".removesuffix("."),
+    f"privacy.unit='patient' needs to know who is on every {modality.noun}:"
+    f" {described(counts, images, hospitals.by_site, modality.nouns)}".removesuffix("."),
     "name the patients with data.patient_pattern or {patient} in data.layout, or use"
-    " privacy.unit=group, which protects groups of near-duplicates",
+    " privacy.unit=group, which protects groups of near-duplicates"
+    if modality.keeps_copies
+    else "name the column of the patient in data.columns, or use privacy.unit=record",
   )
   require(
     config.privacy.unit != "patient" or counts is None or counts.patients < images,
-    f"privacy.unit='patient': the names ({counts and counts.source}) make each of {images} images a"
-    " patient of its own",
-    "mend the pattern, or use privacy.unit=record if no patient has two images",
+    f"privacy.unit='patient': the names ({counts and counts.source}) make each of {images}"
+    f" {modality.nouns} a patient of its own",
+    "mend the pattern, or use privacy.unit=record if no patient has two",
   )
   private = secrets.is_private(config)
   secret = (secrets.draw() if secret is None else secret) if private else b""

@@ -35,7 +35,7 @@ from fedjax_med.federated.registry import create_algorithm
 from fedjax_med.federated.vector import NetworkLayout, network_layout, ravel
 from fedjax_med.models.model import Model
 from fedjax_med.models.ops import Lowering
-from fedjax_med.models.registry import create_model
+from fedjax_med.models.registry import create_model, require_inputs
 from fedjax_med.prepare.layout import Choice, choose_lowering
 from fedjax_med.prepare.protection import cohort_cap
 from fedjax_med.privacy.clipping import uncovered
@@ -141,6 +141,8 @@ def make_recipe(config: Config, dataset: Dataset, shapes: Shapes) -> Recipe:
     f"client.augmentation={config.client.augmentation} changes no {modality.name}",
     "use client.augmentation=none",
   )
+
+  require_inputs(config.model.name, dataset.inputs.shape[1:], modality.nouns)
 
   @functools.cache
   def network(remat: bool, devices: int) -> Model:

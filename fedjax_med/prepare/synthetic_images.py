@@ -40,7 +40,7 @@ def reserve_synthetic(config: Config, hospitals: Hospitals) -> Hospitals:
   Raises:
     UserError: no hospital would get an image.
   """
-  if config.client.synthetic == "none":
+  if config.client.synthetic == "none" or hospitals.dataset.modality != "pictures":
     return hospitals
   share, dataset, real = config.client.synthetic_share, hospitals.dataset, hospitals.train
   learned = np.where(_class_counts(hospitals) >= MIN_IMAGES, _class_counts(hospitals), 0)

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from fedjax_med.data.modality import modality_of, worded
 from fedjax_med.folder.writing import write_whole
 from fedjax_med.privacy.accounting import round_up
 from fedjax_med.report.figure_labels import families, inches, labels
@@ -53,10 +54,11 @@ def draw_partition(path: pathlib.Path, hospitals: dict[str, Any]) -> None:
   sides = [
     np.array([row[side] for row in rows]).reshape(len(rows), -1) for side in ("train", "test")
   ]
+  nouns = modality_of(hospitals).nouns
   title = f"Who holds what · {hospitals['split']['scheme']} split"
   colours = _class_colours(len(class_names))
   if len(rows) > MAX_BARS:
-    _partition_of_many(path, sides, class_names, colours, title)
+    _partition_of_many(path, sides, class_names, colours, title, nouns)
     return
   with new_figure(path, (WIDTH, 1.9 + 0.32 * len(rows)), title) as figure:
     axes = figure.subplots(1, 2, sharey=True, width_ratios=[3, 2])
@@ -71,7 +73,7 @@ def draw_partition(path: pathlib.Path, hospitals: dict[str, Any]) -> None:
         left += values
       for y, total in enumerate(left):
         axis.text(total, y, f" {total:.0f}", va="center", fontsize=9, color="#444444")
-      axis.set(title=f"{side}: {left.sum():.0f} images", xlabel="images")
+      axis.set(title=f"{side}: {left.sum():.0f} {nouns}", xlabel=nouns)
       axis.margins(x=0.12)
       axis.grid(visible=False, axis="y")
     axes[0].set_yticks(range(len(rows)), labels([row["name"] for row in rows], "hospital"))
@@ -85,6 +87,7 @@ def _partition_of_many(
   class_names: list[str],
   colours: list[Any],
   title: str,
+  nouns: str,
 ) -> None:
   """Sizes in descending order above the class shares of the same hospitals."""
   train, test = sides
@@ -98,14 +101,14 @@ def _partition_of_many(
       places, test.sum(axis=1)[order], where="mid", color=ALONE, linewidth=1,
       label=f"test, {test.sum()} in all",
     )  # fmt: skip
-    upper.set(ylabel="images of a hospital", ylim=(0, None))
+    upper.set(ylabel=f"{nouns} of a hospital", ylim=(0, None))
     upper.legend(loc="upper right")
     shares = train[order] / np.maximum(train[order].sum(axis=1, keepdims=True), 1)
     base = np.zeros(len(order))
     for label, values, colour in zip(class_names, shares.T, colours, strict=True):
       lower.bar(places, values, bottom=base, width=1.0, color=colour, label=label)
       base += values
-    lower.set(ylabel="share of\ntrain images", ylim=(0, 1), xlabel="hospital, by size")
+    lower.set(ylabel=f"share of\ntrain {nouns}", ylim=(0, 1), xlabel="hospital, by size")
     lower.set_xlim(0.5, len(order) + 0.5)
     lower.grid(visible=False)
     add_legend(figure, lower)
@@ -118,13 +121,14 @@ def draw_rounds(
   split_scheme: str,
   who: str,
   task: Task,
+  nouns: str = "images",
 ) -> None:
   """Draws metrics of the task at the log points of metrics.jsonl, and the ε spent by then."""
   test = [line for line in log if line["split"] == "test"]
   train = [line for line in log if line["split"] == "train"]
   private = any(line["epsilon_max"] is not None for line in test)
   epsilon = test[-1]["epsilon_max"]
-  title = f"{who.capitalize()} on the test images · {context_line(split_scheme, epsilon)}"
+  title = f"{who.capitalize()} on the test {nouns} · {context_line(split_scheme, epsilon)}"
   metrics = task.metrics_in(Place.CURVES)
   panels = len(metrics) + private
   columns = 2 if panels == 4 else min(3, panels)
@@ -135,13 +139,13 @@ def draw_rounds(
       axis.remove()
     for axis, metric in zip(axes, metrics, strict=False):
       key = metric.name
-      _draw_hospital_lines(axis, test, key)
+      _draw_hospital_lines(axis, test, key, nouns)
       if baselines is not None:
         for name, colour, style, curve in _baseline_curves(baselines, key):
           axis.plot(*curve, color=colour, linestyle=style, linewidth=1.6, label=name)
       axis.plot(
         *_curve(test, key), color=GLOBAL, linewidth=2.2, marker=_marker(test),
-        markersize=4, label=f"{who}, all test images",
+        markersize=4, label=f"{who}, all test {nouns}",
       )  # fmt: skip
       if key == "loss" and train:
         axis.plot(*_curve(train, key), color="#444444", linestyle=":", label="local training")
@@ -165,13 +169,13 @@ def draw_rounds(
     add_legend(figure, fullest)
 
 
-def _draw_hospital_lines(axis: Any, test: list[dict[str, Any]], key: str) -> None:
+def _draw_hospital_lines(axis: Any, test: list[dict[str, Any]], key: str, nouns: str) -> None:
   """A thin line for each hospital, or for many the band that holds their middle 80%."""
   rounds = [line["round"] for line in test]
   values = _array([[client.get(key) for client in line["clients"]] for line in test])
   if values.shape[1] <= MAX_LINES:
     for number, curve in enumerate(values.T):
-      label = "each hospital's test images" if number == 0 else None
+      label = f"each hospital's test {nouns}" if number == 0 else None
       axis.plot(rounds, curve, color=QUIET, linewidth=0.8, alpha=0.7, label=label,
                 marker="." if len(rounds) == 1 else None)  # fmt: skip
     return
@@ -215,14 +219,15 @@ def draw_hospitals(
   if baselines is not None:
     last = {hospital["name"]: hospital["curve"][-1]["own"] for hospital in baselines["alone"]}
     alone = [last[client["name"]] for client in clients]
-  title = f"Each hospital's own test images · {context_line(scheme, summary['epsilon_max'])}"
+  nouns = modality_of(hospitals).nouns
+  title = f"Each hospital's own test {nouns} · {context_line(scheme, summary['epsilon_max'])}"
   metrics = task.metrics_in(Place.LINE)
   if len(clients) > MAX_BARS:
     sizes = [sum(row["train"]) for row in hospitals["hospitals"]]
     with new_figure(path, (WIDTH, 4.6), f"{title} · {len(clients)} hospitals") as figure:
       axes = figure.subplots(1, len(metrics), squeeze=False)[0]
       for axis, metric in zip(axes, metrics, strict=True):
-        _draw_hospital_dots(axis, metric, who, clients, alone, sizes)
+        _draw_hospital_dots(axis, metric, who, clients, alone, sizes, nouns)
     return
   height = 0.62 if alone else 0.36
   with new_figure(path, (WIDTH, 1.9 + height * len(clients)), title) as figure:
@@ -242,7 +247,7 @@ def draw_hospitals(
       overall = summary["test"].get(key)
       if overall is not None:
         axis.axvline(overall, color=GLOBAL, linestyle="--", linewidth=1.2, zorder=0.5,
-                     label=f"{who}, all test images")  # fmt: skip
+                     label=f"{who}, all test {nouns}")  # fmt: skip
       reach = (low, low + 1.13 * (high - low))
       axis.set(title=metric.axis, xlim=reach, xticks=np.linspace(low, high, 6))
       axis.grid(visible=False, axis="y")
@@ -267,12 +272,13 @@ def _draw_hospital_dots(
   clients: list[dict[str, Any]],
   alone: list[dict[str, Any]] | None,
   sizes: list[int],
+  nouns: str,
 ) -> None:
   """A dot for each of many hospitals: against the one trained alone, or against its size."""
   values = _array([client.get(metric.name) for client in clients])
   if alone is None:
     axis.scatter(sizes, values, s=16, color=GLOBAL, alpha=0.6, linewidth=0)
-    axis.set(title=metric.axis, xlabel="train images of the hospital", ylabel=who, xscale="log")
+    axis.set(title=metric.axis, xlabel=f"train {nouns} of the hospital", ylabel=who, xscale="log")
     if metric.is_share:
       axis.set_ylim(min(axis.get_ylim()[0], 0.9), 1.01)
     axis.xaxis.set_major_formatter("{x:.0f}")
@@ -305,7 +311,7 @@ def draw_details(
   with new_figure(path, size, title) as figure:
     axis = figure.subplots()
     drawn.draw(axis, summary, names, False)
-    axis.set(title=drawn.title)
+    axis.set(title=worded(drawn.title, modality_of(hospitals)))
     turned = len(names) >= 4 or inches(names) > 0.9
     axis.set_xticks(range(len(names)), names, rotation=45 if turned else 0)
     axis.set_yticks(range(len(names)), names)

@@ -10,6 +10,7 @@ from rich.console import Console
 from fedjax_med.core.config import Config
 from fedjax_med.data.dataset import Hospitals, client_rows
 from fedjax_med.data.grey import to_eight_bits
+from fedjax_med.data.modality import modality_named
 from fedjax_med.data.sources import source_named
 from fedjax_med.prepare.experiment import Experiment
 from fedjax_med.report import figures
@@ -33,6 +34,9 @@ def run(
 
 
 def _report(folder: pathlib.Path, experiment: Experiment) -> pathlib.Path:
+  dataset = experiment.hospitals.dataset
+  if not modality_named(dataset.modality).explain:
+    return write_report(folder)  # there is nothing to look at
   if not experiment.guarantees or source_named(experiment.config.data.source).synthetic_people:
     _draw_examples(experiment, folder)  # pictures of patients are no private release
   return write_report(folder)

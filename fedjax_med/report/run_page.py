@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fedjax_med.core.errors import require
+from fedjax_med.data.modality import modality_of, worded
 from fedjax_med.folder.data_notes import data_notes
 from fedjax_med.folder.reading import EXPLANATION, read_json, read_run, read_utf8, require_shape
 from fedjax_med.folder.writing import REPORT, STATEMENT, write_text
@@ -120,6 +121,7 @@ def _page(workdir: pathlib.Path, run: dict[str, Any], images: dict[str, dict[str
     **run,
     "images": images,
     "rows": _rows(run),
+    "modality": modality_of(run["config"]),
     "data_notes": data_notes(
       run["hospitals"],
       run["config"]["config"]["privacy"]["unit"],
@@ -137,7 +139,7 @@ def _page(workdir: pathlib.Path, run: dict[str, Any], images: dict[str, dict[str
     "own_figures": [(drawn.name, drawn.caption(class_names)) for drawn in task.figures],
     "stand_ins": _stand_ins(run["hospitals"]),
   }
-  return environment().get_template("report.html").render(view)
+  return worded(environment().get_template("report.html").render(view), view["modality"])
 
 
 def _stand_ins(held: dict[str, Any]) -> list[tuple[str, str]]:
@@ -182,6 +184,7 @@ def _draw_all(folder: pathlib.Path, run: dict[str, Any], suffix: str) -> None:
     hospitals["split"]["scheme"],
     summary["predicts"],
     task,
+    nouns=modality_of(run["config"]).nouns,
   )
   figures.draw_hospitals(folder / f"hospitals{suffix}", summary, hospitals, baselines, task)
   for drawn in task.figures:

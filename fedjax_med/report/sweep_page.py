@@ -13,6 +13,7 @@ import pandas as pd
 
 from fedjax_med import study
 from fedjax_med.core.errors import require
+from fedjax_med.data.modality import modality_of, worded
 from fedjax_med.folder.data_notes import Note, data_notes
 from fedjax_med.folder.writing import read_metrics, write_text, write_whole
 from fedjax_med.privacy import claims
@@ -166,6 +167,7 @@ def write(runs: ComparedRuns, target: pathlib.Path) -> pathlib.Path:
       images=embedded(folder, names),
       config=table.read_json(first / "config.json"),
       split=held["split"],
+      table="table" in held,
       data_notes=_data_notes(runs),
       statement=statement_text(private) if private else "",
       folders=[
@@ -177,7 +179,7 @@ def write(runs: ComparedRuns, target: pathlib.Path) -> pathlib.Path:
     )
   )
   path = target / "report.html"
-  write_text(path, page)
+  write_text(path, worded(page, modality_of(held)))
   return path
 
 

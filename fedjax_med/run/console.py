@@ -20,6 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fedjax_med.core.text import encodable, visible
+from fedjax_med.data.modality import modality_named, worded
 from fedjax_med.folder.data_notes import data_notes
 from fedjax_med.folder.secret import is_private
 from fedjax_med.prepare.experiment import Experiment
@@ -75,12 +76,13 @@ def describe(
   """Prints data, hospitals, model and plan of a run, and the ε spent after ``rounds`` rounds."""
   config, hospitals = experiment.config, experiment.hospitals
   dataset, split = hospitals.dataset, hospitals.split
-  height, width = dataset.inputs.shape[1:3]
+  modality, sides = modality_named(dataset.modality), dataset.inputs.shape[1:3]
+  size = "x".join(map(str, sides)) + (" inputs" if dataset.table else "")
   positive = task_named(dataset.task).positive(dataset.class_names)
   classes = ", ".join(dataset.class_names) + (f"; positive class: '{positive}'" if positive else "")
   console.print(
-    f"[bold]{len(hospitals.names)} hospitals[/] share {dataset.num_real} images"
-    f" ({config.data.source}, {height}x{width}, classes {escape(classes)});"
+    f"[bold]{len(hospitals.names)} hospitals[/] share {dataset.num_real} {modality.nouns}"
+    f" ({config.data.source}, {size}, classes {escape(classes)});"
     f" {len(split.train)} train, {len(split.test)} test, split '{split.scheme}',"
     f" partition '{config.partition.scheme}'"
   )
@@ -91,7 +93,7 @@ def describe(
       f" (client.synthetic_share={config.client.synthetic_share:g})"
       + (f"; too few images to learn from, so that none are made: {escape(told)}" if told else "")
     )
-  if split.num_test_with_duplicate_in_train:
+  if split.num_test_with_duplicate_in_train and modality.keeps_copies:
     console.print(
       f"[yellow]{split.num_test_with_duplicate_in_train} of {len(split.test)} test images have a"
       " near-duplicate in train: the score will be optimistic[/]"
@@ -115,7 +117,8 @@ def describe(
   end = "" if rounds == total else f"; the budget stops the run before round {rounds + 1}"
   if experiment.local:
     console.print(
-      f"Privacy of {UNITS[experiment.local.unit].protects}, zero-out adjacency, DP-SGD:"
+      f"Privacy of {worded(UNITS[experiment.local.unit].protects, modality)}, zero-out adjacency,"
+      " DP-SGD:"
       f" {rounds} of {total} rounds would spend ε = {max(planned):.3f} at the worst hospital{end}"
     )
   if experiment.central:

@@ -4,7 +4,8 @@ import pathlib
 from typing import Any
 
 from fedjax_med.core.errors import require
-from fedjax_med.folder.data_notes import patient_note
+from fedjax_med.data.modality import modality_of, worded
+from fedjax_med.folder.data_notes import FEDERATED_SCALING, patient_note
 from fedjax_med.folder.reading import read_json
 from fedjax_med.folder.writing import write_text
 from fedjax_med.privacy import claims
@@ -43,8 +44,28 @@ def statement_text(workdir: pathlib.Path) -> str:
   held, unit = read_json(workdir / "hospitals.json"), config["config"]["privacy"]["unit"]
   patients = patient_note(held, unit).text
   text = write_out(record, config["run_id"], read_audit(workdir), patients)
+  text = worded(text, modality_of(config))
+  if "table" in held:
+    text += f"\n{_table_sentences(held['table'], bool(record['guarantees']))}"
   exchange = config.get("exchange")  # folders of versions up to 0.2.0 do not say
   return text if exchange is None else f"{text}\n{_exchange_sentences(exchange)}"
+
+
+def _table_sentences(table: dict[str, Any], private: bool) -> str:
+  """What the preparation of a table tells of it, as a section of the statement."""
+  counted = " ε counts none of it." if private else ""
+  scaling = {
+    "ranges": "Numbers are scaled by the ranges of the manifest, which follow from no record.",
+    "federated": FEDERATED_SCALING,
+    "hospital": "Each hospital scales its numbers by its own statistics, which do not leave it.",
+  }[table["scaling"]]
+  return (
+    "## What the preparation of the table tells\n\n"
+    f"{scaling}\n\n"
+    "hospitals.json tells, exactly and without noise, which share of each column is missing at each"
+    " hospital, how many values were outside their range or of no listed category, how many records"
+    f" were left out and why, and how many are equal.{counted}\n"
+  )
 
 
 def _exchange_sentences(exchange: dict[str, Any]) -> str:

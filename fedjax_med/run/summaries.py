@@ -10,7 +10,8 @@ import numpy as np
 
 from fedjax_med import __version__
 from fedjax_med.core.config import Config, to_dict
-from fedjax_med.data.dataset import Hospitals, client_rows
+from fedjax_med.data.dataset import Hospitals, array_leaves, client_rows
+from fedjax_med.data.table_manifest import Table, manifest_record
 from fedjax_med.exchange.registry import make_exchange, transform_names
 from fedjax_med.folder import writing as files
 from fedjax_med.folder.secret import is_private
@@ -62,6 +63,7 @@ def config_record(experiment: Experiment, command: str) -> dict[str, Any]:
     "task": dataset.task,
     "modality": dataset.modality,
     "num_columns": num_columns,
+    "input_shape": list(array_leaves(dataset.inputs)[0].shape[1:]),
     "device": f"{jax.devices()[0].device_kind} x {jax.device_count()}",
     "versions": versions,
     "notes": notes,
@@ -133,14 +135,37 @@ def hospital_record(hospitals: Hospitals, names: bool = True) -> dict[str, Any]:
       "pairs": [list(pair) for pair in split.contradictions.pairs if names],
     },
     "patients": dataset.patient_counts and dataset.patient_counts._asdict(),
-    "grey": dataset.grey._asdict(),
+    **({} if dataset.table else {"grey": dataset.grey._asdict()}),
     "skipped": skipped,
     "hospitals": [holds(k, name) for k, name in enumerate(hospitals.names)],
   }
+  if dataset.table:
+    record |= {"modality": dataset.modality, "table": _table_record(hospitals, dataset.table)}
   if dataset.num_synthetic:
     left = [list(each) for each in left_out(hospitals)]
     record["synthetic"] = {"sha256": synthetic_digest(hospitals), "left_out": left}
   return record
+
+
+def _table_record(hospitals: Hospitals, table: Table) -> dict[str, Any]:
+  """What predictions on another table need, and counts of what its preparation met."""
+  names = [column.name for column in table.manifest.inputs]
+  rows = zip(client_rows(hospitals.train), client_rows(hospitals.test), strict=True)
+  shares = [table.missing[np.concatenate(own)].mean(axis=0) for own in rows]
+  return {
+    "manifest": manifest_record(table.manifest),
+    "scaling": table.scaling,
+    "shift": list(table.shift),
+    "scale": list(table.scale),
+    "outside": table.outside,
+    "unknown": table.unknown,
+    "absent": {name: list(columns) for name, columns in table.absent.items()},
+    "unlisted": list(table.unlisted),
+    "missing": {
+      name: {column: round(float(share), 4) for column, share in zip(names, own, strict=True)}
+      for name, own in zip(hospitals.names, shares, strict=True)
+    },
+  }
 
 
 def _without_detail(reason: str) -> str:

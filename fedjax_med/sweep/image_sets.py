@@ -30,7 +30,9 @@ def digest(dataset: Dataset) -> str:
   sha.update(json.dumps(words).encode())
   known = dataset.sites, dataset.patients, dataset.in_test
   targets = array_leaves(task_named(dataset.task).targets(dataset))
-  examples = [leaf[:real] for leaf in (*array_leaves(dataset.inputs), *targets)]
+  # What scales a table follows from the split, and the set is the same under all of them.
+  inputs = dataset.inputs if dataset.unscaled is None else dataset.unscaled
+  examples = [leaf[:real] for leaf in (*array_leaves(inputs), *targets)]
   for array in (*examples, *known):
     if array is not None:
       sha.update(f"{array.dtype} {array.shape}".encode())

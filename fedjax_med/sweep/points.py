@@ -178,7 +178,9 @@ def _short(value: Any) -> str:
 def image_fields(data: DataConfig) -> dict[str, Any]:
   """The fields that the examples follow from, without those of their split."""
   seed = [] if source_named(data.source).seeded else ["seed"]
-  others = ("split", "test_fraction", *seed)
+  # Published splits may leave out examples.
+  split = [] if source_named(data.source).facts.own_split else ["split"]
+  others = (*split, "test_fraction", *seed)
   return {k: v for k, v in dataclasses.asdict(data).items() if k not in others}
 
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import export
 
+from fedjax_med.core.errors import require
 from fedjax_med.core.text import encodable
 from fedjax_med.data.modality import preparation
 from fedjax_med.folder.writing import write_text, write_whole
@@ -83,6 +84,11 @@ def export_model(trained: Trained, how: str, output: pathlib.Path) -> str:
   Raises:
     UserError: privacy.json does not follow from the ledger.
   """
+  require(
+    trained.table is None,
+    f"run {trained.run_id} was trained on a table, whose columns become inputs outside the network",
+    "use python -m fedjax_med.predict --table=FILE",
+  )
   about = describe(trained, claims.read(trained.folder))
   output.parent.mkdir(parents=True, exist_ok=True)
   if how == "jax":

@@ -51,6 +51,8 @@ class Trained(NamedTuple):
     task: kind of the run's predictions.
     stem_pool_padding: padding of the pool of the network's stem; empty if it has no such choice.
     hospital: hospital of the model; empty for the global one.
+    input_shape: shape of one input of the network; () is a picture of data.image_size.
+    table: how records became inputs, from hospitals.json; None of other examples.
   """
 
   folder: pathlib.Path
@@ -66,6 +68,8 @@ class Trained(NamedTuple):
   task: Task
   stem_pool_padding: str
   hospital: str
+  input_shape: tuple[int, ...] = ()
+  table: dict[str, Any] | None = None
 
   @property
   def described(self) -> str:
@@ -74,9 +78,10 @@ class Trained(NamedTuple):
     return f"run {self.run_id} after round {self.rounds}{whose}"
 
   @property
-  def image_shape(self) -> tuple[int, int, int]:
-    """(H, W, C) of the network's images."""
-    return self.config.data.image_size, self.config.data.image_size, CHANNELS
+  def image_shape(self) -> tuple[int, ...]:
+    """Shape of one input of the network, (H, W, C) of a picture."""
+    side = self.config.data.image_size
+    return self.input_shape or (side, side, CHANNELS)
 
   @property
   def predicts_classes(self) -> bool:
@@ -115,8 +120,7 @@ def load(
   lowering = lowering or choose_lowering(config.execution.lowering, cores)[0]
   module = recreate_module(config.model, run.num_columns, saved)
   model = from_flax(module, lowering=lowering)
-  size = config.data.image_size
-  image = jnp.zeros((1, size, size, CHANNELS), jnp.float32)
+  image = jnp.zeros((1, *run.input_shape), jnp.float32)
   layout = network_layout(*jax.eval_shape(model.init, base_key(0), image))
   algorithm = _personal_algorithm(folder, run, hospital, layout)
   like = (
@@ -152,6 +156,8 @@ def load(
     task=run.task,
     stem_pool_padding=padding,
     hospital=hospital,
+    input_shape=run.input_shape,
+    table=run.table,
   )
 
 
@@ -182,6 +188,8 @@ class _Run(NamedTuple):
     modality: kind of its examples.
     task: kind of its predictions.
     num_columns: outputs of the network for an example.
+    input_shape: shape of one input of the network.
+    table: how records became inputs; None of other examples.
   """
 
   config: Config
@@ -193,6 +201,8 @@ class _Run(NamedTuple):
   modality: Modality
   task: Task
   num_columns: int
+  input_shape: tuple[int, ...]
+  table: dict[str, Any] | None
 
 
 def _read_run(folder: pathlib.Path) -> _Run:
@@ -211,8 +221,10 @@ def _read_run(folder: pathlib.Path) -> _Run:
   record, held = _read(folder / "config.json"), _read(folder / "hospitals.json")
   modality, task = modality_of(record), task_of(record)
   try:
+    config = from_dict(record["config"])
+    side = config.data.image_size  # of folders that do not say their inputs' shape
     run = _Run(
-      config=from_dict(record["config"]),
+      config=config,
       class_names=tuple(held["class_names"]),
       hospitals=[str(hospital["name"]) for hospital in held["hospitals"]],
       run_id=str(record["run_id"]),
@@ -221,6 +233,8 @@ def _read_run(folder: pathlib.Path) -> _Run:
       modality=modality,
       task=task,
       num_columns=int(record.get("num_columns", len(held["class_names"]))),
+      input_shape=tuple(record.get("input_shape", (side, side, CHANNELS))),
+      table=held.get("table"),
     )
     version = str(record["versions"]["fedjax_med"])
   except (KeyError, TypeError, ValueError) as error:

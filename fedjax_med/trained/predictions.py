@@ -84,7 +84,7 @@ def choose_layer(trained: Trained, name: str = "") -> grad_cam.MapLayer:
   """
   require(
     trained.modality.explain,
-    f"run {trained.run_id} was trained on {trained.modality.name}, over which no map is drawn",
+    f"run {trained.run_id} was trained on {trained.modality.nouns}, over which no map is drawn",
     "leave out maps",
   )
   require(

@@ -54,7 +54,7 @@ def test_unknown_choices_are_answered_with_the_nearest(path):
 
 def test_every_number_has_a_range_and_every_name_its_choices_unless_a_registry_has_them():
   free = {"data.path", "data.cache_dir", "data.patient_pattern", "model.name", "server.algorithm"}
-  free |= {"server.personal_layers", "data.layout", "data.positive", "data.window"}
+  free |= {"server.personal_layers", "data.layout", "data.positive", "data.window", "data.columns"}
   free |= {"execution.compilation_cache", "model.pretrained", "data.source"}
   free |= {"server.aggregator", "server.transforms"}
   bare = {path for path, field in FIELDS.items() if not field.choices and field.bounds is None}

@@ -7,10 +7,12 @@ import numpy as np
 from PIL import Image
 
 from fedjax_med.core.config import Config, set_field
+from tests.data.table_cases import MANIFEST, columns_file, heart_folder, table_file
 from tests.exchange import parts  # noqa: F401  (registers the transform and the aggregator below)
 
 Changes = dict[str, Any]
 FILES = "FILES"  # stands for the folder of pictures, with numbers for other ones
+TABLE, COLUMNS, HEART = "A TABLE", "ITS COLUMNS", "HEART"  # stand for files of tables
 
 
 class Case(NamedTuple):
@@ -58,6 +60,8 @@ def changed(changes: Changes, files: pathlib.Path) -> Config:
   for path, value in changes.items():
     if isinstance(value, str) and value.startswith(FILES):
       value = make_files(files, int(value.removeprefix(FILES) or 0))
+    elif isinstance(value, str) and value.startswith((TABLE, COLUMNS, HEART)):
+      value = make_table(files, value)
     set_field(config, path, value)
   return config
 
@@ -79,12 +83,38 @@ def make_files(folder: pathlib.Path, seed: int) -> str:
   return str(root)
 
 
+def make_table(folder: pathlib.Path, which: str) -> str:
+  """A table of 120 records, its manifest (two ranges), or made-up files with UCI's names."""
+  if which == TABLE:
+    return str(table_file(folder / "table.csv", 120))
+  if which == HEART:
+    return str(heart_folder(folder / "heart"))
+  wide = MANIFEST.replace("high = 80,", "high = 100,")
+  return columns_file(folder, MANIFEST if which == COLUMNS else wide, f"{which}.toml")
+
+
 LAYOUT = "execution.* lays the same arithmetic out otherwise: results are equal but for rounding"
 ONE_VALUE = "a declaration with one value; every other one is refused with the reason"
 FOLDER = {"data.source": "folder", "data.path": FILES, "data.num_examples": 4000}
 GIVEN = {**FOLDER, "data.layout": "{class}/{site}_{split}_*"}
+TABLES = {
+  "data.source": "table",
+  "data.path": TABLE,
+  "data.columns": COLUMNS,
+  "data.image_size": 192,
+  "data.num_examples": 4000,
+}
 SITES = {"partition.scheme": "site", "partition.num_clients": 7, "partition.min_client_size": 1}
 GAN = {"client.synthetic": "gan"}
+PAPER = {
+  **TABLES,
+  "data.source": "heart_disease",
+  "data.path": HEART,
+  "data.columns": "",
+  "data.split": "paper",
+  "partition.scheme": "site",
+  "partition.num_clients": 4,
+}
 SIGMA = "privacy.noise_multiplier"
 PRIVATE = {"privacy.mechanism": "dp_sgd", SIGMA: 1.0}
 TARGET = {"privacy.mechanism": "dp_sgd", "privacy.target_epsilon": 8.0}
@@ -107,20 +137,22 @@ CASES: dict[str, Case] = {
   "data.cache_dir": Case(
     f"{FILES}1", "cache", {**FOLDER, "data.source": "br35h"}, ({}, FOLDER), why="where files lie"
   ),
-  "data.image_size": Case(9, "holders"),
-  "data.min_size": Case(10, "holders", FOLDER, ({},)),
+  "data.image_size": Case(9, "holders", without=(TABLES,)),
+  "data.min_size": Case(10, "holders", FOLDER, ({}, TABLES)),
   "data.strict": Case(True, "refusal", FOLDER, ({},)),
   "data.layout": Case("{class}/{patient}_*", "holders", FOLDER, ({},)),
   "data.positive": Case("no", "holders", FOLDER, ({},)),
-  "data.window": Case("50,200", "holders", FOLDER, ({},)),
+  "data.window": Case("50,200", "holders", FOLDER, ({}, TABLES)),
   "data.split": Case("paper", "holders", without=(GIVEN,)),
-  "data.test_fraction": Case(0.4, "holders", without=(GIVEN,)),
+  "data.test_fraction": Case(0.4, "holders", without=(GIVEN, PAPER)),
   "data.patient_pattern": Case(
-    "(P[0-9]+)_", "holders", FOLDER, ({}, {**FOLDER, "data.layout": "{class}/{patient}_*"})
+    "(P[0-9]+)_", "holders", FOLDER, ({}, TABLES, {**FOLDER, "data.layout": "{class}/{patient}_*"})
   ),
-  "data.normalisation": Case("fixed", "program"),
+  "data.normalisation": Case("fixed", "program", without=(TABLES,)),
+  "data.columns": Case(f"{COLUMNS} 2", "holders", TABLES, ({},)),
+  "data.scaling": Case("federated", "holders", TABLES, ({},)),
   "data.num_examples": Case(130, "holders", without=(FOLDER,)),
-  "data.seed": Case(1, "holders", without=({**GIVEN, **SITES},)),
+  "data.seed": Case(1, "holders", without=({**GIVEN, **SITES}, PAPER)),
   "partition.scheme": Case("iid", "holders"),
   "partition.num_clients": Case(4, "holders"),
   "partition.alpha": Case(
@@ -152,8 +184,8 @@ CASES: dict[str, Case] = {
   "client.num_local_steps": Case(3, "plan"),
   "client.num_local_epochs": Case(2.0, "plan", {"client.num_local_steps": 0}, ({},)),
   "client.label_smoothing": Case(0.1, "program"),
-  "client.augmentation": Case("flip", "program"),
-  "client.synthetic": Case("gan", "holders"),
+  "client.augmentation": Case("flip", "program", without=(TABLES,)),
+  "client.synthetic": Case("gan", "holders", without=(TABLES,)),
   "client.synthetic_share": Case(1.0, "holders", GAN, ({},)),
   "client.gan_steps": Case(2, "images", {**GAN, "client.gan_steps": 1}, ({},)),
   "server.algorithm": Case("scaffold", "program"),
