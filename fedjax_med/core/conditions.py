@@ -56,6 +56,7 @@ PICTURES = Condition(
   remedy="use --config.data.source=folder",
 )
 FOLDER = one_of("data.source", "folder")
+MANIFEST = one_of("data.source", "manifest")
 DRAWN_SIDES, OPEN_PATIENTS = _without("{split}"), _without("{patient}")
 DRAWN = Condition(
   wording="a split or a partition that is drawn",

@@ -21,6 +21,7 @@ class SourceFacts(NamedTuple):
 SOURCE_FACTS: dict[str, SourceFacts] = {
   "phantoms": SourceFacts(reads_files=False, has_sites=True),
   "folder": SourceFacts(),
+  "manifest": SourceFacts(),
   "br35h": SourceFacts(),
   "sars_cov2_ct": SourceFacts(),
 }

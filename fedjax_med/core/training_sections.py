@@ -13,7 +13,8 @@ class DataConfig:
   source: str = field(
     "phantoms",
     doc=(
-      "phantoms (embedded), folder (a folder of class folders), br35h or sars_cov2_ct"
+      "phantoms (embedded), folder (a folder of class folders), manifest (a table that lists"
+      " pictures with their labels), br35h or sars_cov2_ct"
       " (tensorflow-datasets builders; path is the folder with the downloaded class folders), or"
       " a source that the preset registers."
     ),
@@ -21,7 +22,10 @@ class DataConfig:
   # Where files lie and how they are read changes a run by its images and labels only, which are
   # part of the run id.
   path: str = field(
-    "", doc="folder of the files that the source reads.", read=(when.PICTURES,), shapes_run=never
+    "",
+    doc="folder of the files that the source reads; of source=manifest the table itself.",
+    read=(when.PICTURES,),
+    shapes_run=never,
   )
   cache_dir: str = field(
     "~/.cache/fedjax_med/tfds",
@@ -125,6 +129,59 @@ class DataConfig:
     bounds=least(0, 2**31 - 1, remedy="use 0"),
     traced=True,
     read=(when.DRAWN,),
+  )
+  # Fields of a manifest come last. What they change are images, labels and who holds them.
+  path_column: str = field(
+    "path",
+    doc="of source=manifest, column of the paths of the files, relative to the manifest.",
+    traced=True,
+    read=(when.MANIFEST,),
+    shapes_run=never,
+  )
+  label_column: str = field(
+    "label",
+    doc="of source=manifest, column of the classes.",
+    traced=True,
+    read=(when.MANIFEST,),
+    shapes_run=never,
+  )
+  patient_column: str = field(
+    "patient",
+    doc="of source=manifest, column of the patients, if it has one.",
+    traced=True,
+    read=(when.MANIFEST,),
+    shapes_run=never,
+  )
+  site_column: str = field(
+    "site",
+    doc="of source=manifest, column of the hospitals or scanners, if it has one.",
+    traced=True,
+    read=(when.MANIFEST,),
+    shapes_run=never,
+  )
+  split_column: str = field(
+    "split",
+    doc="of source=manifest, column of the sides, train or test, if it has one.",
+    traced=True,
+    read=(when.MANIFEST,),
+    shapes_run=never,
+  )
+  group_columns: str = field(
+    "",
+    doc=(
+      "of source=manifest, further columns, with commas between them: rows of equal values stay"
+      " on one side, in one hospital."
+    ),
+    traced=True,
+    read=(when.MANIFEST,),
+    shapes_run=never,
+  )
+  given_split: bool = field(
+    True,
+    doc="keep the train and test sides that the data give; False splits anew.",
+    traced=True,
+    read=(when.MANIFEST,),
+    shapes_run=never,
   )
 
 

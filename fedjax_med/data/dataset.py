@@ -31,8 +31,10 @@ class Dataset:
     in_test: [N] bool, the test part that the source gives; None where it gives none.
     task: name of what is predicted, of ``tasks.registry.TASKS``.
     modality: name of what an example is, of ``data.modality.MODALITIES``.
+    kept_together: [N] int32 groups that stay on one side and in one hospital besides
+      near-duplicates and patients, such as slices of a volume; None without.
     num_synthetic: examples at the end that were made from training images of a hospital, and are in
-      its training row only; sites, patients, masks and sides end before them.
+      its training row only; sites, patients, groups, masks and sides end before them.
   """
 
   inputs: Any
@@ -50,6 +52,7 @@ class Dataset:
   in_test: np.ndarray | None = None
   task: str = "classification"
   modality: str = "pictures"
+  kept_together: np.ndarray | None = None
   num_synthetic: int = 0
 
   @property

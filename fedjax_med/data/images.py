@@ -233,11 +233,15 @@ def gather(
   root: pathlib.Path,
   data: DataConfig,
   notes: tuple[str, ...] = (),
+  listed: bool = False,
 ) -> Dataset:
-  """Makes a dataset of the files that were read; see ``load_folder``."""
+  """Makes a dataset of the files that were read; see ``load_folder``.
+
+  ``listed`` says that somebody named each file, so that none is taken for a mask by its values.
+  """
   pictures: list[tuple[Placed, Values]] = []
   lost = list(left_out)
-  for placed, values in _without_masks(results, root):
+  for placed, values in results if listed else _without_masks(results, root):
     name, class_name = placed.file.name, placed.class_name
     if isinstance(values, str):
       lost.append(LeftOut(name=name, reason=values, class_name=class_name))

@@ -1,4 +1,4 @@
-"""Sources of datasets: embedded phantoms, a folder of pictures, the two public sets."""
+"""Sources of datasets: embedded phantoms, a folder or a table of pictures, the two public sets."""
 
 import pathlib
 from collections.abc import Callable
@@ -12,6 +12,7 @@ from fedjax_med.core.sources import read_again
 from fedjax_med.data.builders import load_builder
 from fedjax_med.data.dataset import Dataset
 from fedjax_med.data.images import load_folder
+from fedjax_med.data.manifest import load_manifest
 from fedjax_med.data.phantoms import make_phantoms
 
 
@@ -70,6 +71,10 @@ def _folder(data: DataConfig) -> Dataset:
   return load_folder(pathlib.Path(data.path).expanduser(), data)
 
 
+def _manifest(data: DataConfig) -> Dataset:
+  return load_manifest(pathlib.Path(data.path).expanduser(), data)
+
+
 def _builder(data: DataConfig) -> Dataset:
   return load_builder(pathlib.Path(data.path).expanduser(), data)
 
@@ -80,6 +85,8 @@ SOURCES: dict[str, Source] = {
     load=_phantoms, facts=SOURCE_FACTS["phantoms"], synthetic_people=True, seeded=True
   ),
   "folder": Source(load=_folder, facts=SOURCE_FACTS["folder"]),
+  # pandas is imported in reading, and imports what jax does.
+  "manifest": Source(load=_manifest, facts=SOURCE_FACTS["manifest"], beside_jax=False),
   "br35h": Source(load=_builder, facts=SOURCE_FACTS["br35h"], beside_jax=False),
   "sars_cov2_ct": Source(load=_builder, facts=SOURCE_FACTS["sars_cov2_ct"], beside_jax=False),
 }

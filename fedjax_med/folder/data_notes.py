@@ -39,7 +39,7 @@ def data_notes(held: dict[str, Any], unit: str, show_names: bool) -> list[Note]:
       text = f"Half of the pictures have at most {grey.levels} different grey values"
       notes.append(Note(f"{text}: they may have been exported with too few.", True))
   if split["scheme"] == "given":
-    text = "Train and test sides are those that the folders give (validation counts as train)."
+    text = "Train and test sides are those that the data give (validation counts as train)."
     notes.append(Note(text, False))
   sites = held.get("sites", {"count": 0, "are_hospitals": False})
   if sites["count"] and not sites["are_hospitals"]:

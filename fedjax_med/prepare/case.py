@@ -76,7 +76,7 @@ def federation(config: Config, hospitals: Hospitals, secret: bytes | None = None
     config.privacy.unit != "patient" or (counts is not None and counts.named == images),
     "privacy.unit='patient' needs to know who is on every image:"
     f" {described(counts, images, by_site=hospitals.by_site)}".removesuffix("."),
-    "name the patients with data.patient_pattern or {patient} in data.layout, or use"
+    "name the patients with data.patient_pattern, {patient} in data.layout or a manifest, or use"
     " privacy.unit=group, which protects groups of near-duplicates",
   )
   require(

@@ -57,7 +57,8 @@ def changed(changes: Changes, files: pathlib.Path) -> Config:
   config = base()
   for path, value in changes.items():
     if isinstance(value, str) and value.startswith(FILES):
-      value = make_files(files, int(value.removeprefix(FILES) or 0))
+      number, _, inside = value.removeprefix(FILES).partition("/")
+      value = str(pathlib.Path(make_files(files, int(number or 0)), inside))
     set_field(config, path, value)
   return config
 
@@ -75,6 +76,14 @@ def make_files(folder: pathlib.Path, seed: int) -> str:
       pixels = rng.integers(0, 256, (side, side)).astype(np.uint8)
       side = "train" if number % 4 else "test"
       Image.fromarray(pixels).save(root / name / f"P{number % 7}_{side}_{number}.png")
+  pictures = sorted(root.rglob("*.png"))
+  table = ["path,label,reversed,other,who,ward,wing,part"]
+  for number, (place, last) in enumerate(zip(pictures, pictures[::-1], strict=True)):
+    paths = [each.relative_to(root).as_posix() for each in (place, last)]
+    name, other = place.parent.name, "yes" if number % 3 else "no"
+    people = f"{number % 9},{number % 3},{number // 7 % 3}"
+    table.append(f"{paths[0]},{name},{paths[1]},{other},{people},{place.stem.split('_')[1]}")
+  (root / "list.csv").write_text("\n".join(table), encoding="utf-8")
   (root / "no" / "broken.png").write_bytes(b"none")
   return str(root)
 
@@ -83,6 +92,8 @@ LAYOUT = "execution.* lays the same arithmetic out otherwise: results are equal 
 ONE_VALUE = "a declaration with one value; every other one is refused with the reason"
 FOLDER = {"data.source": "folder", "data.path": FILES, "data.num_examples": 4000}
 GIVEN = {**FOLDER, "data.layout": "{class}/{site}_{split}_*"}
+MANIFEST = {**FOLDER, "data.source": "manifest", "data.path": f"{FILES}/list.csv"}
+ELSEWHERE = ({}, FOLDER)
 SITES = {"partition.scheme": "site", "partition.num_clients": 7, "partition.min_client_size": 1}
 GAN = {"client.synthetic": "gan"}
 SIGMA = "privacy.noise_multiplier"
@@ -121,6 +132,23 @@ CASES: dict[str, Case] = {
   "data.normalisation": Case("fixed", "program"),
   "data.num_examples": Case(130, "holders", without=(FOLDER,)),
   "data.seed": Case(1, "holders", without=({**GIVEN, **SITES},)),
+  "data.path_column": Case("reversed", "holders", MANIFEST, ELSEWHERE),
+  "data.label_column": Case("other", "holders", MANIFEST, ELSEWHERE),
+  "data.patient_column": Case("who", "holders", MANIFEST, ELSEWHERE),
+  "data.site_column": Case(
+    "wing",
+    "holders",
+    {
+      **MANIFEST,
+      "data.site_column": "ward",
+      "partition.scheme": "site",
+      "partition.min_client_size": 1,
+    },
+    ELSEWHERE,
+  ),
+  "data.split_column": Case("part", "holders", MANIFEST, ELSEWHERE),
+  "data.group_columns": Case("who", "holders", MANIFEST, ELSEWHERE),
+  "data.given_split": Case(False, "holders", {**MANIFEST, "data.split_column": "part"}, ELSEWHERE),
   "partition.scheme": Case("iid", "holders"),
   "partition.num_clients": Case(4, "holders"),
   "partition.alpha": Case(
