@@ -179,8 +179,8 @@ def _by_site(
     dataset.sites is not None,
     "partition.scheme='site' needs a dataset that says where each example comes from, which this"
     " one does not",
-    "say with data.layout which folders are the sites, such as '{site}/{class}/*', or with a column of a manifest, or use"
-    " partition.scheme=dirichlet",
+    "say with data.layout which folders are the sites, such as '{site}/{class}/*', or with a column"
+    " of a manifest, or use partition.scheme=dirichlet",
   )
   assert dataset.sites is not None
   num_sites = len(dataset.site_names)

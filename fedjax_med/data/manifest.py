@@ -405,9 +405,7 @@ def _with_people(dataset: Dataset, rows: Rows, path: pathlib.Path) -> Dataset:
     f"data.patient_pattern is read where no column names the patients, and {path} has one",
     "leave it empty, or name no such column",
   )
-  sites = (
-    [dataset.site_names[site] for site in dataset.sites] if dataset.sites is not None else None
-  )
+  sites = rows.sites and [rows.sites[row] for row in chosen]
   people = number_patients([rows.patients[row] for row in chosen], "the manifest", sites)
   return dataclasses.replace(dataset, patients=people.numbers, patient_counts=people.counts)
 
@@ -432,7 +430,5 @@ def _counted(count: int, noun: str) -> str:
 def _shown(values: Sequence[Any]) -> str:
   """The first few of some values, and how many more there are."""
   more = len(values) - SHOWN
-  listed = ", ".join(
-    readable(value) if isinstance(value, str) else str(value) for value in values[:SHOWN]
-  )
-  return listed + (f" and {more} more" if more > 0 else "")
+  shown = ", ".join(readable(str(value)) for value in values[:SHOWN])
+  return shown + (f" and {more} more" if more > 0 else "")

@@ -99,9 +99,7 @@ def test_sides_that_a_column_gives_are_kept_or_drawn_anew(tmp_path):
   assert hospitals.split.num_test_of_train_patients == 0
   drawn = read(path, given_split=False, test_fraction=0.4)
   assert drawn.in_test is None
-  with pytest.raises(
-    UserError, match=r"test_fraction=0.4 is not read: column 'split' of .*given_s"
-  ):
+  with pytest.raises(UserError, match=r"test_fraction=0.4 is not read: column 'split' of .*give"):
     read(path, test_fraction=0.4)
 
 
@@ -187,7 +185,7 @@ def with_cell(row: int, column: str, value: str) -> pd.DataFrame:
     (with_cell(5, "split", "train"), r"one name of column 'patient' in train and in test: 1 name, "
      r"such as that of scans/5.png; give each"),
     (with_cell(5, "path", "scans/4.png"), r"1 file more than once: scans/4.png; keep one row"),
-    (with_cell(5, "path", "./scans/../scans/4.png"), r"once: ./scans/../scans/4.png \(also scans/4"),
+    (with_cell(5, "path", "./scans/../scans/4.png"), r"once: ./scans/../scans/4.png \(also sca"),
     (with_cell(5, "path", "../x.png"), r"lists 1 path outside of its folder: ../x.png; move"),
     (with_cell(5, "path", "/etc/hosts"), r"lists 1 path outside of its folder: /etc/hosts; move"),
     (rows(patient=""), r"column 'patient' of .* is empty in every row; fill it, or remove it"),
