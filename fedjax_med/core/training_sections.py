@@ -183,6 +183,24 @@ class DataConfig:
     read=(when.MANIFEST,),
     shapes_run=never,
   )
+  slices: str = field(
+    "middle",
+    doc=(
+      "of source=manifest, what is read of DICOM files of several frames and of NIfTI volumes:"
+      " the middle slice, all, or numbers from 0 such as 10,20. Slices of a file stay together."
+    ),
+    traced=True,
+    read=(when.MANIFEST,),
+    shapes_run=never,
+  )
+  volume: int = field(
+    -1,
+    doc="of source=manifest, number of the volume that is read of 4-D NIfTI files; -1 is none.",
+    bounds=least(-1, 100_000, remedy="use 0 for the first volume"),
+    traced=True,
+    read=(when.MANIFEST,),
+    shapes_run=never,
+  )
 
 
 @dataclasses.dataclass

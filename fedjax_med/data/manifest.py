@@ -1,6 +1,8 @@
 """A table of pictures with their labels, sites, patients and sides: data.source=manifest."""
 
+import concurrent.futures
 import dataclasses
+import functools
 import os
 import pathlib
 import tomllib
@@ -18,9 +20,11 @@ from fedjax_med.data.dataset import Dataset
 from fedjax_med.data.duplicates import join_groups
 from fedjax_med.data.files import File
 from fedjax_med.data.grey import parse_window
-from fedjax_med.data.images import gather, read_all
+from fedjax_med.data.images import Read, gather
 from fedjax_med.data.layouts import Placed
 from fedjax_med.data.patients import number_patients
+from fedjax_med.data.slices import parse_slices
+from fedjax_med.data.volumes import FileValues, read_file
 
 if TYPE_CHECKING:
   import pandas as pd
@@ -33,6 +37,7 @@ MOST_MISSING = 100  # files that are not there and are all named
 # Roles of columns; a manifest may lack those from the third on.
 ROLES = ("path", "label", "patient", "site", "split")
 NEEDED = ROLES[:2]
+SAME_PATIENT = "All DICOM files name one PatientID, which then says nothing of patients."
 
 
 class Columns(NamedTuple):
@@ -69,6 +74,20 @@ class Rows(NamedTuple):
   groups: dict[str, list[str | None]]
 
 
+class Example(NamedTuple):
+  """An example of a manifest: a picture, or a slice of a volume.
+
+  Attributes:
+    row: number of its row.
+    patient: digest of the patient's name in the file; None where it holds none.
+    read: the example after reading.
+  """
+
+  row: int
+  patient: str | None
+  read: Read
+
+
 def load_manifest(path: pathlib.Path, data: DataConfig) -> Dataset:
   """Reads the pictures that a table lists; every file that is left out is named in ``skipped``.
 
@@ -82,6 +101,7 @@ def load_manifest(path: pathlib.Path, data: DataConfig) -> Dataset:
       ``images.gather``.
   """
   parse_window(data.window)  # before anything is read
+  parse_slices(data.slices)
   require(
     path.is_file(),
     f"data.path={path} is not a file",
@@ -104,8 +124,67 @@ def load_manifest(path: pathlib.Path, data: DataConfig) -> Dataset:
     )
     for number, (file, label) in enumerate(zip(rows.files, rows.labels, strict=True))
   ]
-  dataset = gather(read_all(placed, data), (), names, root=path, data=data, listed=True)
-  return _with_people(dataset, rows, path)
+  contents = _read_all(placed, data)
+  _require_slices_read(path, contents, data)
+  reads = _examples(placed, contents)
+  dataset = gather(
+    [example.read for example in reads],
+    (),
+    names,
+    root=path,
+    data=data,
+    notes=_notes(contents, data),
+    listed=True,
+  )
+  return _with_people(dataset, rows, {each.read.placed.file.name: each for each in reads}, path)
+
+
+def _read_all(placed: Sequence[Placed], data: DataConfig) -> list[FileValues]:
+  """Reads files in order, two at a time."""
+
+  def read(picture: Placed) -> FileValues:
+    return read_file(picture.file.path, picture.file.name, data, data.image_size)
+
+  with concurrent.futures.ThreadPoolExecutor(2) as threads:
+    return list(threads.map(read, placed))
+
+
+def _examples(placed: Sequence[Placed], contents: Sequence[FileValues]) -> list[Example]:
+  """The examples of all files in order, each slice of a volume under a name of its own."""
+  found = []
+  for row, (picture, content) in enumerate(zip(placed, contents, strict=True)):
+    *folders, last = picture.file.parts
+    for ending, values in content.values:
+      file = picture.file._replace(parts=(*folders, last + ending))
+      read = Read(picture._replace(file=file), values)
+      found.append(Example(row=row, patient=content.patient, read=read))
+  return found
+
+
+def _require_slices_read(
+  path: pathlib.Path, contents: Sequence[FileValues], data: DataConfig
+) -> None:
+  require(
+    data.slices == DataConfig().slices or any(content.total > 1 for content in contents),
+    f"data.slices='{data.slices}' is not read: no file that {path} lists has several slices",
+    "leave it at its default",
+  )
+  require(
+    data.volume == DataConfig().volume or any(content.volumes for content in contents),
+    f"data.volume={data.volume} is not read: no file that {path} lists has several volumes (4-D)",
+    "leave it at its default",
+  )
+
+
+def _notes(contents: Sequence[FileValues], data: DataConfig) -> tuple[str, ...]:
+  several = [content for content in contents if content.total > 1]
+  if not several:
+    return ()
+  read, total = sum(len(c.values) for c in several), sum(c.total for c in several)
+  return (
+    f"{_counted(len(several), 'file')} of {len(contents)} with several slices: {read} of {total}"
+    f" slices are examples (data.slices={data.slices}).",
+  )
 
 
 def columns_of(path: pathlib.Path, data: DataConfig) -> Columns:
@@ -389,24 +468,42 @@ def require_one_side(
   )
 
 
-def _with_people(dataset: Dataset, rows: Rows, path: pathlib.Path) -> Dataset:
-  """The dataset with the patients and the groups of the rows whose pictures could be read."""
-  row_of = {file.name: number for number, file in enumerate(rows.files)}
-  chosen = [row_of[name] for name in dataset.names]
-  kept = dataset.kept_together
-  for keys in rows.groups.values():
-    numbers = _numbered([keys[row] for row in chosen])
-    kept = numbers if kept is None else join_groups(kept, numbers)
+def _with_people(
+  dataset: Dataset, rows: Rows, examples: dict[str, Example], path: pathlib.Path
+) -> Dataset:
+  """The dataset with its patients, and with what else stays together: volumes and groups.
+
+  Args:
+    dataset: as it was gathered; examples that could not be read are missing.
+    rows: the manifest.
+    examples: by name.
+    path: the manifest.
+  """
+  chosen = [examples[name] for name in dataset.names]
+  parts = [_numbered([keys[one.row] for one in chosen]) for keys in rows.groups.values()]
+  if len({one.row for one in chosen}) < len(chosen):
+    parts.append(_numbered([str(one.row) for one in chosen]))
+  kept = functools.reduce(join_groups, parts) if parts else None
   dataset = dataclasses.replace(dataset, kept_together=kept)
-  if rows.patients is None:
-    return dataset
   require(
-    dataset.patients is None,
+    rows.patients is None or dataset.patients is None,
     f"data.patient_pattern is read where no column names the patients, and {path} has one",
     "leave it empty, or name no such column",
   )
-  sites = rows.sites and [rows.sites[row] for row in chosen]
-  people = number_patients([rows.patients[row] for row in chosen], "the manifest", sites)
+  if dataset.patients is not None:
+    return dataset
+  sites = rows.sites and [rows.sites[one.row] for one in chosen]
+  if rows.patients is not None:
+    people = number_patients([rows.patients[one.row] for one in chosen], "the manifest", sites)
+    return dataclasses.replace(dataset, patients=people.numbers, patient_counts=people.counts)
+  keys = [one.patient for one in chosen]
+  if len(set(keys) - {None}) < 2:  # no name at all, or the same one after anonymisation
+    told = (SAME_PATIENT,) if any(keys) else ()
+    return dataclasses.replace(dataset, notes=(*dataset.notes, *told))
+  if dataset.in_test is not None:
+    sides = dataset.in_test.tolist()
+    require_one_side(path, "PatientID of DICOM", keys, sites, sides, dataset.names)
+  people = number_patients(keys, "PatientID of DICOM", sites)
   return dataclasses.replace(dataset, patients=people.numbers, patient_counts=people.counts)
 
 

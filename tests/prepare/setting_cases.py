@@ -149,6 +149,8 @@ CASES: dict[str, Case] = {
   "data.split_column": Case("part", "holders", MANIFEST, ELSEWHERE),
   "data.group_columns": Case("who", "holders", MANIFEST, ELSEWHERE),
   "data.given_split": Case(False, "holders", {**MANIFEST, "data.split_column": "part"}, ELSEWHERE),
+  "data.slices": Case("all", "files", MANIFEST, ELSEWHERE),
+  "data.volume": Case(0, "files", MANIFEST, ELSEWHERE),
   "partition.scheme": Case("iid", "holders"),
   "partition.num_clients": Case(4, "holders"),
   "partition.alpha": Case(

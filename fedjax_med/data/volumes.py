@@ -1,0 +1,77 @@
+"""A file of any kind as the values of its examples: a picture, or slices of DICOM and NIfTI."""
+
+import pathlib
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from fedjax_med.core.config import DataConfig
+from fedjax_med.data.dicom import read_dicom
+from fedjax_med.data.files import DICOM, NIFTI, kind_of
+from fedjax_med.data.grey import Values
+from fedjax_med.data.images import read_values, values_of
+from fedjax_med.data.nifti import read_nifti
+from fedjax_med.data.slices import Slice
+
+
+class FileValues(NamedTuple):
+  """A file after reading.
+
+  Attributes:
+    values: (end of its name, values or the reason why they cannot be had) of each example.
+    total: slices in the file.
+    patient: digest of the patient's name in the file; None where it holds none.
+    volumes: whether a volume was chosen of several in the file.
+  """
+
+  values: tuple[tuple[str, Values | str], ...]
+  total: int = 1
+  patient: str | None = None
+  volumes: bool = False
+
+
+def read_file(path: pathlib.Path, name: str, data: DataConfig, size: int) -> FileValues:
+  """The values of a picture, or of the slices of a volume that ``data.slices`` asks for.
+
+  Args:
+    path: the file.
+    name: its name for people.
+    data: min_size, window, slices and volume are read.
+    size: side of the square; 0 keeps the file's own.
+
+  Raises:
+    UserError: the package that reads such files is not installed, the file has not the slice that
+      is asked for, or holds several volumes and data.volume names none of them.
+  """
+  kind, exact = kind_of(path), bool(data.window)
+  if kind == DICOM:
+    content = read_dicom(path, name, data.slices)
+  elif kind == NIFTI:
+    content = read_nifti(path, name, data.slices, data.volume)
+  else:
+    return FileValues(values=(("", read_values(path, data.min_size, size, exact)),))
+  if isinstance(content, str):
+    return FileValues(values=(("", content),))
+  single = content.total == 1
+  return FileValues(
+    values=tuple(
+      ("" if single else f", slice {one.number}", _values(one, data.min_size, size, exact))
+      for one in content.slices
+    ),
+    total=content.total,
+    patient=content.patient,
+    volumes=content.volumes,
+  )
+
+
+def _values(one: Slice, min_size: int, size: int, exact: bool) -> Values | str:
+  image = Image.fromarray(one.pixels)
+  deep = one.pixels.dtype != np.uint8
+  if deep and not np.isfinite(one.pixels).all():
+    return "some values are not finite numbers"
+  inverted = one.inverted
+  if inverted and not deep and not exact:  # such pixels are stored as they are
+    image, inverted = ImageOps.invert(image), False
+  values = values_of(image, min_size, size, exact)
+  return values if isinstance(values, str) else values._replace(inverted=inverted)
