@@ -14,7 +14,7 @@ class DataConfig:
     "phantoms",
     doc=(
       "phantoms (embedded), folder (a folder of class folders), manifest (a table that lists"
-      " pictures with their labels), br35h or sars_cov2_ct"
+      " pictures with their labels), npz (arrays in MedMNIST's layout), br35h or sars_cov2_ct"
       " (tensorflow-datasets builders; path is the folder with the downloaded class folders), or"
       " a source that the preset registers."
     ),
@@ -23,7 +23,7 @@ class DataConfig:
   # part of the run id.
   path: str = field(
     "",
-    doc="folder of the files that the source reads; of source=manifest the table itself.",
+    doc="folder of the files that the source reads; of source=manifest or npz the file itself.",
     read=(when.PICTURES,),
     shapes_run=never,
   )
@@ -180,7 +180,7 @@ class DataConfig:
     True,
     doc="keep the train and test sides that the data give; False splits anew.",
     traced=True,
-    read=(when.MANIFEST,),
+    read=(when.GIVES_SIDES,),
     shapes_run=never,
   )
   slices: str = field(
@@ -199,6 +199,16 @@ class DataConfig:
     bounds=least(-1, 100_000, remedy="use 0 for the first volume"),
     traced=True,
     read=(when.MANIFEST,),
+    shapes_run=never,
+  )
+  channels: str = field(
+    "auto",
+    doc=(
+      "1 (grey) or 3 (red, green, blue) for all pictures, whatever channels their files have; auto"
+      " is 1 for folders, and 3 for a manifest or .npz all of whose pictures have colours."
+    ),
+    choices=("auto", "1", "3"),
+    read=(when.HAS_COLOURS,),
     shapes_run=never,
   )
 

@@ -15,8 +15,9 @@ class Dataset:
   """All examples of one source, in a fixed order that does not depend on the machine.
 
   Attributes:
-    inputs: raw examples of the modality. Of pictures [N, H, W, 1], uint8 or, of files with more
-      than 8 bits, uint16; of others an array or a tree of dictionaries of arrays [N, ...].
+    inputs: raw examples of the modality. Of pictures [N, H, W, C] of 1 or 3 channels, uint8 or,
+      of files with more than 8 bits, uint16; of others an array or a tree of dictionaries of arrays
+      [N, ...].
     labels: [N] int32 class numbers, 0 .. len(class_names) - 1; with two classes 1 is the positive.
     names: N file names relative to the source, for reports and errors.
     class_names: name of each class.

@@ -142,11 +142,26 @@ def load_manifest(path: pathlib.Path, data: DataConfig) -> Dataset:
 def _read_all(placed: Sequence[Placed], data: DataConfig) -> list[FileValues]:
   """Reads files in order, two at a time."""
 
+  colour = data.channels == "3" or (data.channels == "auto" and _all_coloured(placed, data))
+
   def read(picture: Placed) -> FileValues:
-    return read_file(picture.file.path, picture.file.name, data, data.image_size)
+    return read_file(picture.file.path, picture.file.name, data, colour)
 
   with concurrent.futures.ThreadPoolExecutor(2) as threads:
     return list(threads.map(read, placed))
+
+
+def _all_coloured(placed: Sequence[Placed], data: DataConfig) -> bool:
+  """Whether every picture that can be read has colours; looks no further than the first without."""
+  known = False
+  small = dataclasses.replace(data, image_size=8)  # of the picture itself, before it is resized
+  for picture in placed:
+    content = read_file(picture.file.path, picture.file.name, small, colour=True)
+    values = [values for _, values in content.values if not isinstance(values, str)]
+    if any(each.pixels.ndim == 2 for each in values):
+      return False
+    known = known or bool(values)
+  return known
 
 
 def _examples(placed: Sequence[Placed], contents: Sequence[FileValues]) -> list[Example]:

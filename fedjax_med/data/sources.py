@@ -1,4 +1,4 @@
-"""Sources of datasets: embedded phantoms, a folder or a table of pictures, the two public sets."""
+"""Sources of datasets: phantoms, folders, tables and arrays of pictures, the two public sets."""
 
 import pathlib
 from collections.abc import Callable
@@ -9,6 +9,7 @@ from fedjax_med.core.errors import require, require_choice
 from fedjax_med.core.registered import add_name
 from fedjax_med.core.source_facts import SOURCE_FACTS, SourceFacts
 from fedjax_med.core.sources import read_again
+from fedjax_med.data.arrays import load_arrays
 from fedjax_med.data.builders import load_builder
 from fedjax_med.data.dataset import Dataset
 from fedjax_med.data.images import load_folder
@@ -75,6 +76,10 @@ def _manifest(data: DataConfig) -> Dataset:
   return load_manifest(pathlib.Path(data.path).expanduser(), data)
 
 
+def _arrays(data: DataConfig) -> Dataset:
+  return load_arrays(pathlib.Path(data.path).expanduser(), data)
+
+
 def _builder(data: DataConfig) -> Dataset:
   return load_builder(pathlib.Path(data.path).expanduser(), data)
 
@@ -87,6 +92,7 @@ SOURCES: dict[str, Source] = {
   "folder": Source(load=_folder, facts=SOURCE_FACTS["folder"]),
   # pandas is imported in reading, and imports what jax does.
   "manifest": Source(load=_manifest, facts=SOURCE_FACTS["manifest"], beside_jax=False),
+  "npz": Source(load=_arrays, facts=SOURCE_FACTS["npz"]),
   "br35h": Source(load=_builder, facts=SOURCE_FACTS["br35h"], beside_jax=False),
   "sars_cov2_ct": Source(load=_builder, facts=SOURCE_FACTS["sars_cov2_ct"], beside_jax=False),
 }

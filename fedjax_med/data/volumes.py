@@ -31,32 +31,32 @@ class FileValues(NamedTuple):
   volumes: bool = False
 
 
-def read_file(path: pathlib.Path, name: str, data: DataConfig, size: int) -> FileValues:
+def read_file(path: pathlib.Path, name: str, data: DataConfig, colour: bool) -> FileValues:
   """The values of a picture, or of the slices of a volume that ``data.slices`` asks for.
 
   Args:
     path: the file.
     name: its name for people.
-    data: min_size, window, slices and volume are read.
-    size: side of the square; 0 keeps the file's own.
+    data: image_size, min_size, window, slices and volume are read.
+    colour: keep the colours of pictures that have some.
 
   Raises:
     UserError: the package that reads such files is not installed, the file has not the slice that
       is asked for, or holds several volumes and data.volume names none of them.
   """
-  kind, exact = kind_of(path), bool(data.window)
+  kind, exact, size = kind_of(path), bool(data.window), data.image_size
   if kind == DICOM:
     content = read_dicom(path, name, data.slices)
   elif kind == NIFTI:
     content = read_nifti(path, name, data.slices, data.volume)
   else:
-    return FileValues(values=(("", read_values(path, data.min_size, size, exact)),))
+    return FileValues(values=(("", read_values(path, data.min_size, size, exact, colour)),))
   if isinstance(content, str):
     return FileValues(values=(("", content),))
   single = content.total == 1
   return FileValues(
     values=tuple(
-      ("" if single else f", slice {one.number}", _values(one, data.min_size, size, exact))
+      ("" if single else f", slice {one.number}", _values(one, data, colour))
       for one in content.slices
     ),
     total=content.total,
@@ -65,13 +65,13 @@ def read_file(path: pathlib.Path, name: str, data: DataConfig, size: int) -> Fil
   )
 
 
-def _values(one: Slice, min_size: int, size: int, exact: bool) -> Values | str:
-  image = Image.fromarray(one.pixels)
+def _values(one: Slice, data: DataConfig, colour: bool) -> Values | str:
+  image, exact = Image.fromarray(one.pixels), bool(data.window)
   deep = one.pixels.dtype != np.uint8
   if deep and not np.isfinite(one.pixels).all():
     return "some values are not finite numbers"
   inverted = one.inverted
   if inverted and not deep and not exact:  # such pixels are stored as they are
     image, inverted = ImageOps.invert(image), False
-  values = values_of(image, min_size, size, exact)
+  values = values_of(image, data.min_size, data.image_size, exact, colour)
   return values if isinstance(values, str) else values._replace(inverted=inverted)

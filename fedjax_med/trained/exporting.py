@@ -53,6 +53,7 @@ def describe(trained: Trained, privacy: dict[str, Any]) -> dict[str, Any]:
   ]
   data, grey = trained.config.data, trained.grey
   top = np.iinfo(grey.dtype).max
+  channels = "one grey channel" if grey.channels == 1 else "red, green and blue"
   positive = positive_class(trained.class_names)
   how = {
     "image": "each image minus its mean, divided by its standard deviation or by 1 if that is less",
@@ -68,7 +69,7 @@ def describe(trained: Trained, privacy: dict[str, Any]) -> dict[str, Any]:
     **({"positive_class": encodable(positive)} if positive else {}),
     "image_size": data.image_size,
     "channels": trained.image_shape[2],
-    "pixels": f"{np.dtype(grey.dtype)}, one grey channel, resized to a square with bicubic"
+    "pixels": f"{np.dtype(grey.dtype)}, {channels}, resized to a square with bicubic"
     f" antialiasing; 0 is the value {grey.low:g} of the files and {top} the value {grey.high:g}",
     "normalisation": f"{data.normalisation}: {how.get(data.normalisation, '')}",
     "norm_epsilon": EPSILON,
@@ -92,10 +93,11 @@ def export_model(trained: Trained, how: str, output: pathlib.Path) -> str:
     beside = output.with_name(f"{output.name}.json")
     text = json.dumps({**about, "platforms": list(PLATFORMS)}, indent=2, ensure_ascii=False)
     write_text(beside, f"{text}\n")
-    size = trained.image_shape[0]
+    size, _, channels = trained.image_shape
     return (
-      f"a program of {np.dtype(trained.grey.dtype)} images [b, {size}, {size}, 1] to probabilities"
-      f" [b, {len(trained.class_names)}] for {', '.join(PLATFORMS)}; {beside.name} describes it"
+      f"a program of {np.dtype(trained.grey.dtype)} images [b, {size}, {size}, {channels}] to"
+      f" probabilities [b, {len(trained.class_names)}] for {', '.join(PLATFORMS)}; {beside.name}"
+      " describes it"
     )
   from safetensors.numpy import save_file
 

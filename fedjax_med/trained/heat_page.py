@@ -14,6 +14,7 @@ import numpy as np
 from fedjax_med.core.errors import UserError, require, require_choice
 from fedjax_med.core.text import readable
 from fedjax_med.data.dataset import Hospitals, client_rows
+from fedjax_med.data.grey import without_channel
 from fedjax_med.data.hospitals import load_hospitals
 from fedjax_med.data.sources import source_named
 from fedjax_med.folder import writing as files
@@ -356,7 +357,7 @@ def _seen(
   probabilities = looked.probabilities[row]
   best = int(probabilities.argmax())
   return heat_pictures.Seen(
-    pixels=group.pixels[row, :, :, 0],
+    pixels=without_channel(group.pixels[row]),
     heat=looked.maps[row],
     gated=np.asarray(looked.gated[block].activation[row]) if block else None,
     predicted=trained.class_names[best],

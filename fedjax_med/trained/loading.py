@@ -30,8 +30,6 @@ from fedjax_med.simulation.mesh import cpu_cores
 from fedjax_med.tasks.registry import task_of
 from fedjax_med.tasks.task import Task
 
-CHANNELS = 1  # data/images.py makes one grey channel of every picture
-
 
 class Trained(NamedTuple):
   """A run's global model, or that of one of its hospitals, ready to be used.
@@ -75,7 +73,7 @@ class Trained(NamedTuple):
   @property
   def image_shape(self) -> tuple[int, int, int]:
     """(H, W, C) of the network's images."""
-    return self.config.data.image_size, self.config.data.image_size, CHANNELS
+    return self.config.data.image_size, self.config.data.image_size, self.grey.channels
 
   @property
   def private(self) -> bool:
@@ -116,7 +114,7 @@ def load(
   module = recreate_module(config.model, run.num_columns, saved)
   model = from_flax(module, lowering=lowering)
   size = config.data.image_size
-  image = jnp.zeros((1, size, size, CHANNELS), jnp.float32)
+  image = jnp.zeros((1, size, size, run.grey.channels), jnp.float32)
   layout = network_layout(*jax.eval_shape(model.init, base_key(0), image))
   algorithm = _personal_algorithm(folder, run, hospital, layout)
   like = (

@@ -16,7 +16,7 @@ from PIL import Image
 from fedjax_med.core.errors import UserError, require
 from fedjax_med.core.text import REPLACING, readable
 from fedjax_med.data.files import EXTENSIONS, SYSTEM, File, counted, walk
-from fedjax_med.data.grey import to_eight_bits
+from fedjax_med.data.grey import to_eight_bits, without_channel
 from fedjax_med.data.modality import preparation
 from fedjax_med.data.sources import source_named
 from fedjax_med.folder.writing import write_whole
@@ -146,7 +146,7 @@ def files_in(place: pathlib.Path) -> list[File]:
 
 
 def read_pictures(trained: Trained, files: Sequence[File]) -> Iterator[Picture]:
-  """Reads files as the training did: one grey channel, the same size, window and least size."""
+  """Reads files as the training did: the same channels, size, window and least size."""
   data, grey = trained.config.data, trained.grey
   least = data.min_size if source_named(data.source).facts.reads_files else 1
   read_raw = trained.modality.read
@@ -246,7 +246,7 @@ def _write_overlay(
   """Writes FOLDER/NAME.png: the picture at its own size, Grad-CAM over it."""
   pixels = trained.modality.read(picture.path, 1, 0, trained.grey, bool(trained.config.data.window))
   assert not isinstance(pixels, str)  # it was read a moment ago
-  image = Image.fromarray(to_eight_bits(pixels[..., 0]))
+  image = Image.fromarray(to_eight_bits(without_channel(pixels)))
   image.thumbnail((LARGEST_SIDE, LARGEST_SIDE))
   # The whole name: a.png and a.jpg are two pictures.
   place = folder.joinpath(*map(_fitting, f"{picture.name}.png".split("/")))

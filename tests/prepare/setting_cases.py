@@ -151,6 +151,7 @@ CASES: dict[str, Case] = {
   "data.given_split": Case(False, "holders", {**MANIFEST, "data.split_column": "part"}, ELSEWHERE),
   "data.slices": Case("all", "files", MANIFEST, ELSEWHERE),
   "data.volume": Case(0, "files", MANIFEST, ELSEWHERE),
+  "data.channels": Case("3", "holders", MANIFEST, ({},)),
   "partition.scheme": Case("iid", "holders"),
   "partition.num_clients": Case(4, "holders"),
   "partition.alpha": Case(
