@@ -85,6 +85,11 @@ def read_pixels(
     window: whether the run's values were cut to a window.
   """
   values = read_values(path, min_size, size, exact=window, colour=grey.channels == 3)
+  return pixels_of(values, grey, window)
+
+
+def pixels_of(values: Values | str, grey: Grey, window: bool) -> np.ndarray | str:
+  """[H, W, C] pixels of values by the rule of a run, or why they cannot be had."""
   if isinstance(values, str):
     return values
   if values.deep != grey.deep and not window:

@@ -1,5 +1,6 @@
 """A file of any kind as the values of its examples: a picture, or slices of DICOM and NIfTI."""
 
+import dataclasses
 import pathlib
 from typing import NamedTuple
 
@@ -7,10 +8,11 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from fedjax_med.core.config import DataConfig
+from fedjax_med.core.errors import UserError
 from fedjax_med.data.dicom import read_dicom
 from fedjax_med.data.files import DICOM, NIFTI, kind_of
-from fedjax_med.data.grey import Values
-from fedjax_med.data.images import read_values, values_of
+from fedjax_med.data.grey import Grey, Values
+from fedjax_med.data.images import pixels_of, read_values, values_of
 from fedjax_med.data.nifti import read_nifti
 from fedjax_med.data.slices import Slice
 
@@ -63,6 +65,31 @@ def read_file(path: pathlib.Path, name: str, data: DataConfig, colour: bool) -> 
     patient=content.patient,
     volumes=content.volumes,
   )
+
+
+def read_example(
+  path: pathlib.Path, data: DataConfig, grey: Grey, min_size: int, size: int
+) -> np.ndarray | str:
+  """[H, W, C] pixels of a file that holds one example of a run, or why they cannot be had.
+
+  Args:
+    path: the file.
+    data: of the run: window, slices and volume are read.
+    grey: rule by which the run made pixels of values.
+    min_size: least side in pixels.
+    size: side of the square; 0 keeps the file's own.
+  """
+  data = dataclasses.replace(data, image_size=size, min_size=min_size)
+  try:
+    content = read_file(path, "the file", data, grey.channels == 3)
+  except UserError as error:
+    return str(error)
+  if len(content.values) != 1:
+    return (
+      f"it holds {content.total} slices, and data.slices={data.slices} of the run reads"
+      f" {len(content.values)} of them; give a picture of each slice"
+    )
+  return pixels_of(content.values[0][1], grey, bool(data.window))
 
 
 def _values(one: Slice, data: DataConfig, colour: bool) -> Values | str:

@@ -27,7 +27,14 @@ from fedjax_med.tasks.classification import positive_class
 from fedjax_med.trained import heat_pictures
 from fedjax_med.trained.loading import Trained
 from fedjax_med.trained.pointing_game import score
-from fedjax_med.trained.predictions import Looked, choose_layer, files_in, make_look, read_pictures
+from fedjax_med.trained.predictions import (
+  Looked,
+  choose_layer,
+  files_in,
+  make_look,
+  read_pictures,
+  reads_volumes,
+)
 
 MAX_HOSPITALS = 20  # rows of the page
 MAX_POINTED = 512  # images of the pointing game
@@ -292,7 +299,7 @@ def _folder_group(
 ) -> Group:
   """The first readable pictures of a folder."""
   pixels = []
-  for picture in read_pictures(trained, files_in(images)):
+  for picture in read_pictures(trained, files_in(images, reads_volumes(trained))):
     if picture.pixels is None:
       tell(f"{picture.name}: {picture.error}")
     else:
