@@ -314,9 +314,19 @@ def gather(
     patients=patients and patients.numbers,
     patient_counts=patients and patients.counts,
     skipped=tuple(sorted(lost)),
-    notes=(*notes, *_colourless(pictures, class_names, grey)),
+    notes=(*notes, *_chosen_channels(grey, data), *_colourless(pictures, class_names, grey)),
     grey=grey,
     in_test=None if None in sides else np.array(sides, bool),
+  )
+
+
+def _chosen_channels(grey: Grey, data: DataConfig) -> tuple[str, ...]:
+  """A sentence on a number of channels that the pictures, and not the user, have chosen."""
+  if grey.channels == 1 or data.channels != "auto":
+    return ()
+  return (
+    "Three channels, since all pictures have colours: it follows from all of them, without noise,"
+    " unless data.channels=3 says it.",
   )
 
 

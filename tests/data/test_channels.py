@@ -78,7 +78,10 @@ def test_auto_is_three_channels_where_every_picture_of_a_manifest_has_colours(tm
   np.testing.assert_array_equal(dataset.inputs, expected)
   assert dataset.grey.channels == 3
   assert dataset.grey.described.startswith("Red, green and blue values 0 (black) to 255 (white)")
-  assert dataset.notes == ()
+  assert [note.partition(":")[0] for note in dataset.notes] == [
+    "Three channels, since all pictures have colours"
+  ]
+  assert read(path, channels="3").notes == ()
   as_pillow = np.stack([np.asarray(colours(k).convert("L")) for k in range(6)])
   np.testing.assert_array_equal(read(path, channels="1").inputs[..., 0], as_pillow)
   np.testing.assert_array_equal(load(tmp_path).inputs[..., 0], as_pillow)  # a folder stays grey
