@@ -1,6 +1,7 @@
 """Axial slices of NIfTI volumes, all in one orientation."""
 
 import pathlib
+from typing import Any
 
 import numpy as np
 
@@ -30,8 +31,8 @@ def read_nifti(path: pathlib.Path, name: str, rule: str, volume: int) -> Content
   except ImportError as error:
     raise need("nibabel", "nifti", name) from error
   try:
-    image = nibabel.load(path)
-    if not isinstance(image, nibabel.nifti1.Nifti1Pair):
+    image: Any = nibabel.load(path)
+    if not isinstance(image, nibabel.Nifti1Pair):
       return f"no volume of NIfTI but {type(image).__name__}"
     shape = image.shape
     while len(shape) > 3 and shape[-1] == 1:

@@ -28,7 +28,7 @@ def arrays(classes: int = 3, shape: tuple[int, ...] = (SIDE, SIDE)) -> dict[str,
 
 def write(folder: pathlib.Path, held: dict[str, np.ndarray], **others) -> pathlib.Path:
   kept = {name: value for name, value in (held | others).items() if value is not None}
-  np.savez(folder / "set.npz", **kept)
+  np.savez(folder / "set.npz", **kept)  # pyright: ignore[reportArgumentType]
   return folder / "set.npz"
 
 
