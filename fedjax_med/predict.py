@@ -3,8 +3,9 @@
 Pictures are read as the training read them: any size and mode (grey, colour, palette, transparent)
 becomes the channels of the run (grey, or three) at its resolution; a run on pictures of more than 8
 bits wants such, with its own window of values. The training data are not needed. The table has a
-row a file: file, predicted class, probability of every class, its map with --maps, error. Files that
-are not read are named with the reason and do not stop the others; the exit code is 2 if none can be.
+row a file: file, predicted class, probability of every class, its map with --maps, error. Files
+that are not read are named with the reason and do not stop the others; the exit code is 2 if none
+can be.
 
 Probabilities are the network's own and not calibrated on your pictures. Not for diagnosis.
 
