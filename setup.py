@@ -51,6 +51,8 @@ PEERS = [
   *TORCH,
 ]
 SUBMIT = ["submitit>=1.5,<2"]
+DICOM = ["pydicom>=3.0,<4"]
+NIFTI = ["nibabel>=5.2,<6"]
 TENSORBOARD = ["tensorboardX>=2.6,<3"]
 TEST = [
   "hypothesis>=6.100,<7",
@@ -59,6 +61,8 @@ TEST = [
   "pytest-xdist>=3.6,<4",
   "scikit-image>=0.25,<0.27",  # what texture features are compared with
   "scikit-learn>=1.5,<2",
+  *DICOM,
+  *NIFTI,
   *SUBMIT,
   *TENSORBOARD,
 ]
@@ -87,6 +91,8 @@ setup(
     "dev": TEST + TOOLS,
     "peers": PEERS,
     "torch": TORCH,
+    "dicom": DICOM,
+    "nifti": NIFTI,
     "submit": SUBMIT,
     "tensorboard": TENSORBOARD,
     "wandb": ["wandb>=0.30,<1"],

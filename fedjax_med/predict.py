@@ -1,10 +1,11 @@
 """Predicts the class of pictures with the model that a run has trained, and writes a table.
 
 Pictures are read as the training read them: any size and mode (grey, colour, palette, transparent)
-becomes one grey channel at the run's resolution; a run on pictures of more than 8 bits wants such,
-with its own window of values. The training data are not needed. The table has a row a file: file,
-predicted class, probability of every class, its map with --maps, error. Files that are not read are
-named with the reason and do not stop the others; the exit code is 2 if none can be.
+becomes the channels of the run (grey, or three) at its resolution; a run on pictures of more than 8
+bits wants such, with its own window of values. The training data are not needed. The table has a
+row a file: file, predicted class, probability of every class, its map with --maps, error. Files
+that are not read are named with the reason and do not stop the others; the exit code is 2 if none
+can be.
 
 The model of a run on a table reads --table, a CSV or Parquet file with the columns of the run (the
 target may be left out); predictions have the file and the line of each record.
@@ -114,8 +115,8 @@ def _predict_table(model: Any, place: pathlib.Path, output: pathlib.Path) -> Non
   if met:
     _tell(met)
   print(f"{visible(str(output))}: {number} records predicted ({model.described})")
-  if positive_class(model.class_names):
-    print(f"positive class: '{positive_class(model.class_names)}'")
+  if positive := model.task.positive(model.class_names):
+    print(f"positive class: '{positive}'")
 
 
 def _tell(text: str) -> None:

@@ -89,6 +89,9 @@ OPEN_SIDES = Condition(
   remedy="use --config.data.split=grouped",
 )
 FOLDER = one_of("data.source", "folder")
+MANIFEST = one_of("data.source", "manifest")
+GIVES_SIDES = one_of("data.source", "manifest", "npz")
+HAS_COLOURS = one_of("data.source", "folder", "manifest", "npz")
 DRAWN_SIDES, OPEN_PATIENTS = _without("{split}"), _without("{patient}")
 DRAWN = Condition(
   wording="a split or a partition that is drawn",

@@ -25,6 +25,8 @@ class SourceFacts(NamedTuple):
 SOURCE_FACTS: dict[str, SourceFacts] = {
   "phantoms": SourceFacts(reads_files=False, has_sites=True),
   "folder": SourceFacts(),
+  "manifest": SourceFacts(),
+  "npz": SourceFacts(),
   "br35h": SourceFacts(),
   "sars_cov2_ct": SourceFacts(),
   "table": SourceFacts(modality="table"),

@@ -13,7 +13,8 @@ class DataConfig:
   source: str = field(
     "phantoms",
     doc=(
-      "phantoms (embedded), folder (a folder of class folders), br35h or sars_cov2_ct"
+      "phantoms (embedded), folder (a folder of class folders), manifest (a table that lists"
+      " pictures with their labels), npz (arrays in MedMNIST's layout), br35h or sars_cov2_ct"
       " (tensorflow-datasets builders; path is the folder with the downloaded class folders),"
       " table (CSV or Parquet, with data.columns), heart_disease (UCI's four files), or a source"
       " that the preset registers."
@@ -23,7 +24,8 @@ class DataConfig:
   # part of the run id.
   path: str = field(
     "",
-    doc="folder of the files that the source reads, or one table.",
+    doc="folder of the files that the source reads; of source=manifest or npz the file itself, of"
+    " source=table one table or a folder of them.",
     read=(when.PICTURES,),
     shapes_run=never,
   )
@@ -150,6 +152,87 @@ class DataConfig:
     bounds=least(0, 2**31 - 1, remedy="use 0"),
     traced=True,
     read=(when.DRAWN,),
+  )
+  # Fields of a manifest come last. What they change are images, labels and who holds them.
+  path_column: str = field(
+    "path",
+    doc="of source=manifest, column of the paths of the files, relative to the manifest.",
+    traced=True,
+    read=(when.MANIFEST,),
+    shapes_run=never,
+  )
+  label_column: str = field(
+    "label",
+    doc="of source=manifest, column of the classes.",
+    traced=True,
+    read=(when.MANIFEST,),
+    shapes_run=never,
+  )
+  patient_column: str = field(
+    "patient",
+    doc="of source=manifest, column of the patients, if it has one.",
+    traced=True,
+    read=(when.MANIFEST,),
+    shapes_run=never,
+  )
+  site_column: str = field(
+    "site",
+    doc="of source=manifest, column of the hospitals or scanners, if it has one.",
+    traced=True,
+    read=(when.MANIFEST,),
+    shapes_run=never,
+  )
+  split_column: str = field(
+    "split",
+    doc="of source=manifest, column of the sides, train or test, if it has one.",
+    traced=True,
+    read=(when.MANIFEST,),
+    shapes_run=never,
+  )
+  group_columns: str = field(
+    "",
+    doc=(
+      "of source=manifest, further columns, with commas between them: rows of equal values stay"
+      " on one side, in one hospital."
+    ),
+    traced=True,
+    read=(when.MANIFEST,),
+    shapes_run=never,
+  )
+  given_split: bool = field(
+    True,
+    doc="keep the train and test sides that the data give; False splits anew.",
+    traced=True,
+    read=(when.GIVES_SIDES,),
+    shapes_run=never,
+  )
+  slices: str = field(
+    "middle",
+    doc=(
+      "of source=manifest, what is read of DICOM files of several frames and of NIfTI volumes:"
+      " the middle slice, all, or numbers from 0 such as 10,20. Slices of a file stay together."
+    ),
+    traced=True,
+    read=(when.MANIFEST,),
+    shapes_run=never,
+  )
+  volume: int = field(
+    -1,
+    doc="of source=manifest, number of the volume that is read of 4-D NIfTI files; -1 is none.",
+    bounds=least(-1, 100_000, remedy="use 0 for the first volume"),
+    traced=True,
+    read=(when.MANIFEST,),
+    shapes_run=never,
+  )
+  channels: str = field(
+    "auto",
+    doc=(
+      "1 (grey) or 3 (red, green, blue) for all pictures, whatever channels their files have; auto"
+      " is 1 for folders, and 3 for a manifest or .npz all of whose pictures have colours."
+    ),
+    choices=("auto", "1", "3"),
+    read=(when.HAS_COLOURS,),
+    shapes_run=never,
   )
 
 

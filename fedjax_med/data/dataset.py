@@ -16,8 +16,9 @@ class Dataset:
   """All examples of one source, in a fixed order that does not depend on the machine.
 
   Attributes:
-    inputs: raw examples of the modality. Of pictures [N, H, W, 1], uint8 or, of files with more
-      than 8 bits, uint16; of others an array or a tree of dictionaries of arrays [N, ...].
+    inputs: raw examples of the modality. Of pictures [N, H, W, C] of 1 or 3 channels, uint8 or,
+      of files with more than 8 bits, uint16; of others an array or a tree of dictionaries of arrays
+      [N, ...].
     labels: [N] int32 class numbers, 0 .. len(class_names) - 1; with two classes 1 is the positive.
     names: N file names relative to the source, for reports and errors.
     class_names: name of each class.
@@ -32,11 +33,12 @@ class Dataset:
     in_test: [N] bool, the test part that the source gives; None where it gives none.
     task: key of the kind of prediction in ``tasks.registry.TASKS``.
     modality: key of the kind of example in ``data.modality.MODALITIES``.
-    groups: [N] int32 groups of examples that stay on one side besides those of a patient, or None.
+    kept_together: [N] int32 groups that stay on one side and in one hospital besides
+      near-duplicates and patients, such as slices of a volume; None without.
     table: how records of a table became inputs; None of other examples.
     unscaled: ``inputs`` before statistics of training records scaled them; None where nothing did.
     num_synthetic: examples at the end that were made from training images of a hospital, and are in
-      its training row only; sites, patients, masks and sides end before them.
+      its training row only; sites, patients, groups, masks and sides end before them.
   """
 
   inputs: Any
@@ -54,7 +56,7 @@ class Dataset:
   in_test: np.ndarray | None = None
   task: str = "classification"
   modality: str = "pictures"
-  groups: np.ndarray | None = None
+  kept_together: np.ndarray | None = None
   table: Table | None = None
   unscaled: np.ndarray | None = None
   num_synthetic: int = 0

@@ -11,7 +11,7 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from fedjax_med.data.dataset import Contradictions, Dataset, array_leaves
-from fedjax_med.data.grey import stretched
+from fedjax_med.data.grey import as_grey, stretched
 
 SIDE = 32  # pixels of a descriptor's side
 # Correlation from which two images count as copies. On Br35H, pairs of groups drawn at random and
@@ -30,7 +30,7 @@ def near_duplicate_groups(images: np.ndarray, threshold: float = THRESHOLD) -> n
   may be long, which keeps all of them together.
 
   Args:
-    images: [N, H, W] or [N, H, W, 1] uint8 or uint16.
+    images: [N, H, W], [N, H, W, 1] or [N, H, W, 3] uint8 or uint16.
     threshold: correlation from which two images are joined.
 
   Returns:
@@ -46,7 +46,7 @@ def similar_pairs(images: np.ndarray, threshold: float = THRESHOLD) -> Iterator[
   """Yields [2, pairs] numbers of images that are copies by themselves, block of rows by block.
 
   Args:
-    images: [N, H, W] or [N, H, W, 1] uint8 or uint16.
+    images: [N, H, W], [N, H, W, 1] or [N, H, W, 3] uint8 or uint16.
     threshold: correlation of the descriptors from which two images are copies.
   """
   return _correlated_pairs(descriptors(images), threshold)
@@ -67,7 +67,7 @@ def descriptors(images: np.ndarray) -> np.ndarray:
   gives the same ranks), and only detail between one pixel and an eighth of the side is kept: all
   heads are alike in outline, slices differ in structure.
   """
-  images = stretched(images.reshape(images.shape[:3]))
+  images = stretched(as_grey(images))
   ranks = np.zeros((len(images), SIDE, SIDE), np.float32)
   for number, (image, level) in enumerate(zip(images, _noise_levels(images), strict=True)):
     content = Image.fromarray(_content(image, level)).resize((SIDE, SIDE), Image.Resampling.BOX)

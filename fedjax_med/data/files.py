@@ -53,7 +53,7 @@ SYSTEM_FILES = frozenset(
 SYSTEM = "written by the operating system"
 REMEDY = (
   "convert them to 16-bit PNG or TIFF first (dcmtk's dcm2img for DICOM, or pydicom or nibabel with"
-  " Pillow)"
+  " Pillow), or list DICOM and NIfTI files in a table and use data.source=manifest"
 )
 
 
@@ -186,6 +186,11 @@ def ending_of(path: pathlib.Path) -> str:
   """The ending in small letters, .nii.gz as one."""
   ending = path.suffix.lower()
   return ".nii.gz" if path.name.lower().endswith(".nii.gz") else ending
+
+
+def kind_of(path: pathlib.Path) -> str:
+  """The kind of a file that is no picture, such as DICOM, by its ending or its first bytes."""
+  return KNOWN.get(ending_of(path), "") or _content(path)
 
 
 def _content(path: pathlib.Path) -> str:

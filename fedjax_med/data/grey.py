@@ -21,7 +21,8 @@ class Values(NamedTuple):
   """The grey values of a picture before the data set's rule is applied.
 
   Attributes:
-    pixels: [H, W] uint8 of an 8-bit picture, else float32 in the units of the file.
+    pixels: [H, W] uint8 of an 8-bit picture, else float32 in the units of the file; [H, W, 3] where
+      colours were asked for and the picture has some.
     deep: whether the file has more than 8 bits.
     inverted: whether the file says that its lowest value is white.
     low: lowest value in the file.
@@ -53,6 +54,7 @@ class Grey(NamedTuple):
       ``stored_levels`` counts them.
     outside: share of all pixels below ``low`` or above ``high``.
     blank: pictures of one value.
+    channels: 1, or 3 for red, green and blue.
   """
 
   low: float
@@ -62,6 +64,7 @@ class Grey(NamedTuple):
   levels: int = 0
   outside: float = 0.0
   blank: int = 0
+  channels: int = 1
 
   @property
   def dtype(self) -> Any:
@@ -72,7 +75,14 @@ class Grey(NamedTuple):
   def described(self) -> str:
     """The rule in a sentence."""
     lost = f"; {100 * self.outside:.0f}% of all pixels lie outside" if self.outside >= 0.005 else ""
-    return f"Grey values {self.low:g} (black) to {self.high:g} (white): {self.rule}{lost}."
+    kind = "Grey values" if self.channels == 1 else "Red, green and blue values"
+    return f"{kind} {self.low:g} (black) to {self.high:g} (white): {self.rule}{lost}."
+
+  @property
+  def record(self) -> dict[str, Any]:
+    """The fields as hospitals.json has them: channels only where there are three."""
+    values = self._asdict()
+    return values if self.channels != 1 else {k: v for k, v in values.items() if k != "channels"}
 
 
 EIGHT_BITS = Grey(low=0, high=255, deep=False, rule="pictures of 8 bits", levels=256)
@@ -139,12 +149,33 @@ def choose_grey(pictures: Sequence[Values], window: str) -> Grey:
 
 
 def to_pixels(picture: Values, grey: Grey) -> np.ndarray:
-  """[H, W] uint8 or uint16 pixels of a picture by the rule of its data set."""
+  """[H, W] or [H, W, 3] uint8 or uint16 pixels of a picture by the rule of its data set."""
   if not grey.deep:
     return picture.pixels
   share = (picture.pixels.astype(np.float32) - grey.low) / (grey.high - grey.low)
   share = 1 - share if picture.inverted else share
   return np.round(np.clip(share, 0, 1) * np.iinfo(np.uint16).max).astype(np.uint16)
+
+
+def in_channels(pixels: np.ndarray, channels: int) -> np.ndarray:
+  """[H, W, channels] of [H, W] or [H, W, channels] pixels; grey ones are repeated."""
+  return pixels if pixels.ndim == 3 else np.repeat(pixels[..., None], channels, axis=2)
+
+
+def without_channel(pixels: np.ndarray) -> np.ndarray:
+  """[H, W] of [H, W, 1] pixels; colours [H, W, 3] stay as they are."""
+  return pixels[..., 0] if pixels.shape[-1] == 1 else pixels
+
+
+def has_colour(pixels: np.ndarray) -> bool:
+  """Whether 1% of [H, W, 3] uint8 pixels or more are coloured: channels differ by over 16.
+
+  A grey picture that JPEG stores in three channels has none, nor has one with a coloured mark.
+  """
+  # By slices, which is several times as fast as reducing over an axis of three.
+  red, green, blue = (pixels[..., k] for k in range(3))
+  most = np.maximum(np.maximum(red, green), blue)
+  return bool((most - np.minimum(np.minimum(red, green), blue) > 16).mean() >= 0.01)
 
 
 def stored_levels(
@@ -177,6 +208,17 @@ def stored_levels(
 def to_eight_bits(pixels: np.ndarray) -> np.ndarray:
   """Converts uint8 or uint16 pixels to uint8 for display."""
   return pixels if pixels.dtype == np.uint8 else np.round(pixels / 257).astype(np.uint8)
+
+
+def as_grey(images: np.ndarray) -> np.ndarray:
+  """[N, H, W] of images [N, H, W], [N, H, W, 1] or [N, H, W, 3], ITU-R 601 as Pillow has it."""
+  if images.ndim == 3 or images.shape[3] == 1:
+    return images.reshape(images.shape[:3])
+  parts = [np.zeros((0, *images.shape[1:3]), images.dtype)]
+  for start in range(0, len(images), 256):  # a few at a time: sums take four times the memory
+    red, green, blue = (images[start : start + 256, ..., k].astype(np.uint32) for k in range(3))
+    parts.append(((red * 19595 + green * 38470 + blue * 7471 + 32768) >> 16).astype(images.dtype))
+  return np.concatenate(parts)
 
 
 def stretched(images: np.ndarray) -> np.ndarray:

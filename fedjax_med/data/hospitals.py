@@ -6,6 +6,7 @@ import numpy as np
 
 from fedjax_med.core.config import Config, DataConfig, PartitionConfig
 from fedjax_med.core.errors import require
+from fedjax_med.core.source_facts import SOURCE_FACTS
 from fedjax_med.data import partitions, splits
 from fedjax_med.data.dataset import Dataset, Hospitals, Split, client_table
 from fedjax_med.data.duplicates import find_contradictions, join_groups
@@ -33,6 +34,13 @@ def build_hospitals(dataset: Dataset, data: DataConfig, partition: PartitionConf
   """
   if partition.scheme == "auto":
     scheme = "dirichlet" if dataset.sites is None else "site"
+    told = SOURCE_FACTS[data.source].has_sites or "{site}" in data.layout
+    require(  # what the data alone tell, the rules of the configuration cannot refuse
+      told or scheme != "site" or partition.alpha == PartitionConfig().alpha,
+      f"partition.alpha={partition.alpha:g} is not read: partition.scheme=auto is site, for the"
+      " data name sites",
+      "use partition.scheme=dirichlet, or leave it at its default",
+    )
     partition = dataclasses.replace(partition, scheme=scheme)
   split = split_with_duplicates(dataset, data, by_site=partition.scheme == "site")
   numbers = np.unique(split.units, return_inverse=True)[1]
@@ -79,8 +87,14 @@ def split_with_duplicates(dataset: Dataset, data: DataConfig, by_site: bool = Fa
     units, patients = groups if modality.keeps_copies else np.arange(len(groups)), dataset.patients
     if patients is not None and by_site and dataset.sites is not None:
       patients = apart_by_site(patients, dataset.sites)
-    for kept in (patients, dataset.groups):
-      units = units if kept is None else join_groups(units, kept)
+    units = units if patients is None else join_groups(units, patients)
+  if dataset.kept_together is not None:
+    require(
+      data.split != "paper",
+      "data.split='paper' deals slices of one volume, or rows of one group, to both sides",
+      "use data.split=grouped, which keeps them together",
+    )
+    units = join_groups(units, dataset.kept_together)
   if dataset.in_test is None:
     scheme = data.split
     train, test = splits.split_dataset(
@@ -167,8 +181,8 @@ def _by_site(
     dataset.sites is not None,
     "partition.scheme='site' needs a dataset that says where each example comes from, which this"
     " one does not",
-    "say with data.layout which folders are the sites, such as '{site}/{class}/*', or use"
-    " partition.scheme=dirichlet",
+    "say with data.layout which folders are the sites, such as '{site}/{class}/*', or with a column"
+    " of a manifest, or use partition.scheme=dirichlet",
   )
   assert dataset.sites is not None
   num_sites = len(dataset.site_names)

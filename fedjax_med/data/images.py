@@ -1,4 +1,4 @@
-"""A folder of pictures as a dataset: any picture becomes one channel at one resolution."""
+"""A folder of pictures as a dataset, all with the same channels and at one resolution."""
 
 import concurrent.futures
 import pathlib
@@ -13,7 +13,16 @@ from fedjax_med.core.errors import UserError, require
 from fedjax_med.data.classes import order_classes, require_distinct
 from fedjax_med.data.dataset import Dataset
 from fedjax_med.data.files import SYSTEM, counted, walk
-from fedjax_med.data.grey import Grey, Values, choose_grey, parse_window, stored_levels, to_pixels
+from fedjax_med.data.grey import (
+  Grey,
+  Values,
+  choose_grey,
+  has_colour,
+  in_channels,
+  parse_window,
+  stored_levels,
+  to_pixels,
+)
 from fedjax_med.data.layouts import (
   Arrangement,
   LeftOut,
@@ -38,7 +47,9 @@ class Read(NamedTuple):
   values: Values | str
 
 
-def read_values(path: pathlib.Path, min_size: int, size: int, exact: bool = False) -> Values | str:
+def read_values(
+  path: pathlib.Path, min_size: int, size: int, exact: bool = False, colour: bool = False
+) -> Values | str:
   """The grey values of a picture as a square of ``size`` pixels, or the reason to leave it out.
 
   Colours become ITU-R 601 grey, transparency is laid over black, EXIF orientation is applied. The
@@ -49,11 +60,12 @@ def read_values(path: pathlib.Path, min_size: int, size: int, exact: bool = Fals
     min_size: least side in pixels.
     size: side of the square; 0 keeps the picture's own.
     exact: keep fractions of 8-bit values, which a window then spreads.
+    colour: keep the colours of a picture that has some (``grey.has_colour``).
   """
   try:
     with Image.open(path, formats=FORMATS) as image:
       lost = _lost_bits(image)
-      return lost or values_of(image, min_size, size, exact)
+      return lost or values_of(image, min_size, size, exact, colour)
   except Exception as error:  # a damaged file can make a decoder raise almost anything
     text = str(error).replace(repr(str(path)), "").replace(str(path), "the file")
     reason = " ".join(text.split()).rstrip(" :")[:120] or type(error).__name__
@@ -63,7 +75,7 @@ def read_values(path: pathlib.Path, min_size: int, size: int, exact: bool = Fals
 def read_pixels(
   path: pathlib.Path, min_size: int, size: int, grey: Grey, window: bool
 ) -> np.ndarray | str:
-  """Returns [H, W, 1] pixels of a picture by the rule of a run, or the reason why there are none.
+  """Returns [H, W, C] pixels of a picture by the rule of a run, or the reason why there are none.
 
   Args:
     path: the file.
@@ -72,7 +84,12 @@ def read_pixels(
     grey: how the run made pixels of grey values.
     window: whether the run's values were cut to a window.
   """
-  values = read_values(path, min_size, size, exact=window)
+  values = read_values(path, min_size, size, exact=window, colour=grey.channels == 3)
+  return pixels_of(values, grey, window)
+
+
+def pixels_of(values: Values | str, grey: Grey, window: bool) -> np.ndarray | str:
+  """[H, W, C] pixels of values by the rule of a run, or why they cannot be had."""
   if isinstance(values, str):
     return values
   if values.deep != grey.deep and not window:
@@ -85,11 +102,13 @@ def read_pixels(
       f"grey values {values.low:g} to {values.high:g}, and the run was trained on {grey.low:g} to"
       f" {grey.high:g}; export it as those were"
     )
-  return to_pixels(values, grey)[..., None]
+  return in_channels(to_pixels(values, grey), grey.channels)
 
 
-def values_of(image: Image.Image, min_size: int, size: int, exact: bool) -> Values | str:
-  """The grey values of an opened picture; see ``read_values``."""
+def values_of(
+  image: Image.Image, min_size: int, size: int, exact: bool, colour: bool = False
+) -> Values | str:
+  """The values of an opened picture; see ``read_values``."""
   if min(image.size) < min_size:
     return f"{image.width}x{image.height} pixels, under data.min_size={min_size}"
   frames = getattr(image, "n_frames", 1)
@@ -97,12 +116,17 @@ def values_of(image: Image.Image, min_size: int, size: int, exact: bool) -> Valu
   grey = to_grey(image)
   whole = np.asarray(grey)
   deep, levels = grey.mode == "F", _levels(whole)
+  bands = [grey]
+  if colour and not deep:
+    coloured = to_colours(image)
+    bands = list(coloured.split()) if has_colour(np.asarray(coloured)) else bands
   if exact and not deep:
-    grey = grey.convert("F")
+    bands = [band.convert("F") for band in bands]
   if size and grey.size != (size, size):
-    grey = grey.resize((size, size), Image.Resampling.BICUBIC)
+    bands = [band.resize((size, size), Image.Resampling.BICUBIC) for band in bands]
+  pixels = [np.asarray(band) for band in bands]
   return Values(
-    pixels=np.asarray(grey),
+    pixels=pixels[0] if len(pixels) == 1 else np.stack(pixels, axis=2),
     deep=deep,
     inverted=inverted,
     low=float(whole.min()),
@@ -130,11 +154,24 @@ def to_grey(image: Image.Image) -> Image.Image:
     return Image.fromarray(values)
   if image.mode == "LAB":
     return image.getchannel("L")
-  if image.mode in ("P", "PA", "LA", "RGBA", "La", "RGBa"):
-    coloured = image.convert("RGBA")
-    black = Image.new("RGBA", coloured.size, (0, 0, 0, 255))
-    image = Image.alpha_composite(black, coloured)
-  return image.convert("L")
+  return _over_black(image).convert("L")
+
+
+def to_colours(image: Image.Image) -> Image.Image:
+  """Red, green and blue of a picture of 8 bits, always: mode RGB."""
+  image = ImageOps.exif_transpose(image)
+  if image.mode == "LAB":
+    image = image.getchannel("L")
+  return _over_black(image).convert("RGB")
+
+
+def _over_black(image: Image.Image) -> Image.Image:
+  """The picture, what is transparent laid over black."""
+  if image.mode not in ("P", "PA", "LA", "RGBA", "La", "RGBa"):
+    return image
+  coloured = image.convert("RGBA")
+  black = Image.new("RGBA", coloured.size, (0, 0, 0, 255))
+  return Image.alpha_composite(black, coloured)
 
 
 def _is_deep(image: Image.Image) -> bool:
@@ -218,8 +255,9 @@ def read_all(placed: Sequence[Placed], data: DataConfig) -> list[Read]:
   """Reads picture files in order, two at a time."""
 
   def read(picture: Placed) -> Read:
-    exact = bool(data.window)
-    return Read(picture, read_values(picture.file.path, data.min_size, data.image_size, exact))
+    exact, colour = bool(data.window), data.channels == "3"
+    size = data.image_size
+    return Read(picture, read_values(picture.file.path, data.min_size, size, exact, colour))
 
   with concurrent.futures.ThreadPoolExecutor(2) as threads:
     return list(threads.map(read, placed))
@@ -233,11 +271,15 @@ def gather(
   root: pathlib.Path,
   data: DataConfig,
   notes: tuple[str, ...] = (),
+  listed: bool = False,
 ) -> Dataset:
-  """Makes a dataset of the files that were read; see ``load_folder``."""
+  """Makes a dataset of the files that were read; see ``load_folder``.
+
+  ``listed`` says that somebody named each file, so that none is taken for a mask by its values.
+  """
   pictures: list[tuple[Placed, Values]] = []
   lost = list(left_out)
-  for placed, values in _without_masks(results, root):
+  for placed, values in results if listed else _without_masks(results, root):
     name, class_name = placed.file.name, placed.class_name
     if isinstance(values, str):
       lost.append(LeftOut(name=name, reason=values, class_name=class_name))
@@ -250,6 +292,9 @@ def gather(
       )
   _require_usable(pictures, lost, class_names, root, data.strict)
   grey = choose_grey([values for _, values in pictures], data.window)
+  coloured = [values.pixels.ndim == 3 for _, values in pictures]
+  if data.channels == "3" or any(coloured):
+    grey = grey._replace(channels=3)
   stored = [to_pixels(values, grey) for _, values in pictures]
   grey = grey._replace(**stored_levels([values for _, values in pictures], stored, grey))
   placed = [picture for picture, _ in pictures]
@@ -260,7 +305,7 @@ def gather(
   patients = _patients(placed, names, sites, data)
   sides = [picture.in_test for picture in placed]
   return Dataset(
-    inputs=np.stack(stored)[..., None],
+    inputs=np.stack([in_channels(pixels, grey.channels) for pixels in stored]),
     labels=np.array([class_names.index(picture.class_name) for picture in placed], np.int32),
     names=tuple(names),
     class_names=class_names,
@@ -269,10 +314,32 @@ def gather(
     patients=patients and patients.numbers,
     patient_counts=patients and patients.counts,
     skipped=tuple(sorted(lost)),
-    notes=notes,
+    notes=(*notes, *_chosen_channels(grey, data), *_colourless(pictures, class_names, grey)),
     grey=grey,
     in_test=None if None in sides else np.array(sides, bool),
   )
+
+
+def _chosen_channels(grey: Grey, data: DataConfig) -> tuple[str, ...]:
+  """A sentence on a number of channels that the pictures, and not the user, have chosen."""
+  if grey.channels == 1 or data.channels != "auto":
+    return ()
+  return (
+    "Three channels, since all pictures have colours: it follows from all of them, without noise,"
+    " unless data.channels=3 says it.",
+  )
+
+
+def _colourless(
+  pictures: Sequence[tuple[Placed, Values]], class_names: tuple[str, ...], grey: Grey
+) -> tuple[str, ...]:
+  """A sentence on pictures without colours among those that have some."""
+  bare = [placed.class_name for placed, values in pictures if values.pixels.ndim == 2]
+  if grey.channels == 1 or not bare:
+    return ()
+  shares = ", ".join(f"{bare.count(name)} of class {name}" for name in class_names if name in bare)
+  told = "data.channels=1 would do" if len(bare) == len(pictures) else "this may tell their class"
+  return (f"{len(bare)} of {len(pictures)} pictures have no colours ({shares}): {told}.",)
 
 
 def _without_masks(results: Sequence[Read], root: pathlib.Path) -> list[Read]:

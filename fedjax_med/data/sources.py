@@ -1,4 +1,4 @@
-"""Sources of datasets: embedded phantoms, a folder of pictures, the two public sets."""
+"""Sources of datasets: phantoms, folders, tables and arrays of pictures, the two public sets."""
 
 import pathlib
 from collections.abc import Callable
@@ -9,10 +9,12 @@ from fedjax_med.core.errors import require, require_choice
 from fedjax_med.core.registered import add_name
 from fedjax_med.core.source_facts import SOURCE_FACTS, SourceFacts
 from fedjax_med.core.sources import read_again
+from fedjax_med.data.arrays import load_arrays
 from fedjax_med.data.builders import load_builder
 from fedjax_med.data.dataset import Dataset
 from fedjax_med.data.heart_disease import load_heart_disease
 from fedjax_med.data.images import load_folder
+from fedjax_med.data.manifest import load_manifest
 from fedjax_med.data.phantoms import make_phantoms
 from fedjax_med.data.tables import load_table
 
@@ -80,6 +82,14 @@ def _folder(data: DataConfig) -> Dataset:
   return load_folder(pathlib.Path(data.path).expanduser(), data)
 
 
+def _manifest(data: DataConfig) -> Dataset:
+  return load_manifest(pathlib.Path(data.path).expanduser(), data)
+
+
+def _arrays(data: DataConfig) -> Dataset:
+  return load_arrays(pathlib.Path(data.path).expanduser(), data)
+
+
 def _builder(data: DataConfig) -> Dataset:
   return load_builder(pathlib.Path(data.path).expanduser(), data)
 
@@ -90,6 +100,9 @@ SOURCES: dict[str, Source] = {
     load=_phantoms, facts=SOURCE_FACTS["phantoms"], synthetic_people=True, seeded=True
   ),
   "folder": Source(load=_folder, facts=SOURCE_FACTS["folder"]),
+  # pandas is imported in reading, and imports what jax does.
+  "manifest": Source(load=_manifest, facts=SOURCE_FACTS["manifest"], beside_jax=False),
+  "npz": Source(load=_arrays, facts=SOURCE_FACTS["npz"]),
   "br35h": Source(load=_builder, facts=SOURCE_FACTS["br35h"], beside_jax=False),
   "sars_cov2_ct": Source(load=_builder, facts=SOURCE_FACTS["sars_cov2_ct"], beside_jax=False),
   "table": Source(load=load_table, facts=SOURCE_FACTS["table"]),

@@ -113,7 +113,7 @@ def given_split(labels: np.ndarray, in_test: np.ndarray) -> tuple[np.ndarray, np
         bool((chosen & (labels == label)).any()),
         f"the given {side} part has no example of class {label} ({int((labels == label).sum())}"
         " examples in all)",
-        "add some, or use * in place of {split} in data.layout to split anew",
+        "add some, or split anew: * in place of {split} in data.layout, or data.given_split=False",
       )
   return np.flatnonzero(~in_test).astype(np.int32), np.flatnonzero(in_test).astype(np.int32)
 

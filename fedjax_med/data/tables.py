@@ -121,7 +121,7 @@ def read_dataset(root: pathlib.Path, manifest: Manifest, data: DataConfig) -> Da
     site_names=tuple(site_names),
     patients=patients and patients.numbers,
     patient_counts=patients and patients.counts,
-    groups=_groups(files, manifest),
+    kept_together=_groups(files, manifest),
     skipped=tuple(sorted(left)),
     modality="table",
     table=table,

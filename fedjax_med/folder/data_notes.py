@@ -49,7 +49,7 @@ def data_notes(held: dict[str, Any], unit: str, show_names: bool) -> list[Note]:
   if "table" in held:
     notes += _table_notes(held)
   if split["scheme"] == "given":
-    text = "Train and test sides are those that the folders give (validation counts as train)."
+    text = "Train and test sides are those that the data give (validation counts as train)."
     notes.append(Note(text, False))
   sites = held.get("sites", {"count": 0, "are_hospitals": False})
   if sites["count"] and not sites["are_hospitals"]:

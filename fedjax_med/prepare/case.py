@@ -83,7 +83,7 @@ def federation(config: Config, hospitals: Hospitals, secret: bytes | None = None
     config.privacy.unit != "patient" or (counts is not None and counts.named == images),
     f"privacy.unit='patient' needs to know who is on every {modality.noun}:"
     f" {described(counts, images, hospitals.by_site, modality.nouns)}".removesuffix("."),
-    "name the patients with data.patient_pattern or {patient} in data.layout, or use"
+    "name the patients with data.patient_pattern, {patient} in data.layout or a manifest, or use"
     " privacy.unit=group, which protects groups of near-duplicates"
     if modality.keeps_copies
     else "name the column of the patient in data.columns, or use privacy.unit=record",

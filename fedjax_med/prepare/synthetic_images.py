@@ -133,7 +133,7 @@ def completed(
 
 
 def make_images(config: Config, hospitals: Hospitals) -> np.ndarray:
-  """Trains the GANs; the synthetic images [S, H, W, 1] in the order and dtype of the dataset.
+  """Trains the GANs; the synthetic images [S, H, W, C] in the order and dtype of the dataset.
 
   Those of a hospital are a function of its own training images, its number, ``seed`` and
   ``client.gan_steps``, to rounding: other hospitals, and how all are laid out, change nothing.
@@ -144,11 +144,12 @@ def make_images(config: Config, hospitals: Hospitals) -> np.ndarray:
   dataset, held = hospitals.dataset, _class_counts(hospitals)
   cpu = jax.default_backend() == "cpu"
   learners = _learners(hospitals, held)
-  height, width = dataset.inputs.shape[1:3]
+  height, width, channels = dataset.inputs.shape[1:]
   synthesise = make_synthesis(
     height,
     width,
     len(dataset.class_names),
+    channels=channels,
     devices=min(local_devices(), len(hospitals.names)),
     at_once=1 if cpu else RUNS_AT_ONCE,
     lowering="auto" if cpu else "matmul",

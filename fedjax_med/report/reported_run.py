@@ -9,7 +9,7 @@ from rich.console import Console
 
 from fedjax_med.core.config import Config
 from fedjax_med.data.dataset import Hospitals, client_rows
-from fedjax_med.data.grey import to_eight_bits
+from fedjax_med.data.grey import to_eight_bits, without_channel
 from fedjax_med.data.modality import modality_named
 from fedjax_med.data.sources import source_named
 from fedjax_med.prepare.experiment import Experiment
@@ -54,7 +54,7 @@ def _draw_examples(experiment: Experiment, folder: pathlib.Path) -> None:
   def first(k: int, label: int, synthetic: bool, number: int) -> list[np.ndarray | None]:
     rows = client_rows(hospitals.train)[k]
     rows = rows[(dataset.labels[rows] == label) & ((rows >= dataset.num_real) == synthetic)]
-    found = [to_eight_bits(dataset.inputs[row, :, :, 0]) for row in rows[:number]]
+    found = [to_eight_bits(without_channel(dataset.inputs[row])) for row in rows[:number]]
     return [*found, *[None] * (number - len(found))]
 
   figures.draw_examples(

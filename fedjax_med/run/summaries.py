@@ -135,7 +135,7 @@ def hospital_record(hospitals: Hospitals, names: bool = True) -> dict[str, Any]:
       "pairs": [list(pair) for pair in split.contradictions.pairs if names],
     },
     "patients": dataset.patient_counts and dataset.patient_counts._asdict(),
-    **({} if dataset.table else {"grey": dataset.grey._asdict()}),
+    **({} if dataset.table else {"grey": dataset.grey.record}),
     "skipped": skipped,
     "hospitals": [holds(k, name) for k, name in enumerate(hospitals.names)],
   }

@@ -47,6 +47,7 @@ class _Setup(NamedTuple):
     adam: optimiser of both.
     height: rows of an image.
     width: columns of an image.
+    channels: of an image.
     num_classes: classes in all.
   """
 
@@ -54,6 +55,7 @@ class _Setup(NamedTuple):
   adam: optax.GradientTransformation
   height: int
   width: int
+  channels: int
   num_classes: int
 
 
@@ -61,7 +63,7 @@ class _Shared(NamedTuple):
   """Arguments that the GANs of all hospitals have in common.
 
   Attributes:
-    images: [N, H, W, 1] all images.
+    images: [N, H, W, C] all images.
     labels: [N] their classes.
     seed: seed of the run.
     steps: steps of a GAN.
@@ -96,14 +98,15 @@ def make_synthesis(
   width: int,
   num_classes: int,
   *,
+  channels: int = 1,
   devices: int,
   at_once: int,
   lowering: ops.Lowering,
 ) -> Callable[..., tuple[np.ndarray, np.ndarray]]:
   """Compiles ``synthesise(inputs, labels, seed, steps, learners)``, on the host.
 
-  It trains the GAN of every learner for ``steps`` steps on its rows of ``inputs`` [N, H, W, 1]
-  uint8 and ``labels`` [N], and returns the images [K, blocks, BATCH, H, W, 1] uint8, with whether
+  It trains the GAN of every learner for ``steps`` steps on its rows of ``inputs`` [N, H, W, C]
+  uint8 and ``labels`` [N], and returns the images [K, blocks, BATCH, H, W, C] uint8, with whether
   all of a learner's are finite, [K]. A learner's images are a function of its own rows, its number,
   the seed and the steps; ``at_once`` of them side by side change them by rounding only, which
   training makes larger.
@@ -115,15 +118,17 @@ def make_synthesis(
     height: rows of an image.
     width: columns of an image.
     num_classes: classes in all, of which a hospital may hold some.
+    channels: of an image.
     devices: devices of this process that learners are dealt over.
     at_once: learners that a device works on side by side.
     lowering: lowering of the convolutions.
   """
   setup = _Setup(
-    gan=make_gan(height, width, num_classes, lowering),
+    gan=make_gan(height, width, num_classes, lowering, channels),
     adam=optax.adam(RATE, b1=FIRST_MOMENT, b2=SECOND_MOMENT),
     height=height,
     width=width,
+    channels=channels,
     num_classes=num_classes,
   )
   several = map_over_devices(functools.partial(_learn, setup), devices, at_once)
@@ -141,7 +146,7 @@ def _learn(setup: _Setup, shared: _Shared, learner: Learner) -> tuple[jax.Array,
   key = key_for(base_key(shared.seed), Stream.SYNTHETIC, learner.number)
   noise = jnp.zeros((1, LATENT + setup.num_classes))
   generator = setup.gan.generator.init(jax.random.fold_in(key, _GENERATOR), noise)[0]
-  blank = jnp.zeros((1, setup.height, setup.width, 1))
+  blank = jnp.zeros((1, setup.height, setup.width, setup.channels))
   discriminator = setup.gan.discriminator.init(jax.random.fold_in(key, _DISCRIMINATOR), blank)[0]
   start = _Training(
     generator=generator,

@@ -38,6 +38,8 @@ def digest(dataset: Dataset) -> str:
       sha.update(f"{array.dtype} {array.shape}".encode())
       sha.update(np.ascontiguousarray(array).tobytes())
     sha.update(b";")
+  if dataset.kept_together is not None:
+    sha.update(dataset.kept_together.tobytes())
   return sha.hexdigest()
 
 

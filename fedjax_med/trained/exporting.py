@@ -54,6 +54,7 @@ def describe(trained: Trained, privacy: dict[str, Any]) -> dict[str, Any]:
   data, grey = trained.config.data, trained.grey
   top = np.iinfo(grey.dtype).max
   positive = trained.task.positive(trained.class_names)
+  channels = "one grey channel" if grey.channels == 1 else "red, green and blue"
   how = {
     "image": "each image minus its mean, divided by its standard deviation or by 1 if that is less",
     "fixed": f"pixel / {top / 2:g} - 1",
@@ -68,7 +69,7 @@ def describe(trained: Trained, privacy: dict[str, Any]) -> dict[str, Any]:
     **({"positive_class": encodable(positive)} if positive else {}),
     "image_size": data.image_size,
     "channels": trained.image_shape[2],
-    "pixels": f"{np.dtype(grey.dtype)}, one grey channel, resized to a square with bicubic"
+    "pixels": f"{np.dtype(grey.dtype)}, {channels}, resized to a square with bicubic"
     f" antialiasing; 0 is the value {grey.low:g} of the files and {top} the value {grey.high:g}",
     "normalisation": f"{data.normalisation}: {how.get(data.normalisation, '')}",
     "norm_epsilon": EPSILON,
@@ -97,13 +98,13 @@ def export_model(trained: Trained, how: str, output: pathlib.Path) -> str:
     beside = output.with_name(f"{output.name}.json")
     text = json.dumps({**about, "platforms": list(PLATFORMS)}, indent=2, ensure_ascii=False)
     write_text(beside, f"{text}\n")
-    size = trained.image_shape[0]
+    size, _, channels = trained.image_shape
     made = f"probabilities [b, {len(trained.class_names)}]"
     if not trained.predicts_classes:
       made = f"predictions of the task '{trained.task.name}'"
     return (
-      f"a program of {np.dtype(trained.grey.dtype)} images [b, {size}, {size}, 1] to {made}"
-      f" for {', '.join(PLATFORMS)}; {beside.name} describes it"
+      f"a program of {np.dtype(trained.grey.dtype)} images [b, {size}, {size}, {channels}] to"
+      f" {made} for {', '.join(PLATFORMS)}; {beside.name} describes it"
     )
   from safetensors.numpy import save_file
 

@@ -14,6 +14,7 @@ import numpy as np
 from fedjax_med.core.errors import UserError, require, require_choice
 from fedjax_med.core.text import readable
 from fedjax_med.data.dataset import Hospitals, client_rows
+from fedjax_med.data.grey import without_channel
 from fedjax_med.data.hospitals import load_hospitals
 from fedjax_med.data.sources import SOURCES, shown_as
 from fedjax_med.folder import writing as files
@@ -26,7 +27,14 @@ from fedjax_med.tasks.classification import positive_class
 from fedjax_med.trained import heat_pictures
 from fedjax_med.trained.loading import Trained
 from fedjax_med.trained.pointing_game import score
-from fedjax_med.trained.predictions import Looked, choose_layer, files_in, make_look, read_pictures
+from fedjax_med.trained.predictions import (
+  Looked,
+  choose_layer,
+  files_in,
+  make_look,
+  read_pictures,
+  reads_volumes,
+)
 
 MAX_HOSPITALS = 20  # rows of the page
 MAX_POINTED = 512  # images of the pointing game
@@ -297,7 +305,7 @@ def _folder_group(
 ) -> Group:
   """The first readable pictures of a folder."""
   pixels = []
-  for picture in read_pictures(trained, files_in(images)):
+  for picture in read_pictures(trained, files_in(images, reads_volumes(trained))):
     if picture.pixels is None:
       tell(f"{picture.name}: {picture.error}")
     else:
@@ -362,7 +370,7 @@ def _seen(
   probabilities = looked.probabilities[row]
   best = int(probabilities.argmax())
   return heat_pictures.Seen(
-    pixels=group.pixels[row, :, :, 0],
+    pixels=without_channel(group.pixels[row]),
     heat=looked.maps[row],
     gated=np.asarray(looked.gated[block].activation[row]) if block else None,
     predicted=trained.class_names[best],

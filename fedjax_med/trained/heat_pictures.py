@@ -20,7 +20,7 @@ class Seen(NamedTuple):
   """An image with its prediction and its heat map.
 
   Attributes:
-    pixels: [H, W] uint8 or uint16.
+    pixels: [H, W] or [H, W, 3] uint8 or uint16.
     heat: [H', W'] Grad-CAM.
     gated: [H', W'] activation behind a squeeze-and-excitation block, None without one.
     predicted: name of the most probable class.
@@ -43,16 +43,16 @@ def enlarge(values: np.ndarray, size: tuple[int, ...]) -> np.ndarray:
   return np.asarray(picture.resize((width, height), Image.Resampling.BILINEAR))
 
 
-def overlay(grey: np.ndarray, values: np.ndarray) -> Image.Image:
-  """Heat over a grey image, as opaque as it is hot; sides of at least ``LEAST_SIDE`` pixels.
+def overlay(pixels: np.ndarray, values: np.ndarray) -> Image.Image:
+  """Heat over an image, as opaque as it is hot; sides of at least ``LEAST_SIDE`` pixels.
 
   Args:
-    grey: [H, W] uint8 or uint16.
+    pixels: [H, W] or [H, W, 3] uint8 or uint16.
     values: [H', W'], at least 0; it is scaled to its own largest value.
   """
   import matplotlib
 
-  picture = Image.fromarray(to_eight_bits(grey))
+  picture = Image.fromarray(to_eight_bits(pixels)).convert("RGB")
   if min(picture.size) < LEAST_SIDE:
     factor = LEAST_SIDE / min(picture.size)
     size = round(picture.width * factor), round(picture.height * factor)
@@ -61,7 +61,7 @@ def overlay(grey: np.ndarray, values: np.ndarray) -> Image.Image:
   heat = heat / heat.max() if heat.max() > 0 else heat
   colours = matplotlib.colormaps[COLOURS](heat)[..., :3] * 255
   opacity = OPACITY * heat[..., None]
-  mixed = np.asarray(picture, np.float64)[..., None] * (1 - opacity) + colours * opacity
+  mixed = np.asarray(picture, np.float64) * (1 - opacity) + colours * opacity
   return Image.fromarray(mixed.round().astype(np.uint8))
 
 

@@ -31,8 +31,6 @@ from fedjax_med.tasks.classification import CLASSIFICATION
 from fedjax_med.tasks.registry import task_of
 from fedjax_med.tasks.task import Task
 
-CHANNELS = 1  # data/images.py makes one grey channel of every picture
-
 
 class Trained(NamedTuple):
   """A run's global model, or that of one of its hospitals, ready to be used.
@@ -81,7 +79,7 @@ class Trained(NamedTuple):
   def image_shape(self) -> tuple[int, ...]:
     """Shape of one input of the network, (H, W, C) of a picture."""
     side = self.config.data.image_size
-    return self.input_shape or (side, side, CHANNELS)
+    return self.input_shape or (side, side, self.grey.channels)
 
   @property
   def predicts_classes(self) -> bool:
@@ -222,18 +220,20 @@ def _read_run(folder: pathlib.Path) -> _Run:
   modality, task = modality_of(record), task_of(record)
   try:
     config = from_dict(record["config"])
-    side = config.data.image_size  # of folders that do not say their inputs' shape
+    side = config.data.image_size
+    grey = Grey(**held["grey"]) if "grey" in held else EIGHT_BITS
+    pictured = (side, side, grey.channels)  # of folders that do not say their inputs' shape
     run = _Run(
       config=config,
       class_names=tuple(held["class_names"]),
       hospitals=[str(hospital["name"]) for hospital in held["hospitals"]],
       run_id=str(record["run_id"]),
       network=dict(record.get("network", {})),
-      grey=Grey(**held["grey"]) if "grey" in held else EIGHT_BITS,
+      grey=grey,
       modality=modality,
       task=task,
       num_columns=int(record.get("num_columns", len(held["class_names"]))),
-      input_shape=tuple(record.get("input_shape", (side, side, CHANNELS))),
+      input_shape=tuple(record.get("input_shape", pictured)),
       table=held.get("table"),
     )
     version = str(record["versions"]["fedjax_med"])

@@ -15,10 +15,11 @@ from PIL import Image
 
 from fedjax_med.core.errors import UserError, require
 from fedjax_med.core.text import REPLACING, readable
-from fedjax_med.data.files import EXTENSIONS, SYSTEM, File, counted, walk
-from fedjax_med.data.grey import to_eight_bits
+from fedjax_med.data.files import DICOM, EXTENSIONS, NIFTI, SYSTEM, File, counted, kind_of, walk
+from fedjax_med.data.grey import to_eight_bits, without_channel
 from fedjax_med.data.modality import preparation
 from fedjax_med.data.sources import shown_as
+from fedjax_med.data.volumes import read_example
 from fedjax_med.folder.writing import write_whole
 from fedjax_med.models import grad_cam
 from fedjax_med.simulation.evaluation import make_classify
@@ -129,8 +130,12 @@ def make_look(
   return run
 
 
-def files_in(place: pathlib.Path) -> list[File]:
+def files_in(place: pathlib.Path, volumes: bool = False) -> list[File]:
   """The files of a folder and below it, or a single one; those of the operating system left out.
+
+  Args:
+    place: the folder or the file.
+    volumes: whether DICOM and NIfTI files are among those that are read.
 
   Raises:
     UserError: there is no such folder or file, or no picture in it.
@@ -140,6 +145,8 @@ def files_in(place: pathlib.Path) -> list[File]:
     require(place.is_file(), f"--images={place} is no regular file", "give a folder or a picture")
     return [File(path=place, parts=(readable(place.name),), reason="")]
   files = [file for file in walk(place).files if file.reason != SYSTEM]
+  if volumes:
+    files = [file._replace(reason="") if _is_volume(file) else file for file in files]
   reasons = [file.reason for file in files]
   require(
     not all(reasons),
@@ -150,14 +157,31 @@ def files_in(place: pathlib.Path) -> list[File]:
   return files
 
 
-def read_pictures(trained: Trained, files: Sequence[File]) -> Iterator[Picture]:
-  """Reads files as the training did: one grey channel, the same size, window and least size."""
+def _is_volume(file: File) -> bool:
+  """Whether a file is left out for no other reason than that it is DICOM or NIfTI."""
+  return file.reason.endswith("is not read") and kind_of(file.path) in (DICOM, NIFTI)
+
+
+def reads_volumes(trained: Trained) -> bool:
+  """Whether the run may have been trained on DICOM or NIfTI, so that such files are read."""
+  return trained.config.data.source == "manifest"
+
+
+def _read(trained: Trained, path: pathlib.Path, least: int, size: int) -> np.ndarray | str:
+  """An example as the run read its own, at a size, or why it cannot be read."""
   data, grey = trained.config.data, trained.grey
+  if reads_volumes(trained):
+    return read_example(path, data, grey, least, size)
+  return trained.modality.read(path, least, size, grey, bool(data.window))
+
+
+def read_pictures(trained: Trained, files: Sequence[File]) -> Iterator[Picture]:
+  """Reads files as the training did: the same channels, size, window and least size."""
+  data = trained.config.data
   least = data.min_size if shown_as(data.source).facts.reads_files else 1
-  read_raw = trained.modality.read
 
   def read(file: File) -> Picture:
-    pixels = file.reason or read_raw(file.path, least, data.image_size, grey, bool(data.window))
+    pixels = file.reason or _read(trained, file.path, least, data.image_size)
     if isinstance(pixels, str):
       return Picture(path=file.path, name=file.name, pixels=None, error=pixels)
     return Picture(path=file.path, name=file.name, pixels=pixels, error="")
@@ -198,7 +222,7 @@ def predict_files(
     place = pathlib.Path(os.path.realpath(file.path))  # resolve() raises for a link to itself
     return bool(made & {place, *place.parents})
 
-  files = [file for file in files_in(images) if not is_ours(file)]
+  files = [file for file in files_in(images, reads_volumes(trained)) if not is_ours(file)]
   require(
     not all(file.reason for file in files),
     f"--images={images} holds overlays only",
@@ -252,9 +276,9 @@ def _write_overlay(
   trained: Trained, picture: Picture, heat: np.ndarray, folder: pathlib.Path
 ) -> pathlib.Path:
   """Writes FOLDER/NAME.png: the picture at its own size, Grad-CAM over it."""
-  pixels = trained.modality.read(picture.path, 1, 0, trained.grey, bool(trained.config.data.window))
+  pixels = _read(trained, picture.path, 1, 0)
   assert not isinstance(pixels, str)  # it was read a moment ago
-  image = Image.fromarray(to_eight_bits(pixels[..., 0]))
+  image = Image.fromarray(to_eight_bits(without_channel(pixels)))
   image.thumbnail((LARGEST_SIDE, LARGEST_SIDE))
   # The whole name: a.png and a.jpg are two pictures.
   place = folder.joinpath(*map(_fitting, f"{picture.name}.png".split("/")))

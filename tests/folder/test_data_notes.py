@@ -59,7 +59,7 @@ def said(words: str, notes: dict[str, bool]) -> bool | None:
     ("Grey values 0 (black) to 255 (white): pictures of 8 bits.", False, {}),
     ("at most 16 different grey values", True, {"grey": {**GREY, "levels": 16}}),
     ("37% of all pixels lie outside", False, {"grey": {**GREY, "deep": True, "outside": 0.37}}),
-    ("sides are those that the folders give", False, {"split": {"scheme": "given"}}),
+    ("sides are those that the data give", False, {"split": {"scheme": "given"}}),
     ("5 test images of patients who are in train", True,
      {"split": {"scheme": "paper", "num_test_of_train_patients": 5}}),
     ("3 sites named by the data are not the hospitals", False,

@@ -7,7 +7,7 @@ import numpy as np
 from PIL import Image
 
 from fedjax_med.core.config import Config, set_field
-from tests.data.table_cases import MANIFEST, columns_file, heart_folder, table_file
+from tests.data import table_cases
 from tests.exchange import parts  # noqa: F401  (registers the transform and the aggregator below)
 
 Changes = dict[str, Any]
@@ -59,7 +59,8 @@ def changed(changes: Changes, files: pathlib.Path) -> Config:
   config = base()
   for path, value in changes.items():
     if isinstance(value, str) and value.startswith(FILES):
-      value = make_files(files, int(value.removeprefix(FILES) or 0))
+      number, _, inside = value.removeprefix(FILES).partition("/")
+      value = str(pathlib.Path(make_files(files, int(number or 0)), inside))
     elif isinstance(value, str) and value.startswith((TABLE, COLUMNS, HEART)):
       value = make_table(files, value)
     set_field(config, path, value)
@@ -79,6 +80,14 @@ def make_files(folder: pathlib.Path, seed: int) -> str:
       pixels = rng.integers(0, 256, (side, side)).astype(np.uint8)
       side = "train" if number % 4 else "test"
       Image.fromarray(pixels).save(root / name / f"P{number % 7}_{side}_{number}.png")
+  pictures = sorted(root.rglob("*.png"))
+  table = ["path,label,reversed,other,who,ward,wing,part"]
+  for number, (place, last) in enumerate(zip(pictures, pictures[::-1], strict=True)):
+    paths = [each.relative_to(root).as_posix() for each in (place, last)]
+    name, other = place.parent.name, "yes" if number % 3 else "no"
+    people = f"{number % 9},{number % 3},{number // 7 % 3}"
+    table.append(f"{paths[0]},{name},{paths[1]},{other},{people},{place.stem.split('_')[1]}")
+  (root / "list.csv").write_text("\n".join(table), encoding="utf-8")
   (root / "no" / "broken.png").write_bytes(b"none")
   return str(root)
 
@@ -86,11 +95,13 @@ def make_files(folder: pathlib.Path, seed: int) -> str:
 def make_table(folder: pathlib.Path, which: str) -> str:
   """A table of 120 records, its manifest (two ranges), or made-up files with UCI's names."""
   if which == TABLE:
-    return str(table_file(folder / "table.csv", 120))
+    return str(table_cases.table_file(folder / "table.csv", 120))
   if which == HEART:
-    return str(heart_folder(folder / "heart"))
-  wide = MANIFEST.replace("high = 80,", "high = 100,")
-  return columns_file(folder, MANIFEST if which == COLUMNS else wide, f"{which}.toml")
+    return str(table_cases.heart_folder(folder / "heart"))
+  wide = table_cases.MANIFEST.replace("high = 80,", "high = 100,")
+  return table_cases.columns_file(
+    folder, table_cases.MANIFEST if which == COLUMNS else wide, f"{which}.toml"
+  )
 
 
 LAYOUT = "execution.* lays the same arithmetic out otherwise: results are equal but for rounding"
@@ -104,6 +115,8 @@ TABLES = {
   "data.image_size": 192,
   "data.num_examples": 4000,
 }
+MANIFEST = {**FOLDER, "data.source": "manifest", "data.path": f"{FILES}/list.csv"}
+ELSEWHERE = ({}, FOLDER)
 SITES = {"partition.scheme": "site", "partition.num_clients": 7, "partition.min_client_size": 1}
 GAN = {"client.synthetic": "gan"}
 PAPER = {
@@ -153,6 +166,26 @@ CASES: dict[str, Case] = {
   "data.scaling": Case("federated", "holders", TABLES, ({},)),
   "data.num_examples": Case(130, "holders", without=(FOLDER,)),
   "data.seed": Case(1, "holders", without=({**GIVEN, **SITES}, PAPER)),
+  "data.path_column": Case("reversed", "holders", MANIFEST, ELSEWHERE),
+  "data.label_column": Case("other", "holders", MANIFEST, ELSEWHERE),
+  "data.patient_column": Case("who", "holders", MANIFEST, ELSEWHERE),
+  "data.site_column": Case(
+    "wing",
+    "holders",
+    {
+      **MANIFEST,
+      "data.site_column": "ward",
+      "partition.scheme": "site",
+      "partition.min_client_size": 1,
+    },
+    ELSEWHERE,
+  ),
+  "data.split_column": Case("part", "holders", MANIFEST, ELSEWHERE),
+  "data.group_columns": Case("who", "holders", MANIFEST, ELSEWHERE),
+  "data.given_split": Case(False, "holders", {**MANIFEST, "data.split_column": "part"}, ELSEWHERE),
+  "data.slices": Case("all", "files", MANIFEST, ELSEWHERE),
+  "data.volume": Case(0, "files", MANIFEST, ELSEWHERE),
+  "data.channels": Case("3", "holders", MANIFEST, ({},)),
   "partition.scheme": Case("iid", "holders"),
   "partition.num_clients": Case(4, "holders"),
   "partition.alpha": Case(

@@ -157,6 +157,14 @@ def refusal(one: Config, other: Config) -> bool:
   return True
 
 
+def files(one: Config, other: Config) -> bool:
+  """Whether files are looked at for it (tests/data/test_volumes.py has some that it moves)."""
+  load_hospitals(one)
+  with pytest.raises(UserError, match=r"is not read: no file that .* lists has several"):
+    load_hospitals(other)
+  return True
+
+
 def cache(one: Config, other: Config) -> bool:
   """Where prepared records lie (tests/data/test_builders.py prepares some)."""
   from fedjax_med.data import sources

@@ -1,4 +1,4 @@
-"""A small class-conditional GAN for grey images of any size: a generator and a discriminator.
+"""A small class-conditional GAN for images of any size: a generator and a discriminator.
 
 After DCGAN (Radford et al. 2016), conditional on the class (Mirza and Osindero 2014), and without
 batch normalisation: a hospital's batch may hold one class only, and no image may depend on others.
@@ -26,8 +26,8 @@ class Gan(NamedTuple):
 
   Attributes:
     generator: inputs [B, LATENT + classes], standard normals beside the one-hot class, to images
-      [B, H, W, 1] in -1 .. 1.
-    discriminator: images [B, H, W, 1] in -1 .. 1 to scores [B, classes]: how real each of them
+      [B, H, W, C] in -1 .. 1.
+    discriminator: images [B, H, W, C] in -1 .. 1 to scores [B, classes]: how real each of them
       looks as one of that class.
   """
 
@@ -51,14 +51,16 @@ class Generator(nn.Module):
   Attributes:
     height: rows of an image, at least 1.
     width: columns of an image, at least 1.
+    channels: of an image.
   """
 
   height: int
   width: int
+  channels: int = 1
 
   @nn.compact
   def __call__(self, inputs: jax.Array) -> jax.Array:
-    """Normals and one-hot class [B, LATENT + classes] to images [B, height, width, 1]."""
+    """Normals and one-hot class [B, LATENT + classes] to images [B, height, width, channels]."""
     number = levels(self.height, self.width)
     rows, columns = (-(-side // 2**number) for side in (self.height, self.width))
     channels = min(MOST, GENERATOR_WIDTH << number)
@@ -72,7 +74,7 @@ class Generator(nn.Module):
     x = _active(x, "norm0")
     top, left = (x.shape[1] - self.height) // 2, (x.shape[2] - self.width) // 2
     x = x[:, top : top + self.height, left : left + self.width]
-    return jnp.tanh(nn.Conv(1, (3, 3), name="image")(x))
+    return jnp.tanh(nn.Conv(self.channels, (3, 3), name="image")(x))
 
 
 def _active(x: jax.Array, name: str) -> jax.Array:
@@ -92,7 +94,7 @@ class Discriminator(nn.Module):
 
   @nn.compact
   def __call__(self, images: jax.Array) -> jax.Array:
-    """Images [B, H, W, 1] to scores [B, num_classes]."""
+    """Images [B, H, W, C] to scores [B, num_classes]."""
     x = images
     for level in range(levels(images.shape[1], images.shape[2])):
       channels = min(MOST, DISCRIMINATOR_WIDTH << level)
@@ -101,9 +103,15 @@ class Discriminator(nn.Module):
     return nn.Dense(self.num_classes, name="head")(x.reshape(x.shape[0], -1))
 
 
-def make_gan(height: int, width: int, num_classes: int, lowering: ops.Lowering = "matmul") -> Gan:
+def make_gan(
+  height: int,
+  width: int,
+  num_classes: int,
+  lowering: ops.Lowering = "matmul",
+  channels: int = 1,
+) -> Gan:
   """Both networks for images of a size, their convolutions lowered as ``from_flax`` says."""
   return Gan(
-    from_flax(Generator(height, width), lowering),
+    from_flax(Generator(height, width, channels), lowering),
     from_flax(Discriminator(num_classes), lowering),
   )
