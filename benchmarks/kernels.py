@@ -38,7 +38,7 @@ FREE = frozenset(
     "replica-id",
   ]
 )
-PRODUCTS = ("__cublas", "__cudnn", "__triton_gemm", "__onednn")
+PRODUCTS = ("__cublas", "__cudnn", "__triton")
 
 ONE = """
 import json, pathlib, sys
@@ -94,7 +94,7 @@ def computations(text: str) -> tuple[str, dict[str, list[str]]]:
       found[name] = []
       entry = name if start[1] else entry
     elif name and " = " in line:
-      found[name].append(line.strip())
+      found[name].append(re.sub(r"/\*.*?\*/", "", line.strip()))
   return entry, found
 
 
