@@ -55,12 +55,11 @@ def _without(part: str) -> Condition:
 
 
 def _modality(name: str) -> Callable[[Config], bool]:
-  return lambda config: SOURCE_FACTS[config.data.source].modality == name
+  return lambda config: _facts(config).modality == name
 
 
 def _drawn_side(config: Config) -> bool:
-  data = config.data
-  return not (SOURCE_FACTS[data.source].own_split and data.split == "paper")
+  return not (_facts(config).own_split and config.data.split == "paper")
 
 
 PICTURES = Condition(

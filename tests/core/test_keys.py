@@ -55,4 +55,5 @@ def test_stream_numbers_never_change():
     ("CLIENT_NOISE", 6),
     ("AUGMENT", 7),
     ("SYNTHETIC", 8),
+    ("EXCHANGE", 9),
   ]
