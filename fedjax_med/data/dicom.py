@@ -65,7 +65,7 @@ def _silence(pydicom: Any) -> None:
 
 def _unreadable(file: Any) -> str:
   """Reason why a DICOM file holds no pixels that can be decoded here; empty if it does."""
-  from pydicom.pixels import get_decoder
+  from pydicom.pixels.decoders.base import get_decoder
 
   kind = NO_PICTURES.get(str(file.get("Modality", "")))
   if kind:
@@ -86,7 +86,8 @@ def _unreadable(file: Any) -> str:
 
 def _frame(file: Any, number: int) -> Slice:
   """A frame after the modality LUT; colours as RGB."""
-  from pydicom.pixels import apply_color_lut, apply_modality_lut, pixel_array
+  from pydicom.pixels.processing import apply_color_lut, apply_modality_lut
+  from pydicom.pixels.utils import pixel_array
 
   pixels, kind = pixel_array(file, index=number), str(file.PhotometricInterpretation)
   if kind == "PALETTE COLOR":

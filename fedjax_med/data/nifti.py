@@ -34,10 +34,10 @@ def read_nifti(path: pathlib.Path, name: str, rule: str, volume: int) -> Content
     image: Any = nibabel.load(path)
     if not isinstance(image, nibabel.Nifti1Pair):
       return f"no volume of NIfTI but {type(image).__name__}"
-    shape = image.shape
+    shape, kind = image.shape, np.dtype(image.get_data_dtype())
     while len(shape) > 3 and shape[-1] == 1:
       shape = shape[:-1]
-    if len(shape) not in (3, 4) or image.get_data_dtype().fields is not None:
+    if len(shape) not in (3, 4) or kind.fields is not None:
       return f"a NIfTI file of {len(shape)} dimensions or of colours, no volume"
   except Exception as error:  # a damaged file can raise almost anything
     return f"cannot be read as NIfTI ({type(error).__name__})"
