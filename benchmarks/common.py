@@ -5,6 +5,7 @@ import datetime
 import importlib.metadata
 import json
 import os
+import pathlib
 import platform
 import statistics
 import subprocess
@@ -77,6 +78,41 @@ def _cpu_name() -> str:
       return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
   except (OSError, StopIteration):
     return platform.processor()
+
+
+def in_checkout(
+  checkout: pathlib.Path, code: str, arguments: Sequence[str], prefix: Sequence[str] = ()
+) -> Any:
+  """Runs Python code in a process of its own in a checkout; the JSON of its last line.
+
+  Args:
+    checkout: folder whose package and benchmarks are imported.
+    code: source.
+    arguments: of the code.
+    prefix: command that starts the interpreter, such as taskset.
+
+  Raises:
+    RuntimeError: it failed; the message is the end of what it wrote.
+  """
+  path = os.pathsep.join(filter(None, (str(checkout), os.environ.get("PYTHONPATH", ""))))
+  done = subprocess.run(
+    [*prefix, sys.executable, "-c", code, *arguments],
+    cwd=checkout,
+    env={**os.environ, "PYTHONPATH": path, "JAX_PLATFORMS": "cpu"},
+    capture_output=True,
+    text=True,
+    encoding="utf-8",
+    check=False,
+  )
+  if done.returncode:
+    raise RuntimeError(done.stderr[-2000:])
+  return json.loads(done.stdout.splitlines()[-1])
+
+
+def checkouts(against: Sequence[str], here: pathlib.Path) -> dict[str, pathlib.Path]:
+  """Folders by name of the arguments NAME=FOLDER, and this checkout as ``now``."""
+  named = [each.split("=", 1) for each in against]
+  return {name: pathlib.Path(folder).resolve() for name, folder in named} | {"now": here}
 
 
 def finish(result: dict[str, Any], arguments: argparse.Namespace) -> None:

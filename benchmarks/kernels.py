@@ -9,12 +9,8 @@ Example: git worktree add /tmp/before 4553602
   python -m benchmarks.kernels --against before=/tmp/before --json
 """
 
-import json
-import os
 import pathlib
 import re
-import subprocess
-import sys
 from typing import Any
 
 from benchmarks import common
@@ -68,19 +64,7 @@ print(json.dumps({"working_mib": compiled.memory_analysis().temp_size_in_bytes /
 
 def compiled_text(checkout: pathlib.Path, private: bool, target: pathlib.Path) -> dict[str, float]:
   """Writes the compiled program of a checkout to ``target``; returns what else is known of it."""
-  path = os.pathsep.join(filter(None, (str(checkout), os.environ.get("PYTHONPATH", ""))))
-  done = subprocess.run(
-    [sys.executable, "-c", ONE, str(target), str(int(private)), str(DEVICE)],
-    cwd=checkout,
-    env={**os.environ, "PYTHONPATH": path, "JAX_PLATFORMS": "cpu"},
-    capture_output=True,
-    text=True,
-    encoding="utf-8",
-    check=False,
-  )
-  if done.returncode:
-    raise RuntimeError(done.stderr[-2000:])
-  return json.loads(done.stdout.splitlines()[-1])
+  return common.in_checkout(checkout, ONE, [str(target), str(int(private)), str(DEVICE)])
 
 
 def computations(text: str) -> tuple[str, dict[str, list[str]]]:
@@ -161,8 +145,7 @@ def main() -> None:
   )
   parser.add_argument("--texts", default="/tmp", help="Folder for the compiled programs.")
   options = parser.parse_args()
-  named = [each.split("=", 1) for each in options.against]
-  checkouts = {name: pathlib.Path(folder).resolve() for name, folder in named} | {"now": ROOT}
+  checkouts = common.checkouts(options.against, ROOT)
   result: dict[str, Any] = common.envelope("kernels") | {
     "device": "H200, compiled for",
     "cases": {},

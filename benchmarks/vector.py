@@ -13,8 +13,6 @@ import json
 import os
 import pathlib
 import statistics
-import subprocess
-import sys
 from typing import Any
 
 from benchmarks import common
@@ -49,18 +47,7 @@ def measure(checkout: pathlib.Path, case: tuple[str, bool]) -> dict[str, float]:
   workload, private = case
   arguments = json.dumps([workload, private, ROUNDS[workload]])
   core = str(max(os.sched_getaffinity(0)))
-  done = subprocess.run(
-    ["taskset", "-c", core, sys.executable, "-c", ONE, arguments],
-    cwd=checkout,
-    env={**os.environ, "PYTHONPATH": str(checkout), "JAX_PLATFORMS": "cpu"},
-    capture_output=True,
-    text=True,
-    encoding="utf-8",
-    check=False,
-  )
-  if done.returncode:
-    raise RuntimeError(done.stderr[-2000:])
-  return json.loads(done.stdout.splitlines()[-1])
+  return common.in_checkout(checkout, ONE, [arguments], ["taskset", "-c", core])
 
 
 def main() -> None:
@@ -69,9 +56,9 @@ def main() -> None:
     "--against", required=True, action="append", metavar="NAME=FOLDER", help="An earlier checkout."
   )
   options = parser.parse_args()
-  named = [each.split("=", 1) for each in options.against]
-  checkouts = {name: pathlib.Path(folder).resolve() for name, folder in named} | {"now": ROOT}
-  result: dict[str, Any] = common.envelope("vector") | {"over": named[0][0], "cases": {}}
+  checkouts = common.checkouts(options.against, ROOT)
+  base = next(iter(checkouts))
+  result: dict[str, Any] = common.envelope("vector") | {"over": base, "cases": {}}
   for case in CASES:
     found: dict[str, list[dict[str, float]]] = {name: [] for name in checkouts}
     for _ in range(options.repeats):
@@ -79,7 +66,7 @@ def main() -> None:
         found[name].append(measure(checkout, case))
         common.say(f"{case} {name} {found[name][-1]}")
     label = f"{case[0]} {'private' if case[1] else 'plain'}"
-    result["cases"][label] = _summary(found, named[0][0])
+    result["cases"][label] = _summary(found, base)
   common.finish(result, options)
 
 

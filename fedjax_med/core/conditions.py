@@ -62,7 +62,7 @@ def _drawn_side(config: Config) -> bool:
   return not (_facts(config).own_split and config.data.split == "paper")
 
 
-PICTURES = Condition(
+FILES = Condition(
   wording="a data.source that reads files",
   holds=lambda config: _facts(config).reads_files,
   fields=("data.source",),

@@ -26,7 +26,7 @@ class DataConfig:
     "",
     doc="folder of the files that the source reads; of source=manifest or npz the file itself, of"
     " source=table one table or a folder of them.",
-    read=(when.PICTURES,),
+    read=(when.FILES,),
     shapes_run=never,
   )
   cache_dir: str = field(
@@ -45,7 +45,7 @@ class DataConfig:
     32,
     doc="images with a side under this many pixels are left out and counted.",
     bounds=least(1, 4096, remedy="use 32"),
-    read=(when.PICTURES, when.IMAGES),
+    read=(when.FILES, when.IMAGES),
   )
   layout: str = field(
     "auto",
@@ -66,7 +66,7 @@ class DataConfig:
       " negative (normal, healthy, control, benign, no_...), if the names say it."
     ),
     traced=True,
-    read=(when.PICTURES,),
+    read=(when.FILES,),
     shapes_run=never,
   )
   window: str = field(
@@ -77,13 +77,13 @@ class DataConfig:
       " largest value."
     ),
     traced=True,
-    read=(when.PICTURES, when.IMAGES),
+    read=(when.FILES, when.IMAGES),
     shapes_run=never,
   )
   strict: bool = field(
     False,
     doc="stop if any file is left out, instead of naming and counting it (tables: docs/data.md).",
-    read=(when.PICTURES,),
+    read=(when.FILES,),
     shapes_run=never,
   )
   split: str = field(
@@ -111,7 +111,7 @@ class DataConfig:
       " group is the patient."
     ),
     traced=True,
-    read=(when.PICTURES, when.IMAGES, when.OPEN_PATIENTS),
+    read=(when.FILES, when.IMAGES, when.OPEN_PATIENTS),
   )
   normalisation: str = field(
     "image",

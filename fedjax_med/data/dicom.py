@@ -77,7 +77,7 @@ def _unreadable(file: Any) -> str:
     return "DICOM without a transfer syntax"
   try:
     decodable = get_decoder(syntax).is_available
-  except NotImplementedError:
+  except NotImplementedError:  # pydicom knows no decoder of this syntax at all
     decodable = False
   if not decodable:
     return f"compressed as {syntax.name} ({syntax}), for which no codec is installed ({CODECS})"

@@ -139,7 +139,8 @@ def _without_side_channels(transform: Transform) -> Transform:
   def decode(aggregate, state, tally, receiver):
     level = receiver.hyper.client_level
     assert level is not None
-    expected = receiver._replace(weight=level.expected_cohort)
-    return transform.decode(aggregate, state, tally, expected)
+    # Neither how many took part nor the key of the noise, which could be taken off again.
+    blind = receiver._replace(weight=level.expected_cohort, run_key=receiver.key)
+    return transform.decode(aggregate, state, tally, blind)
 
   return transform._replace(encode=encode, decode=decode)

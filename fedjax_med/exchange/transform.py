@@ -38,7 +38,8 @@ class Receiver(NamedTuple):
       one.
     hyper: traced hyperparameters.
     key: key of this transform's draws, for this round.
-    run_key: base key of the run, of which the accounted noise is drawn.
+    run_key: base key of the run, of which the accounted noise is drawn; under DP-FedAvg only the
+      transform that draws it gets this key.
     round: [] int32.
   """
 

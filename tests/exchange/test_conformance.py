@@ -196,6 +196,7 @@ def third(counted: bool = False) -> Transform:
     return message._replace(params=message.params / 3), kept, tally
 
   def decode(aggregate, state, tally, receiver):
+    assert receiver.run_key is receiver.key  # of the noise it knows nothing
     # Times the expected cohort over itself: nothing else is told of how many took part.
     share = receiver.weight / receiver.hyper.client_level.expected_cohort
     return aggregate._replace(params=3 * share * aggregate.params), state
