@@ -17,10 +17,10 @@ from fedjax_med.federated.algorithm import Client, Hyper, Pool
 from fedjax_med.federated.local import BatchShape, local_training, plain_gradient, private_gradient
 from fedjax_med.federated.optimizers import client_optimizer, schedule, server_optimizer
 from fedjax_med.federated.registry import create_algorithm
-from fedjax_med.federated.vector import network_layout, ravel
+from fedjax_med.federated.vector import network_spec, ravel
 from fedjax_med.models import ops, registry
 from fedjax_med.models.model import Model, from_flax
-from fedjax_med.prepare.layout import (
+from fedjax_med.prepare.plan import (
   MICROBATCH_OVERHEAD,
   best_microbatch,
   choose_layout,
@@ -131,7 +131,7 @@ def _build(workload: specs.Workload, private: bool, layout: str, chunk: int) -> 
   loss = cross_entropy(0.0)
   image = jnp.zeros((1, *workload.shape), jnp.float32)
   params, state = jax.jit(model.init)(base_key(1), image)
-  vectors = network_layout(params, state)
+  vectors = network_spec(params, state)
   shape = BatchShape(slots=workload.batch, max_examples=workload.examples, normalisation="fixed")
   probability = workload.batch / workload.examples
   _, chunk, layout_reason = choose_layout(

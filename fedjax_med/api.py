@@ -368,7 +368,7 @@ def _result(ended: "RunResult", workdir: pathlib.Path | None) -> Result:
   own: dict[str, dict[str, Any]] = {}
   if parts.personal is not None:
     for k, name in enumerate(names):
-      kept = jax.tree.map(lambda leaf, k=k: leaf[k], evaluated.kept)
+      kept = jax.tree.map(lambda leaf, k=k: leaf[k], evaluated.client_states)
       own[name] = _variables(experiment, *parts.personal(evaluated.params, evaluated.state, kept))
   whole = ALGORITHMS[experiment.config.server.algorithm].has_global_model
   return Result(
@@ -440,5 +440,5 @@ def _variables(experiment: "Experiment", params: Any, state: Any) -> dict[str, A
   import jax
   import numpy as np
 
-  params, state = experiment.program.parts.layout.trees(params, state)
+  params, state = experiment.program.parts.spec.trees(params, state)
   return jax.tree.map(np.array, {"params": params, **state})

@@ -19,7 +19,7 @@ from fedjax_med.audit.likelihood_ratio import ATTACKS, TRIALS_AT_ONCE, Scores, a
 from fedjax_med.core.keys import base_key
 from fedjax_med.federated.algorithm import Client, Hyper, Pool
 from fedjax_med.federated.local import BatchShape, StepContext, private_gradient
-from fedjax_med.federated.vector import layout_of, unravel
+from fedjax_med.federated.vector import spec_of, unravel
 from fedjax_med.models.networks.canary import canary_model
 from fedjax_med.privacy.banded import empty_memory
 from fedjax_med.privacy.guarantees import Guarantee
@@ -154,7 +154,7 @@ def memory_of(setting: Setting, client: Client) -> Any:
   """The memory of the mechanism before the first step; () without correlated noise."""
   if client.coefficients is None:
     return ()
-  return empty_memory(layout_of(setting.params).size, client.coefficients.shape[-1])
+  return empty_memory(spec_of(setting.params).size, client.coefficients.shape[-1])
 
 
 def release(
@@ -179,7 +179,7 @@ def release(
     client=client, pool=pool, hyper=setting.hyper, key=key, round=round, step=place
   )
   vector, _, memory, _ = setting.gradient(setting.params, {}, memory, context)
-  gradient = unravel(vector, layout_of(setting.params))
+  gradient = unravel(vector, spec_of(setting.params))
   factor = claim.expected_batch_size / (setting.clip_norm * math.sqrt(2))
   kernels = [gradient[name]["kernel"] * factor for name in ("first", "second")]
   apart = [kernel[:, 1] - kernel[:, 0] for kernel in kernels]

@@ -24,7 +24,7 @@ from fedjax_med.federated.local import BatchShape, StepContext, private_gradient
 from fedjax_med.models.registry import create_model
 from fedjax_med.prepare.case import Case, with_plain_server
 from fedjax_med.prepare.experiment import Experiment, shapes_of
-from fedjax_med.prepare.layout import Plan
+from fedjax_med.prepare.plan import Plan
 from fedjax_med.prepare.program import make_program
 from fedjax_med.privacy.banded import empty_memory
 from fedjax_med.privacy.noise import gaussian_noise_like, grain_of
@@ -171,13 +171,13 @@ def _reference(experiment: Experiment) -> Any:
   )
   loss, method = task.loss(config.client.label_smoothing), plan.clipping
   gradient = private_gradient(model, loss, method if dropout else "reference", shape)
-  layout = experiment.program.parts.layout
+  spec = experiment.program.parts.spec
 
   @jax.jit  # key and images are arguments: constants are written into the compiler's cache
   def step(client, hyper, where, weights, memory, pool, key):
     (round, place), (params, state) = where, weights
     context = StepContext(client=client, pool=pool, hyper=hyper, key=key, round=round, step=place)
-    mean, _, memory, _ = gradient(*layout.trees(params, state), memory, context)
+    mean, _, memory, _ = gradient(*spec.trees(params, state), memory, context)
     if client.coefficients is None:
       noise_key = key_for(key, Stream.NOISE, client.number, *where)
       return mean, gaussian_noise_like(noise_key, params, 1.0), memory

@@ -133,7 +133,7 @@ GIVEN_CLIP_NORM = _not_solved("clip_norm")
 DP_FEDAVG = one_of("client_privacy.mechanism", "dp_fedavg")
 ADAPTIVE = one_of("client_privacy.clipping", "adaptive")
 CHUNKS = one_of("execution.layout", "chunk")
-LAYOUT_OPEN = one_of("execution.layout", "auto")
+CHUNK_OPEN = one_of("execution.layout", "auto")
 
 
 def _calibrated(section: str) -> Callable[[Config], bool]:

@@ -65,7 +65,7 @@ class ExecutionConfig:
       " how many clients train at once under layout=auto."
     ),
     choices=("auto", "on", "off"),
-    read=(when.LAYOUT_OPEN,),
+    read=(when.CHUNK_OPEN,),
   )
   compilation_cache: str = field(
     "~/.cache/fedjax_med/xla", doc="folder of XLA's persistent cache; empty turns it off."

@@ -14,9 +14,9 @@ from fedjax_med.core.text import readable
 from fedjax_med.data.classes import order_classes
 from fedjax_med.data.dataset import Dataset
 from fedjax_med.data.files import File
+from fedjax_med.data.folder_patterns import LeftOut, Placed
 from fedjax_med.data.grey import has_colour, parse_window
 from fedjax_med.data.images import Read, gather, values_of
-from fedjax_med.data.layouts import LeftOut, Placed
 from fedjax_med.data.manifest import require_undrawn
 
 PARTS = ("train", "val", "test")

@@ -18,9 +18,9 @@ from fedjax_med.core.errors import UserError, require
 from fedjax_med.data.classes import order_classes
 from fedjax_med.data.dataset import Dataset
 from fedjax_med.data.files import walk
+from fedjax_med.data.folder_patterns import AUTO, Arrangement, arrange
 from fedjax_med.data.grey import Values
 from fedjax_med.data.images import Read, gather, read_values, require_pictures, values_of
-from fedjax_med.data.layouts import AUTO, Arrangement, arrange
 
 
 class PublicSet(NamedTuple):

@@ -5,8 +5,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from fedjax_med.data.folder_patterns import LeftOut
 from fedjax_med.data.grey import EIGHT_BITS, Grey
-from fedjax_med.data.layouts import LeftOut
 from fedjax_med.data.patients import PatientCounts
 from fedjax_med.data.table_manifest import Table
 

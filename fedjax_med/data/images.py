@@ -13,6 +13,14 @@ from fedjax_med.core.errors import UserError, require
 from fedjax_med.data.classes import order_classes, require_distinct
 from fedjax_med.data.dataset import Dataset
 from fedjax_med.data.files import SYSTEM, counted, walk
+from fedjax_med.data.folder_patterns import (
+  Arrangement,
+  LeftOut,
+  Placed,
+  arrange,
+  matcher,
+  pictures_remedy,
+)
 from fedjax_med.data.grey import (
   Grey,
   Values,
@@ -22,14 +30,6 @@ from fedjax_med.data.grey import (
   parse_window,
   stored_levels,
   to_pixels,
-)
-from fedjax_med.data.layouts import (
-  Arrangement,
-  LeftOut,
-  Placed,
-  arrange,
-  matcher,
-  pictures_remedy,
 )
 from fedjax_med.data.patients import Patients, number_patients, patients_by_pattern
 

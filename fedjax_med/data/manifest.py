@@ -19,9 +19,9 @@ from fedjax_med.data.classes import order_classes
 from fedjax_med.data.dataset import Dataset
 from fedjax_med.data.duplicates import join_groups
 from fedjax_med.data.files import File
+from fedjax_med.data.folder_patterns import Placed
 from fedjax_med.data.grey import parse_window
 from fedjax_med.data.images import Read, gather
-from fedjax_med.data.layouts import Placed
 from fedjax_med.data.patients import number_patients
 from fedjax_med.data.slices import parse_slices
 from fedjax_med.data.volumes import FileValues, read_file

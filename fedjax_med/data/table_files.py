@@ -9,7 +9,7 @@ from typing import NamedTuple
 from fedjax_med.core.errors import UserError, require
 from fedjax_med.core.text import readable
 from fedjax_med.data.files import SYSTEM, SYSTEM_FILES
-from fedjax_med.data.layouts import LeftOut
+from fedjax_med.data.folder_patterns import LeftOut
 from fedjax_med.data.table_manifest import Manifest
 
 CSV, PARQUET = frozenset({".csv", ".tsv", ".txt"}), frozenset({".parquet", ".pq"})

@@ -18,7 +18,7 @@ from fedjax_med.data.classes import order_classes, require_distinct
 from fedjax_med.data.dataset import Dataset, Hospitals, client_rows
 from fedjax_med.data.duplicates import contents, number_groups
 from fedjax_med.data.files import SYSTEM
-from fedjax_med.data.layouts import LeftOut
+from fedjax_med.data.folder_patterns import LeftOut
 from fedjax_med.data.patients import number_patients
 from fedjax_med.data.table_files import Cells, read_cells, table_files
 from fedjax_med.data.table_manifest import (

@@ -22,7 +22,7 @@ from fedjax_med.federated.algorithm import (
 from fedjax_med.federated.losses import Loss, class_logits, with_penalties
 from fedjax_med.federated.optimizers import descend
 from fedjax_med.federated.vector import (
-  NetworkLayout,
+  NetworkSpec,
   Pieces,
   chosen,
   cut,
@@ -366,22 +366,22 @@ class LocalTraining(NamedTuple):
     train: (Weights, StepContext of step 0, *, shift=None, pull=None, trainable=None) ->
       (Weights, RoundMetrics). ``shift`` [P] is added to every gradient. ``pull`` is
       (λ, anchor [P]): λ (w − anchor) is added. Both come after clipping and noise, and read no
-      example. ``trainable`` is a boolean for each array of the layout: the others stay as they are.
+      example. ``trainable`` is a boolean for each array of the spec: the others stay as they are.
     optimizer: optax direction of a step.
     rate: (hyper, round) -> local learning rate.
-    layout: layout of the network's vectors.
+    spec: spec of the network's vectors.
     bands: steps that noise is correlated over; 1 for independent noise and without privacy.
   """
 
   train: Callable[..., tuple[Weights, RoundMetrics]]
   optimizer: optax.GradientTransformation
   rate: Callable[[Hyper, jax.Array], jax.Array]
-  layout: NetworkLayout
+  spec: NetworkSpec
   bands: int = 1
 
   def init_memory(self) -> Tree:
     """The memory before a client's first round; () without correlated noise."""
-    return empty_memory(self.layout.params.size, self.bands) if self.bands > 1 else ()
+    return empty_memory(self.spec.params.size, self.bands) if self.bands > 1 else ()
 
 
 def local_training(
@@ -389,7 +389,7 @@ def local_training(
   optimizer: optax.GradientTransformation,
   rate_factor: Callable[[jax.Array], jax.Array],
   num_local_steps: int | None,
-  layout: NetworkLayout,
+  spec: NetworkSpec,
   *,
   bands: int = 1,
 ) -> LocalTraining:
@@ -401,7 +401,7 @@ def local_training(
     rate_factor: schedule factor of the round.
     num_local_steps: local steps where they are the same for every client, else None and
       ``client.num_steps`` decides (under vmap the clients that are done wait, unchanged).
-    layout: layout of the network's vectors.
+    spec: spec of the network's vectors.
     bands: steps that noise is correlated over.
 
   Within a round weights and optimiser state are in pieces, whose large arrays need no copy; what
@@ -415,29 +415,29 @@ def local_training(
 
   def train(start: Weights, context: StepContext, *, shift=None, pull=None, trainable=None):
     hyper, rate = context.hyper, rate_of(context.hyper, context.round)
-    first = cut(start.params, layout.params)
+    first = cut(start.params, spec.params)
     strength, anchor = (hyper.proximal_weight, start.params) if pull is None else pull
 
     def direction_of(local, grad, step):
       # Read out of their vectors in every step: once for all they would be arrays in memory.
       fixed, _ = jax.lax.optimization_barrier(((anchor, shift), step))
-      to, add = jax.tree.map(lambda vector: cut(vector, layout.params), fixed)
+      to, add = jax.tree.map(lambda vector: cut(vector, spec.params), fixed)
       grad = jax.tree.map(lambda g, w, w0: g + strength * (w - w0), grad, local, to)
       return grad if shift is None else jax.tree.map(jnp.add, grad, add)
 
     def body(step, carry):
       local, state, memory, opt_state, sums = carry
-      params = opened(local, layout.params)
+      params = opened(local, spec.params)
       grad, state, memory, metrics = gradient(params, state, memory, context._replace(step=step))
-      grad = cut(grad, layout.params) if isinstance(grad, jax.Array) else grad
+      grad = cut(grad, spec.params) if isinstance(grad, jax.Array) else grad
       direction, opt_state = optimizer.update(direction_of(local, grad, step), opt_state, local)
       moved = descend(local, direction, rate)
       if trainable is not None:
-        moved = chosen(moved, local, layout.params, trainable)
+        moved = chosen(moved, local, spec.params, trainable)
       return moved, state, memory, opt_state, add_metrics(sums, metrics)
 
     bound = context.client.num_steps if num_local_steps is None else num_local_steps
-    state = unravel(start.state, layout.state)
+    state = unravel(start.state, spec.state)
     carry = (first, state, start.memory, optimizer.init(first), no_metrics())
     local, state, memory, _, sums = jax.lax.fori_loop(0, bound, body, carry)
     params = joined(local)
@@ -446,4 +446,4 @@ def local_training(
     end = Weights(params=params, state=ravel(state), memory=memory)
     return end, sums._replace(finite=finite)
 
-  return LocalTraining(train=train, optimizer=optimizer, rate=rate_of, layout=layout, bands=bands)
+  return LocalTraining(train=train, optimizer=optimizer, rate=rate_of, spec=spec, bands=bands)

@@ -11,19 +11,19 @@ from fedjax_med.core.errors import require
 from fedjax_med.federated.algorithm import FederatedAlgorithm, Tree
 from fedjax_med.federated.fedavg import fedavg, first_step
 from fedjax_med.federated.local import LocalTraining, Weights
-from fedjax_med.federated.vector import Layout, merge, select
+from fedjax_med.federated.vector import VectorSpec, merge, select
 
-# The layout of the weights -> which leaves are a client's own.
-Chosen = Callable[[Layout], tuple[bool, ...]]
+# The spec of the weights -> which leaves are a client's own.
+Chosen = Callable[[VectorSpec], tuple[bool, ...]]
 
 
-def norm_layers(layout: Layout) -> tuple[bool, ...]:
+def norm_layers(spec: VectorSpec) -> tuple[bool, ...]:
   """Marks the parameters of normalisation layers: those that hold a 'scale'.
 
   Raises:
     UserError: there are none.
   """
-  places = [name.rpartition("/") for name in layout.names]
+  places = [name.rpartition("/") for name in spec.names]
   layers = {layer for layer, _, leaf in places if leaf == "scale"}
   marks = tuple(layer in layers for layer, _, _ in places)
   require(
@@ -41,9 +41,9 @@ def layers_named(pattern: str) -> Chosen:
     UserError: when called, if no layer does, or all do.
   """
 
-  def choose(layout: Layout) -> tuple[bool, ...]:
-    marks = tuple(re.match(f"(?:{pattern})(?:/|$)", name) is not None for name in layout.names)
-    names = ", ".join(dict.fromkeys(name.split("/")[0] for name in layout.names))
+  def choose(spec: VectorSpec) -> tuple[bool, ...]:
+    marks = tuple(re.match(f"(?:{pattern})(?:/|$)", name) is not None for name in spec.names)
+    names = ", ".join(dict.fromkeys(name.split("/")[0] for name in spec.names))
     require(
       any(marks),
       f"server.personal_layers='{pattern}' matches no layer of the model, which has {names}",
@@ -79,32 +79,32 @@ def layers_at_home(
     chosen: the layers.
     statistics: whether non-trained state (batch statistics) stays at home too.
   """
-  plain, layout = fedavg(local, optimizer, average=average), local.layout.params
-  own = chosen(layout)
+  plain, spec = fedavg(local, optimizer, average=average), local.spec.params
+  own = chosen(spec)
   shared = tuple(not mark for mark in own)
 
   def personal(params: jax.Array, state: jax.Array, client_state: Tree):
     _, own_params, own_state = client_state
-    others = select(params, layout, shared)
-    return merge(own_params, others, layout, own), own_state if statistics else state
+    others = select(params, spec, shared)
+    return merge(own_params, others, spec, own), own_state if statistics else state
 
   def init_client(params: jax.Array, state: jax.Array):
     own_state = state if statistics else state[:0]
-    return plain.init_client(params, state), select(params, layout, own), own_state
+    return plain.init_client(params, state), select(params, spec, own), own_state
 
   def client_update(server, client_state, client, pool, hyper, key):
     params, state = personal(server.params, server.state, client_state)
     start = Weights(params=params, state=state, memory=client_state[0])
     end, metrics = local.train(start, first_step(server, client, pool, hyper, key))
-    delta = blank_delta(server)._replace(params=select(end.params - params, layout, shared))
+    delta = blank_delta(server)._replace(params=select(end.params - params, spec, shared))
     if not statistics:
       delta = delta._replace(state=end.state - server.state)
     own_state = end.state if statistics else end.state[:0]
-    return delta, (end.memory, select(end.params, layout, own), own_state), metrics
+    return delta, (end.memory, select(end.params, spec, own), own_state), metrics
 
   def server_update(server, delta, share, hyper):
-    still = jnp.zeros((layout.size - delta.params.size,), jnp.float32)
-    whole = delta._replace(params=merge(still, delta.params, layout, own))
+    still = jnp.zeros((spec.size - delta.params.size,), jnp.float32)
+    whole = delta._replace(params=merge(still, delta.params, spec, own))
     if statistics:
       whole = whole._replace(state=jnp.zeros_like(server.state))
     return plain.server_update(server, whole, share, hyper)
@@ -112,7 +112,7 @@ def layers_at_home(
   def blank_delta(server):
     sent = plain.blank_delta(server)
     state = sent.state[:0] if statistics else sent.state
-    return sent._replace(params=select(sent.params, layout, shared), state=state)
+    return sent._replace(params=select(sent.params, spec, shared), state=state)
 
   return plain._replace(
     init_client=init_client,
@@ -135,15 +135,15 @@ def tuned_at_home(
   As many local steps again go into the client's own layers in each round, the rest frozen as
   received (a linear probe that is kept up to date). Arguments as of ``layers_at_home``.
   """
-  plain, layout = fedavg(local, optimizer, average=average), local.layout.params
-  own = chosen(layout)
+  plain, spec = fedavg(local, optimizer, average=average), local.spec.params
+  own = chosen(spec)
   shared = tuple(not mark for mark in own)
 
   def personal(params: jax.Array, state: jax.Array, client_state: Tree):
-    return merge(client_state[1], select(params, layout, shared), layout, own), state
+    return merge(client_state[1], select(params, spec, shared), spec, own), state
 
   def init_client(params: jax.Array, state: jax.Array):
-    return plain.init_client(params, state), select(params, layout, own)
+    return plain.init_client(params, state), select(params, spec, own)
 
   def client_update(server, client_state, client, pool, hyper, key):
     delta, memory, metrics = plain.client_update(server, client_state[0], client, pool, hyper, key)
@@ -154,7 +154,7 @@ def tuned_at_home(
       trainable=own,
     )
     metrics = metrics._replace(finite=metrics.finite & extra.finite)
-    return delta, (memory, select(tuned.params, layout, own)), metrics
+    return delta, (memory, select(tuned.params, spec, own)), metrics
 
   return plain._replace(init_client=init_client, client_update=client_update, personal=personal)
 

@@ -21,7 +21,7 @@ Pieces = list[jax.Array]  # the small arrays as one [S], then each large array i
 SMALL = 2**14
 
 
-class Layout(NamedTuple):
+class VectorSpec(NamedTuple):
   """Places of a tree's arrays in its vector: the small ones, then the large ones.
 
   Among the small and among the large ones the order is that of the tree's leaves.
@@ -49,8 +49,8 @@ class Layout(NamedTuple):
     return sum(self.sizes)
 
 
-def layout_of(tree: Tree) -> Layout:
-  """The layout of a tree of arrays or shapes.
+def spec_of(tree: Tree) -> VectorSpec:
+  """The spec of a tree of arrays or shapes.
 
   Raises:
     ValueError: a leaf is not float32.
@@ -60,7 +60,7 @@ def layout_of(tree: Tree) -> Layout:
     if leaf.dtype != jnp.float32:
       raise ValueError(f"{jax.tree_util.keystr(path)} is {leaf.dtype}, not float32")
   order = _order([leaf for _, leaf in leaves])
-  return Layout(
+  return VectorSpec(
     structure=structure,
     shapes=tuple(tuple(leaves[place][1].shape) for place in order),
     names=tuple(
@@ -75,25 +75,25 @@ def _order(leaves: Sequence[Any]) -> list[int]:
   return sorted(range(len(leaves)), key=lambda number: leaves[number].size > SMALL)
 
 
-class NetworkLayout(NamedTuple):
-  """Layouts of a network's two vectors.
+class NetworkSpec(NamedTuple):
+  """Specs of a network's two vectors.
 
   Attributes:
-    params: layout of the trained weights.
-    state: layout of the non-trained state.
+    params: spec of the trained weights.
+    state: spec of the non-trained state.
   """
 
-  params: Layout
-  state: Layout
+  params: VectorSpec
+  state: VectorSpec
 
   def trees(self, params: jax.Array, state: jax.Array) -> tuple[Tree, Tree]:
     """The network's arrays, unravelled from its two vectors."""
     return unravel(params, self.params), unravel(state, self.state)
 
 
-def network_layout(params: Tree, state: Tree) -> NetworkLayout:
-  """The layout of a network's arrays or shapes."""
-  return NetworkLayout(params=layout_of(params), state=layout_of(state))
+def network_spec(params: Tree, state: Tree) -> NetworkSpec:
+  """The spec of a network's arrays or shapes."""
+  return NetworkSpec(params=spec_of(params), state=spec_of(state))
 
 
 def ravel(tree: Tree) -> jax.Array:
@@ -101,15 +101,15 @@ def ravel(tree: Tree) -> jax.Array:
   return joined(pieces_of(tree))
 
 
-def unravel(vector: jax.Array, layout: Layout) -> Tree:
+def unravel(vector: jax.Array, spec: VectorSpec) -> Tree:
   """The tree of a vector [P]."""
-  return _tree(_split(vector, layout.sizes), layout)
+  return _tree(_split(vector, spec.sizes), spec)
 
 
-def _tree(parts: Sequence[jax.Array], layout: Layout) -> Tree:
+def _tree(parts: Sequence[jax.Array], spec: VectorSpec) -> Tree:
   """The tree of its arrays, flat or in their shapes, in the order of the vector."""
-  leaves = [parts[place].reshape(layout.shapes[place]) for place in layout.places]
-  return jax.tree.unflatten(layout.structure, leaves)
+  leaves = [parts[place].reshape(spec.shapes[place]) for place in spec.places]
+  return jax.tree.unflatten(spec.structure, leaves)
 
 
 def pieces_of(tree: Tree) -> Pieces:
@@ -120,12 +120,12 @@ def pieces_of(tree: Tree) -> Pieces:
   return [first, *(leaf for leaf in leaves if leaf.size > SMALL)]
 
 
-def cut(vector: jax.Array, layout: Layout) -> Pieces:
+def cut(vector: jax.Array, spec: VectorSpec) -> Pieces:
   """The pieces of a vector [P]."""
-  small = _num_small(layout)
-  sizes = [sum(layout.sizes[:small]), *layout.sizes[small:]]
+  small = _num_small(spec)
+  sizes = [sum(spec.sizes[:small]), *spec.sizes[small:]]
   first, *large = _split(vector, sizes)
-  shapes = layout.shapes[small:]
+  shapes = spec.shapes[small:]
   return [first, *(part.reshape(shape) for part, shape in zip(large, shapes, strict=True))]
 
 
@@ -134,48 +134,50 @@ def joined(pieces: Pieces) -> jax.Array:
   return jnp.concatenate([jnp.ravel(piece) for piece in pieces])
 
 
-def opened(pieces: Pieces, layout: Layout) -> Tree:
+def opened(pieces: Pieces, spec: VectorSpec) -> Tree:
   """The tree of its pieces."""
   first, *large = pieces
-  return _tree([*_split(first, layout.sizes[: _num_small(layout)]), *large], layout)
+  return _tree([*_split(first, spec.sizes[: _num_small(spec)]), *large], spec)
 
 
-def chosen(new: Pieces, old: Pieces, layout: Layout, marks: Sequence[bool]) -> Pieces:
+def chosen(new: Pieces, old: Pieces, spec: VectorSpec, marks: Sequence[bool]) -> Pieces:
   """Pieces with the marked arrays of ``new`` and the others of ``old``.
 
   Args:
     new: pieces.
     old: pieces.
-    layout: of their vector.
+    spec: of their vector.
     marks: of each array, in the order of the vector.
   """
-  small = _num_small(layout)
-  parts = [np.full(size, mark) for size, mark in zip(layout.sizes, marks, strict=True)][:small]
+  small = _num_small(spec)
+  parts = [np.full(size, mark) for size, mark in zip(spec.sizes, marks, strict=True)][:small]
   among = np.concatenate(parts) if parts else np.zeros(0, bool)
   first = jnp.where(among, new[0], old[0])
   pairs = zip(marks[small:], new[1:], old[1:], strict=True)
   return [first, *(one if mark else other for mark, one, other in pairs)]
 
 
-def _num_small(layout: Layout) -> int:
-  return sum(size <= SMALL for size in layout.sizes)
+def _num_small(spec: VectorSpec) -> int:
+  return sum(size <= SMALL for size in spec.sizes)
 
 
-def select(vector: jax.Array, layout: Layout, marks: Sequence[bool]) -> jax.Array:
+def select(vector: jax.Array, spec: VectorSpec, marks: Sequence[bool]) -> jax.Array:
   """The marked arrays of a vector, one after the other.
 
   Args:
     vector: [P].
-    layout: layout of the vector.
+    spec: spec of the vector.
     marks: one mark for each array.
   """
-  parts = [part for part, mark in _runs(vector, layout, marks) if mark]
+  parts = [part for part, mark in _runs(vector, spec, marks) if mark]
   return jnp.concatenate(parts) if parts else vector[:0]
 
 
-def merge(marked: jax.Array, others: jax.Array, layout: Layout, marks: Sequence[bool]) -> jax.Array:
+def merge(
+  marked: jax.Array, others: jax.Array, spec: VectorSpec, marks: Sequence[bool]
+) -> jax.Array:
   """The vector [P] whose marked arrays are ``marked``, and the rest ``others``, both in order."""
-  sizes = [(mark, sum(size for _, size in run)) for mark, run in _grouped(layout, marks)]
+  sizes = [(mark, sum(size for _, size in run)) for mark, run in _grouped(spec, marks)]
   parts = {
     True: iter(_split(marked, [size for mark, size in sizes if mark])),
     False: iter(_split(others, [size for mark, size in sizes if not mark])),
@@ -183,14 +185,16 @@ def merge(marked: jax.Array, others: jax.Array, layout: Layout, marks: Sequence[
   return jnp.concatenate([next(parts[mark]) for mark, _ in sizes])
 
 
-def _grouped(layout: Layout, marks: Sequence[bool]):
+def _grouped(spec: VectorSpec, marks: Sequence[bool]):
   """(mark, [(mark, size)]) of neighbours that share a mark, as lists."""
-  pairs = zip(marks, layout.sizes, strict=True)
+  pairs = zip(marks, spec.sizes, strict=True)
   return [(mark, list(run)) for mark, run in itertools.groupby(pairs, key=lambda pair: pair[0])]
 
 
-def _runs(vector: jax.Array, layout: Layout, marks: Sequence[bool]) -> list[tuple[jax.Array, bool]]:
-  sizes = [(mark, sum(size for _, size in run)) for mark, run in _grouped(layout, marks)]
+def _runs(
+  vector: jax.Array, spec: VectorSpec, marks: Sequence[bool]
+) -> list[tuple[jax.Array, bool]]:
+  sizes = [(mark, sum(size for _, size in run)) for mark, run in _grouped(spec, marks)]
   parts = _split(vector, [size for _, size in sizes])
   return [(part, mark) for part, (mark, _) in zip(parts, sizes, strict=True)]
 

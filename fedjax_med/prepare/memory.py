@@ -13,7 +13,7 @@ from fedjax_med.core.keys import base_key
 from fedjax_med.data.dataset import Dataset
 from fedjax_med.federated.algorithm import Client, Hyper, Pool, Units, plain_hyper
 from fedjax_med.models.model import Model
-from fedjax_med.prepare.layout import Choice
+from fedjax_med.prepare.plan import Choice
 from fedjax_med.prepare.recipe import Recipe
 from fedjax_med.privacy.client_level import ClientLevel
 from fedjax_med.simulation.processes import least

@@ -16,7 +16,7 @@ from fedjax_med.core.keys import base_key
 from fedjax_med.federated.algorithm import Client, Pool, Units, plain_hyper
 from fedjax_med.federated.local import LocalTraining, StepContext, Weights
 from fedjax_med.folder.writing import write_text
-from fedjax_med.prepare.layout import MAX_AT_ONCE
+from fedjax_med.prepare.plan import MAX_AT_ONCE
 from fedjax_med.simulation.cohort import load
 
 PROBE_STEPS = 2_000  # client-steps of a run from which a probe repays its compiles
@@ -124,8 +124,8 @@ class Trial(NamedTuple):
 def time_steps(trial: Trial, chunk: int, clock: Callable[[], float] = time.perf_counter) -> float:
   """Seconds of one local step of one client, of ``chunk`` clients that train at once."""
   key, local, zero = base_key(0), trial.local, jnp.zeros((), jnp.int32)
-  params = jnp.zeros((local.layout.params.size,), jnp.float32)
-  state = jnp.zeros((local.layout.state.size,), jnp.float32)
+  params = jnp.zeros((local.spec.params.size,), jnp.float32)
+  state = jnp.zeros((local.spec.state.size,), jnp.float32)
   pool = Pool(jnp.zeros(trial.image.shape, jnp.uint8), jnp.zeros((1,), jnp.int32))
   clients, hyper = _alike(trial, chunk), plain_hyper()
 

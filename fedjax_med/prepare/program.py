@@ -1,4 +1,4 @@
-"""The compiled program of a run, made from its recipe and its layout; it holds no data."""
+"""The compiled program of a run, made from its recipe and its plan; it holds no data."""
 
 import functools
 from collections.abc import Callable
@@ -11,11 +11,10 @@ from fedjax_med.core.config import Config, init_seed
 from fedjax_med.core.keys import base_key
 from fedjax_med.data.dataset import Dataset
 from fedjax_med.data.modality import preparation
-from fedjax_med.federated.vector import NetworkLayout
+from fedjax_med.federated.vector import NetworkSpec
 from fedjax_med.models.networks.pretrained import Overlay, overlay
 from fedjax_med.models.registry import create_model, has_remat, require_columns, require_read
-from fedjax_med.prepare import layout_search
-from fedjax_med.prepare.layout import Choice, Plan, describe_padding
+from fedjax_med.prepare import plan_search
 from fedjax_med.prepare.memory import (
   BlockArguments,
   Budget,
@@ -24,6 +23,7 @@ from fedjax_med.prepare.memory import (
   footprint,
   memory_budget,
 )
+from fedjax_med.prepare.plan import Choice, Plan, describe_padding
 from fedjax_med.prepare.probe import Trial, time_steps
 from fedjax_med.prepare.recipe import (
   Recipe,
@@ -53,7 +53,7 @@ class Parts(NamedTuple):
     personal: as that of a ``FederatedAlgorithm``: makes the model that a client predicts with; None
       where all predict with the global one.
     message: bytes that a client gets in a round, and those that it sends.
-    layout: layout of the network's vectors.
+    spec: spec of the network's vectors.
   """
 
   initial: Callable[..., SimulationState]
@@ -62,14 +62,14 @@ class Parts(NamedTuple):
   evaluate: Callable[..., jax.Array]
   personal: Callable[..., tuple[jax.Array, jax.Array]] | None
   message: tuple[int, int]
-  layout: NetworkLayout
+  spec: NetworkSpec
 
 
 class Program(NamedTuple):
   """The compiled functions of a run, and facts about them.
 
   Attributes:
-    plan: layout of the program on this machine.
+    plan: plan of the program on this machine.
     devices: devices that it runs on; arguments and results of a block lie whole on each of them.
     initial: (seed=the config's) -> SimulationState before round 0, made anew at each call.
     block: a jitted block of rounds.
@@ -128,15 +128,15 @@ def make_program(
   initial, seed = make_initial(recipe, first), np.int32(init_seed(config))
   arguments = block_arguments(recipe, dataset, lambda: initial(seed, *values))
   blocks = functools.cache(functools.partial(_jitted_block, recipe, devices))
-  problem = _layout_problem(recipe, first, arguments, may_share_less)
-  decision = layout_search.decide(problem, blocks, functools.partial(_time_chunk, recipe))
+  problem = _plan_problem(recipe, first, arguments, may_share_less)
+  decision = plan_search.decide(problem, blocks, functools.partial(_time_chunk, recipe))
   choice = decision.choice
   devices = _fewer_devices(devices, choice.devices)
   algorithm = make_algorithm(recipe, choice)
   model = recipe.network(False, choice.devices)
   prepare = preparation(recipe.modality, config.data)
   classify = make_classify(model, prepare, recipe.task.predict)
-  evaluate = make_evaluate(classify, recipe.layout, algorithm.personal)
+  evaluate = make_evaluate(classify, recipe.spec, algorithm.personal)
   predict, lower_predict = make_predict(
     evaluate, batch_size=config.eval.batch_size, mesh=devices.mesh
   )
@@ -147,7 +147,7 @@ def make_program(
     evaluate=evaluate,
     personal=algorithm.personal,
     message=message_bytes(recipe, algorithm, arguments.state.server),
-    layout=recipe.layout,
+    spec=recipe.spec,
   )
   jitted = jax.jit(initial)
   if devices.mesh is not None:
@@ -176,12 +176,12 @@ def _pretrained(recipe: Recipe, devices: int) -> Overlay:
   return overlay(recipe.config.model.pretrained, *fresh)
 
 
-def _layout_problem(
+def _plan_problem(
   recipe: Recipe, start: Choice, arguments: BlockArguments, may_share_less: bool
-) -> layout_search.LayoutProblem:
+) -> plan_search.PlanProblem:
   config, shapes = recipe.config, recipe.shapes
   problems = functools.partial(clipping_problems, recipe, start.devices)
-  return layout_search.LayoutProblem(
+  return plan_search.PlanProblem(
     config=config,
     start=start,
     budget=memory_budget(config.execution.memory_gib),
@@ -245,7 +245,7 @@ def _fewer_devices(devices: Devices, number: int) -> Devices:
   return Devices(number=number, mesh=client_mesh(number), reason=reason)
 
 
-def _plan(recipe: Recipe, decision: layout_search.Decision, devices: Devices) -> Plan:
+def _plan(recipe: Recipe, decision: plan_search.Decision, devices: Devices) -> Plan:
   choice, server = decision.choice, recipe.config.server
   lowering, lowering_reason = lowering_on(recipe, choice.devices)
   rate = 1.0 if recipe.cohort_cap is None else server.participation_rate

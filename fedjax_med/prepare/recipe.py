@@ -1,7 +1,7 @@
-"""The recipe of a run: its computation, made from a config and shapes, without a layout.
+"""The recipe of a run: its computation, made from a config and shapes, without a plan.
 
-The functions take the recipe and a ``Choice`` of the layout, and return parts of the compiled
-program. Results depend on the recipe alone; the layout changes them by rounding only.
+The functions take the recipe and a ``Choice`` of the plan, and return parts of the compiled
+program. Results depend on the recipe alone; the plan changes them by rounding only.
 """
 
 import functools
@@ -32,11 +32,11 @@ from fedjax_med.federated.local import (
 )
 from fedjax_med.federated.optimizers import client_optimizer, schedule, server_optimizer
 from fedjax_med.federated.registry import create_algorithm
-from fedjax_med.federated.vector import NetworkLayout, network_layout, ravel
+from fedjax_med.federated.vector import NetworkSpec, network_spec, ravel
 from fedjax_med.models.model import Model
 from fedjax_med.models.ops import Lowering
 from fedjax_med.models.registry import create_model, require_inputs
-from fedjax_med.prepare.layout import Choice, choose_lowering
+from fedjax_med.prepare.plan import Choice, choose_lowering
 from fedjax_med.prepare.protection import cohort_cap
 from fedjax_med.privacy.clipping import uncovered
 from fedjax_med.simulation.mesh import cpu_cores
@@ -81,7 +81,7 @@ class Recipe(NamedTuple):
     cohort_cap: most clients of a drawn cohort; None if everyone takes part.
     cores: cores of a CPU, the fewest of all processes.
     network: (remat, devices) -> Model. The lowering of convolutions depends on the devices.
-    layout: layout of the network's vectors.
+    spec: spec of the network's vectors.
   """
 
   config: Config
@@ -93,7 +93,7 @@ class Recipe(NamedTuple):
   cohort_cap: int | None
   cores: int
   network: Callable[[bool, int], Model]
-  layout: NetworkLayout
+  spec: NetworkSpec
 
   @property
   def num_clients(self) -> int:
@@ -161,7 +161,7 @@ def make_recipe(config: Config, dataset: Dataset, shapes: Shapes) -> Recipe:
     cohort_cap=cap,
     cores=cores,
     network=network,
-    layout=network_layout(*fresh),
+    spec=network_spec(*fresh),
   )
 
 
@@ -213,7 +213,7 @@ def make_training(recipe: Recipe, choice: Choice, shared_steps: int | None) -> L
     client_optimizer(client.optimizer, client.momentum, client.weight_decay),
     schedule(client.schedule, recipe.config.server.num_rounds, client.warmup_rounds),
     shared_steps,
-    recipe.layout,
+    recipe.spec,
     bands=recipe.bands,
   )
 

@@ -58,7 +58,7 @@ def evaluated(parts: Parts, state: SimulationState) -> EvaluatedModel:
   return EvaluatedModel(
     params=server.params if server.average is None else server.average,
     state=server.state,
-    kept=client_states,
+    client_states=client_states,
   )
 
 

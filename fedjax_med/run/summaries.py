@@ -33,7 +33,7 @@ PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "dp-accounting", "numpy"
 
 def num_parameters(experiment: Experiment) -> int:
   """Trained weights of the model."""
-  return experiment.program.parts.layout.params.size
+  return experiment.program.parts.spec.params.size
 
 
 def weights_digest(parts: Parts, weights: EvaluatedModel) -> str:
@@ -41,7 +41,7 @@ def weights_digest(parts: Parts, weights: EvaluatedModel) -> str:
 
   Where hospitals predict with models of their own, the persistent state of each is part of it.
   """
-  params, state = parts.layout.trees(weights.params, weights.state)
+  params, state = parts.spec.trees(weights.params, weights.state)
   return digest(weights._replace(params=params, state=state) if parts.personal else params)
 
 

@@ -8,7 +8,7 @@ import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
 from fedjax_med.federated.algorithm import Pool, Tree
-from fedjax_med.federated.vector import NetworkLayout
+from fedjax_med.federated.vector import NetworkSpec
 from fedjax_med.models.model import Model
 from fedjax_med.simulation.mesh import CLIENTS, replicated
 
@@ -39,13 +39,13 @@ class EvaluatedModel(NamedTuple):
   Attributes:
     params: [P] the global model's.
     state: [S] its non-trained state.
-    kept: persistent state of each client, leading axis K, where a client predicts with a model of
-      its own; () where all use the global one. The digests of finished runs contain this name.
+    client_states: persistent state of each client, leading axis K, where a client predicts with a
+      model of its own; () where all use the global one. Digests of weights contain this name.
   """
 
   params: jax.Array
   state: jax.Array
-  kept: Tree = ()
+  client_states: Tree = ()
 
 
 class Batches(NamedTuple):
@@ -62,7 +62,7 @@ class Batches(NamedTuple):
 
 def make_evaluate(
   classify: Callable[..., jax.Array],
-  layout: NetworkLayout,
+  spec: NetworkSpec,
   personal: Callable[[jax.Array, jax.Array, Tree], tuple[jax.Array, jax.Array]] | None = None,
 ) -> Callable[..., jax.Array]:
   """Builds ``evaluate(weights, pool, batches) -> [b, size, columns]``, not jitted.
@@ -75,10 +75,10 @@ def make_evaluate(
     def one(batch: Batches):
       params, state = weights.params, weights.state
       if personal is not None:
-        owner = jax.tree.map(lambda leaf: leaf[batch.owners], weights.kept)
+        owner = jax.tree.map(lambda leaf: leaf[batch.owners], weights.client_states)
         params, state = personal(params, state, owner)
       examples = jax.tree.map(lambda leaf: leaf[batch.rows], pool.inputs)
-      return classify(*layout.trees(params, state), examples)
+      return classify(*spec.trees(params, state), examples)
 
     return jax.lax.map(one, batches)
 

@@ -37,14 +37,14 @@ class SimulationState(NamedTuple):
     client_states: persistent state of each client, leading axis K.
     steps: [K] int32 local steps executed so far by each client: the privacy ledger's counts.
     exchange: the server's state of the transforms, such as the bound of clipped updates.
-    kept: each client's state of the transforms, leading axis K; () for most.
+    transform_states: each client's state of the transforms, leading axis K; () for most.
   """
 
   server: ServerState
   client_states: Tree
   steps: jax.Array
   exchange: Tree
-  kept: Tree
+  transform_states: Tree
 
 
 class BlockMetrics(NamedTuple):
@@ -115,7 +115,7 @@ class Chunk(NamedTuple):
 
   Attributes:
     client_states: persistent states after the round.
-    kept: the clients' states of the transforms.
+    transform_states: the clients' states of the transforms.
     metrics: RoundMetrics of each client.
     weight: [] their total weight.
     tally: sums of the transforms' tallies.
@@ -123,7 +123,7 @@ class Chunk(NamedTuple):
   """
 
   client_states: Tree
-  kept: Tree
+  transform_states: Tree
   metrics: RoundMetrics
   weight: jax.Array
   tally: Tree
@@ -158,7 +158,7 @@ def init_state(
     client_states=for_all(algorithm.init_client(params, state)),
     steps=jnp.zeros((num_clients,), jnp.int32),
     exchange=transform.init_server(blank),
-    kept=for_all(transform.init_client(blank)),
+    transform_states=for_all(transform.init_client(blank)),
   )
 
 
@@ -221,7 +221,7 @@ def make_round(
       client_states=jax.tree.map(scatter, state.client_states, left.client_states),
       steps=state.steps + metrics.steps,
       exchange=shared,
-      kept=jax.tree.map(scatter, state.kept, left.kept),
+      transform_states=jax.tree.map(scatter, state.transform_states, left.transform_states),
     )
     return after, metrics
 
@@ -279,7 +279,7 @@ def _train_chunks(
   def take(numbers):
     return jax.tree.map(
       lambda leaf: jnp.take(leaf, numbers, axis=0, mode="clip"),
-      (state.client_states, state.kept, clients),
+      (state.client_states, state.transform_states, clients),
     )
 
   def run_chunk(total, numbers):
@@ -297,7 +297,7 @@ def _train_chunks(
       total = jax.tree.map(jnp.add, total, aggregator.combine(message, weights))
     chunk = Chunk(
       client_states=client_state,
-      kept=kept,
+      transform_states=kept,
       metrics=metrics,
       weight=weights.sum(),
       tally=_total(present, tally),
@@ -314,7 +314,7 @@ def _train_chunks(
     weights = jnp.zeros((setup.chunk,), jnp.float32)
     chunk = Chunk(
       client_states=client_state,
-      kept=kept,
+      transform_states=kept,
       metrics=no_metrics((setup.chunk,)),
       weight=weights.sum(),
       tally=_zeros(tally),

@@ -42,8 +42,8 @@ AHEAD = 2
 POOL_SHARE = 0.1  # of the memory that is left, for images of further sets
 
 
-class Layout(NamedTuple):
-  """Layout of the runs of a group on this machine.
+class Placement(NamedTuple):
+  """Placement of the runs of a group on this machine.
 
   Attributes:
     chunks: the runs that are trained together.
@@ -65,7 +65,7 @@ class Prepared(NamedTuple):
     group: its points.
     program: of one run.
     shapes: sizes that the program is made for.
-    layout: layout of the runs on this machine.
+    placement: placement of the runs on this machine.
     batches: [b, size] of test images, enough for each run's.
     images: in the pool, enough for each run's.
     sweep: (states, fresh, rounds [S], points, pool, pretrained) -> (states, metrics,
@@ -76,7 +76,7 @@ class Prepared(NamedTuple):
   group: Sequence[Planned]
   program: Program
   shapes: Shapes
-  layout: Layout
+  placement: Placement
   batches: tuple[int, int]
   images: int
   sweep: Callable[..., Any]
@@ -114,22 +114,24 @@ def make_group_program(group: Sequence[Planned], at_once: int) -> Prepared:
     program, shapes = make_shared_program([each.case for each in group])
   except UserError as error:
     raise UserError(f"point {shown(group[0].point)}: {error}") from error
-  layout = _layout(program, group, at_once)
+  placement = _placement(program, group, at_once)
   parts, traces = program.parts, []
 
   def evaluate(state, pool, batches):
     traces.append(1)
     return parts.evaluate(evaluated(parts, state), pool, batches)
 
-  sweep = make_sweep(parts.initial, parts.block, evaluate, at_once=layout.at_once, mesh=layout.mesh)
+  sweep = make_sweep(
+    parts.initial, parts.block, evaluate, at_once=placement.at_once, mesh=placement.mesh
+  )
   tests = [evaluation_groups(parts, each.case.hospitals) for each in group]
   batches = shape_of(tests, group[0].case.config.eval.batch_size)
-  images = max(sum(len(each.labels) for each in _sets(part)) for part in layout.chunks)
+  images = max(sum(len(each.labels) for each in _sets(part)) for part in placement.chunks)
   return Prepared(
     group=group,
     program=program,
     shapes=shapes,
-    layout=layout,
+    placement=placement,
     batches=batches,
     images=images,
     sweep=sweep,
@@ -139,7 +141,7 @@ def make_group_program(group: Sequence[Planned], at_once: int) -> Prepared:
 
 def _compile(prepared: Prepared) -> Prepared:
   """Compiles ``sweep`` for the shapes of the group."""
-  parts, size, case = prepared.program.parts, prepared.layout.size, prepared.group[0].case
+  parts, size, case = prepared.program.parts, prepared.placement.size, prepared.group[0].case
   dataset, shape = case.hospitals.dataset, jax.ShapeDtypeStruct
   images: Any = jax.tree.map(
     lambda leaf: shape((prepared.images, *leaf.shape[1:]), leaf.dtype), host_pool(dataset)
@@ -158,7 +160,7 @@ def _sets(part: Sequence[Planned]) -> list[Dataset]:
   return list({images_of(each): each.case.hospitals.dataset for each in part}.values())
 
 
-def _layout(program: Program, group: Sequence[Planned], asked: int) -> Layout:
+def _placement(program: Program, group: Sequence[Planned], asked: int) -> Placement:
   devices = local_devices()
   cpu = jax.default_backend() == "cpu"
   shapes = jax.eval_shape(program.initial)
@@ -185,7 +187,9 @@ def _layout(program: Program, group: Sequence[Planned], asked: int) -> Layout:
   side_by_side = min(side_by_side, -(-size // devices))
   size += -size % (devices * side_by_side)
   mesh = client_mesh(devices) if devices > 1 else None
-  return Layout(chunks=chunks(group, size, fill, limit), size=size, at_once=side_by_side, mesh=mesh)
+  return Placement(
+    chunks=chunks(group, size, fill, limit), size=size, at_once=side_by_side, mesh=mesh
+  )
 
 
 def stack(runs: Sequence[Experiment], batches: Sequence[Batches]) -> RunInputs:
@@ -226,16 +230,18 @@ def advance_together(
     prepared: their group.
     tell: called with the rounds that all runs have done, whenever they were advanced.
   """
-  layout, parts, number = prepared.layout, prepared.program.parts, len(runs)
+  placement, parts, number = prepared.placement, prepared.program.parts, len(runs)
   tests = [
     [rows + start for rows in evaluation_groups(parts, run.hospitals)]
     for run, start in zip(runs, starts, strict=True)
   ]
   batches, places = zip(*(batches_of(test, prepared.batches) for test in tests), strict=True)
-  missing = layout.size - number
+  missing = placement.size - number
   points = stack([*runs, *[runs[0]] * missing], [*batches, *[batches[0]] * missing])
-  points = put(points, layout.mesh, dealt=True)
-  states = put(blank_states(parts.initial, parts.pretrained, layout.size), layout.mesh, dealt=True)
+  points = put(points, placement.mesh, dealt=True)
+  states = put(
+    blank_states(parts.initial, parts.pretrained, placement.size), placement.mesh, dealt=True
+  )
   fresh, pool = True, runs[0].pool
 
   def advance(lengths: np.ndarray) -> list[Reached]:
@@ -273,7 +279,7 @@ def pool_of(datasets: Sequence[Dataset], prepared: Prepared) -> Pool:
     return jnp.asarray(np.concatenate([*leaves, blank]))
 
   images = jax.tree.map(joined, *map(host_pool, datasets))
-  return put(images, prepared.layout.mesh, dealt=False)
+  return put(images, prepared.placement.mesh, dealt=False)
 
 
 def put(tree: Any, mesh: Mesh | None, dealt: bool) -> Any:

@@ -21,7 +21,7 @@ from fedjax_med.run.summaries import summary_record
 from fedjax_med.run.trackers import require_installed, track
 from fedjax_med.sweep.points import Key, Planned, groups, images_of, shown
 from fedjax_med.sweep.programs import (
-  Layout,
+  Placement,
   Prepared,
   advance_together,
   compiled_ahead,
@@ -135,7 +135,7 @@ def run_group(
   ``complete`` makes synthetic images, or has made them for another group.
   """
   complete, listen = complete or image_keeper(), output.listen
-  for whole in prepared.layout.chunks:
+  for whole in prepared.placement.chunks:
     chunk = [run for run in whole if run.key not in done]
     if any(run.case.hospitals.dataset.num_synthetic for run in chunk):
       listen(progress._replace(note=f"{progress.note}: synthetic images"))
@@ -158,7 +158,7 @@ def run_group(
     trained = _train_chunk(runs, starts, prepared, tell)
     for planned, experiment, ended in zip(chunk, runs, trained, strict=True):
       folder, command = output.folder_of(planned.key), output.command_of(planned)
-      write_point(experiment, prepared.layout, ended, folder, output.name, command)
+      write_point(experiment, prepared.placement, ended, folder, output.name, command)
       last = ended.outcome.last
       epsilons = [*last.epsilons, last.client_epsilon, progress.epsilon]
       progress = progress._replace(
@@ -228,7 +228,7 @@ def _train_chunk(
 
 def write_point(
   experiment: Experiment,
-  layout: Layout,
+  placement: Placement,
   trained: EndedRun,
   folder: pathlib.Path,
   name: str,
@@ -252,7 +252,7 @@ def write_point(
   summary = summary_record(experiment, outcome, name)
   summary["plan"]["devices"] = 1
   summary["plan"]["reasons"].append(
-    f"sweep: up to {layout.size} runs in one program, {layout.at_once} side by side on each of"
-    f" {layout.mesh.size if layout.mesh else 1} devices"
+    f"sweep: up to {placement.size} runs in one program, {placement.at_once} side by side on each"
+    f" of {placement.mesh.size if placement.mesh else 1} devices"
   )
   writer.finish(folder, summary, outcome.seconds)

@@ -18,12 +18,12 @@ from fedjax_med.data.modality import Modality, modality_of
 from fedjax_med.federated.algorithm import FederatedAlgorithm
 from fedjax_med.federated.local import LocalTraining
 from fedjax_med.federated.registry import ALGORITHMS, create_algorithm
-from fedjax_med.federated.vector import NetworkLayout, network_layout
+from fedjax_med.federated.vector import NetworkSpec, network_spec
 from fedjax_med.folder.writing import require_text
 from fedjax_med.models.model import Model, from_flax
 from fedjax_med.models.ops import Lowering
 from fedjax_med.models.registry import recreate_module
-from fedjax_med.prepare.layout import choose_lowering
+from fedjax_med.prepare.plan import choose_lowering
 from fedjax_med.privacy import ledger
 from fedjax_med.run.checkpoints import Restored, restore_model
 from fedjax_med.simulation.mesh import cpu_cores
@@ -119,11 +119,11 @@ def load(
   module = recreate_module(config.model, run.num_columns, saved)
   model = from_flax(module, lowering=lowering)
   image = jnp.zeros((1, *run.input_shape), jnp.float32)
-  layout = network_layout(*jax.eval_shape(model.init, base_key(0), image))
-  algorithm = _personal_algorithm(folder, run, hospital, layout)
+  spec = network_spec(*jax.eval_shape(model.init, base_key(0), image))
+  algorithm = _personal_algorithm(folder, run, hospital, spec)
   like = (
-    jax.ShapeDtypeStruct((layout.params.size,), jnp.float32),
-    jax.ShapeDtypeStruct((layout.state.size,), jnp.float32),
+    jax.ShapeDtypeStruct((spec.params.size,), jnp.float32),
+    jax.ShapeDtypeStruct((spec.state.size,), jnp.float32),
   )
   like_client = jax.eval_shape(algorithm.init_client, *like) if algorithm else None
   client = run.hospitals.index(hospital) if hospital else 0
@@ -138,7 +138,7 @@ def load(
   params, state = restored.params, restored.state
   if algorithm and algorithm.personal:
     params, state = algorithm.personal(params, state, restored.client_state)
-  params, state = layout.trees(params, state)
+  params, state = spec.trees(params, state)
   padding = getattr(module, "stem_pool_padding", "")
   return Trained(
     folder=folder,
@@ -252,7 +252,7 @@ def _read_run(folder: pathlib.Path) -> _Run:
 
 
 def _personal_algorithm(
-  folder: pathlib.Path, run: _Run, hospital: str, layout: NetworkLayout
+  folder: pathlib.Path, run: _Run, hospital: str, spec: NetworkSpec
 ) -> FederatedAlgorithm | None:
   """The algorithm if a hospital's own model is meant, None for the global one.
 
@@ -269,7 +269,7 @@ def _personal_algorithm(
       f"say whose model is meant, such as --hospital='{run.hospitals[0]}'",
     )
     return None
-  algorithm = _algorithm(run.config, layout)
+  algorithm = _algorithm(run.config, spec)
   require(
     algorithm.personal is not None,
     f"--hospital={hospital}: under server.algorithm='{name}' all hospitals have the same model",
@@ -279,7 +279,7 @@ def _personal_algorithm(
   return algorithm
 
 
-def _algorithm(config: Config, layout: NetworkLayout) -> FederatedAlgorithm:
+def _algorithm(config: Config, spec: NetworkSpec) -> FederatedAlgorithm:
   """The run's algorithm, to tell its models apart: it cannot train.
 
   Raises:
@@ -289,7 +289,7 @@ def _algorithm(config: Config, layout: NetworkLayout) -> FederatedAlgorithm:
   bands = config.privacy.bands if config.privacy.mechanism != "none" else 1
   return create_algorithm(
     config.server.algorithm,
-    LocalTraining(train=nothing, optimizer=nothing, rate=nothing, layout=layout, bands=bands),
+    LocalTraining(train=nothing, optimizer=nothing, rate=nothing, spec=spec, bands=bands),
     optax.identity(),
     average=config.server.ema_decay > 0,
     options=algorithm_options(config, traced=False),

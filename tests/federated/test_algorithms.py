@@ -26,7 +26,7 @@ from fedjax_med.federated.local import (
 from fedjax_med.federated.optimizers import client_optimizer, schedule
 from fedjax_med.federated.personal import layers_named, norm_layers
 from fedjax_med.federated.registry import ALGORITHMS, create_algorithm
-from fedjax_med.federated.vector import layout_of, network_layout, ravel, unravel
+from fedjax_med.federated.vector import network_spec, ravel, spec_of, unravel
 from fedjax_med.models.registry import create_model
 from fedjax_med.tasks.classification import cross_entropy
 from tests.federated.toy import (
@@ -259,7 +259,7 @@ def training(name, optimizer="sgd"):
     client_optimizer(optimizer, 0.9, 0.1),
     schedule("constant", 1, 0),
     3,
-    network_layout(*jax.eval_shape(model.init, base_key(1), jnp.zeros((1, 4, 4, 1)))),
+    network_spec(*jax.eval_shape(model.init, base_key(1), jnp.zeros((1, 4, 4, 1)))),
   )
 
 
@@ -268,13 +268,13 @@ def test_weights_that_are_not_trainable_stay_whatever_the_optimiser_does(optimiz
   local = training("mlp", optimizer)
   params, _ = create_model(ModelConfig(name="mlp"), 2).init(base_key(1), jnp.zeros((1, 4, 4, 1)))
   client = jax.tree.map(lambda leaf: leaf[0], make_clients())
-  marks = layers_named("head")(local.layout.params)
+  marks = layers_named("head")(local.spec.params)
   zero = jnp.int32(0)
   context = StepContext(client, POOL, make_hyper(), KEY, round=zero, step=zero)
   with jax.numpy_dtype_promotion("standard"):  # optax's adam mixes int32 counts and floats
     train = jax.jit(functools.partial(local.train, trainable=marks))
     after = unravel(
-      train(Weights(ravel(params), jnp.zeros(0)), context)[0].params, local.layout.params
+      train(Weights(ravel(params), jnp.zeros(0)), context)[0].params, local.spec.params
     )
   chex.assert_trees_all_equal(after["hidden1"], params["hidden1"])
   assert float(jnp.abs(after["head"]["kernel"] - params["head"]["kernel"]).max()) > 0
@@ -284,12 +284,12 @@ def test_weights_that_are_not_trainable_stay_whatever_the_optimiser_does(optimiz
 def test_fedbn_sends_no_norm_and_averages_the_rest():
   initial, block, _ = make_federation("fedbn")
   state, _ = block(initial(), make_clients(), POOL, make_hyper(), KEY, jnp.asarray(2))
-  layout = network_layout(
+  spec = network_spec(
     *jax.eval_shape(
       create_model(ModelConfig(name="cnn_small"), 2).init, base_key(1), jnp.zeros((1, 4, 4, 1))
     )
   ).params
-  before, after = (unravel(s.server.params, layout) for s in (initial(), state))
+  before, after = (unravel(s.server.params, spec) for s in (initial(), state))
   for layer in ("norm1", "norm2"):
     chex.assert_trees_all_equal(after[layer], before[layer])
   assert float(jnp.abs(after["conv1"]["kernel"] - before["conv1"]["kernel"]).max()) > 0
@@ -304,15 +304,15 @@ def test_fedbn_sends_no_norm_and_averages_the_rest():
 def test_norm_layers_are_those_with_a_scale():
   one = jnp.zeros(1)
   params = {"a": {"kernel": one, "bias": one}, "b": {"GroupNorm_0": {"scale": one, "bias": one}}}
-  layout = layout_of(params)
-  assert dict(zip(layout.names, norm_layers(layout), strict=True)) == {
+  spec = spec_of(params)
+  assert dict(zip(spec.names, norm_layers(spec), strict=True)) == {
     "a/bias": False,
     "a/kernel": False,
     "b/GroupNorm_0/bias": True,
     "b/GroupNorm_0/scale": True,
   }
   with pytest.raises(UserError, match="the model has none; use another model"):
-    norm_layers(layout_of({"a": params["a"]}))
+    norm_layers(spec_of({"a": params["a"]}))
 
 
 @pytest.mark.parametrize(
@@ -322,8 +322,8 @@ def test_norm_layers_are_those_with_a_scale():
 def test_layers_that_are_not_there_or_all_of_them_are_refused(pattern, sentence):
   one = jnp.zeros(1)
   with pytest.raises(UserError, match=sentence):
-    layers_named(pattern)(layout_of({"head": {"kernel": one}, "hidden1": {"kernel": one}}))
-  marks = layers_named("hidden")(layout_of({"head": one, "hidden": {"kernel": one}}))
+    layers_named(pattern)(spec_of({"head": {"kernel": one}, "hidden1": {"kernel": one}}))
+  marks = layers_named("hidden")(spec_of({"head": one, "hidden": {"kernel": one}}))
   assert marks == (False, True)
 
 

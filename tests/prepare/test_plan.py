@@ -21,7 +21,7 @@ def test_the_estimate_from_shapes_is_not_below_what_the_compiled_rounds_need(cha
     estimates.append(rough_bytes(*args))
     return estimates[-1]
 
-  monkeypatch.setattr("fedjax_med.prepare.layout_search.rough_bytes", noted)
+  monkeypatch.setattr("fedjax_med.prepare.plan_search.rough_bytes", noted)
   program = build(config, load_hospitals(config)).program
   needed = block_memory(program.block, program.arguments)
   assert needed is not None

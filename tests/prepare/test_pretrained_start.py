@@ -49,7 +49,7 @@ def test_a_run_starts_from_the_file_with_a_head_of_its_seed(hospitals, tmp_path)
   path = save(tmp_path / "weights.safetensors", 1)
   first, second = (build(starting_from(path, seed), hospitals) for seed in (0, 1))
   (params, state), (other, _) = (
-    run.program.parts.layout.trees(server.params, server.state)
+    run.program.parts.spec.trees(server.params, server.state)
     for run in (first, second)
     for server in [run.program.initial().server]
   )
@@ -81,7 +81,7 @@ def test_private_training_moves_scales_and_leaves_the_statistics_bit_for_bit(tmp
   state, _ = program.block(program.initial(), *arguments, np.int32(2))
   chex.assert_trees_all_equal(state.server.state, start.state)
   moved = np.asarray(state.server.params) != start.params
-  layers = unravel(moved, program.parts.layout.params)
+  layers = unravel(moved, program.parts.spec.params)
   assert all(leaf.any() for leaf in jax.tree.leaves(layers))
 
 

@@ -11,7 +11,7 @@ import pytest
 from fedjax_med.core.errors import UserError
 from fedjax_med.data.hospitals import load_hospitals
 from fedjax_med.models import coverage, registry
-from fedjax_med.prepare import layout_search
+from fedjax_med.prepare import plan_search
 from fedjax_med.prepare.experiment import build, build_baselines
 from tests.running import smoke_config
 
@@ -96,8 +96,8 @@ def test_a_batch_that_is_cut_to_save_memory_is_proved_again(fits, method, rows, 
     estimates.append(choice.microbatch << 30)
     return float(estimates[-1])
 
-  monkeypatch.setattr(layout_search, "rough_bytes", estimate)
-  monkeypatch.setattr(layout_search, "block_memory", lambda *_: {"all": estimates[-1]})
+  monkeypatch.setattr(plan_search, "rough_bytes", estimate)
+  monkeypatch.setattr(plan_search, "block_memory", lambda *_: {"all": estimates[-1]})
   program = build(config, load_hospitals(config)).program
   assert program.plan.microbatch == proved[-1] == fits
   assert program.plan.clipping == method
@@ -109,7 +109,7 @@ def test_each_layout_that_a_probe_may_choose_is_proved(best, rows, monkeypatch):
   traced, proved = rows
   config = smoke_config(model__name="noted", execution__probe="on")
   monkeypatch.setattr(
-    layout_search,
+    plan_search,
     "cached_seconds",
     lambda *given: {chunk: abs(chunk - best) + 1.0 for chunk in given[-1]},
   )

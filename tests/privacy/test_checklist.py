@@ -26,7 +26,7 @@ from fedjax_med.data.dataset import client_table
 from fedjax_med.federated import local, registry
 from fedjax_med.federated.fedavg import fedavg
 from fedjax_med.federated.optimizers import client_optimizer, schedule
-from fedjax_med.federated.vector import network_layout, ravel
+from fedjax_med.federated.vector import network_spec, ravel
 from fedjax_med.models.networks.canary import canary_model
 from fedjax_med.models.registry import create_model
 from fedjax_med.prepare.protection import protect
@@ -211,8 +211,8 @@ def handed_on(optimizer, proximal_weight):
     return grad, state, seen.at[context.step].set(grad), metrics
 
   method = client_optimizer(optimizer, 0.9, 0.01)
-  layout, rate = network_layout(PARAMS, {}), schedule("constant", 1, 0)
-  train = local.local_training(remembering, method, rate, 2, layout).train
+  spec, rate = network_spec(PARAMS, {}), schedule("constant", 1, 0)
+  train = local.local_training(remembering, method, rate, 2, spec).train
   client = jax.tree.map(lambda leaf: leaf[0], make_clients())
   hyper = make_hyper(proximal_weight=proximal_weight)
   seen = jnp.zeros((2, flat(PARAMS).size))

@@ -82,7 +82,7 @@ def test_the_round_is_the_sum_of_clipped_updates_over_the_fixed_denominator():
   for k in range(3):  # one client at a time, no clipping, by the plain program
     _, block, _ = make_federation(num_clients=1, chunk=1)
     clients = jax.tree.map(lambda leaf, k=k: leaf[k : k + 1], make_clients())
-    start = initial()._replace(steps=jnp.zeros((1,), jnp.int32), exchange=(), kept=())
+    start = initial()._replace(steps=jnp.zeros((1,), jnp.int32), exchange=(), transform_states=())
     after, _ = block(start, clients, POOL, hyper, KEY, jnp.asarray(1))
     alone.append(np.asarray(after.server.params - initial().server.params))
   clip = float(np.median([np.linalg.norm(update) for update in alone]))

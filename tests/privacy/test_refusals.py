@@ -22,7 +22,7 @@ from fedjax_med.federated.local import (
   private_gradient,
 )
 from fedjax_med.federated.optimizers import client_optimizer, schedule
-from fedjax_med.federated.vector import network_layout, ravel
+from fedjax_med.federated.vector import network_spec, ravel
 from fedjax_med.models.model import from_flax
 from fedjax_med.models.registry import create_model
 from fedjax_med.prepare.experiment import build
@@ -122,12 +122,12 @@ def test_a_network_that_mixes_examples_runs_where_no_example_moves_anothers_cont
 
 def test_private_training_leaves_stored_statistics_as_they_were():
   gradient = private_gradient(MIXER, LOSS, "reference", SHAPE)
-  method, rate, layout = (
+  method, rate, spec = (
     client_optimizer("sgd", 0, 0),
     schedule("constant", 1, 0),
-    network_layout(PARAMS, STATE),
+    network_spec(PARAMS, STATE),
   )
-  local = local_training(gradient, method, rate, 3, layout)
+  local = local_training(gradient, method, rate, 3, spec)
   client = jax.tree.map(lambda leaf: leaf[0], make_clients())
   context = StepContext(client, POOL, make_hyper(), KEY, round=ZERO, step=ZERO)
   after, metrics = jax.jit(local.train)(Weights(ravel(PARAMS), ravel(STATE)), context)

@@ -44,12 +44,12 @@ def config_for(name, **changes):
   )
 
 
-def own_weights(name, state, layout, k):
+def own_weights(name, state, spec, k):
   """The model of hospital ``k``, put together by hand from what the run keeps."""
   own = jax.tree.map(lambda leaf: leaf[k], state.client_states)
   if name == "ditto":
-    return unravel(own[1], layout)
-  params = unravel(state.server.params, layout)
+    return unravel(own[1], spec)
+  params = unravel(state.server.params, spec)
   layers = {"fedper": ["head"], "finetune": ["head"], "fedbn": ["norm1", "norm2"]}.get(name, [])
   start = 0
   for layer in layers:
@@ -67,12 +67,12 @@ def test_every_hospital_is_measured_on_its_own_images_with_the_model_it_would_us
   experiment = build(config, hospitals)
   outcome = train_rounds(experiment, tmp_path)
   model = create_model(config.model, len(hospitals.dataset.class_names))
-  layout = experiment.program.parts.layout
+  spec = experiment.program.parts.spec
   found = []
   for k, rows in enumerate(client_rows(hospitals.test)):
-    params = own_weights(name, outcome.state, layout.params, k)
+    params = own_weights(name, outcome.state, spec.params, k)
     images = normalise(jnp.asarray(hospitals.dataset.inputs[rows]), config.data.normalisation)
-    logits = model.apply(params, unravel(outcome.state.server.state, layout.state), images)[0]
+    logits = model.apply(params, unravel(outcome.state.server.state, spec.state), images)[0]
     found.append(np.asarray(jax.nn.softmax(logits)))
     expected = classification_metrics(found[-1], hospitals.dataset.labels[rows])
     for key in ("n", "loss", "accuracy"):
@@ -87,9 +87,9 @@ def test_bytes_are_those_of_what_travels(tmp_path):
   for name in ("fedavg", "fedper", "scaffold", "fednova"):
     config = config_for(name, **PLAIN)
     experiment = build(config, load_hospitals(config))
-    layout = experiment.program.parts.layout.params
+    spec = experiment.program.parts.spec.params
     head = sum(
-      size for leaf, size in zip(layout.names, layout.sizes, strict=True) if leaf[:5] == "head/"
+      size for leaf, size in zip(spec.names, spec.sizes, strict=True) if leaf[:5] == "head/"
     )
     sizes[name] = experiment.program.parts.message
   whole = sizes["fedavg"][0]

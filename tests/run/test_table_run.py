@@ -195,7 +195,7 @@ def test_pooled_training_to_the_end_is_logistic_regression_of_scikit_learn(tmp_p
   outcome = train_rounds(experiment)
   parts, hospitals = experiment.program.parts, experiment.hospitals
   weights = evaluated(parts, outcome.state)
-  head = parts.layout.trees(weights.params, weights.state)[0]["head"]
+  head = parts.spec.trees(weights.params, weights.state)[0]["head"]
   inputs = hospitals.dataset.inputs[hospitals.split.train].astype(np.float64)
   labels = hospitals.dataset.labels[hospitals.split.train]
   exact = LogisticRegression(C=np.inf, tol=1e-10, max_iter=10_000).fit(inputs, labels)

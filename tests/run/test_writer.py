@@ -22,7 +22,7 @@ from fedjax_med.run.single import train_rounds
 from fedjax_med.run.statement import statement_text
 from fedjax_med.run.summaries import summary_record
 from fedjax_med.sweep import runner, table
-from fedjax_med.sweep.programs import Layout
+from fedjax_med.sweep.programs import Placement
 from tests.running import metrics, smoke_config
 from tests.sweep.sweeping import base, sweep
 
@@ -249,10 +249,10 @@ def test_baselines_whose_ledger_was_edited_are_refused_and_the_points_results_st
 def test_a_point_of_a_sweep_killed_at_every_write_understates_nothing(experiments, ended, tmp_path):
   (experiment, _), (source, _, outcome) = experiments, ended
   trained = runner.EndedRun(outcome=outcome, lines=metrics(source))
-  layout = Layout(chunks=[], size=1, at_once=1, mesh=None)
+  placement = Placement(chunks=[], size=1, at_once=1, mesh=None)
 
   def write(folder):
-    runner.write_point(experiment, layout, trained, folder, "smoke", "test")
+    runner.write_point(experiment, placement, trained, folder, "smoke", "test")
 
   kill_at_every_write(write, tmp_path, least=14)
 

@@ -13,7 +13,7 @@ from fedjax_med.federated.algorithm import (
   ServerState,
   no_metrics,
 )
-from fedjax_med.prepare.layout import MAX_AT_ONCE, MAX_WASTE, choose_layout, describe_padding
+from fedjax_med.prepare.plan import MAX_AT_ONCE, MAX_WASTE, choose_layout, describe_padding
 from fedjax_med.simulation.cohort import best_chunk, deal, load
 from fedjax_med.simulation.mesh import client_mesh
 from fedjax_med.simulation.rounds import init_state, jit_block, make_block, make_round

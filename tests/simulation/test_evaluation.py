@@ -10,7 +10,7 @@ import pytest
 from fedjax_med.core.config import ModelConfig
 from fedjax_med.core.keys import base_key
 from fedjax_med.data.normalisation import normalise
-from fedjax_med.federated.vector import network_layout, ravel
+from fedjax_med.federated.vector import network_spec, ravel
 from fedjax_med.models.registry import create_model
 from fedjax_med.simulation.evaluation import (
   EvaluatedModel,
@@ -26,10 +26,10 @@ def test_probabilities_are_those_of_each_row_whatever_the_batch(rows):
   model = create_model(ModelConfig(name="linear"), 2)
   params, state = model.init(base_key(2), jnp.zeros((1, 4, 4, 1)))
   pool = make_pool()
-  layout = network_layout(params, state)
+  spec = network_spec(params, state)
   prepare = functools.partial(normalise, how="fixed")
   predict, _ = make_predict(
-    make_evaluate(make_classify(model, prepare, jax.nn.softmax), layout), batch_size=4
+    make_evaluate(make_classify(model, prepare, jax.nn.softmax), spec), batch_size=4
   )
   leaves = {leaf.ndim: np.asarray(leaf, np.float64) for leaf in jax.tree.leaves(params)}
   images = np.asarray(pool.inputs, np.float64)[rows].reshape(len(rows), 16) / 127.5 - 1

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from fedjax_med.core.config import Config
 from fedjax_med.core.errors import UserError
 from fedjax_med.data.dataset import client_rows
+from fedjax_med.data.folder_patterns import matcher
 from fedjax_med.data.hospitals import build_hospitals
-from fedjax_med.data.layouts import matcher
 from tests.data.folders import fill, load, pattern, save
 
 

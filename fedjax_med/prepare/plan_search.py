@@ -8,7 +8,6 @@ import jax
 import numpy as np
 
 from fedjax_med.core.config import Config
-from fedjax_med.prepare.layout import Choice, Freedom, choose_layout, choose_microbatch, fit_memory
 from fedjax_med.prepare.memory import (
   BlockArguments,
   Budget,
@@ -18,12 +17,13 @@ from fedjax_med.prepare.memory import (
   shared_devices,
   tree_bytes,
 )
+from fedjax_med.prepare.plan import Choice, Freedom, choose_layout, choose_microbatch, fit_memory
 from fedjax_med.prepare.probe import cached_seconds, probe_candidates, probed_chunk, wants_probe
 from fedjax_med.privacy.clipping import resolve_method
 from fedjax_med.simulation.mesh import cpu_cores
 
 
-class LayoutProblem(NamedTuple):
+class PlanProblem(NamedTuple):
   """Everything that a layout depends on.
 
   Attributes:
@@ -86,7 +86,7 @@ class Decision(NamedTuple):
 
 
 def decide(
-  problem: LayoutProblem,
+  problem: PlanProblem,
   blocks: Callable[[Choice], jax.stages.Wrapped],
   time_chunk: Callable[[Choice], float],
 ) -> Decision:
@@ -129,7 +129,7 @@ def decide(
   )
 
 
-def _other_reasons(problem: LayoutProblem, choice: Choice) -> list[str]:
+def _other_reasons(problem: PlanProblem, choice: Choice) -> list[str]:
   """Sentences on remat, dtype and clipping."""
   config = problem.config
   remat_reason = "as configured" if config.execution.remat != "auto" else "to save memory"
@@ -142,30 +142,30 @@ def _other_reasons(problem: LayoutProblem, choice: Choice) -> list[str]:
   return reasons
 
 
-def _layout_name(problem: LayoutProblem, choice: Choice) -> str:
+def _layout_name(problem: PlanProblem, choice: Choice) -> str:
   """The layout of a chunk size: scan, vmap (all clients of a device at once) or chunk."""
   if choice.chunk == 1:
     return "scan"
   return "vmap" if choice.chunk == _share(problem, choice.devices) else "chunk"
 
 
-def _share(problem: LayoutProblem, devices: int) -> int:
+def _share(problem: PlanProblem, devices: int) -> int:
   """Clients of one device."""
   return -(-problem.cohort // devices)
 
 
-def _clipping(problem: LayoutProblem, choice: Choice) -> tuple[str, str]:
+def _clipping(problem: PlanProblem, choice: Choice) -> tuple[str, str]:
   """Returns (method, reason) of clipping for the rows that the choice has at once."""
   problems = problem.uncovered(choice.remat, choice.microbatch)
   return resolve_method(problem.config.privacy.clipping, problems)
 
 
-def _settled(problem: LayoutProblem, choice: Choice) -> Choice:
+def _settled(problem: PlanProblem, choice: Choice) -> Choice:
   """The choice with the method of clipping that follows from the rest of it."""
   return choice._replace(clipping=_clipping(problem, choice)[0]) if problem.private else choice
 
 
-def _with_chunk(problem: LayoutProblem, chunk: int) -> tuple[Choice, str]:
+def _with_chunk(problem: PlanProblem, chunk: int) -> tuple[Choice, str]:
   """Returns the choice of so many clients at once, and the reason of its microbatch."""
   microbatch, reason = choose_microbatch(
     problem.config.execution.microbatch,
@@ -180,7 +180,7 @@ def _with_chunk(problem: LayoutProblem, chunk: int) -> tuple[Choice, str]:
   return _settled(problem, choice), reason
 
 
-def _needs(problem: LayoutProblem, choice: Choice) -> float:
+def _needs(problem: PlanProblem, choice: Choice) -> float:
   """Upper estimate from shapes of the memory of one device, bytes."""
   arguments, num_clients = problem.arguments, len(problem.steps)
   data = tree_bytes(arguments.pool) + 4 * arguments.clients.indices.size
@@ -188,13 +188,13 @@ def _needs(problem: LayoutProblem, choice: Choice) -> float:
   return rough_bytes(choice, problem.model, num_clients, data, client_state)
 
 
-def _estimate(problem: LayoutProblem, choice: Choice) -> float:
+def _estimate(problem: PlanProblem, choice: Choice) -> float:
   """Upper estimate of the bytes that all devices with a common memory need."""
   return shared_devices(choice.devices) * _needs(problem, choice)
 
 
 def _measure(
-  problem: LayoutProblem, blocks: Callable[[Choice], jax.stages.Wrapped], choice: Choice
+  problem: PlanProblem, blocks: Callable[[Choice], jax.stages.Wrapped], choice: Choice
 ) -> float | None:
   """The same bytes, measured of the compiled program; None if the backend does not say."""
   parts = block_memory(blocks(choice), problem.arguments)
@@ -202,7 +202,7 @@ def _measure(
 
 
 def _probe(
-  problem: LayoutProblem, preferred: int, time_chunk: Callable[[Choice], float]
+  problem: PlanProblem, preferred: int, time_chunk: Callable[[Choice], float]
 ) -> tuple[int, str]:
   """Returns (clients at once, reason) by the times of local steps, measured or read back."""
   devices = problem.start.devices
@@ -225,7 +225,7 @@ def _probe(
   return chunk, f"layout {name}, {reason}"
 
 
-def _circumstances(problem: LayoutProblem, choices: list[Choice]) -> dict[str, Any]:
+def _circumstances(problem: PlanProblem, choices: list[Choice]) -> dict[str, Any]:
   """Everything besides the model that the time of a local step depends on."""
   arguments, config = problem.arguments, problem.config
   return {
@@ -246,7 +246,7 @@ def _circumstances(problem: LayoutProblem, choices: list[Choice]) -> dict[str, A
 
 
 def _fitted(
-  problem: LayoutProblem, preferred: Choice, blocks: Callable[[Choice], jax.stages.Wrapped]
+  problem: PlanProblem, preferred: Choice, blocks: Callable[[Choice], jax.stages.Wrapped]
 ) -> Choice:
   """The preferred choice, or one that needs less memory where the budget asks for it."""
   size, execution = problem.budget.size, problem.config.execution

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from fedjax_med.core.errors import UserError
-from fedjax_med.prepare.layout import (
+from fedjax_med.prepare.plan import (
   Choice,
   Freedom,
   best_microbatch,
