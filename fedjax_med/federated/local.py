@@ -22,12 +22,10 @@ from fedjax_med.federated.algorithm import (
 from fedjax_med.federated.losses import Loss, class_logits, with_penalties
 from fedjax_med.federated.optimizers import descend
 from fedjax_med.federated.vector import (
+  ARRAYS,
+  Holding,
   NetworkSpec,
-  Pieces,
-  chosen,
-  cut,
   joined,
-  opened,
   pieces_of,
   ravel,
   unravel,
@@ -62,11 +60,9 @@ class StepContext(NamedTuple):
 
 
 # (params, state, memory, context) -> (gradient, new state, new memory, RoundMetrics of this step).
-# params and state are the network's trees. The gradient is in pieces, that of a private step, which
-# is a release, as a vector.
-Gradient = Callable[
-  [Tree, Tree, Tree, StepContext], tuple[Pieces | jax.Array, Tree, Tree, RoundMetrics]
-]
+# params and state are the network's trees. The gradient is a tree too; that of a private step, a
+# release, is a vector.
+Gradient = Callable[[Tree, Tree, Tree, StepContext], tuple[Tree, Tree, Tree, RoundMetrics]]
 
 
 class BatchShape(NamedTuple):
@@ -190,10 +186,11 @@ def plain_gradient(model: Model, loss: Loss, shape: BatchShape) -> Gradient:
         tally=_masked_sum(shape.task.tally(logits, labels), mask),
         examples=mask.sum(dtype=jnp.float32),
       )
-      return pieces_of(grad), new_state, metrics
+      return grad, new_state, metrics
 
     key = key_for(context.key, Stream.DROPOUT, client.number, context.round, context.step)
-    grad, state, metrics = _in_parts(part, shape, _no_gradient(params), state, drawn, key)
+    nothing = jax.tree.map(jnp.zeros_like, params)
+    grad, state, metrics = _in_parts(part, shape, nothing, state, drawn, key)
     return grad, state, memory, metrics._replace(steps=jnp.ones((), jnp.int32))
 
   return gradient
@@ -269,7 +266,8 @@ def private_gradient(model: Model, loss: Loss, clipping: str, shape: BatchShape)
     where = (context.client.number, context.round, context.step)
     drawn = _poisson_batch(context, memory, shape)
     key = key_for(context.key, Stream.DROPOUT, *where)
-    total, state, metrics = _in_parts(part, shape, _no_gradient(params), state, drawn, key)
+    nothing = pieces_of(jax.tree.map(jnp.zeros_like, params))
+    total, state, metrics = _in_parts(part, shape, nothing, state, drawn, key)
     release = (
       joined(total),
       key_for(context.key, Stream.NOISE, *where),
@@ -307,11 +305,6 @@ def _poisson_batch(context: StepContext, memory: Tree, shape: BatchShape) -> _Dr
     turn = jax.random.uniform(key_for(context.key, Stream.AUGMENT, *where, 0), (slots,))
   changes = _changes(context, (slots, shape.rows_per_unit * shape.copies), shape, 1)
   return _Drawn(slots=numbers, mask=mask, turn=turn, changes=changes)
-
-
-def _no_gradient(params: Tree) -> Pieces:
-  """A gradient of no example."""
-  return pieces_of(jax.tree.map(jnp.zeros_like, params))
 
 
 def slots_at_once(microbatch: int, slots: int) -> int:
@@ -392,6 +385,7 @@ def local_training(
   spec: NetworkSpec,
   *,
   bands: int = 1,
+  holding: Holding = ARRAYS,
 ) -> LocalTraining:
   """Builds a client's round of local steps.
 
@@ -403,10 +397,10 @@ def local_training(
       ``client.num_steps`` decides (under vmap the clients that are done wait, unchanged).
     spec: spec of the network's vectors.
     bands: steps that noise is correlated over.
+    holding: how weights and optimiser state are held within a round; it moves no result. PIECES
+      asks for a gradient that is a vector. What arrives and leaves is a vector.
 
-  Within a round weights and optimiser state are in pieces, whose large arrays need no copy; what
-  arrives and leaves, and what a private step releases, is a vector (docs/performance.md has the
-  other ways measured). The FedProx term μ(w − w_round) is added after clipping and noise: it
+  The FedProx term μ(w − w_round) is added after clipping and noise: it
   depends on no example.
   """
 
@@ -415,32 +409,32 @@ def local_training(
 
   def train(start: Weights, context: StepContext, *, shift=None, pull=None, trainable=None):
     hyper, rate = context.hyper, rate_of(context.hyper, context.round)
-    first = cut(start.params, spec.params)
+    first = holding.cut(start.params, spec.params)
     strength, anchor = (hyper.proximal_weight, start.params) if pull is None else pull
 
     def direction_of(local, grad, step):
       # Read out of their vectors in every step: once for all they would be arrays in memory.
       fixed, _ = jax.lax.optimization_barrier(((anchor, shift), step))
-      to, add = jax.tree.map(lambda vector: cut(vector, spec.params), fixed)
+      to, add = jax.tree.map(lambda vector: holding.cut(vector, spec.params), fixed)
       grad = jax.tree.map(lambda g, w, w0: g + strength * (w - w0), grad, local, to)
       return grad if shift is None else jax.tree.map(jnp.add, grad, add)
 
     def body(step, carry):
       local, state, memory, opt_state, sums = carry
-      params = opened(local, spec.params)
+      params = holding.opened(local, spec.params)
       grad, state, memory, metrics = gradient(params, state, memory, context._replace(step=step))
-      grad = cut(grad, spec.params) if isinstance(grad, jax.Array) else grad
+      grad = holding.cut(grad, spec.params) if isinstance(grad, jax.Array) else grad
       direction, opt_state = optimizer.update(direction_of(local, grad, step), opt_state, local)
       moved = descend(local, direction, rate)
       if trainable is not None:
-        moved = chosen(moved, local, spec.params, trainable)
+        moved = holding.chosen(moved, local, spec.params, trainable)
       return moved, state, memory, opt_state, add_metrics(sums, metrics)
 
     bound = context.client.num_steps if num_local_steps is None else num_local_steps
     state = unravel(start.state, spec.state)
     carry = (first, state, start.memory, optimizer.init(first), no_metrics())
     local, state, memory, _, sums = jax.lax.fori_loop(0, bound, body, carry)
-    params = joined(local)
+    params = holding.joined(local)
     # The loss too: private gradients stay finite whatever the model does.
     finite = jnp.isfinite(params).all() & jnp.isfinite(sums.loss)
     end = Weights(params=params, state=ravel(state), memory=memory)

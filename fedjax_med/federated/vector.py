@@ -1,13 +1,14 @@
 """The weights of a network as one vector: what travels, is noised and is aggregated is an array.
 
-The small arrays of a network come first in its vector, then the large ones. So a local step can
+The small arrays of a network come first in its vector, then the large ones. So a private step can
 hold the weights as a few pieces, the small arrays joined to one and each large array by itself:
-most of a deep network's arrays are small, and each array of its own costs kernels.
+most of a deep network's arrays are small, and each array of its own costs kernels. A plain step
+holds the tree of arrays.
 """
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -155,6 +156,33 @@ def chosen(new: Pieces, old: Pieces, spec: VectorSpec, marks: Sequence[bool]) ->
   first = jnp.where(among, new[0], old[0])
   pairs = zip(marks[small:], new[1:], old[1:], strict=True)
   return [first, *(one if mark else other for mark, one, other in pairs)]
+
+
+def _chosen_arrays(new: Tree, old: Tree, spec: VectorSpec, marks: Sequence[bool]) -> Tree:
+  """``chosen`` of trees."""
+  of_leaves = jax.tree.unflatten(spec.structure, [marks[place] for place in spec.places])
+  return jax.tree.map(lambda mark, one, other: one if mark else other, of_leaves, new, old)
+
+
+class Holding(NamedTuple):
+  """A way to hold weights in local steps.
+
+  Attributes:
+    cut: (vector [P], VectorSpec) -> the weights as they are held.
+    opened: (held, VectorSpec) -> the tree of arrays.
+    joined: held -> vector [P].
+    chosen: (new, old, VectorSpec, marks of the arrays) -> ``new`` where marked, else ``old``; held.
+  """
+
+  cut: Callable[[jax.Array, VectorSpec], Tree]
+  opened: Callable[[Tree, VectorSpec], Tree]
+  joined: Callable[[Tree], jax.Array]
+  chosen: Callable[[Tree, Tree, VectorSpec, Sequence[bool]], Tree]
+
+
+# Chosen by measurement (docs/performance.md): noise wants few arrays, plain steps no copies.
+PIECES = Holding(cut=cut, opened=opened, joined=joined, chosen=chosen)
+ARRAYS = Holding(cut=unravel, opened=lambda tree, _: tree, joined=ravel, chosen=_chosen_arrays)
 
 
 def _num_small(spec: VectorSpec) -> int:

@@ -32,7 +32,7 @@ from fedjax_med.federated.local import (
 )
 from fedjax_med.federated.optimizers import client_optimizer, schedule, server_optimizer
 from fedjax_med.federated.registry import create_algorithm
-from fedjax_med.federated.vector import NetworkSpec, network_spec, ravel
+from fedjax_med.federated.vector import ARRAYS, PIECES, NetworkSpec, network_spec, ravel
 from fedjax_med.models.model import Model
 from fedjax_med.models.ops import Lowering
 from fedjax_med.models.registry import create_model, require_inputs
@@ -215,6 +215,7 @@ def make_training(recipe: Recipe, choice: Choice, shared_steps: int | None) -> L
     shared_steps,
     recipe.spec,
     bands=recipe.bands,
+    holding=PIECES if recipe.private else ARRAYS,
   )
 
 

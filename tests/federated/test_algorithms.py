@@ -26,7 +26,7 @@ from fedjax_med.federated.local import (
 from fedjax_med.federated.optimizers import client_optimizer, schedule
 from fedjax_med.federated.personal import layers_named, norm_layers
 from fedjax_med.federated.registry import ALGORITHMS, create_algorithm
-from fedjax_med.federated.vector import network_spec, ravel, spec_of, unravel
+from fedjax_med.federated.vector import ARRAYS, PIECES, network_spec, ravel, spec_of, unravel
 from fedjax_med.models.registry import create_model
 from fedjax_med.tasks.classification import cross_entropy
 from tests.federated.toy import (
@@ -250,22 +250,30 @@ def test_finetune_is_fedavg_with_heads_tuned_on_the_body_as_received():
   assert_close(found.client_states[1], jnp.stack([ravel(head) for head in heads]))
 
 
-def training(name, optimizer="sgd"):
+def training(name, optimizer="sgd", holding=ARRAYS):
   """Plain local training of three steps of a network, and its first weights as an attribute."""
   model = create_model(ModelConfig(name=name), 2)
   shape = BatchShape(slots=4, max_examples=12, normalisation="fixed")
+  tree_gradient = plain_gradient(model, cross_entropy(0.0), shape)
+
+  def vector_gradient(*arguments):
+    grad, *rest = tree_gradient(*arguments)
+    return ravel(grad), *rest
+
   return local_training(
-    plain_gradient(model, cross_entropy(0.0), shape),
+    tree_gradient if holding is ARRAYS else vector_gradient,
     client_optimizer(optimizer, 0.9, 0.1),
     schedule("constant", 1, 0),
     3,
     network_spec(*jax.eval_shape(model.init, base_key(1), jnp.zeros((1, 4, 4, 1)))),
+    holding=holding,
   )
 
 
+@pytest.mark.parametrize("holding", [ARRAYS, PIECES])
 @pytest.mark.parametrize("optimizer", ["adamw", "momentum"])
-def test_weights_that_are_not_trainable_stay_whatever_the_optimiser_does(optimizer):
-  local = training("mlp", optimizer)
+def test_weights_that_are_not_trainable_stay_whatever_the_optimiser_does(optimizer, holding):
+  local = training("mlp", optimizer, holding)
   params, _ = create_model(ModelConfig(name="mlp"), 2).init(base_key(1), jnp.zeros((1, 4, 4, 1)))
   client = jax.tree.map(lambda leaf: leaf[0], make_clients())
   marks = layers_named("head")(local.spec.params)

@@ -12,7 +12,7 @@ from fedjax_med.core.errors import UserError
 from fedjax_med.data.normalisation import normalise
 from fedjax_med.federated.local import BatchShape, StepContext, plain_gradient, private_gradient
 from fedjax_med.federated.losses import class_logits, with_penalties
-from fedjax_med.federated.vector import joined, spec_of, unravel
+from fedjax_med.federated.vector import spec_of, unravel
 from fedjax_med.models.model import from_flax
 from fedjax_med.models.registry import require_columns
 from fedjax_med.tasks.classification import cross_entropy
@@ -74,7 +74,7 @@ def step(module, private):
   zero = jnp.zeros((), jnp.int32)
   context = StepContext(client, POOL, make_hyper(clip_norm=1e6), KEY, zero, zero)
   grad, _, _, metrics = quick_jit(gradient)(params, {}, (), context)
-  return params, unravel(grad if private else joined(grad), spec_of(params)), metrics
+  return params, unravel(grad, spec_of(params)) if private else grad, metrics
 
 
 @pytest.mark.parametrize("private", [False, True])

@@ -10,7 +10,8 @@ from jax.flatten_util import ravel_pytree
 
 from fedjax_med.federated import vector as vectors
 from fedjax_med.federated.vector import (
-  chosen,
+  ARRAYS,
+  PIECES,
   cut,
   joined,
   merge,
@@ -92,6 +93,9 @@ def test_marked_arrays_are_taken_out_in_order_and_put_back(monkeypatch, small, l
   np.testing.assert_array_equal(marked, np.concatenate([np.zeros(0, np.float32), *parts]))
   back = merge(marked, select(vector, spec, others), spec, marks)
   np.testing.assert_array_equal(back, vector)
-  mixed = opened(chosen(cut(vector, spec), cut(-vector, spec), spec, marks), spec)
-  for name, leaf in tree.items():
-    np.testing.assert_array_equal(mixed[name], leaf if name in marked_names else -leaf)
+  for holding in (PIECES, ARRAYS):
+    ours, negated = holding.cut(vector, spec), holding.cut(-vector, spec)
+    mixed = holding.chosen(ours, negated, spec, marks)
+    expected = {name: leaf if name in marked_names else -leaf for name, leaf in tree.items()}
+    jax.tree.map(np.testing.assert_array_equal, holding.opened(mixed, spec), expected)
+    np.testing.assert_array_equal(holding.joined(mixed), ravel(expected))

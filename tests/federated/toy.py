@@ -14,7 +14,7 @@ from fedjax_med.federated.algorithm import Client, Hyper, Pool
 from fedjax_med.federated.local import BatchShape, local_training, plain_gradient, private_gradient
 from fedjax_med.federated.optimizers import client_optimizer, schedule, server_optimizer
 from fedjax_med.federated.registry import ALGORITHMS, create_algorithm
-from fedjax_med.federated.vector import network_spec, ravel
+from fedjax_med.federated.vector import ARRAYS, PIECES, network_spec, ravel
 from fedjax_med.models.registry import create_model
 from fedjax_med.simulation.mesh import client_mesh
 from fedjax_med.simulation.rounds import init_state, jit_block, make_block, make_round
@@ -111,6 +111,7 @@ def make_federation(
     schedule(rate_schedule, 10, 0),
     shared_steps,
     network_spec(*jax.eval_shape(model.init, base_key(1), jnp.zeros((1, 4, 4, 1)))),
+    holding=PIECES if private else ARRAYS,
   )
   algorithm = create_algorithm(
     name,
