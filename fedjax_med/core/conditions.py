@@ -91,6 +91,12 @@ FOLDER = one_of("data.source", "folder")
 MANIFEST = one_of("data.source", "manifest")
 GIVES_SIDES = one_of("data.source", "manifest", "npz")
 HAS_COLOURS = one_of("data.source", "folder", "manifest", "npz")
+NO_FOLD = Condition(
+  wording="an empty data.fold",
+  holds=lambda config: config.data.fold == "",
+  fields=("data.fold",),
+  remedy="leave data.fold empty",
+)
 DRAWN_SIDES, OPEN_PATIENTS = _without("{split}"), _without("{patient}")
 DRAWN = Condition(
   wording="a split or a partition that is drawn",
@@ -115,6 +121,7 @@ SEVERAL = Condition(
   fields=("partition.num_clients",),
   remedy="use at least two",
 )
+MLP = one_of("model.name", "mlp")
 MOMENTUM = one_of("client.optimizer", "momentum")
 ADAMW = one_of("client.optimizer", "adamw")
 EPOCHS = one_of("client.num_local_steps", 0)

@@ -102,6 +102,15 @@ class DataConfig:
     doc="share of examples held out, 0 to 1.",
     bounds=above(0, 0.9, remedy="use 0.2"),
     traced=True,
+    read=(when.DRAWN_SIDES, when.OPEN_SIDES, when.NO_FOLD),
+  )
+  fold: str = field(
+    "",
+    doc=(
+      "K/F holds out the K-th of F parts: a grid over 1/5 to 5/5 is five-fold cross-validation,"
+      " each example tested once. Empty holds out data.test_fraction."
+    ),
+    traced=True,
     read=(when.DRAWN_SIDES, when.OPEN_SIDES),
   )
   patient_pattern: str = field(
@@ -300,6 +309,12 @@ class ModelConfig:
       " (grouped convolutions keep their number of groups)."
     ),
     bounds=above(0, 16, remedy="use 1 for the published network, 0.25 for a small computer"),
+  )
+  hidden: int = field(
+    32,
+    doc="size of the hidden layer.",
+    bounds=least(1, 65_536, remedy="use 32"),
+    read=(when.MLP,),
   )
   dtype: str = field(
     "float32",

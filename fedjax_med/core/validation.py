@@ -55,6 +55,7 @@ def validate(config: Config) -> None:
       "use 0.1 or more, or 0 for none",
     )
 
+  parse_fold(config.data.fold)
   data, partition = config.data, config.partition
   require(
     not SOURCE_FACTS[data.source].reads_files or data.path != "",
@@ -99,6 +100,18 @@ def validate(config: Config) -> None:
   _validate_privacy(config)
   _validate_client_privacy(config)
   require_read(config)
+
+
+def parse_fold(text: str) -> tuple[int, int]:
+  """(K, F) of ``data.fold``, (0, 0) if it is empty; UserError unless it is K/F with 1 ≤ K ≤ F."""
+  found = re.fullmatch(r"(\d+)/(\d+)", text.strip())
+  part, parts = (int(found[1]), int(found[2])) if found else (0, 0)
+  require(
+    text == "" or (parts >= 2 and 1 <= part <= parts),
+    f"data.fold='{text}' is not K/F, part K of F from 1/F to F/F",
+    "use 1/5 to 5/5 for five-fold cross-validation, or leave it empty",
+  )
+  return part, parts
 
 
 def _require_inside(path: str, value: float, bounds: Bounds) -> None:

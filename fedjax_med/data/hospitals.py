@@ -76,7 +76,7 @@ def split_with_duplicates(dataset: Dataset, data: DataConfig, by_site: bool = Fa
 
   Args:
     dataset: the examples.
-    data: ``split``, ``test_fraction`` and ``seed`` are read.
+    data: ``split``, ``test_fraction``, ``fold`` and ``seed`` are read.
     by_site: keep the test share within every site too (``data.split='grouped'`` only).
   """
   modality, strata = modality_named(dataset.modality), task_named(dataset.task).strata(dataset)
@@ -105,6 +105,7 @@ def split_with_duplicates(dataset: Dataset, data: DataConfig, by_site: bool = Fa
       data.split,
       data.seed,
       dataset.sites if by_site else None,
+      data.fold,
     )
   else:
     # FLamby's split of heart_disease is data.split=paper; folders that give one leave that unread.

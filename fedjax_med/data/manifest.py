@@ -346,7 +346,7 @@ def require_undrawn(data: DataConfig, where: str) -> None:
   usual = DataConfig()
   values = {
     f"data.{name}": (getattr(data, name), getattr(usual, name))
-    for name in ("split", "test_fraction")
+    for name in ("split", "test_fraction", "fold")
   }
   told = [f"{name}={value}" for name, (value, default) in values.items() if value != default]
   require(

@@ -6,6 +6,7 @@ A unit is kept on one side: a near-duplicate group, a patient, or both joined.
 import numpy as np
 
 from fedjax_med.core.errors import require, require_choice
+from fedjax_med.core.validation import parse_fold
 
 SCHEMES = ("grouped", "paper")
 
@@ -50,6 +51,7 @@ def split_dataset(
   scheme: str,
   seed: int,
   sites: np.ndarray | None = None,
+  fold: str = "",
 ) -> tuple[np.ndarray, np.ndarray]:
   """Example numbers of the train side and the test side; a function of the arguments alone.
 
@@ -63,6 +65,9 @@ def split_dataset(
       test share is within one unit's size of ``test_fraction``.
     seed: any non-negative number.
     sites: [N] site numbers or None; 'grouped' also keeps the share within every (class, site).
+    fold: 'K/F' for the K-th of F parts as the test side, in place of ``test_fraction``: over the F
+      parts of a seed every example is tested once. Parts of 'grouped' hold whole units, and their
+      shares of a class (and site) differ by one unit's size at most.
 
   Returns:
     (train, test), ascending int32 example numbers; every class stands on both sides.
@@ -71,6 +76,7 @@ def split_dataset(
     UserError: a class would be missing on one side.
   """
   require_choice("data.split", scheme, SCHEMES)
+  part, parts = parse_fold(fold)
   require(
     0 < test_fraction < 1,
     f"data.test_fraction={test_fraction} must be above 0 and under 1",
@@ -78,23 +84,35 @@ def split_dataset(
   )
   rng = np.random.default_rng([seed, 1])
   in_test = np.zeros(len(labels), bool)
-  if scheme == "paper":
+  numbers = np.unique(units, return_inverse=True)[1].astype(np.int64)
+  if scheme == "paper" and fold:
+    in_test[rng.permutation(len(labels))[part - 1 :: parts]] = True
+  elif scheme == "paper":
     in_test[rng.permutation(len(labels))[: round(test_fraction * len(labels))]] = True
+  elif fold:
+    in_test = _folds_of_units(labels, numbers, num_classes, parts, rng, sites)[numbers] == part
   else:
-    numbers = np.unique(units, return_inverse=True)[1].astype(np.int64)
     in_test = _test_units(labels, numbers, num_classes, test_fraction, rng, sites)[numbers]
+  held_out = f"data.fold={fold}" if fold else f"data.test_fraction={test_fraction}"
+  _require_both_sides(labels, numbers, in_test, held_out, num_classes)
+  return np.flatnonzero(~in_test).astype(np.int32), np.flatnonzero(in_test).astype(np.int32)
+
+
+def _require_both_sides(
+  labels: np.ndarray, units: np.ndarray, in_test: np.ndarray, held_out: str, num_classes: int
+) -> None:
+  """Raises UserError where a class would be missing on one side; ``held_out`` says what did it."""
   for label in range(num_classes):
     of_class = labels == label
     for side, chosen in (("test", in_test), ("train", ~in_test)):
       num_units = len(np.unique(units[of_class]))
       require(
         bool((of_class & chosen).any()),
-        f"data.test_fraction={test_fraction} leaves class {label} ({int(of_class.sum())} examples"
-        f" in {num_units} separable units) without a {side} example",
+        f"{held_out} leaves class {label} ({int(of_class.sum())} examples in {num_units} separable"
+        f" units) without a {side} example",
         "every class needs at least two units: add examples of that class, leave the class out,"
-        " or change data.test_fraction",
+        " or change data.test_fraction or data.fold",
       )
-  return np.flatnonzero(~in_test).astype(np.int32), np.flatnonzero(in_test).astype(np.int32)
 
 
 def given_split(labels: np.ndarray, in_test: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -116,6 +134,37 @@ def given_split(labels: np.ndarray, in_test: np.ndarray) -> tuple[np.ndarray, np
         "add some, or split anew: * in place of {split} in data.layout, or data.given_split=False",
       )
   return np.flatnonzero(~in_test).astype(np.int32), np.flatnonzero(in_test).astype(np.int32)
+
+
+def _folds_of_units(
+  labels: np.ndarray,
+  units: np.ndarray,
+  num_classes: int,
+  parts: int,
+  rng: np.random.Generator,
+  sites: np.ndarray | None,
+) -> np.ndarray:
+  """[U] part 1 .. ``parts`` of every unit, dealt class by class and, within a class, site by site.
+
+  The largest units are dealt first, each to the part that has the fewest examples: of the class
+  and site, then of the class, then of all.
+  """
+  sizes = np.bincount(units)
+  classes = unit_classes(labels, units, num_classes)
+  num_sites = 1 if sites is None else int(sites.max(initial=0)) + 1
+  of_site = np.zeros_like(classes) if sites is None else unit_classes(sites, units, num_sites)
+  found, in_all = np.zeros(len(sizes), np.int64), np.zeros(parts, np.int64)
+  for label in range(num_classes):
+    of_class = np.zeros(parts, np.int64)
+    for site in range(num_sites):
+      cell = rng.permutation(np.flatnonzero((classes == label) & (of_site == site)))
+      of_cell = np.zeros(parts, np.int64)
+      for unit in cell[np.argsort(-sizes[cell], kind="stable")]:
+        part = np.lexsort((in_all, of_class, of_cell))[0]
+        found[unit] = part + 1
+        for count in (of_cell, of_class, in_all):
+          count[part] += sizes[unit]
+  return found
 
 
 def _test_units(

@@ -117,6 +117,8 @@ def create_module(config: ModelConfig, num_classes: int) -> nn.Module:
       "use model.width=1, or give its constructor an argument named width",
     )
     arguments["width"] = config.width
+  if config.name == "mlp":
+    arguments["hidden"] = config.hidden
   module = constructor(num_classes, **arguments)
   if config.pretrained:
     file = pretrained.load_safetensors(config.pretrained)

@@ -180,7 +180,7 @@ def image_fields(data: DataConfig) -> dict[str, Any]:
   seed = [] if source_named(data.source).seeded else ["seed"]
   # Published splits may leave out examples.
   split = [] if source_named(data.source).facts.own_split else ["split"]
-  others = (*split, "test_fraction", *seed)
+  others = (*split, "test_fraction", "fold", *seed)
   return {k: v for k, v in dataclasses.asdict(data).items() if k not in others}
 
 

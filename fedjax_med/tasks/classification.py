@@ -59,6 +59,7 @@ SHOWN = (
     bounds=(0.0, 1.0),
     places=frozenset({Place.SWEEP}),
   ),
+  Metric(name="brier", label="Brier score", better="lower", places=frozenset()),
 )
 NAMES = tuple(metric.name for metric in SHOWN)
 NO_CLASS = "macro average"  # in the place of a positive class, where there are three or more
@@ -151,13 +152,15 @@ def classification_metrics(
   probabilities: np.ndarray,  # [n, classes] f32 or f64, rows sum to 1
   labels: np.ndarray,  # [n] class numbers
 ) -> dict[str, Any]:
-  """Returns loss, accuracy, precision, recall, specificity, f1, auroc, ece (or None) and n.
+  """Returns loss, accuracy, precision, recall, specificity, f1, auroc, ece, brier (or None), n.
 
   The predicted class is the argmax (the lowest on a tie); loss is the mean cross-entropy in nats,
   with probabilities clipped at 1e-12. With two classes, class 1 is the positive one: recall is
   the sensitivity. With more classes precision to auroc are one-vs-rest values averaged, unweighted,
   over the classes present in ``labels``. ece is the expected calibration error of the predicted
-  class in 15 bins of equal width (Guo et al. 2017, arXiv 1706.04599, eq. 3).
+  class in 15 bins of equal width (Guo et al. 2017, arXiv 1706.04599, eq. 3). brier is the mean
+  squared difference of probability and truth: of two classes that of class 1, of more the sum over
+  the classes (as scikit-learn).
 
   None stands for: everything, if n = 0 or a probability is not finite (a diverged model);
   precision, recall and f1 without a positive example; specificity without a negative one; auroc
@@ -187,6 +190,7 @@ def classification_metrics(
     "f1": np.where(actual > 0, f1, np.nan)[classes].mean(),
     "auroc": np.mean([_auroc(probabilities[:, c], labels == c) for c in classes]),
     "ece": _calibration_error(probabilities, labels),
+    "brier": _brier_score(probabilities, labels),
   }
   plain: dict[str, Any] = {
     name: None if np.isnan(value) else float(value) for name, value in values.items()
@@ -228,6 +232,12 @@ def _calibration_error(probabilities: np.ndarray, labels: np.ndarray) -> float:
   # Bins are open below and closed above.
   bins = np.clip(np.ceil(confidence * CALIBRATION_BINS) - 1, 0, CALIBRATION_BINS - 1)
   return float(np.abs(np.bincount(bins.astype(np.int64), weights=gap)).sum()) / len(labels)
+
+
+def _brier_score(probabilities: np.ndarray, labels: np.ndarray) -> float:
+  classes = probabilities.shape[1]
+  error = probabilities.astype(np.float64) - (labels[:, None] == np.arange(classes))
+  return float(np.square(error[:, 1:] if classes == 2 else error).sum(axis=1).mean())
 
 
 def _auroc(scores: np.ndarray, positive: np.ndarray) -> float:

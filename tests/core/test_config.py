@@ -55,6 +55,7 @@ def test_unknown_choices_are_answered_with_the_nearest(path):
 def test_every_number_has_a_range_and_every_name_its_choices_unless_a_registry_has_them():
   free = {"data.path", "data.cache_dir", "data.patient_pattern", "model.name", "server.algorithm"}
   free |= {"server.personal_layers", "data.layout", "data.positive", "data.window", "data.columns"}
+  free |= {"data.fold"}
   free |= {"execution.compilation_cache", "model.pretrained", "data.source"}
   free |= {"server.aggregator", "server.transforms", "data.group_columns", "data.slices"}
   free |= {f"data.{role}_column" for role in ("path", "label", "patient", "site", "split")}
@@ -102,6 +103,7 @@ def test_every_part_of_the_configuration_is_declared_in_its_order():
     ({"model.dtype": "bfloat16", "privacy.clipping": "two_pass"}, "or model.dtype=float32"),
     ({"model.pretrained": "w", "model.norm": "frozen_batch"}, "no weights for model.name='se_res"),
     ({"model.pretrained": "w", "model.name": "se_resnext50_32x4d"}, "with model.norm='group'; use"),
+    ({"data.fold": "6/5"}, "data.fold='6/5' is not K/F, part K of F from 1/F to F/F; use 1/5 to"),
     ({"model.width": 0.0}, "model.width=0.0 must be above 0 and at most 16; use 1 for"),
     ({"privacy.unit": "patient", "data.split": "paper"}, "use data.split=grouped"),
     (

@@ -53,6 +53,41 @@ def test_share_of_every_class_is_within_one_unit_of_the_fraction(seed, fraction)
     assert abs(held_out - fraction * sizes.sum()) <= sizes.max()
 
 
+@pytest.mark.parametrize("scheme", ["grouped", "paper"])
+@pytest.mark.parametrize("parts", [2, 5])
+@pytest.mark.parametrize("seed", range(3))
+def test_over_the_folds_every_example_is_tested_once(seed, parts, scheme):
+  labels, units, sites = random_units(seed, mixed=True)
+  arguments = (labels, units, 3, 0.2, scheme, seed, sites)
+  sides = [split_dataset(*arguments, f"{part}/{parts}") for part in range(1, parts + 1)]
+  tested = np.concatenate([test for _, test in sides])
+  np.testing.assert_array_equal(np.sort(tested), np.arange(len(labels)))
+  for train, test in sides:
+    np.testing.assert_array_equal(np.setdiff1d(np.arange(len(labels)), test), train)
+    assert scheme == "paper" or not set(units[train]) & set(units[test])
+  if scheme == "paper":
+    assert np.ptp([len(test) for _, test in sides]) <= 1
+
+
+@pytest.mark.parametrize("parts", [2, 5])
+@pytest.mark.parametrize("seed", range(3))
+def test_shares_of_folds_of_a_class_and_site_differ_by_one_unit_at_most(seed, parts):
+  labels, units, sites = random_units(seed, mixed=False)
+  arguments = (labels, units, 3, 0.2, "grouped", seed, sites)
+  tests = [split_dataset(*arguments, f"{part}/{parts}")[1] for part in range(1, parts + 1)]
+  for label in range(3):
+    for site in range(4):
+      cell = (labels == label) & (sites == site)
+      largest = np.unique(units[cell], return_counts=True)[1].max(initial=0)
+      assert np.ptp([cell[test].sum() for test in tests]) <= largest
+
+
+@pytest.mark.parametrize("fold", ["0/5", "6/5", "1/1", "1", "1/5/2", "-1/5", "a/b"])
+def test_a_fold_that_is_no_part_is_refused(fold):
+  with pytest.raises(UserError, match=f"^data.fold='{fold}' is not K/F, part K of F from 1/F to"):
+    split_dataset(np.arange(10) % 2, np.arange(10), 2, 0.2, "grouped", 0, None, fold)
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_units_of_one_example_give_the_share_exactly(seed):
   labels = np.random.default_rng(seed).integers(0, 3, 500)

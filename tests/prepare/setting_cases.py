@@ -157,7 +157,8 @@ CASES: dict[str, Case] = {
   "data.positive": Case("no", "holders", FOLDER, ({},)),
   "data.window": Case("50,200", "holders", FOLDER, ({}, TABLES)),
   "data.split": Case("paper", "holders", without=(GIVEN,)),
-  "data.test_fraction": Case(0.4, "holders", without=(GIVEN, PAPER)),
+  "data.test_fraction": Case(0.4, "holders", without=(GIVEN, PAPER, {"data.fold": "1/5"})),
+  "data.fold": Case("1/5", "holders", without=(GIVEN, PAPER)),
   "data.patient_pattern": Case(
     "(P[0-9]+)_", "holders", FOLDER, ({}, TABLES, {**FOLDER, "data.layout": "{class}/{patient}_*"})
   ),
@@ -204,6 +205,7 @@ CASES: dict[str, Case] = {
   "model.norm": Case("batch", "program", CNN, ({}, MLP)),
   "model.dropout": Case(0.5, "program"),
   "model.width": Case(0.5, "program", MLP, ({},)),
+  "model.hidden": Case(8, "program", MLP, ({},)),
   "model.dtype": Case("bfloat16", "program"),
   "model.pretrained": Case("weights", "pretrained"),
   "model.init_seed": Case(1, "weights"),

@@ -51,11 +51,16 @@ def sklearn_metrics(probabilities, labels):
         "auroc": reference.roc_auc_score(truth, probabilities[:, c]) if both else np.nan,
       }
     )
-  rounded = np.clip(probabilities.astype(np.float64), 1e-12, None)
+  exact = probabilities.astype(np.float64)
+  rounded = np.clip(exact, 1e-12, None)
   return {
     "loss": np.mean([-np.log(row[label]) for row, label in zip(rounded, labels, strict=True)]),
     "accuracy": reference.accuracy_score(labels, predicted),
     "ece": calibration_error(probabilities, labels, predicted),
+    "brier": sum(
+      reference.brier_score_loss(labels == c, exact[:, c])
+      for c in ([1] if num_classes == 2 else range(num_classes))
+    ),
     **{name: np.mean([row[name] for row in rows]) for name in rows[0]},
   }
 

@@ -70,10 +70,13 @@ def cnn_small(num_classes: int, *, width: float = 1.0, **kwargs: Any) -> CNN:
   return CNN(num_classes, features=scaled((16, 32), width), **kwargs)
 
 
-def mlp(num_classes: int, *, norm: str = "group", width: float = 1.0, **kwargs: Any) -> MLP:
-  """One hidden layer of 32; it has nothing to normalise, so ``norm`` changes nothing."""
+def mlp(
+  num_classes: int, *, norm: str = "group", width: float = 1.0, hidden: int = 32, **kwargs: Any
+) -> MLP:
+  """One hidden layer; it has nothing to normalise, so ``norm`` changes nothing."""
   del norm
-  return MLP(num_classes, hidden=scaled((32,), width), **kwargs)
+  size = hidden if width == 1 else scaled(hidden, width)
+  return MLP(num_classes, hidden=(size,), **kwargs)
 
 
 def linear(num_classes: int, *, norm: str = "group", **kwargs: Any) -> MLP:
