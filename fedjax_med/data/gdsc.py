@@ -68,8 +68,7 @@ def _joined(folder: pathlib.Path) -> tuple[Cells, Manifest, list[LeftOut]]:
     _require_once(cells.name, [row[0] for row in cells.rows])
   known = zip(_column(places, "depMapID"), _column(places, SITE), strict=True)
   sites = {line: site for line, site in reversed(list(known)) if site not in MISSING}
-  for name in told.header[1:]:
-    numbers(told, Column(name=name, kind="number", missing=MISSING))  # refuses text, by its place
+  _require_numbers(told)
   drugs = _drug_names([row[0] for row in told.rows], listed)
   responses = dict(
     zip(told.header[1:], zip(*(row[1:] for row in told.rows), strict=True), strict=True)
@@ -131,6 +130,16 @@ def _column(cells: Cells, name: str) -> list[str]:
 def _require_once(file: str, names: Sequence[str]) -> None:
   twice = sorted({name for name in names if names.count(name) > 1})
   require(not twice, f"{file} has the row '{''.join(twice[:1])}' twice", "remove one")
+
+
+def _require_numbers(cells: Cells) -> None:
+  """Raises UserError for text in place of a response, with its place in the file."""
+  for place, name in enumerate(cells.header[1:], 1):
+    try:
+      for row in cells.rows:
+        float(row[place])
+    except ValueError:  # a missing value, or text that is refused
+      numbers(cells, Column(name=name, kind="number", missing=MISSING))
 
 
 def _drug_names(rows: Sequence[str], listed: Cells) -> tuple[str, ...]:

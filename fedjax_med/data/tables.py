@@ -408,12 +408,12 @@ def numbers(cells: Cells, column: Column) -> np.ndarray:
       values[index] = float(f"{whole}.{part}" if decimal else text)
     except ValueError:
       values[index] = math.inf
-    require(
-      math.isfinite(values[index]),
-      f"{cells.name}, line {cells.lines[index]}: column '{column.name}' holds '{text}', which is no"
-      " finite number",
-      "correct it, list it under 'missing' in the manifest, or use kind='category'",
-    )
+    if math.isinf(values[index]) or math.isnan(values[index]):
+      raise UserError(
+        f"{cells.name}, line {cells.lines[index]}: column '{column.name}' holds '{text}', which is"
+        " no finite number; correct it, list it under 'missing' in the manifest, or use"
+        " kind='category'"
+      )
   return values
 
 
