@@ -263,7 +263,7 @@ def _column(name: str, values: Any, missing: tuple[str, ...], where: str) -> Col
     low=None if low is None else float(low),
     high=None if high is None else float(high),
     categories=categories,
-    missing=(*missing, *(plain(mark) for mark in values.get("missing", ()))),
+    missing=tuple(dict.fromkeys((*missing, *map(plain, values.get("missing", ()))))),
     required=values.get("required", False),
   )
 
