@@ -18,8 +18,8 @@ KINDS = ("number", "category", "ignore")
 MISSING = ("", "NA", "N/A", "nan", "NaN", "null")  # cells without a value, unless a manifest says
 OTHER, NO_VALUE, ABSENT = "other", "missing", "is missing"  # names of added inputs
 KEYS = (
-  *("target", "above", "classes", "missing", "names", "site", "patient", "group", "sites"),
-  "columns",
+  *("target", "above", "classes", "targets", "unit", "missing", "names", "site", "patient"),
+  *("group", "sites", "join_sites_below", "columns"),
 )
 COLUMN_KEYS = ("kind", "low", "high", "categories", "missing", "required")
 
@@ -51,22 +51,27 @@ class Manifest(NamedTuple):
   """The columns of a table and their roles.
 
   Attributes:
-    target: column of the class.
+    target: column of the class; empty where ``targets`` are predicted.
     above: a number where classes are values up to it and values above it, None where values of the
       column are the classes.
     classes: names of the classes, of two the positive last; () takes the values that are found.
     columns: inputs and ignored columns, in the order of the inputs.
-    missing: cells of the target that hold no value.
+    targets: columns of the numbers that are predicted in place of classes.
+    unit: of these numbers, for people.
+    missing: cells of a target that hold no value.
     names: the header of files that have none; () where the first line is the header.
     site: column of the hospital; empty where each file is one, or where nothing says it.
     patient: column of the patient; empty without.
     group: column of whatever else has to stay on one side of the split; empty without.
     sites: hospital of each file by the file's name; {} takes names of files.
+    join_sites_below: sites of fewer records are one together, the last, called other.
   """
 
   target: str
   above: float | None
   classes: tuple[str, ...]
+  targets: tuple[str, ...]
+  unit: str
   columns: tuple[Column, ...]
   missing: tuple[str, ...]
   names: tuple[str, ...]
@@ -74,6 +79,7 @@ class Manifest(NamedTuple):
   patient: str
   group: str
   sites: dict[str, str]
+  join_sites_below: int
 
   @property
   def inputs(self) -> tuple[Column, ...]:
@@ -83,7 +89,7 @@ class Manifest(NamedTuple):
   @property
   def roles(self) -> tuple[str, ...]:
     """Names of columns that are read and are no inputs."""
-    return tuple(filter(None, (self.target, self.site, self.patient, self.group)))
+    return tuple(filter(None, (self.target, *self.targets, self.site, self.patient, self.group)))
 
 
 class Table(NamedTuple):
@@ -147,11 +153,13 @@ def read_manifest(path: pathlib.Path) -> Manifest:
 def parse_manifest(values: dict[str, Any], where: str) -> Manifest:
   """The manifest of the values of a TOML file; ``where`` is its name, for errors."""
   _require_keys(values, KEYS, where)
-  _require_kind(where, values, {"target": str, "site": str, "patient": str, "group": str})
-  _require_kind(where, values, {"classes": list, "missing": list, "names": list, "sites": dict})
-  _require_kind(where, values, {"above": int | float, "columns": dict})
-  for key in ("target", "columns"):
-    require(key in values, f"{where} has no '{key}'", "name it there (docs/data.md)")
+  texts = ("target", "unit", "site", "patient", "group")
+  _require_kind(where, values, dict.fromkeys(texts, str))
+  lists = ("classes", "targets", "missing", "names")
+  _require_kind(where, values, dict.fromkeys(lists, list) | {"sites": dict, "columns": dict})
+  _require_kind(where, values, {"above": int | float, "join_sites_below": int})
+  _require_target(where, values)
+  require("columns" in values, f"{where} has no 'columns'", "name it there (docs/data.md)")
   missing = tuple(plain(mark) for mark in values.get("missing", MISSING))
   columns = tuple(
     _column(name, column, missing, where) for name, column in values["columns"].items()
@@ -165,9 +173,11 @@ def parse_manifest(values: dict[str, Any], where: str) -> Manifest:
     "name two, the one up to it first",
   )
   manifest = Manifest(
-    target=values["target"],
+    target=values.get("target", ""),
     above=above,
     classes=classes or (() if above is None else (f"up to {above:g}", f"above {above:g}")),
+    targets=tuple(map(str, values.get("targets", ()))),
+    unit=values.get("unit", ""),
     columns=columns,
     missing=missing,
     names=tuple(map(str, values.get("names", ()))),
@@ -175,6 +185,7 @@ def parse_manifest(values: dict[str, Any], where: str) -> Manifest:
     patient=values.get("patient", ""),
     group=values.get("group", ""),
     sites={str(file): str(site) for file, site in values.get("sites", {}).items()},
+    join_sites_below=values.get("join_sites_below", 0),
   )
   require(
     bool(manifest.inputs),
@@ -182,6 +193,7 @@ def parse_manifest(values: dict[str, Any], where: str) -> Manifest:
     "name at least one that the network is to see",
   )
   _require_distinct(manifest.names, f"{where}: name")
+  _require_distinct(manifest.targets, f"{where}: target")
   both = {column.name for column in manifest.inputs} & set(manifest.roles)
   require(
     not both,
@@ -189,6 +201,28 @@ def parse_manifest(values: dict[str, Any], where: str) -> Manifest:
     "give it kind='ignore', or leave it out of the columns",
   )
   return manifest
+
+
+def _require_target(where: str, values: dict[str, Any]) -> None:
+  """Raises UserError unless a manifest names either a class or numbers that are predicted."""
+  given = [key for key in ("target", "targets") if values.get(key)]
+  require(bool(given), f"{where} has no 'target'", "name it there (docs/data.md)")
+  require(
+    len(given) == 1,
+    f"{where} names a target, whose values are classes, and targets, which are numbers",
+    "leave out one of the two",
+  )
+  unread = [key for key in ("above", "classes") if key in values]
+  require(
+    given == ["target"] or not unread,
+    f"{where}: {', '.join(unread)} is not read of targets, which are numbers",
+    "leave it out",
+  )
+  require(
+    given == ["targets"] or "unit" not in values,
+    f"{where}: unit is not read of a target, whose values are classes",
+    "leave it out",
+  )
 
 
 def _column(name: str, values: Any, missing: tuple[str, ...], where: str) -> Column:
@@ -229,7 +263,7 @@ def _column(name: str, values: Any, missing: tuple[str, ...], where: str) -> Col
     low=None if low is None else float(low),
     high=None if high is None else float(high),
     categories=categories,
-    missing=(*missing, *(plain(mark) for mark in values.get("missing", ()))),
+    missing=tuple(dict.fromkeys((*missing, *map(plain, values.get("missing", ()))))),
     required=values.get("required", False),
   )
 
@@ -237,15 +271,17 @@ def _column(name: str, values: Any, missing: tuple[str, ...], where: str) -> Col
 def manifest_record(manifest: Manifest) -> dict[str, Any]:
   """The manifest as ``parse_manifest`` reads it back, for hospitals.json."""
   record = {
-    "target": manifest.target,
+    **({"targets": list(manifest.targets), "unit": manifest.unit} if manifest.targets else {}),
+    **({"target": manifest.target} if manifest.target else {}),
     "above": manifest.above,
-    "classes": list(manifest.classes),
+    **({} if manifest.targets else {"classes": list(manifest.classes)}),
     "missing": list(manifest.missing),
     "names": list(manifest.names),
     "site": manifest.site,
     "patient": manifest.patient,
     "group": manifest.group,
     "sites": manifest.sites,
+    "join_sites_below": manifest.join_sites_below,
     "columns": {column.name: _column_record(column) for column in manifest.columns},
   }
   return {key: value for key, value in record.items() if value is not None}
