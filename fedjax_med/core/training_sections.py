@@ -199,6 +199,17 @@ class DataConfig:
     read=(when.MANIFEST,),
     shapes_run=never,
   )
+  target_columns: str = field(
+    "",
+    doc=(
+      "of source=manifest, columns that are predicted in place of the label, with commas between"
+      " them: several of 1 and 0 are labels (an image may have none or more), others numbers."
+      " Empty cells are unknown."
+    ),
+    traced=True,
+    read=(when.MANIFEST,),
+    shapes_run=never,
+  )
   group_columns: str = field(
     "",
     doc=(

@@ -18,6 +18,7 @@ from fedjax_med.data.folder_patterns import LeftOut, Placed
 from fedjax_med.data.grey import has_colour, parse_window
 from fedjax_med.data.images import Read, gather, values_of
 from fedjax_med.data.manifest import require_undrawn
+from fedjax_med.data.target_columns import group_names, require_no_positive, with_targets
 
 PARTS = ("train", "val", "test")
 # Kinds of NumPy's dtypes: whole numbers, fractions, and what labels may be besides.
@@ -27,7 +28,8 @@ NUMBERS, LABELS = "uif", "uifbU"
 def load_arrays(path: pathlib.Path, data: DataConfig) -> Dataset:
   """Reads train_images, train_labels, val_..., test_... of a .npz file; val belongs to train.
 
-  Images are [n, H, W], [n, H, W, 1] or [n, H, W, 3], labels [n] or [n, 1]: one for each image.
+  Images are [n, H, W], [n, H, W, 1] or [n, H, W, 3]. Labels are [n] or [n, 1], the class of each
+  image, or [n, M] of 0 and 1, of which an image may have several (the task multilabel).
 
   Args:
     path: the file.
@@ -60,9 +62,11 @@ def load_arrays(path: pathlib.Path, data: DataConfig) -> Dataset:
   colour = data.channels == "3" or (
     data.channels == "auto" and all(_coloured(images) for images, _ in parts.values())
   )
+  several = _several(path, parts, data)
   reads = []
   for part, (images, labels) in parts.items():
-    for number, (image, label) in enumerate(zip(images, labels, strict=True)):
+    classes = _names(labels) if several is None else group_names(labels)
+    for number, (image, label) in enumerate(zip(images, classes, strict=True)):
       placed = Placed(
         file=File(path=path, parts=(f"{part} {number}",), reason=""),
         class_name=label,
@@ -73,13 +77,38 @@ def load_arrays(path: pathlib.Path, data: DataConfig) -> Dataset:
       exact = bool(data.window)
       values = values_of(Image.fromarray(image), data.min_size, data.image_size, exact, colour)
       reads.append(Read(placed, values))
-  names = _class_names({label for _, labels in parts.values() for label in labels}, path, data)
+  found = {read.placed.class_name for read in reads}
+  names = tuple(sorted(found)) if several is not None else _class_names(found, path, data)
   known = {f"{part}_{kind}" for part in PARTS for kind in ("images", "labels")}
   others = [
     LeftOut(name=readable(name), reason="no array of MedMNIST's layout", class_name="")
     for name in sorted(set(held) - known)
   ]
-  return gather(reads, others, names, root=path, data=data, listed=True)
+  dataset = gather(reads, others, names, root=path, data=data, listed=True)
+  if several is None:
+    return dataset
+  columns = next(iter(several.values())).shape[0]
+  return with_targets(dataset, several, [f"label {place}" for place in range(columns)])
+
+
+def _several(
+  path: pathlib.Path, parts: dict[str, tuple[np.ndarray, np.ndarray]], data: DataConfig
+) -> dict[str, np.ndarray] | None:
+  """Labels [M] by name of the image, where an image may have several; None where it has a class."""
+  counts = {labels.shape[1:] for _, labels in parts.values()}
+  require(
+    len(counts) == 1,
+    f"labels of the parts of {path} are of unlike shapes: {sorted(map(list, counts))} an image",
+    "store as many columns in each part",
+  )
+  if counts == {()}:
+    return None
+  require_no_positive(data.positive)
+  return {
+    f"{part} {number}": row
+    for part, (_, labels) in parts.items()
+    for number, row in enumerate(labels)
+  }
 
 
 def _read(path: pathlib.Path) -> dict[str, np.ndarray]:
@@ -93,8 +122,8 @@ def _read(path: pathlib.Path) -> dict[str, np.ndarray]:
 
 def _part(
   path: pathlib.Path, part: str, held: dict[str, np.ndarray]
-) -> tuple[np.ndarray, list[str]]:
-  """Images that Pillow takes and names of classes of a part of the file."""
+) -> tuple[np.ndarray, np.ndarray]:
+  """Images that Pillow takes, and labels [n] or [n, M] float32, of a part of the file."""
   images, labels = held[f"{part}_images"], held.get(f"{part}_labels")
   where = f"{part}_images of {path}"
   if images.ndim == 4 and images.shape[3] == 1:
@@ -114,23 +143,29 @@ def _part(
     raise UserError(f"{path} has {part}_images and no {part}_labels; store both")
   labels = labels[:, 0] if labels.ndim == 2 and labels.shape[1] == 1 else labels
   require(
-    labels.ndim == 1,
-    f"{part}_labels of {path} is {list(labels.shape)}: several labels an image, and one can be"
-    " learned",
-    "choose one of them and store it as [n]",
-  )
-  require(
     len(labels) == len(images),
     f"{path} has {len(images)} {part}_images and {len(labels)} {part}_labels",
     "store a label for each image",
   )
+  whole = labels.dtype.kind in LABELS and (labels.dtype.kind != "f" or not (labels % 1).any())
   require(
-    labels.dtype.kind in LABELS and (labels.dtype.kind != "f" or not (labels % 1).any()),
-    f"{part}_labels of {path} is {labels.dtype} with values that are no classes",
-    "store whole numbers or text",
+    labels.ndim in (1, 2) and whole,
+    f"{part}_labels of {path} is {labels.dtype}{list(labels.shape)} with values that are no"
+    " classes",
+    "store whole numbers or text as [n], or 0 and 1 as [n, labels]",
   )
-  deep = images.dtype != np.uint8
-  return images.astype(np.float32) if deep else images, [_name(label) for label in labels.tolist()]
+  require(
+    labels.ndim == 1 or bool(np.isin(labels, (0, 1)).all()),
+    f"{part}_labels of {path} is {list(labels.shape)}, several labels an image, with values other"
+    " than 0 and 1",
+    "store 1 where an image has the label and 0 where not, or one class an image as [n]",
+  )
+  labels = labels if labels.ndim == 1 else labels.astype(np.float32)
+  return images if images.dtype == np.uint8 else images.astype(np.float32), labels
+
+
+def _names(labels: np.ndarray) -> list[str]:
+  return [_name(label) for label in labels.tolist()]
 
 
 def _name(label: Any) -> str:

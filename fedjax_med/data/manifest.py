@@ -3,6 +3,7 @@
 import concurrent.futures
 import dataclasses
 import functools
+import math
 import os
 import pathlib
 import tomllib
@@ -24,6 +25,7 @@ from fedjax_med.data.grey import parse_window
 from fedjax_med.data.images import Read, gather
 from fedjax_med.data.patients import number_patients
 from fedjax_med.data.slices import parse_slices
+from fedjax_med.data.target_columns import group_names, require_no_positive, with_targets
 from fedjax_med.data.volumes import FileValues, read_file
 
 if TYPE_CHECKING:
@@ -37,6 +39,7 @@ MOST_MISSING = 100  # files that are not there and are all named
 # Roles of columns; a manifest may lack those from the third on.
 ROLES = ("path", "label", "patient", "site", "split")
 NEEDED = ROLES[:2]
+LISTS = {"groups": "family", "targets": "age"}  # keys of several columns, with an example
 SAME_PATIENT = "All DICOM files name one PatientID, which then says nothing of patients."
 
 
@@ -46,11 +49,13 @@ class Columns(NamedTuple):
   Attributes:
     roles: name of the column of each of ``ROLES``.
     groups: names of further columns whose equal values keep rows together.
+    targets: names of columns that are predicted in place of a class.
     asked: roles whose column somebody named, so that it has to be there.
   """
 
   roles: dict[str, str]
   groups: tuple[str, ...]
+  targets: tuple[str, ...]
   asked: frozenset[str]
 
 
@@ -59,11 +64,12 @@ class Rows(NamedTuple):
 
   Attributes:
     files: R files.
-    labels: R names of classes.
+    labels: R names of classes, or of groups of like examples where ``targets`` are predicted.
     patients: R names, None where the cell is empty; None without such a column.
     sites: R names; None without such a column.
     in_test: R values; None without a split column, or where the split is drawn anew.
     groups: of each further column R names, None where the cell is empty.
+    targets: [R, M] float32, nan where the cell is empty; None where a class is predicted.
   """
 
   files: list[File]
@@ -72,6 +78,7 @@ class Rows(NamedTuple):
   sites: list[str] | None
   in_test: list[bool] | None
   groups: dict[str, list[str | None]]
+  targets: np.ndarray | None
 
 
 class Example(NamedTuple):
@@ -107,10 +114,13 @@ def load_manifest(path: pathlib.Path, data: DataConfig) -> Dataset:
     f"data.path={path} is not a file",
     f"point --config.data.path at the manifest, a file ending in {', '.join(ENDINGS)}",
   )
-  rows = read_rows(path, columns_of(path, data), data)
-  names = order_classes(sorted(set(rows.labels)), data.positive)
+  columns = columns_of(path, data)
+  rows = read_rows(path, columns, data)
+  names = tuple(sorted(set(rows.labels)))
+  if rows.targets is None:
+    names = order_classes(names, data.positive)
   require(
-    len(names) > 1,
+    len(names) > 1 or rows.targets is not None,
     f"{path} lists one class only ('{names[0]}')",
     "add rows of a second class, or name another column with --config.data.label_column",
   )
@@ -136,7 +146,11 @@ def load_manifest(path: pathlib.Path, data: DataConfig) -> Dataset:
     notes=_notes(contents, data),
     listed=True,
   )
-  return _with_people(dataset, rows, {each.read.placed.file.name: each for each in reads}, path)
+  examples = {each.read.placed.file.name: each for each in reads}
+  if rows.targets is not None:
+    values = {name: rows.targets[one.row] for name, one in examples.items()}
+    dataset = with_targets(dataset, values, columns.targets)
+  return _with_people(dataset, rows, examples, path)
 
 
 def _read_all(placed: Sequence[Placed], data: DataConfig) -> list[FileValues]:
@@ -216,9 +230,28 @@ def columns_of(path: pathlib.Path, data: DataConfig) -> Columns:
     roles[role] = flag if flag != default else told.get(role, default)
     if flag != default or role in told or role in NEEDED:
       asked.add(role)
-  groups = data.group_columns.split(",") if data.group_columns else told.get("groups", [])
-  groups = tuple(name.strip() for name in groups if name.strip())
-  return Columns(roles=roles, groups=groups, asked=frozenset(asked))
+
+  def several(flag: str, key: str) -> tuple[str, ...]:
+    names = flag.split(",") if flag else told.get(key, [])
+    return tuple(name.strip() for name in names if name.strip())
+
+  targets = several(data.target_columns, "targets")
+  if targets:
+    usual_label = data.label_column == usual.label_column and "label" not in told
+    require(
+      usual_label,
+      f"column '{roles['label']}' is named as the class, and {_shown(targets)} as targets, which"
+      " are predicted in place of a class",
+      "name one or the other",
+    )
+    require_no_positive(data.positive)
+    asked.discard("label")
+  return Columns(
+    roles=roles,
+    groups=several(data.group_columns, "groups"),
+    targets=targets,
+    asked=frozenset(asked),
+  )
 
 
 def _read_toml(path: pathlib.Path) -> dict[str, Any]:
@@ -227,13 +260,13 @@ def _read_toml(path: pathlib.Path) -> dict[str, Any]:
   except (OSError, ValueError) as error:
     raise UserError(f"{path} cannot be read as TOML ({error}); mend or remove it") from error
   for key, value in told.items():
-    if key not in (*ROLES, "groups"):
-      raise UserError(f"{path}: '{key}' is unknown; {nearest(key, (*ROLES, 'groups'))}")
+    if key not in (*ROLES, *LISTS):
+      raise UserError(f"{path}: '{key}' is unknown; {nearest(key, (*ROLES, *LISTS))}")
     several = isinstance(value, list) and all(isinstance(name, str) for name in value)
     require(
-      several if key == "groups" else isinstance(value, str),
+      several if key in LISTS else isinstance(value, str),
       f"{path}: {key} = {value!r} names no column",
-      'write groups = ["family"]' if key == "groups" else f'write {key} = "name of the column"',
+      f'write {key} = ["{LISTS[key]}"]' if key in LISTS else f'write {key} = "name of the column"',
     )
   return told
 
@@ -299,18 +332,21 @@ def read_rows(path: pathlib.Path, columns: Columns, data: DataConfig) -> Rows:
   frame = read_cells(path)
   found = [role for role in ROLES if columns.roles[role] in frame.columns]
   named = [columns.roles[role] for role in ROLES if role in columns.asked]
-  absent = [name for name in (*named, *columns.groups) if name not in frame.columns]
+  several = (*columns.groups, *columns.targets)
+  absent = [name for name in (*named, *several) if name not in frame.columns]
   require(
     not absent,
     f"{path} has no column {_shown(absent)} but {', '.join(frame.columns)}",
     "name its columns with --config.data.path_column, label_column, patient_column, site_column,"
-    f" split_column and group_columns, or in {path.with_suffix('.toml').name} beside it",
+    " split_column, group_columns and target_columns, or in"
+    f" {path.with_suffix('.toml').name} beside it",
   )
 
   def cells(role: str) -> list[str] | None:
     return frame[columns.roles[role]].tolist() if role in found else None
 
-  labels, sites = _full(path, columns, "label", cells), None
+  targets, sites = _targets(path, frame, columns.targets), None
+  labels = _full(path, columns, "label", cells) if targets is None else group_names(targets)
   if "site" in found:
     sites = _full(path, columns, "site", cells)
   rows = Rows(
@@ -320,6 +356,7 @@ def read_rows(path: pathlib.Path, columns: Columns, data: DataConfig) -> Rows:
     sites=sites,
     in_test=_sides(path, columns, cells) if "split" in found and data.given_split else None,
     groups={name: _names(frame[name].tolist()) or [] for name in columns.groups},
+    targets=targets,
   )
   require(
     data.given_split or "split" in found,
@@ -339,6 +376,38 @@ def read_rows(path: pathlib.Path, columns: Columns, data: DataConfig) -> Rows:
       "fill it, or remove it",
     )
   return rows
+
+
+def _targets(path: pathlib.Path, frame: "pd.DataFrame", names: Sequence[str]) -> np.ndarray | None:
+  """The values [R, M] of the target columns, nan in empty cells; None without such columns."""
+  if not names:
+    return None
+  values = np.full((len(frame), len(names)), np.nan, np.float32)
+  for place, name in enumerate(names):
+    for row, cell in enumerate(frame[name].tolist()):
+      values[row, place] = _number(cell, f"{path}: column '{name}', row {row + 1} below the header")
+  nothing = np.flatnonzero(np.isnan(values).all(axis=1))
+  require(
+    not len(nothing),
+    f"{path}: {_counted(len(nothing), 'row')} without a value of any target (row"
+    f" {_shown((nothing + 1).tolist())} below the header)",
+    "fill these cells or remove the rows",
+  )
+  return values
+
+
+def _number(cell: str, where: str) -> float:
+  """A target as a number, nan where the cell is empty."""
+  try:
+    value = float(cell) if cell else math.nan
+  except ValueError:
+    value = math.inf
+  require(
+    not math.isinf(value),
+    f"{where}: '{cell}' is no number",
+    "write numbers, or 1 and 0 for labels, and leave unknown cells empty",
+  )
+  return value
 
 
 def require_undrawn(data: DataConfig, where: str) -> None:

@@ -26,6 +26,7 @@ from fedjax_med.folder import writing as files
 from fedjax_med.simulation.gans import BATCH, Learner, make_synthesis
 from fedjax_med.simulation.mesh import RUNS_AT_ONCE, local_devices
 from fedjax_med.simulation.processes import is_first, require_same_run
+from fedjax_med.tasks.registry import task_named
 
 FILE = "synthetic.npz"
 MIN_IMAGES = 2  # of a class that a hospital's GAN learns: of one image it could only make copies
@@ -38,10 +39,16 @@ def reserve_synthetic(config: Config, hospitals: Hospitals) -> Hospitals:
   has ``MIN_IMAGES`` of, in the proportions of these classes, each to less than one image.
 
   Raises:
-    UserError: no hospital would get an image.
+    UserError: no hospital would get an image, or images have no classes to be made of.
   """
   if config.client.synthetic == "none" or hospitals.dataset.modality != "pictures":
     return hospitals
+  require(
+    task_named(hospitals.dataset.task).has_classes,
+    f"client.synthetic='{config.client.synthetic}' makes images of a class, and the task is"
+    f" '{hospitals.dataset.task}'",
+    "use client.synthetic=none",
+  )
   share, dataset, real = config.client.synthetic_share, hospitals.dataset, hospitals.train
   learned = np.where(_class_counts(hospitals) >= MIN_IMAGES, _class_counts(hospitals), 0)
   counts = [largest_remainder(share * row, round(share * int(row.sum()))) for row in learned]

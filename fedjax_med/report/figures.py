@@ -305,7 +305,8 @@ def draw_details(
   path: pathlib.Path, drawn: Figure, summary: dict[str, Any], hospitals: dict[str, Any]
 ) -> None:
   """Draws a figure of the task from the predictions on all test images after the last round."""
-  names = labels(hospitals["class_names"], "class")
+  told = hospitals["class_names"] if drawn.of_classes else hospitals["targets"]["names"]
+  names = labels(told, "class" if drawn.of_classes else "target")
   context = context_line(hospitals["split"]["scheme"], summary["epsilon_max"])
   size, title = drawn.size(names, inches(names)), f"Round {summary['rounds']}\n{context}"
   with new_figure(path, size, title) as figure:

@@ -188,7 +188,7 @@ def classification_metrics(
     "recall": _ratio(found, actual, empty=np.nan)[classes].mean(),
     "specificity": _ratio(true_negatives, n - actual, empty=np.nan)[classes].mean(),
     "f1": np.where(actual > 0, f1, np.nan)[classes].mean(),
-    "auroc": np.mean([_auroc(probabilities[:, c], labels == c) for c in classes]),
+    "auroc": np.mean([auroc_of(probabilities[:, c], labels == c) for c in classes]),
     "ece": _calibration_error(probabilities, labels),
     "brier": _brier_score(probabilities, labels),
   }
@@ -240,7 +240,7 @@ def _brier_score(probabilities: np.ndarray, labels: np.ndarray) -> float:
   return float(np.square(error[:, 1:] if classes == 2 else error).sum(axis=1).mean())
 
 
-def _auroc(scores: np.ndarray, positive: np.ndarray) -> float:
+def auroc_of(scores: np.ndarray, positive: np.ndarray) -> float:
   """P(score of a positive > score of a negative), ties count half (Mann-Whitney); NaN undefined."""
   ranked = np.sort(scores[~positive])
   cases = scores[positive]

@@ -23,6 +23,7 @@ from fedjax_med.data.volumes import read_example
 from fedjax_med.folder.writing import write_whole
 from fedjax_med.models import grad_cam
 from fedjax_med.simulation.evaluation import make_classify
+from fedjax_med.tasks.task import PredictionTable
 from fedjax_med.trained.heat_pictures import overlay
 from fedjax_med.trained.loading import Trained
 
@@ -74,6 +75,23 @@ def make_probabilities(trained: Trained) -> Callable[[np.ndarray], np.ndarray]:
     )
   )
   return lambda images: np.asarray(classify(trained.params, trained.state, images))
+
+
+def table_of(trained: Trained, predictions: np.ndarray) -> PredictionTable:
+  """Predictions [n, columns] as the cells of a table: of most tasks one row an example."""
+  if trained.predicts_classes:
+    names = trained.class_names
+    rows = [[[names[int(row.argmax())], *[f"{p:.7g}" for p in row]]] for row in predictions]
+    return PredictionTable(
+      heading=("predicted", *[f"probability of {c}" for c in names]), rows=rows
+    )
+  if trained.task.table is not None and trained.targets is not None:
+    return trained.task.table(predictions, trained.targets)
+  count = predictions.shape[1]
+  names = ("prediction",) if count == 1 else [f"prediction {k + 1}" for k in range(count)]
+  return PredictionTable(
+    heading=tuple(names), rows=[[[f"{p:.7g}" for p in row]] for row in predictions]
+  )
 
 
 def choose_layer(trained: Trained, name: str = "") -> grad_cam.MapLayer:
@@ -231,8 +249,7 @@ def predict_files(
   size = min(trained.config.eval.batch_size, len(files))
   predict = make_probabilities(trained) if layer is None else None
   look = None if layer is None else make_look(trained, layer)
-  names = trained.class_names
-  titles = ["predicted", *[f"probability of {c}" for c in names]]
+  titles, num_read = (), 0
   rows: list[list[str]] = []
   errors: list[tuple[str, str]] = []
   for start in range(0, len(files), size):
@@ -244,20 +261,19 @@ def predict_files(
         batch[row] = picture.pixels
     looked = look(batch, None) if look else None
     probabilities = looked.probabilities if looked else predict(batch) if predict else batch
-    if not trained.predicts_classes:
-      count = probabilities.shape[1]
-      titles = ["prediction"] if count == 1 else [f"prediction {k + 1}" for k in range(count)]
+    told = table_of(trained, probabilities)
     for row, picture in enumerate(pictures):
       if picture.error:
         errors.append((picture.name, picture.error))
-        rows.append([picture.name, *[""] * len(titles), *[""] * bool(layer), picture.error])
+        rows.append([picture.name, *[""] * len(told.heading), *[""] * bool(layer), picture.error])
         continue
-      values, shown = probabilities[row], []
-      best = [names[int(values.argmax())]] if trained.predicts_classes else []
+      shown = []
       if looked:
         place = _write_overlay(trained, picture, looked.maps[row], beside)
         shown = [place.relative_to(output.parent).as_posix()]
-      rows.append([picture.name, *best, *[f"{value:.7g}" for value in values], *shown, ""])
+      rows += [[picture.name, *cells, *shown, ""] for cells in told.rows[row]]
+      num_read += 1
+    titles = told.heading
     if len(files) > size:
       tell(f"{min(start + size, len(files))} of {len(files)} files")
 
@@ -269,7 +285,7 @@ def predict_files(
 
   output.parent.mkdir(parents=True, exist_ok=True)
   write_whole(output, write)
-  return Counts(len(rows) - len(errors), errors)
+  return Counts(num_read, errors)
 
 
 def _write_overlay(

@@ -3,7 +3,6 @@
 import csv
 import pathlib
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
@@ -13,9 +12,8 @@ from fedjax_med.data.table_files import Cells, read_cells, table_files
 from fedjax_med.data.table_manifest import Manifest, parse_manifest
 from fedjax_med.data.tables import encode, scaled
 from fedjax_med.folder.writing import write_whole
-from fedjax_med.tasks.task import PredictionTable
 from fedjax_med.trained.loading import Trained
-from fedjax_med.trained.predictions import make_probabilities
+from fedjax_med.trained.predictions import make_probabilities, table_of
 
 
 def predict_table(trained: Trained, place: pathlib.Path, output: pathlib.Path) -> tuple[int, str]:
@@ -74,10 +72,12 @@ def predict_table(trained: Trained, place: pathlib.Path, output: pathlib.Path) -
     numbers = [c.name for c in manifest.inputs if c.kind == "number"]
     places = np.array([encoded.features.index(name) for name in numbers], np.int64)
     inputs = scaled(inputs, places, np.array(table["shift"]), np.array(table["scale"]))
-  probabilities = make_probabilities(trained)(inputs)
-  heading, rows = _classes(trained, lines, probabilities)
+  told = table_of(trained, make_probabilities(trained)(inputs))
+  first, places = ["file", "line"], [[name, str(line)] for name, line in lines]
   if not trained.predicts_classes:
-    heading, rows = _numbers(trained, _records(files, manifest), probabilities)
+    first, places = ["record"], [[name] for name in _records(files, manifest)]
+  heading = [*first, *told.heading]
+  rows = [[*place, *cells] for place, own in zip(places, told.rows, strict=True) for cells in own]
 
   def write(path: pathlib.Path) -> None:
     with path.open("w", newline="", encoding="utf-8", errors=REPLACING) as file:
@@ -90,33 +90,6 @@ def predict_table(trained: Trained, place: pathlib.Path, output: pathlib.Path) -
   met = [f"{count} values of '{name}' outside its range" for name, count in encoded.outside.items()]
   met += [f"{count} unknown categories of '{name}'" for name, count in encoded.unknown.items()]
   return len(lines), "; ".join(met)
-
-
-def _classes(
-  trained: Trained, lines: Sequence[tuple[str, int]], probabilities: np.ndarray
-) -> tuple[list[str], list[list[Any]]]:
-  """Heading and rows of a task that predicts classes."""
-  names = trained.class_names
-  heading = ["file", "line", "predicted", *[f"probability of {c}" for c in names]]
-  return heading, [
-    [name, line, names[int(row.argmax())], *[f"{p:.7g}" for p in row]]
-    for (name, line), row in zip(lines, probabilities, strict=True)
-  ]
-
-
-def _numbers(
-  trained: Trained, records: Sequence[str], predictions: np.ndarray
-) -> tuple[list[str], list[list[Any]]]:
-  """Heading and rows of a task that predicts numbers."""
-  count = predictions.shape[1]
-  names = ["prediction"] if count == 1 else [f"prediction {k + 1}" for k in range(count)]
-  told = PredictionTable(
-    heading=tuple(names), rows=[[[f"{p:.7g}" for p in row]] for row in predictions]
-  )
-  if trained.task.table is not None and trained.targets is not None:
-    told = trained.task.table(predictions, trained.targets)
-  rows = [[record, *cells] for record, own in zip(records, told.rows, strict=True) for cells in own]
-  return ["record", *told.heading], rows
 
 
 def _records(files: Sequence[Cells], manifest: Manifest) -> list[str]:

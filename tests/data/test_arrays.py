@@ -90,6 +90,24 @@ def test_other_sizes_depths_and_labels_are_read_as_pictures_are(tmp_path):
   assert read(write(tmp_path, held, **many)).class_names == tuple(map(str, range(11)))
 
 
+def test_an_image_may_have_several_labels(tmp_path):
+  held = arrays()
+  random = np.random.default_rng(0)
+  marks = {part: random.integers(0, 2, (count, 4)) for part, count in COUNTS.items()}
+  path = write(tmp_path, held | {f"{part}_labels": each for part, each in marks.items()})
+  dataset = read(path)
+  assert (dataset.task, dataset.targets.names) == (
+    "multilabel",
+    tuple(f"label {k}" for k in range(4)),
+  )
+  whole = np.concatenate([marks[part] for part in COUNTS])
+  np.testing.assert_array_equal(dataset.targets.values, whole)
+  np.testing.assert_array_equal(dataset.labels, whole.any(axis=1))
+  assert dataset.class_names == ("no label", "some label")
+  with pytest.raises(UserError, match=r"data.positive='1' is of classes, and several labels or"):
+    read(path, positive="1")
+
+
 def test_an_array_of_another_name_is_counted(tmp_path):
   path = write(tmp_path, arrays(), ages=np.arange(3))
   assert read(path).skipped == (("ages", "no array of MedMNIST's layout", ""),)
@@ -105,7 +123,8 @@ def test_images_under_the_least_size_say_so(tmp_path):
   [
     ({"train_images": None}, r"holds no train_images but test_images, test_labels, .*; name its a"),
     ({"val_labels": None}, r"has val_images and no val_labels; store both"),
-    ({"train_labels": np.zeros((20, 14), int)}, r"train_labels of .* is \[20, 14\]: several lab"),
+    ({"train_labels": np.zeros((20, 14), int)}, r"labels of the parts of .* are of unlike shapes"),
+    ({"train_labels": np.full((20, 3), 2)}, r"train_labels of .* is \[20, 3\], several labels an"),
     ({"train_labels": np.zeros(19, int)}, r"has 20 train_images and 19 train_labels; store a"),
     ({"train_labels": np.full(20, 0.5)}, r"train_labels of .* is float64 with values that are no"),
     ({"train_labels": np.full(20, np.nan)}, r"train_labels of .* with values that are no classes"),

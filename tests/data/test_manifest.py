@@ -137,6 +137,34 @@ def test_columns_are_named_by_flags_and_by_a_file_beside_and_flags_win(tmp_path)
   assert read(path, label_column="dx").class_names == ("no", "yes")
 
 
+def test_columns_of_1_and_0_are_labels_and_others_numbers(tmp_path):
+  frame = rows().drop(columns="label")
+  count = len(frame)
+  found = [["1", "0", ""][number % 3] for number in range(count)]
+  frame = frame.assign(fluid=found, mass="0", age=[str(40.5 + number) for number in range(count)])
+  frame.loc[2, "fluid"] = "1"
+  path = write(tmp_path, frame)
+  labelled = read(path, target_columns="fluid,mass")
+  assert (labelled.task, labelled.targets.names) == ("multilabel", ("fluid", "mass"))
+  expected = frame["fluid"].map({"1": 1.0, "0": 0.0, "": np.nan})
+  np.testing.assert_array_equal(labelled.targets.values[:, 0], expected.astype(np.float32))
+  np.testing.assert_array_equal(labelled.labels, frame["fluid"] == "1")
+  (tmp_path / "list.toml").write_text('targets = ["age"]')
+  aged = read(path)
+  assert (aged.task, aged.class_names) == ("regression", ("example",))
+  np.testing.assert_array_equal(aged.targets.values[:, 0], frame["age"].astype(np.float32))
+  with pytest.raises(UserError, match="column 'site' is named as the class, and age as targets"):
+    read(path, label_column="site")
+  for cell, sentence in (
+    ("old", r"column 'age', row 4 below the header: 'old' is no number"),
+    ("", r"1 row without a value of any target \(row 4 below the header\)"),
+  ):
+    frame.loc[3, "age"] = cell
+    changed = write(tmp_path, frame)
+    with pytest.raises(UserError, match=sentence):
+      read(changed)
+
+
 def test_labels_are_text_however_they_are_typed(tmp_path):
   path = write(tmp_path, rows(label=np.arange(ROWS) // 2 % 2 * 1.0), "list.parquet")
   assert read(path).class_names == ("0", "1")
