@@ -12,6 +12,7 @@ from fedjax_med.core.config import Config, set_field
 from fedjax_med.core.errors import UserError
 from fedjax_med.core.validation import validate
 from fedjax_med.data.hospitals import load_hospitals
+from fedjax_med.prepare.synthetic_images import reserve_synthetic
 from fedjax_med.report import reported_run
 from fedjax_med.run.console import make_console
 from fedjax_med.trained.loading import load
