@@ -27,16 +27,16 @@ from tests.running import smoke_config
 from tests.sweep.sweeping import base, sweep
 
 SIGMA = "privacy.noise_multiplier"
-BRIER = Metric(name="brier", label="Brier score", better="lower", bounds=(0.0, 2.0))
+GAP = Metric(name="gap", label="Squared gap", better="lower", bounds=(0.0, 2.0))
 
 
-def with_brier(probabilities, labels):
+def with_gap(probabilities, labels):
   squares = np.square(probabilities - np.eye(probabilities.shape[1])[labels])
   value = float(squares.sum(axis=1).mean()) if len(labels) else None
-  return {**classification_metrics(probabilities, labels), "brier": value}
+  return {**classification_metrics(probabilities, labels), "gap": value}
 
 
-NEW = CLASSIFICATION._replace(shown=(*CLASSIFICATION.shown, BRIER), metrics=with_brier)
+NEW = CLASSIFICATION._replace(shown=(*CLASSIFICATION.shown, GAP), metrics=with_gap)
 SETTING = {"server__num_rounds": 1, "eval__every": 1, "eval__local_baselines": True}
 
 
@@ -89,21 +89,21 @@ def test_a_new_metric_is_in_the_files_and_in_every_table_of_the_report(folders, 
   folder = table.folder_of(folders[1], 0)
   summary = read_json(folder / "summary.json")
   page = write_report(folder).read_text(encoding="utf-8")
-  values = [summary["test"]["brier"], *(client["brier"] for client in summary["clients"])]
-  results = column_of(page, "results", "Brier score")
+  values = [summary["test"]["gap"], *(client["gap"] for client in summary["clients"])]
+  results = column_of(page, "results", "Squared gap")
   shown = [results[0], *results[3:]]
   assert shown == ["–" if value is None else f"{value:.3f}" for value in values]
   known = [value for value in values[1:] if value is not None]
   assert results[2] == f"{max(known):.3f}"  # lower is better
-  assert column_of(page, "comparison", "Brier score, all test images")[0] == results[0]
-  assert re.search(r"<div><b>[^/]*/data></b><span>Brier score</span></div>", page)
+  assert column_of(page, "comparison", "Squared gap, all test images")[0] == results[0]
+  assert re.search(r"<div><b>[^/]*/data></b><span>Squared gap</span></div>", page)
 
 
 def test_a_new_metric_has_a_panel_in_the_figures_of_a_run(folders, monkeypatch):
   folder = table.folder_of(folders[1], 0)
   run = run_page.read_run(folder)
   titles = panels(monkeypatch, lambda: run_page._draw_all(folder / "figures", run, ".png"))
-  assert titles.count("Brier score") == 2  # over rounds, and for each hospital
+  assert titles.count("Squared gap") == 2  # over rounds, and for each hospital
 
 
 @pytest.mark.parametrize("with_baselines", [True, False])
@@ -117,28 +117,28 @@ def test_a_new_metric_of_many_hospitals_has_a_panel(folders, monkeypatch, tmp_pa
     figures.draw_hospitals(path, run["summary"], held, baselines, NEW)
 
   titles = panels(monkeypatch, draw)
-  assert [title.partition(":")[0] for title in titles] == ["AUROC", "accuracy", "Brier score"]
+  assert [title.partition(":")[0] for title in titles] == ["AUROC", "accuracy", "Squared gap"]
 
 
 def test_a_new_metric_is_on_the_page_and_in_the_papers_of_a_sweep(folders, tmp_path, monkeypatch):
   monkeypatch.setattr(sweep_page, "_draw", lambda *_: None)
   page = sweep_page.write(sweep_page.read_sweep(folders[1]), tmp_path).read_text(encoding="utf-8")
   reached = [read_json(table.folder_of(folders[1], k) / "summary.json") for k in (0, 1)]
-  expected = [f"{summary['test']['brier']:.3f}" for summary in reached]
-  assert column_of(page, "arms", "Brier score") == expected
-  worst = [max(client["brier"] for client in summary["clients"]) for summary in reached]
-  found = column_of(page, "hospitals", "Brier score, worst hospital")
+  expected = [f"{summary['test']['gap']:.3f}" for summary in reached]
+  assert column_of(page, "arms", "Squared gap") == expected
+  worst = [max(client["gap"] for client in summary["clients"]) for summary in reached]
+  found = column_of(page, "hospitals", "Squared gap, worst hospital")
   assert found == [f"{value:.3f}" for value in worst]
-  assert "Brier score" in (tmp_path / "table.tex").read_text(encoding="utf-8")
-  assert "worst.brier" in pd.read_csv(tmp_path / "table.csv")
+  assert "Squared gap" in (tmp_path / "table.tex").read_text(encoding="utf-8")
+  assert "worst.gap" in pd.read_csv(tmp_path / "table.csv")
 
 
 def test_study_averages_a_new_metric_within_its_bounds(folders):
   frame = study.load(folders[1])
-  found = study.aggregate(frame, SIGMA, "worst.brier")
-  worst = frame.groupby("point")["brier"].max().to_numpy()
+  found = study.aggregate(frame, SIGMA, "worst.gap")
+  worst = frame.groupby("point")["gap"].max().to_numpy()
   np.testing.assert_allclose(found["mean"], worst)
-  assert study.bounds_of(frame, "all.brier") == (0.0, 2.0)
+  assert study.bounds_of(frame, "all.gap") == (0.0, 2.0)
 
 
 def shown_on_terminal(values):
@@ -160,36 +160,36 @@ def shown_on_terminal(values):
 
 
 def test_the_terminal_shows_a_new_metric(folders):
-  line, results = shown_on_terminal({"auroc": 0.5, "brier": 0.125})
-  assert "Brier score 0.125" in line
-  assert "Brier score" in results
+  line, results = shown_on_terminal({"auroc": 0.5, "gap": 0.125})
+  assert "Squared gap 0.125" in line
+  assert "Squared gap" in results
   assert results.count("0.125") == 2
   stream = io.StringIO()
   points = [{SIGMA: 1.0}, {SIGMA: 2.0}]
   progress.results(Console(file=stream, width=200), table.collect(folders[1]), points)
-  assert "Brier score" in stream.getvalue()
+  assert "Squared gap" in stream.getvalue()
 
 
 def test_a_tracker_gets_a_new_metric(folders):
   (line, *_) = run_page.read_run(table.folder_of(folders[1], 0))["log"]
   values = trackers.values_of(line, NEW)
-  assert values["test/brier"] == line["brier"]
+  assert values["test/gap"] == line["gap"]
 
 
 def test_a_metric_that_an_old_run_lacks_is_a_dash_in_its_report(folders):
   folder = table.folder_of(folders[0], 0)
-  assert "brier" not in read_json(folder / "summary.json")["test"]
+  assert "gap" not in read_json(folder / "summary.json")["test"]
   page = write_report(folder).read_text(encoding="utf-8")  # with its figures
-  assert set(column_of(page, "results", "Brier score")) == {"–"}
-  assert set(column_of(page, "comparison", "Brier score, all test images")) == {"–"}
+  assert set(column_of(page, "results", "Squared gap")) == {"–"}
+  assert set(column_of(page, "comparison", "Squared gap, all test images")) == {"–"}
   assert all(cell != "–" for cell in column_of(page, "results", "Accuracy"))
 
 
 def test_a_metric_that_an_old_sweep_lacks_is_a_dash_on_its_page_and_missing_in_study(folders):
   page = sweep_page.write(sweep_page.read_sweep(folders[0]), folders[0]).read_text(encoding="utf-8")
-  assert column_of(page, "arms", "Brier score") == ["–", "–"]
+  assert column_of(page, "arms", "Squared gap") == ["–", "–"]
   frame = study.load(folders[0])
-  found = study.aggregate(frame, SIGMA, "all.brier")
+  found = study.aggregate(frame, SIGMA, "all.gap")
   assert found["missing"].tolist() == [1, 1]
   assert found["mean"].isna().all()
   stream = io.StringIO()
@@ -199,7 +199,7 @@ def test_a_metric_that_an_old_sweep_lacks_is_a_dash_on_its_page_and_missing_in_s
 
 def test_a_metric_that_a_log_point_lacks_is_a_dash_on_the_terminal():
   line, results = shown_on_terminal({"auroc": 0.5})
-  assert "Brier score –" in line
+  assert "Squared gap –" in line
   assert "–" in results
 
 
