@@ -19,7 +19,7 @@ FALLBACKS = (
   *("Noto Sans Thai", "Noto Sans Hebrew", "Noto Sans Arabic", "Noto Sans Bengali"),
   *("Noto Emoji", "Symbola", "Unifont"),
 )
-MOST = {"class": 20, "hospital": 32}  # columns of a label, in which a wide letter takes two
+MOST = {"class": 20, "target": 24, "hospital": 32}  # columns of a label; a wide letter takes two
 
 
 @functools.cache
@@ -55,7 +55,7 @@ def labels(names: Sequence[str], kind: str) -> list[str]:
 
   Args:
     names: of all classes or hospitals.
-    kind: class or hospital.
+    kind: class, target or hospital.
   """
   known = [drawable(name, MOST[kind]) for name in names]
   ours = [
