@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from fedjax_med.core.fields import Condition, one_of
-from fedjax_med.core.source_facts import SOURCE_FACTS, SourceFacts
+from fedjax_med.core.source_facts import AUGMENTATIONS, SOURCE_FACTS, SourceFacts
 
 if TYPE_CHECKING:
   from fedjax_med.core.config import Config
@@ -80,6 +80,18 @@ TABLES = Condition(
   fields=("data.source",),
   remedy="use --config.data.source=table",
 )
+SERIES = Condition(
+  wording="a data.source of series",
+  holds=_modality("series"),
+  fields=("data.source",),
+  remedy="use --config.data.source=series",
+)
+VARIED = Condition(
+  wording="a data.source of pictures or series",
+  holds=lambda config: _facts(config).modality in AUGMENTATIONS,
+  fields=("data.source",),
+  remedy="use --config.data.source=folder",
+)
 OWN_TABLE = one_of("data.source", "table")
 OPEN_SIDES = Condition(
   wording="a split whose sides are not published with the data",
@@ -89,7 +101,8 @@ OPEN_SIDES = Condition(
 )
 FOLDER = one_of("data.source", "folder")
 MANIFEST = one_of("data.source", "manifest")
-GIVES_SIDES = one_of("data.source", "manifest", "npz")
+LISTED = one_of("data.source", "manifest", "series")
+GIVES_SIDES = one_of("data.source", "manifest", "npz", "series")
 HAS_COLOURS = one_of("data.source", "folder", "manifest", "npz")
 DRAWN_SIDES, OPEN_PATIENTS = _without("{split}"), _without("{patient}")
 DRAWN = Condition(

@@ -5,6 +5,13 @@ The sources themselves are in data/sources.py, which adds to this table those th
 
 from typing import NamedTuple
 
+DEFAULT = "pictures"  # modality of a source that names none
+# Values of client.augmentation that change something, by modality.
+AUGMENTATIONS = {
+  DEFAULT: ("none", "flip", "shift", "flip_shift"),
+  "series": ("none", "jitter", "scale", "time_shift", "jitter_scale_shift"),
+}
+
 
 class SourceFacts(NamedTuple):
   """Facts about a source.
@@ -13,12 +20,12 @@ class SourceFacts(NamedTuple):
     reads_files: whether data.path is read, and files under data.min_size are left out.
     modality: name of what its examples are, of ``data.modality.MODALITIES``.
     own_split: whether data.split=paper is a split of its own, which nothing else decides.
-    has_sites: whether it always says which hospital or scanner each example comes from.
+    has_sites: whether it always says which hospital, scanner or person each example comes from.
   """
 
   reads_files: bool = True
   has_sites: bool = False
-  modality: str = "pictures"
+  modality: str = DEFAULT
   own_split: bool = False
 
 
@@ -30,5 +37,6 @@ SOURCE_FACTS: dict[str, SourceFacts] = {
   "br35h": SourceFacts(),
   "sars_cov2_ct": SourceFacts(),
   "table": SourceFacts(modality="table"),
+  "series": SourceFacts(has_sites=True, modality="series"),
   "heart_disease": SourceFacts(has_sites=True, modality="table", own_split=True),
 }

@@ -7,7 +7,7 @@ import numpy as np
 
 from fedjax_med.core.errors import require, require_choice
 
-SCHEMES = ("grouped", "paper")
+SCHEMES = ("grouped", "recording", "paper")
 
 
 def unit_classes(labels: np.ndarray, units: np.ndarray, num_classes: int) -> np.ndarray:
@@ -59,10 +59,10 @@ def split_dataset(
     num_classes: number of classes.
     test_fraction: share of the examples held out.
     scheme: 'paper' draws round(test_fraction * N) examples at random, whatever their unit or
-      class; 'grouped' draws whole units so that, class by class (majority class of the unit), the
+      class; the others draw whole units so that, class by class (majority class of the unit), the
       test share is within one unit's size of ``test_fraction``.
     seed: any non-negative number.
-    sites: [N] site numbers or None; 'grouped' also keeps the share within every (class, site).
+    sites: [N] site numbers or None; whole units also keep the share within every (class, site).
 
   Returns:
     (train, test), ascending int32 example numbers; every class stands on both sides.
@@ -83,6 +83,37 @@ def split_dataset(
   else:
     numbers = np.unique(units, return_inverse=True)[1].astype(np.int64)
     in_test = _test_units(labels, numbers, num_classes, test_fraction, rng, sites)[numbers]
+  return _both_with_every_class(labels, units, num_classes, test_fraction, in_test)
+
+
+def split_people(
+  labels: np.ndarray, units: np.ndarray, num_classes: int, test_fraction: float, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+  """Example numbers of a train and a test side of whole units that hold several classes each.
+
+  Units are drawn in random order while their examples fit into ``test_fraction``, then one more if
+  that comes closer, and at least one. Arguments as those of ``split_dataset``.
+
+  Raises:
+    UserError: a class would be missing on one side.
+  """
+  rng = np.random.default_rng([seed, 1])
+  numbers = np.unique(units, return_inverse=True)[1]
+  sizes = np.bincount(numbers)
+  order = rng.permutation(len(sizes))
+  chosen = _fill(order, sizes, round(test_fraction * len(labels))) or [int(order[0])]
+  in_test = np.isin(numbers, chosen)
+  return _both_with_every_class(labels, units, num_classes, test_fraction, in_test)
+
+
+def _both_with_every_class(
+  labels: np.ndarray,
+  units: np.ndarray,
+  num_classes: int,
+  test_fraction: float,
+  in_test: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray]:
+  """Numbers of the examples of both sides; UserError unless each has examples of every class."""
   for label in range(num_classes):
     of_class = labels == label
     for side, chosen in (("test", in_test), ("train", ~in_test)):

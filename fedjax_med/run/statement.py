@@ -47,6 +47,8 @@ def statement_text(workdir: pathlib.Path) -> str:
   text = worded(text, modality_of(config))
   if "table" in held:
     text += f"\n{_table_sentences(held['table'], bool(record['guarantees']))}"
+  if "series" in held:
+    text += f"\n{_series_sentences(held['series'], bool(record['guarantees']))}"
   exchange = config.get("exchange")  # folders of versions up to 0.2.0 do not say
   return text if exchange is None else f"{text}\n{_exchange_sentences(exchange)}"
 
@@ -65,6 +67,22 @@ def _table_sentences(table: dict[str, Any], private: bool) -> str:
     "hospitals.json tells, exactly and without noise, which share of each column is missing at each"
     " hospital, how many values were outside their range or of no listed category, how many records"
     f" were left out and why, and how many are equal.{counted}\n"
+  )
+
+
+def _series_sentences(series: dict[str, Any], private: bool) -> str:
+  """What the preparation of a series tells of it, as a section of the statement."""
+  counted = " ε counts none of it." if private else ""
+  overlap = -(-series["length"] // series["hop"])
+  shared = f", and a sample stands in up to {overlap} of them" if overlap > 1 else ""
+  return (
+    "## What the preparation of the series tells\n\n"
+    "Windows are scaled each by itself or by declared ranges, which follow from nobody's"
+    f" recordings. A person has many windows{shared}: with the unit record a person, or a sample, is"
+    " protected less than ε says; with the unit patient all windows of a person are one unit.\n\n"
+    "hospitals.json tells, exactly and without noise, how many recordings and seconds there are, how"
+    " many values were missing or outside the ranges, and in how many recordings a channel was empty"
+    f" or constant.{counted}\n"
   )
 
 
