@@ -193,8 +193,8 @@ class DataConfig:
   group_columns: str = field(
     "",
     doc=(
-      "of source=manifest or series, further columns, with commas between them: rows of equal values stay"
-      " on one side, in one hospital."
+      "of source=manifest or series, further columns, with commas between them: rows of equal values"
+      " stay on one side, in one hospital."
     ),
     traced=True,
     read=(when.LISTED,),

@@ -182,9 +182,7 @@ TABLE = Modality(
 SERIES = Modality(
   name="series",
   prepare=_scale_windows,
-  vary=Variation(
-    draw=_draw_window_changes, apply=_change_windows, kinds=AUGMENTATIONS["series"]
-  ),
+  vary=Variation(draw=_draw_window_changes, apply=_change_windows, kinds=AUGMENTATIONS["series"]),
   copies=equal_rows,
   similar=no_pairs,
   read=_no_window,

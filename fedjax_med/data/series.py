@@ -13,9 +13,9 @@ from fedjax_med.core.config import DataConfig
 from fedjax_med.core.errors import UserError, nearest, require
 from fedjax_med.data.classes import order_classes, require_distinct
 from fedjax_med.data.dataset import Dataset
+from fedjax_med.data.duplicates import join_groups
 from fedjax_med.data.files import SYSTEM, File
 from fedjax_med.data.folder_patterns import LeftOut
-from fedjax_med.data.duplicates import join_groups
 from fedjax_med.data.manifest import columns_of, number_names, read_rows
 from fedjax_med.data.patients import number_patients
 from fedjax_med.data.ranges import parse_ranges
@@ -176,9 +176,7 @@ def _of_manifest(path: pathlib.Path, data: DataConfig) -> Listed:
   )
   sites = rows.sites or [str(person) for person in people or []]
   ours = [file.path.suffix.lower() in ENDINGS for file in rows.files]
-  require(
-    any(ours), f"{path} lists no recording", f"list files ending in {', '.join(ENDINGS)}"
-  )
+  require(any(ours), f"{path} lists no recording", f"list files ending in {', '.join(ENDINGS)}")
 
   def kept(values):
     return [value for value, own in zip(values, ours, strict=True) if own]
@@ -239,11 +237,13 @@ def read_recordings(
       f" ({', '.join(names)})",
       "give all files the same, or name those that all have with --config.data.signals",
     )
-    found.append(resample(channels_of(samples, path, names), _times(samples, path, data), data.rate))
+    found.append(
+      resample(channels_of(samples, path, names), sample_times(samples, path, data), data.rate)
+    )
   return names, found
 
 
-def _times(samples: Samples, path: pathlib.Path, data: DataConfig) -> np.ndarray:
+def sample_times(samples: Samples, path: pathlib.Path, data: DataConfig) -> np.ndarray:
   """[T] seconds of the samples."""
   if not data.time_column:
     return np.arange(len(samples.values)) / (data.recorded_rate or data.rate)
@@ -298,9 +298,7 @@ def _constant(recordings: Sequence[Recording]) -> np.ndarray:
   return np.sum(flat, axis=0)
 
 
-def _outside(
-  inputs: np.ndarray, channels: Sequence[str], data: DataConfig
-) -> dict[str, int]:
+def _outside(inputs: np.ndarray, channels: Sequence[str], data: DataConfig) -> dict[str, int]:
   """By channel, values of the windows outside ``data.ranges``."""
   if not data.ranges:
     return {}
@@ -373,7 +371,9 @@ def _dataset(
 def _test_side(series: Series, listed: Listed, data: DataConfig) -> np.ndarray:
   """[R] bool, recordings of the persons whom ``data.test_persons`` names."""
   usual = DataConfig()
-  drawn = [name for name in ("split", "test_fraction") if getattr(data, name) != getattr(usual, name)]
+  drawn = [
+    name for name in ("split", "test_fraction") if getattr(data, name) != getattr(usual, name)
+  ]
   require(
     not drawn,
     f"{' and '.join(f'data.{name}={getattr(data, name)}' for name in drawn)} and"
@@ -402,4 +402,3 @@ def _test_side(series: Series, listed: Listed, data: DataConfig) -> np.ndarray:
 
 def _folded(name: str) -> str:
   return unicodedata.normalize("NFC", name).casefold()
-

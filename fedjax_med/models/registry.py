@@ -74,8 +74,9 @@ def require_inputs(name: str, shape: tuple[int, ...], nouns: str) -> None:
   require(
     series if kind == "series" else len(shape) == 3 and not series,
     f"model.name='{name}' is a network for {kind}, and {nouns} of shape {list(shape)} are none",
-    f"use --config.model.name={' or '.join(fitting)}" if series or len(shape) != 3 else
-    "use --config.model.name=cnn_small, or another network for pictures",
+    f"use --config.model.name={' or '.join(fitting)}"
+    if series or len(shape) != 3
+    else "use --config.model.name=cnn_small, or another network for pictures",
   )
 
 

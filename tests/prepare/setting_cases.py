@@ -7,12 +7,13 @@ import numpy as np
 from PIL import Image
 
 from fedjax_med.core.config import Config, set_field
-from tests.data import table_cases
+from tests.data import series_cases, table_cases
 from tests.exchange import parts  # noqa: F401  (registers the transform and the aggregator below)
 
 Changes = dict[str, Any]
 FILES = "FILES"  # stands for the folder of pictures, with numbers for other ones
 TABLE, COLUMNS, HEART = "A TABLE", "ITS COLUMNS", "HEART"  # stand for files of tables
+SERIES = "A SERIES"  # stands for a folder of recordings
 
 
 class Case(NamedTuple):
@@ -63,6 +64,8 @@ def changed(changes: Changes, files: pathlib.Path) -> Config:
       value = str(pathlib.Path(make_files(files, int(number or 0)), inside))
     elif isinstance(value, str) and value.startswith((TABLE, COLUMNS, HEART)):
       value = make_table(files, value)
+    elif value == SERIES:
+      value = str(series_cases.series_folder(files / "series") / "people")
     set_field(config, path, value)
   return config
 
@@ -114,6 +117,15 @@ TABLES = {
   "data.columns": COLUMNS,
   "data.image_size": 192,
   "data.num_examples": 4000,
+}
+WINDOWS = {
+  "data.source": "series",
+  "data.path": SERIES,
+  "data.image_size": 192,
+  "data.num_examples": 4000,
+  "data.rate": series_cases.RATE,
+  "data.window_seconds": 2.0,
+  "data.hop_seconds": 1.0,
 }
 MANIFEST = {**FOLDER, "data.source": "manifest", "data.path": f"{FILES}/list.csv"}
 ELSEWHERE = ({}, FOLDER)
@@ -186,6 +198,14 @@ CASES: dict[str, Case] = {
   "data.slices": Case("all", "files", MANIFEST, ELSEWHERE),
   "data.volume": Case(0, "files", MANIFEST, ELSEWHERE),
   "data.channels": Case("3", "holders", MANIFEST, ({},)),
+  "data.rate": Case(5.0, "holders", WINDOWS, ({}, TABLES)),
+  "data.recorded_rate": Case(20.0, "holders", WINDOWS, ({},)),
+  "data.time_column": Case("t", "holders", WINDOWS, ({},)),
+  "data.signals": Case("ax", "holders", WINDOWS, ({},)),
+  "data.window_seconds": Case(3.0, "holders", WINDOWS, ({},)),
+  "data.hop_seconds": Case(0.5, "holders", WINDOWS, ({},)),
+  "data.ranges": Case("-2,8", "program", WINDOWS, ({},)),
+  "data.test_persons": Case("p2", "holders", WINDOWS, ({},)),
   "partition.scheme": Case("iid", "holders"),
   "partition.num_clients": Case(4, "holders"),
   "partition.alpha": Case(

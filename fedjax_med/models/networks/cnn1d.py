@@ -50,9 +50,7 @@ class CNN1D(nn.Module):
       if x.shape[1] > 1:
         x = ops.max_pool(x, (2, 1), (2, 1))
     pooled = jnp.concatenate([x.mean(axis=(1, 2)), x.max(axis=(1, 2))], axis=-1)
-    return classify(
-      pooled, self.num_classes, dropout=self.dropout, train=train, dtype=self.dtype
-    )
+    return classify(pooled, self.num_classes, dropout=self.dropout, train=train, dtype=self.dtype)
 
 
 def cnn1d(num_classes: int, *, width: float = 1.0, **kwargs: Any) -> CNN1D:
