@@ -3,9 +3,9 @@
     python -m fedjax_med.train --config=configs/smartwatch.py --config.data.path=FILE \\
         --workdir=runs/smartwatch
 
-FILE, manifest.csv, lists 140 recordings of ten people (path, label, patient), six channels at 50 samples a
-second: the watch data of the package seglearn (Burns et al. 2018). To expect on two CPU cores: TIME
-minutes, AUROC 0.00, no ε. HEADER
+FILE, manifest.csv, lists 140 recordings of ten people (path, label, patient) with six channels at
+50 samples a second: the watch data of the package seglearn (Burns et al. 2018). To expect on two
+CPU cores: TIME minutes, AUROC 0.00, no ε. HEADER
 """
 
 from fedjax_med.core.config import (

@@ -99,6 +99,12 @@ OPEN_SIDES = Condition(
   fields=("data.source", "data.split"),
   remedy="use --config.data.split=grouped",
 )
+UNNAMED = Condition(
+  wording="an empty data.test_persons",
+  holds=lambda config: config.data.test_persons == "",
+  fields=("data.test_persons",),
+  remedy="leave that empty",
+)
 FOLDER = one_of("data.source", "folder")
 MANIFEST = one_of("data.source", "manifest")
 LISTED = one_of("data.source", "manifest", "series")
@@ -108,10 +114,12 @@ DRAWN_SIDES, OPEN_PATIENTS = _without("{split}"), _without("{patient}")
 DRAWN = Condition(
   wording="a split or a partition that is drawn",
   holds=lambda config: (
-    ("{split}" not in config.data.layout and _drawn_side(config)) or not _by_site(config)
+    ("{split}" not in config.data.layout and _drawn_side(config) and UNNAMED.holds(config))
+    or not _by_site(config)
   ),
-  fields=("data.layout", "data.split", "partition.scheme"),
-  remedy="use * in place of {split}, data.split=grouped, or another partition.scheme",
+  fields=("data.layout", "data.split", "data.test_persons", "partition.scheme"),
+  remedy="use * in place of {split}, data.split=grouped, no data.test_persons, or another"
+  " partition.scheme",
 )
 PHANTOMS = one_of("data.source", "phantoms")
 BUILDERS = one_of("data.source", "br35h", "sars_cov2_ct")

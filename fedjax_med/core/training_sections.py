@@ -96,14 +96,14 @@ class DataConfig:
     ),
     choices=("grouped", "paper", "recording"),
     traced=True,
-    read=(when.DRAWN_SIDES,),
+    read=(when.DRAWN_SIDES, when.UNNAMED),
   )
   test_fraction: float = field(
     0.2,
     doc="share of examples held out, 0 to 1.",
     bounds=above(0, 0.9, remedy="use 0.2"),
     traced=True,
-    read=(when.DRAWN_SIDES, when.OPEN_SIDES),
+    read=(when.DRAWN_SIDES, when.OPEN_SIDES, when.UNNAMED),
   )
   patient_pattern: str = field(
     "",
@@ -193,8 +193,8 @@ class DataConfig:
   group_columns: str = field(
     "",
     doc=(
-      "of source=manifest or series, further columns, with commas between them: rows of equal values"
-      " stay on one side, in one hospital."
+      "of source=manifest or series, further columns, with commas between them: rows of equal"
+      " values stay on one side, in one hospital."
     ),
     traced=True,
     read=(when.LISTED,),

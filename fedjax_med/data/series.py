@@ -1,5 +1,6 @@
 """Series of people, such as those of a smartwatch: recordings become windows of one length."""
 
+import collections
 import functools
 import math
 import pathlib
@@ -282,7 +283,7 @@ def _left_over(recordings: Sequence[Recording], length: int, hop: int) -> int:
 
 def _with_one(listed: Listed) -> int:
   people = listed.sites if listed.patients is None else listed.patients
-  return sum(people.count(person) == 1 for person in set(people) - {None})
+  return sum(count == 1 for person, count in collections.Counter(people).items() if person)
 
 
 def _by_channel(channels: Sequence[str], counts: np.ndarray) -> dict[str, int]:
@@ -370,16 +371,6 @@ def _dataset(
 
 def _test_side(series: Series, listed: Listed, data: DataConfig) -> np.ndarray:
   """[R] bool, recordings of the persons whom ``data.test_persons`` names."""
-  usual = DataConfig()
-  drawn = [
-    name for name in ("split", "test_fraction") if getattr(data, name) != getattr(usual, name)
-  ]
-  require(
-    not drawn,
-    f"{' and '.join(f'data.{name}={getattr(data, name)}' for name in drawn)} and"
-    f" data.test_persons='{data.test_persons}' both say who is tested",
-    "leave one of them at its default",
-  )
   require(
     listed.in_test is None,
     f"data.test_persons='{data.test_persons}' is not read: the manifest gives the sides",

@@ -131,8 +131,8 @@ def _series_notes(held: dict[str, Any]) -> list[Note]:
   rate = series["rate"]
   text = (
     f"Windows of {series['length'] / rate:g} seconds, one every {series['hop'] / rate:g} seconds,"
-    f" of {number(series['recordings'], 'recording')} ({series['seconds']:,.0f} seconds) at {rate:g}"
-    f" samples a second; channels {', '.join(series['channels'])}. In no window are"
+    f" of {number(series['recordings'], 'recording')} ({series['seconds']:,.0f} seconds) at"
+    f" {rate:g} samples a second; channels {', '.join(series['channels'])}. In no window are"
     f" {series['left_over']:,.0f} seconds."
   )
   notes = [Note(text, False)]

@@ -78,8 +78,9 @@ def _series_sentences(series: dict[str, Any], private: bool) -> str:
   return (
     "## What the preparation of the series tells\n\n"
     "Windows are scaled each by itself or by declared ranges, which follow from nobody's"
-    f" recordings. A person has many windows{shared}: with the unit record a person, or a sample, is"
-    " protected less than ε says; with the unit patient all windows of a person are one unit.\n\n"
+    f" recordings. A person has many windows{shared}: with the unit record a person, or a sample,"
+    " is protected less than ε says; with the unit patient all windows of a person are one"
+    " unit.\n\n"
     "hospitals.json tells, exactly and without noise, how many recordings and seconds there are,"
     " how many values were missing or outside the ranges, and in how many recordings a channel was"
     f" empty or constant.{counted}\n"

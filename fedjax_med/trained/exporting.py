@@ -57,14 +57,7 @@ def describe(trained: Trained, privacy: dict[str, Any]) -> dict[str, Any]:
     }
     for guarantee in privacy.get("guarantees", [])
   ]
-  data, grey = trained.config.data, trained.grey
-  top = np.iinfo(grey.dtype).max
   positive = trained.task.positive(trained.class_names)
-  channels = "one grey channel" if grey.channels == 1 else "red, green and blue"
-  how = {
-    "image": "each image minus its mean, divided by its standard deviation or by 1 if that is less",
-    "fixed": f"pixel / {top / 2:g} - 1",
-  }
   return {
     "run_id": trained.run_id,
     "rounds": trained.rounds,
@@ -73,19 +66,27 @@ def describe(trained: Trained, privacy: dict[str, Any]) -> dict[str, Any]:
     "norm": trained.config.model.norm,
     "classes": [encodable(name) for name in trained.class_names],
     **({"positive_class": encodable(positive)} if positive else {}),
-    **(
-      _windows(trained)
-      if trained.series
-      else {
-        "image_size": data.image_size,
-        "channels": trained.image_shape[2],
-        "pixels": f"{np.dtype(grey.dtype)}, {channels}, resized to a square with bicubic"
-        f" antialiasing; 0 is the value {grey.low:g} of the files and {top} the value {grey.high:g}",
-        "normalisation": f"{data.normalisation}: {how.get(data.normalisation, '')}",
-      }
-    ),
+    **(_windows(trained) if trained.series else _pictures(trained)),
     "norm_epsilon": EPSILON,
     "privacy": guarantees or "none",
+  }
+
+
+def _pictures(trained: Trained) -> dict[str, Any]:
+  """Facts on the pictures that a run was trained on."""
+  data, grey = trained.config.data, trained.grey
+  top = np.iinfo(grey.dtype).max
+  channels = "one grey channel" if grey.channels == 1 else "red, green and blue"
+  how = {
+    "image": "each image minus its mean, divided by its standard deviation or by 1 if that is less",
+    "fixed": f"pixel / {top / 2:g} - 1",
+  }
+  return {
+    "image_size": data.image_size,
+    "channels": trained.image_shape[2],
+    "pixels": f"{np.dtype(grey.dtype)}, {channels}, resized to a square with bicubic"
+    f" antialiasing; 0 is the value {grey.low:g} of the files and {top} the value {grey.high:g}",
+    "normalisation": f"{data.normalisation}: {how.get(data.normalisation, '')}",
   }
 
 

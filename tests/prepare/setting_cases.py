@@ -127,6 +127,7 @@ WINDOWS = {
   "data.window_seconds": 2.0,
   "data.hop_seconds": 1.0,
 }
+NAMED = {**WINDOWS, "data.test_persons": "p2", "partition.scheme": "site"}
 MANIFEST = {**FOLDER, "data.source": "manifest", "data.path": f"{FILES}/list.csv"}
 ELSEWHERE = ({}, FOLDER)
 SITES = {"partition.scheme": "site", "partition.num_clients": 7, "partition.min_client_size": 1}
@@ -168,8 +169,8 @@ CASES: dict[str, Case] = {
   "data.layout": Case("{class}/{patient}_*", "holders", FOLDER, ({},)),
   "data.positive": Case("no", "holders", FOLDER, ({},)),
   "data.window": Case("50,200", "holders", FOLDER, ({}, TABLES)),
-  "data.split": Case("paper", "holders", without=(GIVEN,)),
-  "data.test_fraction": Case(0.4, "holders", without=(GIVEN, PAPER)),
+  "data.split": Case("paper", "holders", without=(GIVEN, NAMED)),
+  "data.test_fraction": Case(0.4, "holders", without=(GIVEN, PAPER, NAMED)),
   "data.patient_pattern": Case(
     "(P[0-9]+)_", "holders", FOLDER, ({}, TABLES, {**FOLDER, "data.layout": "{class}/{patient}_*"})
   ),
@@ -177,7 +178,7 @@ CASES: dict[str, Case] = {
   "data.columns": Case(f"{COLUMNS} 2", "holders", TABLES, ({},)),
   "data.scaling": Case("federated", "holders", TABLES, ({},)),
   "data.num_examples": Case(130, "holders", without=(FOLDER,)),
-  "data.seed": Case(1, "holders", without=({**GIVEN, **SITES}, PAPER)),
+  "data.seed": Case(1, "holders", without=({**GIVEN, **SITES}, PAPER, NAMED)),
   "data.path_column": Case("reversed", "holders", MANIFEST, ELSEWHERE),
   "data.label_column": Case("other", "holders", MANIFEST, ELSEWHERE),
   "data.patient_column": Case("who", "holders", MANIFEST, ELSEWHERE),

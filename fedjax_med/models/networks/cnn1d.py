@@ -1,4 +1,4 @@
-"""A small convolutional network for series: kernels along time, and the mean and the largest of it."""
+"""A small convolutional network for series, with kernels along time."""
 
 from typing import Any
 
