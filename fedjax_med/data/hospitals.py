@@ -127,11 +127,11 @@ def _drawn_split(
 ) -> tuple[np.ndarray, np.ndarray]:
   """Train and test examples as ``data.split`` draws them."""
   classes, sites = len(dataset.class_names), dataset.sites if by_site else None
-  people = dataset.series is not None and dataset.patients is not None
-  if people and data.split == "grouped" and (sites is None or _units_of(units, sites).max() == 1):
-    return splits.split_people(strata, units, classes, data.test_fraction, data.seed)
   share, seed = data.test_fraction, data.seed
-  if data.split == "recording" and sites is not None:
+  if dataset.series is not None and dataset.patients is not None and data.split == "grouped":
+    whole = sites is not None and _units_of(units, sites).max() == 1  # each person is a site
+    return splits.split_people(strata, units, classes, share, seed, None if whole else sites)
+  if dataset.series is not None and sites is not None:
     # One recording of each kind and person cannot be shared out: then over all people together.
     cells = _units_of(units, strata.astype(np.int64) * (int(sites.max()) + 1) + sites)
     sites = sites if share * cells[cells > 0].min() >= 0.5 else None

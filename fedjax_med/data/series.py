@@ -33,6 +33,7 @@ from fedjax_med.data.series_files import (
 )
 
 MOST_OUTSIDE = 0.05  # share of a channel's values outside its range from which a strict run stops
+MOST_DRAWN_IN = 1000  # samples for each that was recorded: more is a time in other units
 MANIFEST_FIELDS = ("path", "label", "patient", "site", "split")
 
 
@@ -256,6 +257,12 @@ def sample_times(samples: Samples, path: pathlib.Path, data: DataConfig) -> np.n
     f" '{data.time_column}' is missing or not after the one before it",
     "sort the samples, or remove those without a time",
   )
+  seconds = float(times[-1] - times[0])
+  require(
+    seconds * data.rate <= MOST_DRAWN_IN * len(times),
+    f"{path} has {len(times)} samples in {seconds:g} seconds by column '{data.time_column}'",
+    f"write the time in seconds, or lower data.rate={data.rate:g}",
+  )
   return times
 
 
@@ -346,7 +353,7 @@ def _dataset(
       "give different people different names, or set data.strict=False to count them",
     )
   in_test = None if listed.in_test is None else np.array(listed.in_test)[rows]
-  if series.test_persons:
+  if data.test_persons:
     in_test = _test_side(series, listed, data)[rows]
   groups = [number_names([keys[row] for row in rows]) for keys in listed.groups.values()]
   return Dataset(
@@ -383,6 +390,11 @@ def _test_side(series: Series, listed: Listed, data: DataConfig) -> np.ndarray:
     if name not in folded:
       names = sorted({person for person in people if person})
       raise UserError(f"data.test_persons: nobody is called '{shown}'; {nearest(shown, names)}")
+  require(
+    bool(wanted),
+    f"data.test_persons='{data.test_persons}' names nobody",
+    "write names with + between them, or leave it empty",
+  )
   require(
     set(folded) - set(wanted) != set(),
     f"data.test_persons='{data.test_persons}' leaves nobody to train on",

@@ -87,12 +87,18 @@ def split_dataset(
 
 
 def split_people(
-  labels: np.ndarray, units: np.ndarray, num_classes: int, test_fraction: float, seed: int
+  labels: np.ndarray,
+  units: np.ndarray,
+  num_classes: int,
+  test_fraction: float,
+  seed: int,
+  sites: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
   """Example numbers of a train and a test side of whole units that hold several classes each.
 
   Units are drawn in random order while their examples fit into ``test_fraction``, then one more if
-  that comes closer, and at least one. Arguments as those of ``split_dataset``.
+  that comes closer; at least one in all. With ``sites`` that is done at each site. Arguments as
+  those of ``split_dataset``.
 
   Raises:
     UserError: a class would be missing on one side.
@@ -100,9 +106,13 @@ def split_people(
   rng = np.random.default_rng([seed, 1])
   numbers = np.unique(units, return_inverse=True)[1]
   sizes = np.bincount(numbers)
-  order = rng.permutation(len(sizes))
-  chosen = _fill(order, sizes, round(test_fraction * len(labels))) or [int(order[0])]
-  in_test = np.isin(numbers, chosen)
+  places = np.zeros(len(labels), np.int32) if sites is None else sites
+  homes = unit_classes(places, numbers, int(places.max(initial=0)) + 1)
+  order, chosen = rng.permutation(len(sizes)), []
+  for site in range(int(homes.max(initial=0)) + 1):
+    there = order[homes[order] == site]
+    chosen += _fill(there, sizes, round(test_fraction * float(sizes[there].sum())))
+  in_test = np.isin(numbers, chosen or order[:1])
   return _both_with_every_class(labels, units, num_classes, test_fraction, in_test)
 
 

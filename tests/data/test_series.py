@@ -209,6 +209,9 @@ def test_a_manifest_gives_sites_sides_and_groups(root, tmp_path):
   assert hospitals.dataset.patients is not None
   for side in (hospitals.split.train, hospitals.split.test):
     assert len(set(hospitals.dataset.patients[side])) == 2
+  few = hospitals_of(series_data(root / "sites.csv", test_fraction=0.2, seed=1))
+  assert few.names == ("north", "south")
+  assert len(set(few.dataset.patients[few.split.test])) == 1
   frame["split"] = np.where(frame.path.str.contains("/0.csv"), "test", "train")
   frame.drop(columns="patient").to_csv(root / "sides.csv", index=False)
   split = hospitals_of(series_data(root / "sides.csv")).split
@@ -313,6 +316,9 @@ def test_settings_that_contradict_the_data_are_refused_in_a_sentence(root):
           time_column="t", recorded_rate=20.0)  # fmt: skip
   refused(root, r"'ax' is missing or not after the one before it; sort", time_column="ax",
           signals="ay")  # fmt: skip
+  refused(root, r"data.test_persons='\+' names nobody; write", test_persons="+")
+  refused(root, r"has 50 samples in 4.9 seconds by column 't'; write the time in seconds, or lowe",
+          time_column="t", rate=2e4)  # fmt: skip
   refused(root, r"data.label_column=class is read of a manifest only, and", label_column="class")
   refused(root, r"data.ranges='1,0': 1 is not under 0; give", ranges="1,0")
   refused(root, r"data.ranges='0,1;0,1;0,1' has 3 pairs for 2 channels; give", ranges="0,1;0,1;0,1")
