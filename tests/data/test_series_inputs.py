@@ -9,6 +9,10 @@ from fedjax_med.data.modality import SERIES
 from fedjax_med.data.series_inputs import KINDS, change, draw_changes, normalise
 
 
+COUNT = 160  # windows of the random changes: one shape, so that each kind compiles nothing new
+apply, draw = jax.jit(change), jax.jit(draw_changes, static_argnums=(1, 2))
+
+
 def windows() -> np.ndarray:
   """[3, 40, 1, 2] float32: the second ends in masked samples, the third has a constant channel."""
   made = np.random.default_rng(0).normal(2, 3, (3, 40, 1, 2)).astype(np.float32)
@@ -40,42 +44,40 @@ def test_declared_ranges_become_minus_one_to_one_and_cut():
   np.testing.assert_allclose(found, expected, atol=1e-6)
 
 
-def drawn(kind: str, seed: int = 0):
-  return draw_changes(jax.random.key(seed), (3,), kind)
+def changed(raw: np.ndarray, kind: str, seed: int = 0) -> np.ndarray:
+  """The windows [n, 40, 1, 2], repeated to COUNT of them, after random changes."""
+  many = np.resize(raw, (COUNT, *raw.shape[1:]))
+  return np.asarray(apply(jnp.asarray(many), draw(jax.random.key(seed), (COUNT,), kind)))
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_changes_keep_masks_for_what_they_are_and_are_drawn_by_their_key(kind):
-  raw = jnp.asarray(windows())
-  apply = jax.jit(change)
-  once, again = (np.asarray(apply(raw, drawn(kind))) for _ in range(2))
+  raw = np.resize(windows(), (COUNT, 40, 1, 2))
+  once, again = (changed(raw, kind) for _ in range(2))
   np.testing.assert_array_equal(once, again)
-  other = np.asarray(apply(raw, drawn(kind, 1)))
+  other = changed(raw, kind, 1)
   assert np.array_equal(once, other, equal_nan=True) == (kind == "none")
   if kind in ("none", "jitter", "scale"):
     np.testing.assert_array_equal(np.isnan(once), np.isnan(raw))
   assert KINDS.keys() == set(SERIES.vary.kinds if SERIES.vary else ())
 
 
-def test_jitter_is_a_twentieth_of_the_deviation_and_leaves_a_constant_channel_nearly_alone():
-  raw = np.random.default_rng(0).normal(0, 4, (200, 50, 1, 2)).astype(np.float32)
-  changes = draw_changes(jax.random.key(0), (200,), "jitter")
-  noise = np.asarray(change(jnp.asarray(raw), changes)) - raw
-  np.testing.assert_allclose(noise.std(), 0.05 * raw.std(axis=1).mean(), rtol=0.02)
+def test_jitter_is_a_twentieth_of_the_deviation():
+  raw = np.random.default_rng(0).normal(0, 4, (COUNT, 40, 1, 2)).astype(np.float32)
+  noise = changed(raw, "jitter") - raw
+  np.testing.assert_allclose(noise.std(), 0.05 * raw.std(axis=1).mean(), rtol=0.03)
 
 
 def test_scale_is_one_factor_of_a_channel():
-  raw = np.random.default_rng(0).normal(0, 4, (400, 20, 1, 2)).astype(np.float32)
-  changes = draw_changes(jax.random.key(0), (400,), "scale")
-  factors = np.asarray(change(jnp.asarray(raw), changes)) / raw
+  raw = np.random.default_rng(0).normal(0, 4, (COUNT, 40, 1, 2)).astype(np.float32)
+  factors = changed(raw, "scale") / raw
   np.testing.assert_allclose(np.ptp(factors, axis=1), 0, atol=1e-5)
-  np.testing.assert_allclose(factors[:, 0].std(), 0.1, rtol=0.1)
+  np.testing.assert_allclose(factors[:, 0].std(), 0.1, rtol=0.15)
 
 
 def test_a_time_shift_repeats_an_end_and_moves_an_eighth_at_most():
-  raw = np.arange(40, dtype=np.float32).reshape(1, 40, 1, 1).repeat(100, 0)
-  changes = draw_changes(jax.random.key(0), (100,), "time_shift")
-  moved = np.asarray(change(jnp.asarray(raw), changes))[:, :, 0, 0]
+  raw = np.arange(40, dtype=np.float32)[None, :, None, None].repeat(2, axis=3)
+  moved = changed(raw, "time_shift")[:, :, 0, 0]
   shifts = 20 - moved[:, 20]
   assert np.abs(shifts).max() == 5
   for row, shift in zip(moved, shifts, strict=True):

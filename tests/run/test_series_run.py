@@ -48,10 +48,12 @@ def series_config(folder, **changes) -> Config:
 
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory):
-  """(config, workdir) of a private run with augmentation, one recording of which is short."""
+  """(config, workdir) of a private mlp with augmentation, one recording of which is short."""
   folder = tmp_path_factory.mktemp("series run")
   config = series_config(
     folder,
+    model__name="mlp",
+    model__width=1.0,
     client__augmentation="jitter_scale_shift",
     privacy__mechanism="dp_sgd",
     privacy__noise_multiplier=1.0,
