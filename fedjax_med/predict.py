@@ -10,12 +10,16 @@ can be.
 The model of a run on a table reads --table, a CSV or Parquet file with the columns of the run (the
 target may be left out); predictions have the file and the line of each record.
 
+That of a run on a series reads --series, recordings in CSV, text or .npy files: --output has the
+recordings, and OUTPUT_windows.csv beside it the windows whose mean they are.
+
 Probabilities are the network's own and not calibrated on your pictures. Not for diagnosis.
 
 Examples:
   python -m fedjax_med.predict --workdir=runs/quickstart --images=scans
   python -m fedjax_med.predict --workdir=runs/quickstart --images=scan.png --output=one.csv --maps
   python -m fedjax_med.predict --workdir=runs/heart_disease --table=patients.csv
+  python -m fedjax_med.predict --workdir=runs/smartwatch --series=recordings
 """
 
 import pathlib
@@ -31,6 +35,7 @@ from fedjax_med.flags import define_network, require_company, run_main
 flags.DEFINE_string("workdir", "", "Folder of the run whose model predicts; it may be unfinished.")
 flags.DEFINE_string("images", "", "Folder of pictures, searched with all below it, or one picture.")
 flags.DEFINE_string("table", "", "Table of records, or a folder of tables, for a run on a table.")
+flags.DEFINE_string("series", "", "Folder of recordings, or one of them, for a run on a series.")
 flags.DEFINE_string("output", "predictions.csv", "The table to write (CSV).")
 flags.DEFINE_bool(
   "maps", False, "Also write each picture with Grad-CAM of its predicted class, beside the table."
@@ -50,16 +55,19 @@ SHOWN = 20  # unreadable files that are named on the terminal; the table has the
 def main(argv: list[str]) -> None:
   values = flags.FLAGS
   require(len(argv) == 1, f"'{' '.join(argv[1:])}' is not a flag", "give --images=FOLDER")
+  given = [f"--{n}={values[n].value}" for n in ("images", "table", "series") if values[n].value]
   require(
-    not (values.images and values.table),
-    f"--table={values.table} with --images={values.images}",
-    "give one of them: tables for a run on a table, pictures for one on pictures",
+    len(given) < 2,
+    " with ".join(given),
+    "give one of them: tables for a run on a table, recordings for one on a series, pictures for"
+    " one on pictures",
   )
   require(bool(values.workdir), "--workdir is missing", "give the folder of a run")
   require(
-    bool(values.images or values.table),
+    bool(given),
     "--images is missing",
-    "give a folder of pictures or a picture, or --table=FILE for a run on a table",
+    "give a folder of pictures or a picture, --table=FILE for a run on a table, or --series=FOLDER"
+    " for one on a series",
   )
   require_company("layer", values.maps, "--maps")
   images = pathlib.Path(values.images).expanduser()
@@ -76,11 +84,15 @@ def main(argv: list[str]) -> None:
   folder = pathlib.Path(values.workdir).expanduser()
   model = loading.load(folder, values.network, encodable(values.hospital))
   use_compilation_cache(model.config.execution.compilation_cache)
+  flag = {"table": "table", "series": "series"}.get(model.modality.name, "images")
   require(
-    bool(values.table) == (model.table is not None),
+    bool(values[flag].value),
     f"run {model.run_id} was trained on {model.modality.nouns}",
-    "give --images=FOLDER" if model.table is None else "give --table=FILE",
+    f"give --{flag}={'FILE' if flag == 'table' else 'FOLDER'}",
   )
+  if values.series:
+    _predict_series(model, pathlib.Path(values.series).expanduser(), output)
+    return
   if values.table:
     _predict_table(model, pathlib.Path(values.table).expanduser(), output)
     return
@@ -117,6 +129,31 @@ def _predict_table(model: Any, place: pathlib.Path, output: pathlib.Path) -> Non
   print(f"{visible(str(output))}: {number} records predicted ({model.described})")
   if positive := model.task.positive(model.class_names):
     print(f"positive class: '{positive}'")
+
+
+def _predict_series(model: Any, place: pathlib.Path, output: pathlib.Path) -> None:
+  """Predicts recordings and their windows, and says how many."""
+  from fedjax_med.trained.series_predictions import predict_series, windows_output
+
+  require(
+    not flags.FLAGS.maps, "--maps is read for pictures only", "leave it out: windows have no map"
+  )
+  counts = predict_series(model, place, output)
+  for name, error in counts.errors[:SHOWN]:
+    _tell(f"{name}: {error}")
+  if len(counts.errors) > SHOWN:
+    _tell(f"... and {len(counts.errors) - SHOWN} more, see the column 'error'")
+  print(
+    f"{visible(str(output))}: {counts.recordings} recordings predicted, {len(counts.errors)} not;"
+    f" {visible(str(windows_output(output)))}: {counts.windows} windows ({model.described})"
+  )
+  if positive := model.task.positive(model.class_names):
+    print(f"positive class: '{positive}'")
+  require(
+    counts.recordings > 0,
+    f"none of the {len(counts.errors)} files of --series={place} can be read",
+    f"see the column 'error' of {output}",
+  )
 
 
 def _tell(text: str) -> None:

@@ -18,7 +18,7 @@ import numpy as np
 from fedjax_med.audit.execution_checks import Check
 from fedjax_med.core.config import Config
 from fedjax_med.core.keys import Stream, key_for
-from fedjax_med.data.modality import modality_named
+from fedjax_med.data.modality import modality_named, scaling_of
 from fedjax_med.federated.algorithm import Client, Units
 from fedjax_med.federated.local import BatchShape, StepContext, private_gradient
 from fedjax_med.models.registry import create_model
@@ -156,17 +156,17 @@ def _reference(experiment: Experiment) -> Any:
   # Draws of dropout differ between methods of clipping and between sizes of a microbatch.
   plan, dropout = experiment.program.plan, config.model.dropout > 0
   dataset = case.hospitals.dataset
-  task = task_named(dataset.task)
+  task, modality = task_named(dataset.task), modality_named(dataset.modality)
   model = create_model(config.model, task.columns(dataset), "native")
   shape = BatchShape(
     slots=shapes.batch_cap,
     max_examples=shapes.max_examples,
-    normalisation=config.data.normalisation,
+    normalisation=scaling_of(modality, config.data),
     augmentation=config.client.augmentation,
     microbatch=plan.microbatch if dropout else min(AT_ONCE, shapes.batch_cap),
     rows_per_unit=shapes.rows_per_unit,
     copies=config.privacy.augmentation_multiplicity,
-    modality=modality_named(dataset.modality),
+    modality=modality,
     task=task,
   )
   loss, method = task.loss(config.client.label_smoothing), plan.clipping

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from fedjax_med.core.fields import Condition, one_of
-from fedjax_med.core.source_facts import SOURCE_FACTS, SourceFacts
+from fedjax_med.core.source_facts import AUGMENTATIONS, SOURCE_FACTS, SourceFacts
 
 if TYPE_CHECKING:
   from fedjax_med.core.config import Config
@@ -86,6 +86,18 @@ CLASSES = Condition(
   fields=("data.source",),
   remedy="use another source",
 )
+SERIES = Condition(
+  wording="a data.source of series",
+  holds=_modality("series"),
+  fields=("data.source",),
+  remedy="use --config.data.source=series",
+)
+VARIED = Condition(
+  wording="a data.source of pictures or series",
+  holds=lambda config: _facts(config).modality in AUGMENTATIONS,
+  fields=("data.source",),
+  remedy="use --config.data.source=folder",
+)
 OWN_TABLE = one_of("data.source", "table")
 OPEN_SIDES = Condition(
   wording="a split whose sides are not published with the data",
@@ -93,10 +105,18 @@ OPEN_SIDES = Condition(
   fields=("data.source", "data.split"),
   remedy="use --config.data.split=grouped",
 )
+UNNAMED = Condition(
+  wording="an empty data.test_persons",
+  holds=lambda config: config.data.test_persons == "",
+  fields=("data.test_persons",),
+  remedy="leave that empty",
+)
 FOLDER = one_of("data.source", "folder")
 MANIFEST = one_of("data.source", "manifest")
-GIVES_SIDES = one_of("data.source", "manifest", "npz")
+LISTED = one_of("data.source", "manifest", "series")
+GIVES_SIDES = one_of("data.source", "manifest", "npz", "series")
 HAS_COLOURS = one_of("data.source", "folder", "manifest", "npz")
+DEALT = one_of("data.split", "grouped", "paper", "recording")
 NO_FOLD = Condition(
   wording="an empty data.fold",
   holds=lambda config: config.data.fold == "",
@@ -107,10 +127,12 @@ DRAWN_SIDES, OPEN_PATIENTS = _without("{split}"), _without("{patient}")
 DRAWN = Condition(
   wording="a split or a partition that is drawn",
   holds=lambda config: (
-    ("{split}" not in config.data.layout and _drawn_side(config)) or not _by_site(config)
+    ("{split}" not in config.data.layout and _drawn_side(config) and UNNAMED.holds(config))
+    or not _by_site(config)
   ),
-  fields=("data.layout", "data.split", "partition.scheme"),
-  remedy="use * in place of {split}, data.split=grouped, or another partition.scheme",
+  fields=("data.layout", "data.split", "data.test_persons", "partition.scheme"),
+  remedy="use * in place of {split}, data.split=grouped, no data.test_persons, or another"
+  " partition.scheme",
 )
 PHANTOMS = one_of("data.source", "phantoms")
 BUILDERS = one_of("data.source", "br35h", "sars_cov2_ct")

@@ -5,6 +5,13 @@ The sources themselves are in data/sources.py, which adds to this table those th
 
 from typing import NamedTuple
 
+DEFAULT = "pictures"  # modality of a source that names none
+# Values of client.augmentation that change something, by modality.
+AUGMENTATIONS = {
+  DEFAULT: ("none", "flip", "shift", "flip_shift"),
+  "series": ("none", "jitter", "scale", "time_shift", "jitter_scale_shift"),
+}
+
 
 class SourceFacts(NamedTuple):
   """Facts about a source.
@@ -15,12 +22,12 @@ class SourceFacts(NamedTuple):
     own_split: whether data.split=paper is a split of its own, which nothing else decides.
     splits: values of data.split. Others than grouped and paper are drawn by the source itself.
     task: name of what is predicted, of ``tasks.registry.TASKS``; a manifest may say another one.
-    has_sites: whether it always says which hospital or scanner each example comes from.
+    has_sites: whether it always says which hospital, scanner or person each example comes from.
   """
 
   reads_files: bool = True
   has_sites: bool = False
-  modality: str = "pictures"
+  modality: str = DEFAULT
   task: str = "classification"
   own_split: bool = False
   splits: tuple[str, ...] = ("grouped", "paper")
@@ -34,6 +41,9 @@ SOURCE_FACTS: dict[str, SourceFacts] = {
   "br35h": SourceFacts(),
   "sars_cov2_ct": SourceFacts(),
   "table": SourceFacts(modality="table"),
+  "series": SourceFacts(
+    has_sites=True, modality="series", splits=("grouped", "paper", "recording")
+  ),
   "heart_disease": SourceFacts(has_sites=True, modality="table", own_split=True),
   "gdsc": SourceFacts(
     has_sites=True, modality="table", task="regression", splits=("grouped", "tissue", "pairs")

@@ -4,6 +4,7 @@ import dataclasses
 
 from fedjax_med.core import conditions as when
 from fedjax_med.core.fields import above, field, least, never
+from fedjax_med.core.source_facts import AUGMENTATIONS
 
 
 @dataclasses.dataclass
@@ -17,7 +18,8 @@ class DataConfig:
       " pictures with their labels), npz (arrays in MedMNIST's layout), br35h or sars_cov2_ct"
       " (tensorflow-datasets builders; path is the folder with the downloaded class folders),"
       " table (CSV or Parquet, with data.columns), heart_disease (UCI's four files), gdsc (drug"
-      " response of cell lines), or a source that the preset registers."
+      " response of cell lines), series (recordings of people, a folder or a manifest), or a source"
+      " that the preset registers."
     ),
   )
   # Where files lie and how they are read changes a run by its images and labels only, which are
@@ -25,7 +27,7 @@ class DataConfig:
   path: str = field(
     "",
     doc="folder of the files that the source reads; of source=manifest or npz the file itself, of"
-    " source=table one table or a folder of them.",
+    " source=table one table or a folder of them, of source=series a folder or a manifest.",
     read=(when.FILES,),
     shapes_run=never,
   )
@@ -91,19 +93,20 @@ class DataConfig:
     doc=(
       "grouped (near-duplicates and patients stay on one side, in one hospital) or paper"
       " (random; of heart_disease FLamby's rows and split). With {split} in data.layout the sides"
-      " are given. Of gdsc grouped (whole cell lines), tissue (whole primary sites) or pairs (of"
-      " line and drug at random, which leaks)."
+      " are given. Of series recording (recordings stay on one side, people on both). Of gdsc"
+      " grouped (whole cell lines), tissue (whole primary sites) or pairs (of line and drug at"
+      " random, which leaks)."
     ),
-    choices=("grouped", "paper", "tissue", "pairs"),
+    choices=("grouped", "paper", "recording", "tissue", "pairs"),
     traced=True,
-    read=(when.DRAWN_SIDES,),
+    read=(when.DRAWN_SIDES, when.UNNAMED),
   )
   test_fraction: float = field(
     0.2,
     doc="share of examples held out, 0 to 1.",
     bounds=above(0, 0.9, remedy="use 0.2"),
     traced=True,
-    read=(when.DRAWN_SIDES, when.OPEN_SIDES, when.NO_FOLD),
+    read=(when.DRAWN_SIDES, when.OPEN_SIDES, when.UNNAMED, when.NO_FOLD),
   )
   fold: str = field(
     "",
@@ -112,7 +115,7 @@ class DataConfig:
       " each example tested once. Empty holds out data.test_fraction."
     ),
     traced=True,
-    read=(when.DRAWN_SIDES, when.OPEN_SIDES),
+    read=(when.DRAWN_SIDES, when.OPEN_SIDES, when.UNNAMED, when.DEALT),
   )
   patient_pattern: str = field(
     "",
@@ -166,37 +169,37 @@ class DataConfig:
   # Fields of a manifest come last. What they change are images, labels and who holds them.
   path_column: str = field(
     "path",
-    doc="of source=manifest, column of the paths of the files, relative to the manifest.",
+    doc="of source=manifest or series, column of the paths of the files, relative to the manifest.",
     traced=True,
-    read=(when.MANIFEST,),
+    read=(when.LISTED,),
     shapes_run=never,
   )
   label_column: str = field(
     "label",
-    doc="of source=manifest, column of the classes.",
+    doc="of source=manifest or series, column of the classes.",
     traced=True,
-    read=(when.MANIFEST,),
+    read=(when.LISTED,),
     shapes_run=never,
   )
   patient_column: str = field(
     "patient",
-    doc="of source=manifest, column of the patients, if it has one.",
+    doc="of source=manifest or series, column of the patients, if it has one.",
     traced=True,
-    read=(when.MANIFEST,),
+    read=(when.LISTED,),
     shapes_run=never,
   )
   site_column: str = field(
     "site",
-    doc="of source=manifest, column of the hospitals or scanners, if it has one.",
+    doc="of source=manifest or series, column of the hospitals or scanners, if it has one.",
     traced=True,
-    read=(when.MANIFEST,),
+    read=(when.LISTED,),
     shapes_run=never,
   )
   split_column: str = field(
     "split",
-    doc="of source=manifest, column of the sides, train or test, if it has one.",
+    doc="of source=manifest or series, column of the sides, train or test, if it has one.",
     traced=True,
-    read=(when.MANIFEST,),
+    read=(when.LISTED,),
     shapes_run=never,
   )
   target_columns: str = field(
@@ -213,11 +216,11 @@ class DataConfig:
   group_columns: str = field(
     "",
     doc=(
-      "of source=manifest, further columns, with commas between them: rows of equal values stay"
-      " on one side, in one hospital."
+      "of source=manifest or series, further columns, with commas between them: rows of equal"
+      " values stay on one side, in one hospital."
     ),
     traced=True,
-    read=(when.MANIFEST,),
+    read=(when.LISTED,),
     shapes_run=never,
   )
   given_split: bool = field(
@@ -253,6 +256,67 @@ class DataConfig:
     ),
     choices=("auto", "1", "3"),
     read=(when.HAS_COLOURS,),
+    shapes_run=never,
+  )
+  # Fields of a series. Windows and their sides follow from all of them but the ranges.
+  rate: float = field(
+    50.0,
+    doc="samples a second of a series, as the network sees it.",
+    bounds=above(0, 1e6, remedy="use 20 to 100 for movements"),
+    traced=True,
+    read=(when.SERIES,),
+    shapes_run=never,
+  )
+  recorded_rate: float = field(
+    0.0,
+    doc="samples a second of the files of a series, resampled to data.rate; 0 is data.rate.",
+    bounds=least(0, 1e6, remedy="use 0 if files have data.rate"),
+    traced=True,
+    read=(when.SERIES,),
+    shapes_run=never,
+  )
+  time_column: str = field(
+    "",
+    doc="column of the files of a series with the time of each sample in seconds; empty without.",
+    traced=True,
+    read=(when.SERIES,),
+    shapes_run=never,
+  )
+  signals: str = field(
+    "",
+    doc="columns of the files of a series that are channels, with commas between them; empty is"
+    " all but the time.",
+    traced=True,
+    read=(when.SERIES,),
+    shapes_run=never,
+  )
+  window_seconds: float = field(
+    4.0,
+    doc="length of the windows that a series is cut into.",
+    bounds=above(0, 1e6, remedy="use 2 to 10 for movements"),
+    traced=True,
+    read=(when.SERIES,),
+    shapes_run=never,
+  )
+  hop_seconds: float = field(
+    2.0,
+    doc="from the start of a window of a series to the start of the next one.",
+    bounds=above(0, 1e6, remedy="use half of data.window_seconds"),
+    traced=True,
+    read=(when.SERIES,),
+    shapes_run=never,
+  )
+  ranges: str = field(
+    "",
+    doc="LOW,HIGH of the channels of a series, or one such pair for each with semicolons between,"
+    " which become -1 to 1; empty gives each channel of each window mean 0 and deviation 1.",
+    read=(when.SERIES,),
+  )
+  test_persons: str = field(
+    "",
+    doc="people of a series who are the test set, with + between their names; empty draws them.",
+    traced=True,
+    read=(when.SERIES,),
     shapes_run=never,
   )
 
@@ -404,10 +468,12 @@ class ClientConfig:
     "none",
     doc=(
       "none, flip (left to right), shift (by up to an eighth of the side) or flip_shift,"
-      " drawn anew for every image and step."
+      " drawn anew for every image and step; of windows of a series jitter (noise of 5% of a"
+      " channel's deviation), scale (a factor of each channel, deviation 0.1; with data.ranges),"
+      " time_shift (by up to an eighth) or jitter_scale_shift."
     ),
-    choices=("none", "flip", "shift", "flip_shift"),
-    read=(when.IMAGES,),
+    choices=tuple(dict.fromkeys(kind for kinds in AUGMENTATIONS.values() for kind in kinds)),
+    read=(when.VARIED,),
   )
   synthetic: str = field(
     "none",

@@ -5,7 +5,7 @@ import re
 from fedjax_med.core.config import Config, declared, get_field
 from fedjax_med.core.errors import UserError, require, require_choice
 from fedjax_med.core.fields import Bounds
-from fedjax_med.core.source_facts import SOURCE_FACTS
+from fedjax_med.core.source_facts import AUGMENTATIONS, SOURCE_FACTS
 from fedjax_med.core.unread import require_read
 
 MIN_TARGET = 1e-6  # ε
@@ -66,8 +66,11 @@ def validate(config: Config) -> None:
     f"data.source='{data.source}' needs data.path, which is empty",
     "point --config.data.path at the folder that holds the class folders"
     if SOURCE_FACTS[data.source].modality == "pictures"
-    else "point --config.data.path at the table, or at the folder that holds the tables",
+    else "point --config.data.path at the table, or at the folder that holds the tables"
+    if SOURCE_FACTS[data.source].modality == "table"
+    else "point --config.data.path at the folder of the recordings, or at the manifest",
   )
+  _validate_augmentation(config)
   require(
     partition.scheme == "site" or partition.num_clients >= 1,
     f"partition.num_clients={partition.num_clients} is under 1",
@@ -145,6 +148,23 @@ def _validate_split(config: Config) -> None:
     f"data.split='tissue' with partition.scheme='{config.partition.scheme}' holds out whole"
     " primary sites, which as hospitals would have no training record",
     "use partition.scheme=iid, which deals the other lines to partition.num_clients hospitals",
+  )
+
+
+def _validate_augmentation(config: Config) -> None:
+  """Refuses changes of examples that those of the source cannot have, or that do nothing."""
+  data, asked = config.data, config.client.augmentation
+  kinds = AUGMENTATIONS.get(SOURCE_FACTS[data.source].modality, ())
+  require(
+    asked in kinds or not kinds,  # ``require_read`` refuses it where nothing can be changed
+    f"client.augmentation='{asked}' is none of data.source='{data.source}'",
+    f"choose one of {', '.join(kinds)}",
+  )
+  require(
+    "scale" not in asked or data.ranges != "",
+    f"client.augmentation='{asked}' with data.ranges='': each window is scaled by its own"
+    " deviation, which takes the factor off again",
+    "declare data.ranges, or use jitter or time_shift",
   )
 
 

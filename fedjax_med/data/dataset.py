@@ -8,6 +8,7 @@ import numpy as np
 from fedjax_med.data.folder_patterns import LeftOut
 from fedjax_med.data.grey import EIGHT_BITS, Grey
 from fedjax_med.data.patients import PatientCounts
+from fedjax_med.data.recordings import Series
 from fedjax_med.data.table_manifest import Table
 from fedjax_med.tasks.task import Targets
 
@@ -18,8 +19,8 @@ class Dataset:
 
   Attributes:
     inputs: raw examples of the modality. Of pictures [N, H, W, C] of 1 or 3 channels, uint8 or,
-      of files with more than 8 bits, uint16; of others an array or a tree of dictionaries of arrays
-      [N, ...].
+      of files with more than 8 bits, uint16; of series [N, T, 1, C] float32, nan where there is no
+      value; of others an array or a tree of dictionaries of arrays [N, ...].
     labels: [N] int32 class numbers, 0 .. len(class_names) - 1; with two classes 1 is the positive.
     names: N file names relative to the source, for reports and errors.
     class_names: name of each class.
@@ -37,6 +38,7 @@ class Dataset:
     kept_together: [N] int32 groups that stay on one side and in one hospital besides
       near-duplicates and patients, such as slices of a volume; None without.
     table: how records of a table became inputs; None of other examples.
+    series: how windows were cut from recordings; None of other examples.
     unscaled: ``inputs`` before statistics of training records scaled them; None where nothing did.
     targets: numbers to predict, of tasks without classes; ``labels`` are then groups of like
       examples, and ``class_names`` name them.
@@ -62,6 +64,7 @@ class Dataset:
   modality: str = "pictures"
   kept_together: np.ndarray | None = None
   table: Table | None = None
+  series: Series | None = None
   unscaled: np.ndarray | None = None
   targets: Targets | None = None
   released: tuple[str, ...] = ()
@@ -112,7 +115,7 @@ class Split:
     units: [N] int32; examples of one unit (near-duplicate group or patient) never stand on
       two sides, unless these are given, nor in two hospitals. Under the paper's random split every
       example is its own unit.
-    scheme: 'grouped', 'paper', or 'given' where the source has a test part.
+    scheme: 'grouped', 'recording', 'paper', or 'given' where the source has a test part.
     num_duplicate_groups: near-duplicate groups of two or more examples found in the dataset.
     num_in_duplicate_groups: examples that belong to such a group.
     num_test_with_duplicate_in_train: test examples with a near-duplicate in train.
@@ -165,6 +168,8 @@ class Hospitals:
       kept together with near-duplicates or images of the patient there.
     mixture_shifts: of each hospital that was filled so the total variation distance, 0 to 1,
       between the class mixture that was drawn for it and the one that it holds.
+    visiting: under scheme=site the sites that train nowhere, each of one unit that is in test, and
+      the hospital that tests it.
   """
 
   dataset: Dataset
@@ -175,11 +180,13 @@ class Hospitals:
   num_moved: int = 0
   num_elsewhere: int = 0
   mixture_shifts: dict[str, float] = dataclasses.field(default_factory=dict)
+  visiting: dict[str, str] = dataclasses.field(default_factory=dict)
 
   @property
   def by_site(self) -> bool:
     """Whether each hospital is a site of the dataset."""
-    return self.dataset.sites is not None and self.names == self.dataset.site_names
+    training = tuple(name for name in self.dataset.site_names if name not in self.visiting)
+    return self.dataset.sites is not None and self.names == training
 
   @property
   def real_counts(self) -> np.ndarray:

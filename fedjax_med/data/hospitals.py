@@ -1,6 +1,7 @@
 """Makes hospitals of a dataset: near-duplicate groups, train and test sides, partition."""
 
 import dataclasses
+from typing import NamedTuple
 
 import numpy as np
 
@@ -45,16 +46,17 @@ def build_hospitals(dataset: Dataset, data: DataConfig, partition: PartitionConf
   split = split_with_duplicates(dataset, data, by_site=partition.scheme == "site")
   numbers = np.unique(split.units, return_inverse=True)[1]
   if partition.scheme == "site":
-    names, owner_train, owner_test = _by_site(dataset, split, numbers, partition)
+    places = _by_site(dataset, split, numbers, partition)
+    names, visiting = places.names, places.visiting
+    owner_train, owner_test = (places.owners[side] for side in (split.train, split.test))
     assert dataset.sites is not None
-    sides = ((owner_train, split.train), (owner_test, split.test))
-    num_elsewhere = sum(int((owner != dataset.sites[side]).sum()) for owner, side in sides)
+    num_elsewhere = int((places.owners != places.of_sites[dataset.sites]).sum())
     num_moved, shifts = 0, np.full(len(names), np.nan)
   else:
     names = tuple(f"hospital {client + 1}" for client in range(partition.num_clients))
     train, test = _by_shares(dataset, split, numbers, partition, data.seed)
     (owner_train, num_moved, shifts), (owner_test, *_) = train, test
-    num_elsewhere = 0
+    num_elsewhere, visiting = 0, {}
   hospitals = Hospitals(
     dataset=dataset,
     split=split,
@@ -66,6 +68,7 @@ def build_hospitals(dataset: Dataset, data: DataConfig, partition: PartitionConf
     mixture_shifts={
       name: float(shift) for name, shift in zip(names, shifts, strict=True) if shift == shift
     },
+    visiting=visiting,
   )
   fit = modality_named(dataset.modality).fit
   return _with_fitted_targets(hospitals if fit is None else fit(hospitals))
@@ -97,9 +100,12 @@ def split_with_duplicates(dataset: Dataset, data: DataConfig, by_site: bool = Fa
     units = np.arange(len(groups), dtype=np.int32)
   else:
     units, patients = groups if modality.keeps_copies else np.arange(len(groups)), dataset.patients
+    patients = None if data.split == "recording" else patients
     if patients is not None and by_site and dataset.sites is not None:
       patients = apart_by_site(patients, dataset.sites)
     units = units if patients is None else join_groups(units, patients)
+    if dataset.series is not None:
+      units = join_groups(units, dataset.series.recordings)
   if dataset.kept_together is not None:
     require(
       data.split != "paper",
@@ -109,16 +115,7 @@ def split_with_duplicates(dataset: Dataset, data: DataConfig, by_site: bool = Fa
     units = join_groups(units, dataset.kept_together)
   if dataset.in_test is None:
     scheme = data.split
-    train, test = splits.split_dataset(
-      strata,
-      units,
-      len(dataset.class_names),
-      data.test_fraction,
-      data.split,
-      data.seed,
-      dataset.sites if by_site else None,
-      data.fold,
-    )
+    train, test = _drawn_split(dataset, data, units, strata, by_site)
   else:
     # FLamby's split of heart_disease is data.split=paper, and gdsc has some of its own; folders
     # that give one leave that unread.
@@ -136,6 +133,28 @@ def split_with_duplicates(dataset: Dataset, data: DataConfig, by_site: bool = Fa
     num_test_of_train_patients=_shared_patients(dataset, train, test),
     contradictions=find_contradictions(dataset, groups, modality.similar),
   )
+
+
+def _drawn_split(
+  dataset: Dataset, data: DataConfig, units: np.ndarray, strata: np.ndarray, by_site: bool
+) -> tuple[np.ndarray, np.ndarray]:
+  """Train and test examples as ``data.split`` draws them."""
+  classes, sites = len(dataset.class_names), dataset.sites if by_site else None
+  share, seed, fold = data.test_fraction, data.seed, data.fold
+  if dataset.series is not None and dataset.patients is not None and data.split == "grouped":
+    whole = sites is not None and _units_of(units, sites).max() == 1  # each person is a site
+    return splits.split_people(strata, units, classes, share, seed, None if whole else sites, fold)
+  if dataset.series is not None and sites is not None:
+    # One recording of each kind and person cannot be shared out: then over all people together.
+    cells = _units_of(units, strata.astype(np.int64) * (int(sites.max()) + 1) + sites)
+    sites = sites if share * cells[cells > 0].min() >= 0.5 else None
+  return splits.split_dataset(strata, units, classes, share, data.split, seed, sites, fold)
+
+
+def _units_of(units: np.ndarray, sites: np.ndarray) -> np.ndarray:
+  """[sites] int, units that have examples at each site."""
+  pairs = np.unique(np.stack([sites, units]), axis=1)
+  return np.bincount(pairs[0])
 
 
 def _shared_patients(dataset: Dataset, train: np.ndarray, test: np.ndarray) -> int:
@@ -187,10 +206,30 @@ def _by_shares(
   return sides
 
 
+class _Places(NamedTuple):
+  """Hospitals of ``scheme='site'``.
+
+  Attributes:
+    names: of the hospitals: sites that train.
+    owners: [N] hospital of each example.
+    of_sites: [sites] hospital of each site.
+    visiting: sites that train nowhere, and the name of the hospital that tests each.
+  """
+
+  names: tuple[str, ...]
+  owners: np.ndarray
+  of_sites: np.ndarray
+  visiting: dict[str, str]
+
+
 def _by_site(
   dataset: Dataset, split: Split, numbers: np.ndarray, partition: PartitionConfig
-) -> tuple[tuple[str, ...], np.ndarray, np.ndarray]:
-  """Names and clients of ``scheme='site'``: whole units at the site that holds most of them."""
+) -> _Places:
+  """Deals whole units to the site that holds most of them.
+
+  A site of one unit that is on the test side, such as a person whom nobody trains on, is no
+  hospital: the hospitals test such sites in turn.
+  """
   require(
     dataset.sites is not None,
     "partition.scheme='site' needs a dataset that says where each example comes from, which this"
@@ -199,19 +238,31 @@ def _by_site(
     " of a manifest, or use partition.scheme=dirichlet",
   )
   assert dataset.sites is not None
-  num_sites = len(dataset.site_names)
-  require(
-    partition.num_clients in (0, num_sites),
-    f"partition.num_clients={partition.num_clients} contradicts the {num_sites} sites",
-    f"use 0 or {num_sites} with partition.scheme=site",
-  )
+  site_names, num_sites = dataset.site_names, len(dataset.site_names)
   home = splits.unit_classes(dataset.sites, numbers, num_sites)[numbers]
   counts = np.bincount(home[split.train], minlength=num_sites)
-  smallest = int(counts.argmin())
+  tested = (counts == 0) & (_units_of(numbers, dataset.sites) == 1)
+  hospitals, visitors = np.flatnonzero(~tested), np.flatnonzero(tested)
+  require(
+    partition.num_clients in (0, len(hospitals)),
+    f"partition.num_clients={partition.num_clients} contradicts the {len(hospitals)} sites"
+    + (" that train" if len(visitors) else ""),
+    f"use 0 or {len(hospitals)} with partition.scheme=site",
+  )
+  smallest = hospitals[counts[hospitals].argmin()]
   require(
     bool(counts[smallest] >= max(1, partition.min_client_size)),
-    f"site '{dataset.site_names[smallest]}' has {counts[smallest]} training examples, under"
+    f"site '{site_names[smallest]}' has {counts[smallest]} training examples, under"
     f" partition.min_client_size={partition.min_client_size}",
     "lower it (1 is the least), leave the site out, or use another partition.scheme",
   )
-  return dataset.site_names, home[split.train], home[split.test]
+  of_sites = np.zeros(num_sites, np.int32)
+  of_sites[hospitals] = np.arange(len(hospitals))
+  of_sites[visitors] = np.arange(len(visitors)) % len(hospitals)
+  names = tuple(site_names[site] for site in hospitals)
+  return _Places(
+    names=names,
+    owners=of_sites[home],
+    of_sites=of_sites,
+    visiting={site_names[site]: names[of_sites[site]] for site in visitors},
+  )

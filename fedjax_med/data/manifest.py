@@ -564,9 +564,9 @@ def _with_people(
     path: the manifest.
   """
   chosen = [examples[name] for name in dataset.names]
-  parts = [_numbered([keys[one.row] for one in chosen]) for keys in rows.groups.values()]
+  parts = [number_names([keys[one.row] for one in chosen]) for keys in rows.groups.values()]
   if len({one.row for one in chosen}) < len(chosen):
-    parts.append(_numbered([str(one.row) for one in chosen]))
+    parts.append(number_names([str(one.row) for one in chosen]))
   kept = functools.reduce(join_groups, parts) if parts else None
   dataset = dataclasses.replace(dataset, kept_together=kept)
   require(
@@ -591,7 +591,7 @@ def _with_people(
   return dataclasses.replace(dataset, patients=people.numbers, patient_counts=people.counts)
 
 
-def _numbered(keys: Sequence[str | None]) -> np.ndarray:
+def number_names(keys: Sequence[str | None]) -> np.ndarray:
   """[N] int32 groups of equal names; what has none is a group of its own."""
   folded = [key and unicodedata.normalize("NFC", key).casefold() for key in keys]
   known: dict[Any, int] = {}

@@ -15,6 +15,7 @@ import numpy as np
 
 from fedjax_med.core.config import DataConfig
 from fedjax_med.core.errors import require_choice
+from fedjax_med.core.source_facts import AUGMENTATIONS, DEFAULT
 from fedjax_med.data.dataset import Hospitals
 from fedjax_med.data.duplicates import near_duplicate_groups, similar_pairs
 from fedjax_med.data.grey import Grey
@@ -24,8 +25,6 @@ from fedjax_med.data.tables import equal_rows, fit_scaling, no_pairs
 if TYPE_CHECKING:
   import jax
 
-DEFAULT = "pictures"
-
 
 class Variation(NamedTuple):
   """Random changes of training examples, on the device.
@@ -33,10 +32,12 @@ class Variation(NamedTuple):
   Attributes:
     draw: (key, leading shape, kind) -> changes in that shape; ``kind`` is client.augmentation.
     apply: (raw examples, changes) -> raw examples.
+    kinds: values of client.augmentation that it knows.
   """
 
   draw: Callable[["jax.Array", tuple[int, ...], str], Any]
   apply: Callable[[Any, Any], Any]
+  kinds: tuple[str, ...] = AUGMENTATIONS[DEFAULT]
 
 
 class Modality(NamedTuple):
@@ -44,7 +45,7 @@ class Modality(NamedTuple):
 
   Attributes:
     name: its key in ``MODALITIES``, which config.json of a run names.
-    prepare: (raw examples, data.normalisation) -> float32 network inputs, on the device.
+    prepare: (raw examples, value of ``scaled_by``) -> float32 network inputs, on the device.
     vary: changes that client.augmentation asks for; None where there are none.
     copies: raw examples -> [N] int32 groups of examples that are copies of one another.
     similar: raw examples -> [2, pairs] numbers of examples that are copies by themselves.
@@ -56,6 +57,7 @@ class Modality(NamedTuple):
     keeps_copies: whether copies stay on one side of the split, and at one hospital. Equal records
       of a table may be of different people, and are only counted.
     fit: scales a dataset by statistics of its training examples, once it is dealt; None for none.
+    scaled_by: field of ``DataConfig`` that says how ``prepare`` scales.
   """
 
   name: str
@@ -69,6 +71,7 @@ class Modality(NamedTuple):
   nouns: str = "images"
   keeps_copies: bool = True
   fit: Callable[[Hospitals], Hospitals] | None = None
+  scaled_by: str = "normalisation"
 
 
 def modality_named(name: str) -> Modality:
@@ -95,7 +98,12 @@ def worded(text: str, modality: Modality) -> str:
 def preparation(modality: Modality, data: DataConfig) -> Callable[[Any], "jax.Array"]:
   """Returns ``prepare(raw examples) -> network inputs`` as the configuration of a run says."""
   prepare: Any = modality.prepare
-  return functools.partial(prepare, how=data.normalisation)
+  return functools.partial(prepare, how=scaling_of(modality, data))
+
+
+def scaling_of(modality: Modality, data: DataConfig) -> str:
+  """The setting that ``prepare`` of a modality takes."""
+  return getattr(data, modality.scaled_by)
 
 
 def _normalise(images: "jax.Array", how: str) -> "jax.Array":
@@ -116,6 +124,24 @@ def _change(images: "jax.Array", changes: Any) -> "jax.Array":
   return change(images, changes)
 
 
+def _scale_windows(windows: "jax.Array", how: str) -> "jax.Array":
+  from fedjax_med.data.series_inputs import normalise
+
+  return normalise(windows, how)
+
+
+def _draw_window_changes(key: "jax.Array", shape: tuple[int, ...], kind: str) -> Any:
+  from fedjax_med.data.series_inputs import draw_changes
+
+  return draw_changes(key, shape, kind)
+
+
+def _change_windows(windows: "jax.Array", changes: Any) -> "jax.Array":
+  from fedjax_med.data.series_inputs import change
+
+  return change(windows, changes)
+
+
 def _as_they_are(inputs: "jax.Array", how: str) -> "jax.Array":
   del how  # rows of a table are inputs already
   return inputs
@@ -124,6 +150,11 @@ def _as_they_are(inputs: "jax.Array", how: str) -> "jax.Array":
 def _no_picture(path: pathlib.Path, *rule: Any) -> str:
   del rule
   return f"{path.name} is no record of a table: use --table"
+
+
+def _no_window(path: pathlib.Path, *rule: Any) -> str:
+  del rule
+  return f"{path.name} is a recording: use --series"
 
 
 PICTURES = Modality(
@@ -148,7 +179,21 @@ TABLE = Modality(
   keeps_copies=False,
   fit=fit_scaling,
 )
+SERIES = Modality(
+  name="series",
+  prepare=_scale_windows,
+  vary=Variation(draw=_draw_window_changes, apply=_change_windows, kinds=AUGMENTATIONS["series"]),
+  copies=equal_rows,
+  similar=no_pairs,
+  read=_no_window,
+  explain=False,
+  noun="window",
+  nouns="windows",
+  keeps_copies=False,
+  scaled_by="ranges",
+)
 MODALITIES: dict[str, Modality] = {
   "pictures": PICTURES,
   "table": TABLE,
+  "series": SERIES,
 }

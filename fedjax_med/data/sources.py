@@ -17,6 +17,7 @@ from fedjax_med.data.heart_disease import load_heart_disease
 from fedjax_med.data.images import load_folder
 from fedjax_med.data.manifest import load_manifest
 from fedjax_med.data.phantoms import make_phantoms
+from fedjax_med.data.series import load_series
 from fedjax_med.data.tables import load_table
 
 
@@ -113,4 +114,5 @@ SOURCES: dict[str, Source] = {
   "table": Source(load=load_table, facts=SOURCE_FACTS["table"]),
   "heart_disease": Source(load=load_heart_disease, facts=SOURCE_FACTS["heart_disease"]),
   "gdsc": Source(load=_gdsc, facts=SOURCE_FACTS["gdsc"]),
+  "series": Source(load=load_series, facts=SOURCE_FACTS["series"], beside_jax=False),
 }

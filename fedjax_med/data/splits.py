@@ -8,7 +8,7 @@ import numpy as np
 from fedjax_med.core.errors import require, require_choice
 from fedjax_med.core.validation import parse_fold
 
-SCHEMES = ("grouped", "paper")
+SCHEMES = ("grouped", "recording", "paper")
 
 
 def unit_classes(labels: np.ndarray, units: np.ndarray, num_classes: int) -> np.ndarray:
@@ -61,10 +61,10 @@ def split_dataset(
     num_classes: number of classes.
     test_fraction: share of the examples held out.
     scheme: 'paper' draws round(test_fraction * N) examples at random, whatever their unit or
-      class; 'grouped' draws whole units so that, class by class (majority class of the unit), the
+      class; the others draw whole units so that, class by class (majority class of the unit), the
       test share is within one unit's size of ``test_fraction``.
     seed: any non-negative number.
-    sites: [N] site numbers or None; 'grouped' also keeps the share within every (class, site).
+    sites: [N] site numbers or None; whole units also keep the share within every (class, site).
     fold: 'K/F' for the K-th of F parts as the test side, in place of ``test_fraction``: over the F
       parts of a seed every example is tested once. Parts of 'grouped' hold whole units, and their
       shares of a class (and site) differ by one unit's size at most.
@@ -93,9 +93,48 @@ def split_dataset(
     in_test = _folds_of_units(labels, numbers, num_classes, parts, rng, sites)[numbers] == part
   else:
     in_test = _test_units(labels, numbers, num_classes, test_fraction, rng, sites)[numbers]
-  held_out = f"data.fold={fold}" if fold else f"data.test_fraction={test_fraction}"
-  _require_both_sides(labels, numbers, in_test, held_out, num_classes)
+  _require_both_sides(labels, numbers, in_test, _held_out(test_fraction, fold), num_classes)
   return np.flatnonzero(~in_test).astype(np.int32), np.flatnonzero(in_test).astype(np.int32)
+
+
+def split_people(
+  labels: np.ndarray,
+  units: np.ndarray,
+  num_classes: int,
+  test_fraction: float,
+  seed: int,
+  sites: np.ndarray | None = None,
+  fold: str = "",
+) -> tuple[np.ndarray, np.ndarray]:
+  """Example numbers of a train and a test side of whole units that hold several classes each.
+
+  Units are drawn in random order while their examples fit into ``test_fraction``, then one more if
+  that comes closer; at least one in all. With ``sites`` that is done at each site. Arguments as
+  those of ``split_dataset``.
+
+  Raises:
+    UserError: a class would be missing on one side.
+  """
+  rng, (part, parts) = np.random.default_rng([seed, 1]), parse_fold(fold)
+  numbers = np.unique(units, return_inverse=True)[1].astype(np.int64)
+  sizes = np.bincount(numbers)
+  if fold:
+    same = np.zeros(len(labels), np.int64)
+    in_test = _folds_of_units(same, numbers, 1, parts, rng, sites)[numbers] == part
+  else:
+    places = np.zeros(len(labels), np.int32) if sites is None else sites
+    homes = unit_classes(places, numbers, int(places.max(initial=0)) + 1)
+    order, chosen = rng.permutation(len(sizes)), []
+    for site in range(int(homes.max(initial=0)) + 1):
+      there = order[homes[order] == site]
+      chosen += _fill(there, sizes, round(test_fraction * float(sizes[there].sum())))
+    in_test = np.isin(numbers, chosen or order[:1])
+  _require_both_sides(labels, numbers, in_test, _held_out(test_fraction, fold), num_classes)
+  return np.flatnonzero(~in_test).astype(np.int32), np.flatnonzero(in_test).astype(np.int32)
+
+
+def _held_out(test_fraction: float, fold: str) -> str:
+  return f"data.fold={fold}" if fold else f"data.test_fraction={test_fraction}"
 
 
 def _require_both_sides(

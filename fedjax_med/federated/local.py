@@ -71,7 +71,7 @@ class BatchShape(NamedTuple):
   Attributes:
     slots: places for examples or units; of a private step the cap of the Poisson batch.
     max_examples: slots of a client's index row.
-    normalisation: value of data.normalisation.
+    normalisation: value of data.normalisation, or of the field that the modality is scaled by.
     augmentation: value of client.augmentation.
     microbatch: slots in memory at once; 0 takes all.
     rows_per_unit: rows of a unit that a private step looks at.

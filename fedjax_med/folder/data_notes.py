@@ -47,9 +47,17 @@ def data_notes(held: dict[str, Any], unit: str, show_names: bool) -> list[Note]:
     notes += _target_notes(held["targets"])
   if "released" in held:
     notes.append(Note(statistics_gap(held["released"]), True))
+  if "series" in held:
+    notes += _series_notes(held)
   if split["scheme"] == "given":
     text = "Train and test sides are those that the data give (validation counts as train)."
+    named = held.get("series", {}).get("test_persons", [])
+    text = f"Test are the people of data.test_persons: {', '.join(named)}." if named else text
     notes.append(Note(text, False))
+  if visiting := held.get("visiting"):
+    named = ", ".join(f"'{name}' at '{where}'" for name, where in visiting.items())
+    text = f"Who is in test only trains nowhere, and is tested in the row of a hospital: {named}"
+    notes.append(Note(f"{text}.", False))
   sites = held.get("sites", {"count": 0, "are_hospitals": False})
   if sites["count"] and not sites["are_hospitals"]:
     text = f"{number(sites['count'], 'site')} named by the data are not the hospitals here"
@@ -75,7 +83,7 @@ def data_notes(held: dict[str, Any], unit: str, show_names: bool) -> list[Note]:
       f" {shifts[worst]:.2f} ('{worst}')."
     )
     notes.append(Note(text, shifts[worst] > 0.1))
-  noun = "file" if noun == "image" else noun
+  noun = noun if "table" in held else "file"
   return [*notes, *_left_out(held["skipped"], show_names, noun)]
 
 
@@ -127,6 +135,46 @@ def _target_notes(targets: dict[str, Any]) -> list[Note]:
   return notes
 
 
+def _series_notes(held: dict[str, Any]) -> list[Note]:
+  """How windows were cut from recordings, and what may mislead about them."""
+  series, split = held["series"], held["split"]
+  rate = series["rate"]
+  text = (
+    f"Windows of {series['length'] / rate:g} seconds, one every {series['hop'] / rate:g} seconds,"
+    f" of {number(series['recordings'], 'recording')} ({series['seconds']:,.0f} seconds) at"
+    f" {rate:g} samples a second; channels {', '.join(series['channels'])}. In no window are"
+    f" {series['left_over']:,.0f} seconds."
+  )
+  notes = [Note(text, False)]
+  overlap, total = series["test_overlapping"], split["num_test"]
+  if overlap:
+    text = f"{number(overlap, 'test window')} of {total:,} ({overlap / max(1, total):.0%})"
+    notes.append(Note(f"{text} overlap a training window: the score will be optimistic.", True))
+  for key, text in (
+    ("resampled", "of another rate, resampled linearly"),
+    ("padded", "shorter than a window, padded at the end with masked samples"),
+  ):
+    if series[key]:
+      notes.append(Note(f"{number(series[key], 'recording')} {text}.", key == "padded"))
+  if series["alone"]:
+    text = f"{number(series['alone'], 'patient')} with one recording"
+    notes.append(Note(f"{text}, which is on one side as a whole.", True))
+  for key, text in (
+    ("bridged", "Missing values, drawn in linearly"),
+    ("empty", "Recordings without a value of a channel, masked"),
+    ("constant", "Recordings in which a channel never changes"),
+    ("outside", "Values of windows outside data.ranges, cut to them"),
+  ):
+    if series[key]:
+      parts = ", ".join(f"'{name}' {count:,}" for name, count in series[key].items())
+      notes.append(Note(f"{text}: {parts}.", True))
+  equal = split["num_in_duplicate_groups"]
+  if equal:
+    text = f"{number(equal, 'window')} equal to another one in every value"
+    notes.append(Note(f"{text}: they are not kept together.", True))
+  return notes
+
+
 def number(count: int, noun: str) -> str:
   """A count with its noun."""
   return f"{count:,} {noun}{'' if count == 1 else 's'}"
@@ -150,7 +198,8 @@ def _contradictions(held: dict[str, Any], show_names: bool) -> list[Note]:
   if not found or not found["similar"]:
     return []
   if not modality_of(held).keeps_copies:
-    text = f"{number(found['identical'], modality_of(held).noun)} equal in all columns to one of"
+    where = "all columns" if "table" in held else "every value"
+    text = f"{number(found['identical'], modality_of(held).noun)} equal in {where} to one of"
     return [Note(f"{text} another class.", False)]
   more = found["similar"] - found["identical"]
   named = ""

@@ -18,6 +18,7 @@ from fedjax_med.models import ops
 from fedjax_med.models.model import Model, from_flax
 from fedjax_med.models.networks import (
   cnn,
+  cnn1d,
   densenet,
   fedxnet,
   googlenet,
@@ -49,24 +50,33 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
   "cnn_small": cnn.cnn_small,
   "mlp": cnn.mlp,
   "linear": cnn.linear,
+  "cnn1d": cnn1d.cnn1d,
 }
 
 
 ROWS = ("linear", "mlp")  # networks of this package that take rows of numbers
+SERIES = ("cnn1d",)  # that take series, [T, 1, C]
 
 
 def require_inputs(name: str, shape: tuple[int, ...], nouns: str) -> None:
-  """Raises UserError where a network of this package reads pictures, and inputs are none.
+  """Raises UserError where a network of this package reads pictures or series, and inputs are none.
 
   Args:
     name: of the network.
-    shape: of one input; that of a picture is [H, W, C].
+    shape: of one input; that of a picture is [H, W, C], that of a series [T, 1, C].
     nouns: examples, for people.
   """
+  if name in ROWS or code_of(name):
+    return
+  series = len(shape) == 3 and shape[1] == 1
+  fitting = (*ROWS, *(SERIES if series else ()))
+  kind = "series" if name in SERIES else "pictures"
   require(
-    len(shape) == 3 or name in ROWS or code_of(name) != "",
-    f"model.name='{name}' is a network for pictures, and {nouns} of shape {list(shape)} are none",
-    f"use --config.model.name={' or '.join(ROWS)}",
+    series if kind == "series" else len(shape) == 3 and not series,
+    f"model.name='{name}' is a network for {kind}, and {nouns} of shape {list(shape)} are none",
+    f"use --config.model.name={' or '.join(fitting)}"
+    if series or len(shape) != 3
+    else "use --config.model.name=cnn_small, or another network for pictures",
   )
 
 

@@ -86,7 +86,8 @@ def federation(config: Config, hospitals: Hospitals, secret: bytes | None = None
     "name the patients with data.patient_pattern, {patient} in data.layout or a manifest, or use"
     " privacy.unit=group, which protects groups of near-duplicates"
     if modality.keeps_copies
-    else "name the column of the patient in data.columns, or use privacy.unit=record",
+    else "name the column of the patient in data.columns or the manifest, or use"
+    " privacy.unit=record",
   )
   require(
     config.privacy.unit != "patient" or counts is None or counts.patients < images,

@@ -17,7 +17,7 @@ from fedjax_med.core.config import Config, algorithm_options
 from fedjax_med.core.errors import require
 from fedjax_med.core.keys import Stream, base_key, key_for
 from fedjax_med.data.dataset import Dataset
-from fedjax_med.data.modality import Modality, modality_named
+from fedjax_med.data.modality import Modality, modality_named, scaling_of
 from fedjax_med.exchange.registry import Exchange, make_exchange
 from fedjax_med.exchange.transform import Wire
 from fedjax_med.federated.algorithm import FederatedAlgorithm, ServerState
@@ -137,7 +137,8 @@ def make_recipe(config: Config, dataset: Dataset, shapes: Shapes) -> Recipe:
   task, modality = task_named(dataset.task), modality_named(dataset.modality)
   num_columns, cohort = task.columns(dataset), cap or len(shapes.steps)
   require(
-    config.client.augmentation == "none" or modality.vary is not None,
+    config.client.augmentation == "none"
+    or (modality.vary is not None and config.client.augmentation in modality.vary.kinds),
     f"client.augmentation={config.client.augmentation} changes no {modality.name}",
     "use client.augmentation=none",
   )
@@ -198,7 +199,7 @@ def make_gradient(recipe: Recipe, choice: Choice) -> Gradient:
   shape = BatchShape(
     slots=shapes.batch_cap if recipe.private else config.client.batch_size,
     max_examples=shapes.max_examples,
-    normalisation=config.data.normalisation,
+    normalisation=scaling_of(recipe.modality, config.data),
     augmentation=config.client.augmentation,
     microbatch=choice.microbatch,
     rows_per_unit=shapes.rows_per_unit,

@@ -167,7 +167,7 @@ def write(runs: ComparedRuns, target: pathlib.Path) -> pathlib.Path:
       images=embedded(folder, names),
       config=table.read_json(first / "config.json"),
       split=held["split"],
-      table="table" in held,
+      table="table" in held or "series" in held,
       data_notes=_data_notes(runs),
       statement=statement_text(private) if private else "",
       folders=[

@@ -78,6 +78,8 @@ def describe(
   dataset, split = hospitals.dataset, hospitals.split
   modality, sides = modality_named(dataset.modality), dataset.inputs.shape[1:3]
   size = "x".join(map(str, sides)) + (" inputs" if dataset.table else "")
+  if series := dataset.series:
+    size = f"{series.length} samples of {len(series.channels)} channels"
   task = task_named(dataset.task)
   positive = task.positive(dataset.class_names)
   predicted = f"task {dataset.task}"
@@ -243,6 +245,8 @@ def results(console: Console, experiment: Experiment, outcome: Outcome) -> None:
     point.test,
     float(np.max(point.epsilons)) if point.epsilons else None,
   )
+  if point.recordings is not None:
+    add("all, as recordings", point.recordings, None)
   about = escape(task.about([task.positive(dataset.class_names)]))
   table.caption = "\n".join(filter(None, [_rest(len(point.clients)), about]))
   console.print(table)

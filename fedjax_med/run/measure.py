@@ -8,6 +8,7 @@ import jax
 import numpy as np
 
 from fedjax_med.data.dataset import Hospitals, client_rows
+from fedjax_med.data.recordings import of_recordings
 from fedjax_med.federated.algorithm import RoundMetrics
 from fedjax_med.prepare.experiment import Experiment
 from fedjax_med.prepare.program import Parts
@@ -27,6 +28,8 @@ class LogPoint(NamedTuple):
     probabilities: [n_test, classes] of the test examples, in the order of ``evaluation_rows``.
     epsilons: ε of each training client's records or patients (empty where none protects them).
     client_epsilon: ε of whole hospitals, None where none protects them.
+    recordings: metrics of whole recordings of the test set, each predicted by the mean of its
+      windows; None of other examples.
   """
 
   rounds: int
@@ -35,6 +38,7 @@ class LogPoint(NamedTuple):
   probabilities: np.ndarray
   epsilons: tuple[float, ...]
   client_epsilon: float | None
+  recordings: dict[str, Any] | None = None
 
 
 Listener = Callable[[LogPoint], None]
@@ -88,7 +92,20 @@ def measure(
     probabilities=probabilities,
     epsilons=epsilons,
     client_epsilon=client_epsilon,
+    recordings=_of_recordings(experiment, probabilities, targets),
   )
+
+
+def _of_recordings(
+  experiment: Experiment, probabilities: np.ndarray, targets: Any
+) -> dict[str, Any] | None:
+  """Metrics of whole recordings; None where examples are no windows of any."""
+  dataset = experiment.hospitals.dataset
+  if dataset.series is None:
+    return None
+  rows = evaluation_rows(experiment)
+  means, first = of_recordings(probabilities, dataset.series.recordings[rows])
+  return task_named(dataset.task).measure(means, jax.tree.map(lambda leaf: leaf[first], targets))
 
 
 def test_line(experiment: Experiment, point: LogPoint) -> dict[str, Any]:
@@ -97,6 +114,7 @@ def test_line(experiment: Experiment, point: LogPoint) -> dict[str, Any]:
     "round": point.rounds,
     "split": "test",
     **point.test,
+    **({} if point.recordings is None else {"recordings": point.recordings}),
     "epsilon_max": max(point.epsilons, default=point.client_epsilon),
     **({"client_epsilon": point.client_epsilon} if experiment.central else {}),
     "clients": point.clients,

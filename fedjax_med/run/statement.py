@@ -48,6 +48,8 @@ def statement_text(workdir: pathlib.Path) -> str:
   text = worded(text, modality_of(config))
   if "table" in held:
     text += f"\n{_table_sentences(held['table'], bool(record['guarantees']))}"
+  if "series" in held:
+    text += f"\n{_series_sentences(held['series'], bool(record['guarantees']))}"
   if not record["guarantees"] and "released" in held:  # else privacy.json lists it
     text += f"\n## What hospitals tell besides\n\n{statistics_gap(held['released'])}\n"
   exchange = config.get("exchange")  # folders of versions up to 0.2.0 do not say
@@ -68,6 +70,23 @@ def _table_sentences(table: dict[str, Any], private: bool) -> str:
     "hospitals.json tells, exactly and without noise, which share of each column is missing at each"
     " hospital, how many values were outside their range or of no listed category, how many records"
     f" were left out and why, and how many are equal.{counted}\n"
+  )
+
+
+def _series_sentences(series: dict[str, Any], private: bool) -> str:
+  """What the preparation of a series tells of it, as a section of the statement."""
+  counted = " ε counts none of it." if private else ""
+  overlap = -(-series["length"] // series["hop"])
+  shared = f", and a sample stands in up to {overlap} of them" if overlap > 1 else ""
+  return (
+    "## What the preparation of the series tells\n\n"
+    "Windows are scaled each by itself or by declared ranges, which follow from nobody's"
+    f" recordings. A person has many windows{shared}: with the unit record a person, or a sample,"
+    " is protected less than ε says; with the unit patient all windows of a person are one"
+    " unit.\n\n"
+    "hospitals.json tells, exactly and without noise, how many recordings and seconds there are,"
+    " how many values were missing or outside the ranges, and in how many recordings a channel was"
+    f" empty or constant.{counted}\n"
   )
 
 

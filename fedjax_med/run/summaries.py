@@ -11,6 +11,7 @@ import numpy as np
 from fedjax_med import __version__
 from fedjax_med.core.config import Config, to_dict
 from fedjax_med.data.dataset import Hospitals, array_leaves, client_rows
+from fedjax_med.data.recordings import Series, overlapping
 from fedjax_med.data.table_manifest import Table, manifest_record
 from fedjax_med.exchange.registry import make_exchange, transform_names
 from fedjax_med.folder import writing as files
@@ -136,7 +137,8 @@ def hospital_record(hospitals: Hospitals, names: bool = True) -> dict[str, Any]:
       "pairs": [list(pair) for pair in split.contradictions.pairs if names],
     },
     "patients": dataset.patient_counts and dataset.patient_counts._asdict(),
-    **({} if dataset.table else {"grey": dataset.grey.record}),
+    **({"visiting": hospitals.visiting} if hospitals.visiting else {}),
+    **({} if dataset.table or dataset.series else {"grey": dataset.grey.record}),
     "skipped": skipped,
     "hospitals": [holds(k, name) for k, name in enumerate(hospitals.names)],
   }
@@ -146,6 +148,8 @@ def hospital_record(hospitals: Hospitals, names: bool = True) -> dict[str, Any]:
     record["targets"] = _targets_record(hospitals, dataset.targets)
   if dataset.released:
     record["released"] = list(dataset.released)
+  if dataset.series:
+    record |= {"modality": dataset.modality, "series": _series_record(hospitals, dataset.series)}
   if dataset.num_synthetic:
     left = [list(each) for each in left_out(hospitals)]
     record["synthetic"] = {"sha256": synthetic_digest(hospitals), "left_out": left}
@@ -191,6 +195,23 @@ def _table_record(hospitals: Hospitals, table: Table) -> dict[str, Any]:
   }
 
 
+def _series_record(hospitals: Hospitals, series: Series) -> dict[str, Any]:
+  """What predictions on other recordings need, and counts of what cutting met."""
+  test = hospitals.split.test
+  arrays = ("recordings", "recording_names", "starts")
+  record = {name: value for name, value in series._asdict().items() if name not in arrays}
+  return {
+    **record,
+    "channels": list(series.channels),
+    "test_persons": list(series.test_persons),
+    "seconds": round(series.seconds, 3),
+    "left_over": round(series.left_over, 3),
+    "recordings": len(series.recording_names),
+    "test_recordings": len(np.unique(series.recordings[test])),
+    "test_overlapping": int(overlapping(series, hospitals.split.train, test).sum()),
+  }
+
+
 def _without_detail(reason: str) -> str:
   unreadable = "cannot be read"
   return unreadable if reason.startswith(f"{unreadable} (") else reason
@@ -225,6 +246,7 @@ def summary_record(experiment: Experiment, outcome: Outcome, name: str) -> dict[
     "epsilon_max": max(outcome.last.epsilons, default=outcome.last.client_epsilon),
     "client_epsilon": outcome.last.client_epsilon,
     "test": outcome.last.test,
+    **({} if outcome.last.recordings is None else {"recordings": outcome.last.recordings}),
     "clients": outcome.last.clients,
     **task.details(outcome.last.probabilities, targets),
     "num_parameters": num_parameters(experiment),

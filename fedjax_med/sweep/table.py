@@ -178,6 +178,11 @@ def rows_of(folder: pathlib.Path, number: int, point: Point) -> list[dict[str, A
           for prefix, values in models.items()
           for metric in task.shown
         },
+        **{
+          f"recordings.{metric.name}": _number(summary["recordings"].get(metric.name))
+          for metric in task.shown
+          if "recordings" in summary
+        },
         "unit": "+".join(each["unit"] for each in privacy["guarantees"]) or "none",
         "epsilon": _number(party.get("epsilon", math.inf)),
         "delta": _number(party.get("delta")),

@@ -25,7 +25,8 @@ PLATFORMS = ("cpu", "cuda", "tpu")
 def export_program(trained: Trained) -> bytes:
   """A serialised program of images [b, H, W, C] -> float32 probabilities [b, classes].
 
-  Images are uint8, or uint16 for a run on pictures of more than 8 bits.
+  Images are uint8, or uint16 for a run on pictures of more than 8 bits; windows [b, T, 1, C] of a
+  series are float32, nan where there is no value.
 
   Weights and normalisation are inside, b is any number, and it runs on each of ``PLATFORMS``:
   ``jax.export.deserialize(data).call(images)`` needs jax and nothing of this package. ``trained``
@@ -36,9 +37,14 @@ def export_program(trained: Trained) -> bytes:
   )
   params, state = jax.tree.map(jnp.asarray, (trained.params, trained.state))
   (batch,) = export.symbolic_shape("b")
-  images = jax.ShapeDtypeStruct((batch, *trained.image_shape), trained.grey.dtype)
+  images = jax.ShapeDtypeStruct((batch, *trained.image_shape), input_dtype(trained))
   program = jax.jit(lambda images: classify(params, state, images))
   return bytes(export.export(program, platforms=PLATFORMS)(images).serialize())
+
+
+def input_dtype(trained: Trained) -> np.dtype:
+  """Type of the numbers that the exported program takes."""
+  return np.dtype(np.float32 if trained.series else trained.grey.dtype)
 
 
 def describe(trained: Trained, privacy: dict[str, Any]) -> dict[str, Any]:
@@ -51,14 +57,7 @@ def describe(trained: Trained, privacy: dict[str, Any]) -> dict[str, Any]:
     }
     for guarantee in privacy.get("guarantees", [])
   ]
-  data, grey = trained.config.data, trained.grey
-  top = np.iinfo(grey.dtype).max
   positive = trained.task.positive(trained.class_names)
-  channels = "one grey channel" if grey.channels == 1 else "red, green and blue"
-  how = {
-    "image": "each image minus its mean, divided by its standard deviation or by 1 if that is less",
-    "fixed": f"pixel / {top / 2:g} - 1",
-  }
   return {
     "run_id": trained.run_id,
     "rounds": trained.rounds,
@@ -67,13 +66,42 @@ def describe(trained: Trained, privacy: dict[str, Any]) -> dict[str, Any]:
     "norm": trained.config.model.norm,
     "classes": [encodable(name) for name in trained.class_names],
     **({"positive_class": encodable(positive)} if positive else {}),
+    **(_windows(trained) if trained.series else _pictures(trained)),
+    "norm_epsilon": EPSILON,
+    "privacy": guarantees or "none",
+  }
+
+
+def _pictures(trained: Trained) -> dict[str, Any]:
+  """Facts on the pictures that a run was trained on."""
+  data, grey = trained.config.data, trained.grey
+  top = np.iinfo(grey.dtype).max
+  channels = "one grey channel" if grey.channels == 1 else "red, green and blue"
+  how = {
+    "image": "each image minus its mean, divided by its standard deviation or by 1 if that is less",
+    "fixed": f"pixel / {top / 2:g} - 1",
+  }
+  return {
     "image_size": data.image_size,
     "channels": trained.image_shape[2],
     "pixels": f"{np.dtype(grey.dtype)}, {channels}, resized to a square with bicubic"
     f" antialiasing; 0 is the value {grey.low:g} of the files and {top} the value {grey.high:g}",
     "normalisation": f"{data.normalisation}: {how.get(data.normalisation, '')}",
-    "norm_epsilon": EPSILON,
-    "privacy": guarantees or "none",
+  }
+
+
+def _windows(trained: Trained) -> dict[str, Any]:
+  """Facts on the windows that a run on a series was trained on."""
+  data, series = trained.config.data, trained.series
+  assert series is not None
+  scaled = f"ranges {data.ranges} become -1 to 1, values outside are cut"
+  alone = "each channel of each window minus its mean, divided by its standard deviation"
+  return {
+    "window": f"float32 [b, {series['length']}, 1, {len(series['channels'])}] in the units of the"
+    " recordings, nan where there is no value",
+    "rate": series["rate"],
+    "channels": [encodable(name) for name in series["channels"]],
+    "normalisation": f"{scaled if data.ranges else alone}, in the program",
   }
 
 
@@ -98,12 +126,12 @@ def export_model(trained: Trained, how: str, output: pathlib.Path) -> str:
     beside = output.with_name(f"{output.name}.json")
     text = json.dumps({**about, "platforms": list(PLATFORMS)}, indent=2, ensure_ascii=False)
     write_text(beside, f"{text}\n")
-    size, _, channels = trained.image_shape
+    shape = ", ".join(map(str, trained.image_shape))
     made = f"probabilities [b, {len(trained.class_names)}]"
     if not trained.predicts_classes:
       made = f"predictions of the task '{trained.task.name}'"
     return (
-      f"a program of {np.dtype(trained.grey.dtype)} images [b, {size}, {size}, {channels}] to"
+      f"a program of {input_dtype(trained)} {trained.modality.nouns} [b, {shape}] to"
       f" {made} for {', '.join(PLATFORMS)}; {beside.name} describes it"
     )
   from safetensors.numpy import save_file

@@ -52,6 +52,7 @@ class Trained(NamedTuple):
     input_shape: shape of one input of the network; () is a picture of data.image_size.
     table: how records became inputs, from hospitals.json; None of other examples.
     targets: what a task without classes predicts, without values; None of other tasks.
+    series: how windows were cut, from hospitals.json; None of other examples.
   """
 
   folder: pathlib.Path
@@ -70,6 +71,7 @@ class Trained(NamedTuple):
   input_shape: tuple[int, ...] = ()
   table: dict[str, Any] | None = None
   targets: Targets | None = None
+  series: dict[str, Any] | None = None
 
   @property
   def described(self) -> str:
@@ -159,6 +161,7 @@ def load(
     input_shape=run.input_shape,
     table=run.table,
     targets=run.targets,
+    series=run.series,
   )
 
 
@@ -192,6 +195,7 @@ class _Run(NamedTuple):
     input_shape: shape of one input of the network.
     table: how records became inputs; None of other examples.
     targets: what a task without classes predicts; None of other tasks.
+    series: how windows were cut; None of other examples.
   """
 
   config: Config
@@ -206,6 +210,7 @@ class _Run(NamedTuple):
   input_shape: tuple[int, ...]
   table: dict[str, Any] | None
   targets: Targets | None
+  series: dict[str, Any] | None
 
 
 def _read_run(folder: pathlib.Path) -> _Run:
@@ -241,6 +246,7 @@ def _read_run(folder: pathlib.Path) -> _Run:
       input_shape=tuple(record.get("input_shape", pictured)),
       table=held.get("table"),
       targets=read_targets(held["targets"]) if "targets" in held else None,
+      series=held.get("series"),
     )
     version = str(record["versions"]["fedjax_med"])
   except (KeyError, TypeError, ValueError) as error:

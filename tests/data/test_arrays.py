@@ -126,7 +126,7 @@ def test_images_under_the_least_size_say_so(tmp_path):
     ({"train_labels": np.zeros((20, 14), int)}, r"labels of the parts of .* are of unlike shapes"),
     ({"train_labels": np.full((20, 3), 2)}, r"train_labels of .* is \[20, 3\], several labels an"),
     ({"train_labels": np.zeros(19, int)}, r"has 20 train_images and 19 train_labels; store a"),
-    ({"train_labels": np.full(20, 0.5)}, r"train_labels of .* is float64\[20\] with values that are"),
+    ({"train_labels": np.full(20, 0.5)}, r"train_labels of .* is float64\[20\] with values th"),
     ({"train_labels": np.full(20, np.nan)}, r"train_labels of .* with values that are no classes"),
     ({"train_images": np.zeros((20, 8, 8, 8), np.uint8)}, r"is uint8\[20, 8, 8, 8\], no pict"),
     ({"train_images": np.zeros((20, 8, 8, 3))}, r"has colours of float64, which cannot be read"),

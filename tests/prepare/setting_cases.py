@@ -7,7 +7,7 @@ import numpy as np
 from PIL import Image
 
 from fedjax_med.core.config import Config, set_field
-from tests.data import table_cases
+from tests.data import series_cases, table_cases
 from tests.data.lines import make_gdsc
 from tests.exchange import parts  # noqa: F401  (registers the transform and the aggregator below)
 
@@ -15,6 +15,7 @@ Changes = dict[str, Any]
 FILES = "FILES"  # stands for the folder of pictures, with numbers for other ones
 TABLE, COLUMNS, HEART = "A TABLE", "ITS COLUMNS", "HEART"  # stand for files of tables
 LINES = "CELL LINES"  # stands for the folder of gdsc
+SERIES = "A SERIES"  # stands for a folder of recordings
 
 
 class Case(NamedTuple):
@@ -67,6 +68,8 @@ def changed(changes: Changes, files: pathlib.Path) -> Config:
       value = make_table(files, value)
     elif value == LINES:
       value = str(make_gdsc(files / "lines"))
+    elif value == SERIES:
+      value = str(series_cases.series_folder(files / "series") / "people")
     set_field(config, path, value)
   return config
 
@@ -125,6 +128,16 @@ DRUGS = {
   "data.image_size": 192,
   "data.num_examples": 4000,
 }
+WINDOWS = {
+  "data.source": "series",
+  "data.path": SERIES,
+  "data.image_size": 192,
+  "data.num_examples": 4000,
+  "data.rate": series_cases.RATE,
+  "data.window_seconds": 2.0,
+  "data.hop_seconds": 1.0,
+}
+NAMED = {**WINDOWS, "data.test_persons": "p2", "partition.scheme": "site"}
 MANIFEST = {**FOLDER, "data.source": "manifest", "data.path": f"{FILES}/list.csv"}
 ELSEWHERE = ({}, FOLDER)
 SITES = {"partition.scheme": "site", "partition.num_clients": 7, "partition.min_client_size": 1}
@@ -166,9 +179,9 @@ CASES: dict[str, Case] = {
   "data.layout": Case("{class}/{patient}_*", "holders", FOLDER, ({},)),
   "data.positive": Case("no", "holders", FOLDER, ({}, DRUGS)),
   "data.window": Case("50,200", "holders", FOLDER, ({}, TABLES)),
-  "data.split": Case("paper", "holders", without=(GIVEN,)),
-  "data.test_fraction": Case(0.4, "holders", without=(GIVEN, PAPER, {"data.fold": "1/5"})),
-  "data.fold": Case("1/5", "holders", without=(GIVEN, PAPER)),
+  "data.split": Case("paper", "holders", without=(GIVEN, NAMED)),
+  "data.test_fraction": Case(0.4, "holders", without=(GIVEN, PAPER, NAMED, {"data.fold": "1/5"})),
+  "data.fold": Case("1/5", "holders", without=(GIVEN, PAPER, NAMED)),
   "data.patient_pattern": Case(
     "(P[0-9]+)_", "holders", FOLDER, ({}, TABLES, {**FOLDER, "data.layout": "{class}/{patient}_*"})
   ),
@@ -176,7 +189,7 @@ CASES: dict[str, Case] = {
   "data.columns": Case(f"{COLUMNS} 2", "holders", TABLES, ({},)),
   "data.scaling": Case("federated", "holders", TABLES, ({},)),
   "data.num_examples": Case(130, "holders", without=(FOLDER,)),
-  "data.seed": Case(1, "holders", without=({**GIVEN, **SITES}, PAPER)),
+  "data.seed": Case(1, "holders", without=({**GIVEN, **SITES}, PAPER, NAMED)),
   "data.path_column": Case("reversed", "holders", MANIFEST, ELSEWHERE),
   "data.label_column": Case("other", "holders", MANIFEST, ELSEWHERE),
   "data.patient_column": Case("who", "holders", MANIFEST, ELSEWHERE),
@@ -197,6 +210,14 @@ CASES: dict[str, Case] = {
   "data.slices": Case("all", "files", MANIFEST, ELSEWHERE),
   "data.volume": Case(0, "files", MANIFEST, ELSEWHERE),
   "data.channels": Case("3", "holders", MANIFEST, ({},)),
+  "data.rate": Case(5.0, "holders", WINDOWS, ({}, TABLES)),
+  "data.recorded_rate": Case(20.0, "holders", WINDOWS, ({},)),
+  "data.time_column": Case("t", "holders", WINDOWS, ({},)),
+  "data.signals": Case("ax", "holders", WINDOWS, ({},)),
+  "data.window_seconds": Case(3.0, "holders", WINDOWS, ({},)),
+  "data.hop_seconds": Case(0.5, "holders", WINDOWS, ({},)),
+  "data.ranges": Case("-2,8", "program", WINDOWS, ({},)),
+  "data.test_persons": Case("p2", "holders", WINDOWS, ({},)),
   "partition.scheme": Case("iid", "holders"),
   "partition.num_clients": Case(4, "holders"),
   "partition.alpha": Case(
