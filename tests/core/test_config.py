@@ -55,7 +55,8 @@ def test_unknown_choices_are_answered_with_the_nearest(path):
 def test_every_number_has_a_range_and_every_name_its_choices_unless_a_registry_has_them():
   free = {"data.path", "data.cache_dir", "data.patient_pattern", "model.name", "server.algorithm"}
   free |= {"server.personal_layers", "data.layout", "data.positive", "data.window", "data.columns"}
-  free |= {"data.fold"}
+  free |= {"data.fold", "data.target_columns", "data.signals", "data.time_column", "data.ranges"}
+  free |= {"data.test_persons"}
   free |= {"execution.compilation_cache", "model.pretrained", "data.source"}
   free |= {"server.aggregator", "server.transforms", "data.group_columns", "data.slices"}
   free |= {f"data.{role}_column" for role in ("path", "label", "patient", "site", "split")}
