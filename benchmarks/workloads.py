@@ -17,12 +17,13 @@ from fedjax_med.federated.algorithm import Client, Hyper, Pool
 from fedjax_med.federated.local import BatchShape, local_training, plain_gradient, private_gradient
 from fedjax_med.federated.optimizers import client_optimizer, schedule, server_optimizer
 from fedjax_med.federated.registry import create_algorithm
-from fedjax_med.federated.vector import ARRAYS, PIECES, network_spec, ravel
+from fedjax_med.federated.vector import network_spec, ravel
 from fedjax_med.models import ops, registry
 from fedjax_med.models.model import Model, from_flax
 from fedjax_med.prepare.plan import (
   MICROBATCH_OVERHEAD,
   best_microbatch,
+  choose_holding,
   choose_layout,
   choose_lowering,
 )
@@ -165,7 +166,7 @@ def _build(workload: specs.Workload, private: bool, layout: str, chunk: int) -> 
     # With a Poisson cohort the absent slots of a chunk must be able to do nothing.
     None if cohort_cap else workload.steps,
     vectors,
-    holding=PIECES if private else ARRAYS,
+    holding=choose_holding(private),
   )
   algorithm = create_algorithm(
     "fedavg", train, server_optimizer("sgd", 0.0), average=False, records=private

@@ -405,8 +405,8 @@ def local_training(
       ``client.num_steps`` decides (under vmap the clients that are done wait, unchanged).
     spec: spec of the network's vectors.
     bands: steps that noise is correlated over.
-    holding: how weights and optimiser state are held within a round; it moves no result. PIECES
-      asks for a gradient that is a vector. What arrives and leaves is a vector.
+    holding: how weights and optimiser state are held within a round; it moves no result. What
+      arrives and leaves is a vector.
 
   The FedProx term μ(w − w_round) is added after clipping and noise: it
   depends on no example.
@@ -431,7 +431,8 @@ def local_training(
       local, state, memory, opt_state, sums = carry
       params = holding.opened(local, spec.params)
       grad, state, memory, metrics = gradient(params, state, memory, context._replace(step=step))
-      grad = holding.cut(grad, spec.params) if isinstance(grad, jax.Array) else grad
+      vector = isinstance(grad, jax.Array)
+      grad = holding.cut(grad, spec.params) if vector else holding.of_tree(grad)
       direction, opt_state = optimizer.update(direction_of(local, grad, step), opt_state, local)
       moved = descend(local, direction, rate)
       if trainable is not None:

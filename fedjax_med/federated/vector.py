@@ -1,9 +1,9 @@
 """The weights of a network as one vector: what travels, is noised and is aggregated is an array.
 
-The small arrays of a network come first in its vector, then the large ones. So a private step can
+The small arrays of a network come first in its vector, then the large ones. So a local step can
 hold the weights as a few pieces, the small arrays joined to one and each large array by itself:
-most of a deep network's arrays are small, and each array of its own costs kernels. A plain step
-holds the tree of arrays.
+most of a deep network's arrays are small, and each array of its own costs kernels. Or it holds
+the tree of arrays.
 """
 
 import itertools
@@ -169,20 +169,27 @@ class Holding(NamedTuple):
 
   Attributes:
     cut: (vector [P], VectorSpec) -> the weights as they are held.
+    of_tree: tree of arrays -> the same as they are held.
     opened: (held, VectorSpec) -> the tree of arrays.
     joined: held -> vector [P].
     chosen: (new, old, VectorSpec, marks of the arrays) -> ``new`` where marked, else ``old``; held.
   """
 
   cut: Callable[[jax.Array, VectorSpec], Tree]
+  of_tree: Callable[[Tree], Tree]
   opened: Callable[[Tree, VectorSpec], Tree]
   joined: Callable[[Tree], jax.Array]
   chosen: Callable[[Tree, Tree, VectorSpec, Sequence[bool]], Tree]
 
 
-# Chosen by measurement (docs/performance.md): noise wants few arrays, plain steps no copies.
-PIECES = Holding(cut=cut, opened=opened, joined=joined, chosen=chosen)
-ARRAYS = Holding(cut=unravel, opened=lambda tree, _: tree, joined=ravel, chosen=_chosen_arrays)
+PIECES = Holding(cut=cut, of_tree=pieces_of, opened=opened, joined=joined, chosen=chosen)
+ARRAYS = Holding(
+  cut=unravel,
+  of_tree=lambda tree: tree,
+  opened=lambda tree, _: tree,
+  joined=ravel,
+  chosen=_chosen_arrays,
+)
 
 
 def _num_small(spec: VectorSpec) -> int:

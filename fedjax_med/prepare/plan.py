@@ -7,6 +7,7 @@ import jax
 import numpy as np
 
 from fedjax_med.core.errors import UserError, require
+from fedjax_med.federated.vector import ARRAYS, PIECES, Holding
 from fedjax_med.models.ops import Lowering
 from fedjax_med.simulation.cohort import best_chunk, load
 
@@ -133,6 +134,19 @@ def choose_lowering(lowering: str, cores: int, backend: str | None = None) -> tu
       " grouped or under a client axis native ones are far slower"
     )
   return "matmul", "convolutions as batched matrix products: as configured"
+
+
+def choose_holding(private: bool, backend: str | None = None) -> Holding:
+  """How local steps hold weights: in pieces where noise or a device wants few arrays.
+
+  A plain step on a CPU holds the tree, which has no copies (docs/performance.md has both measured).
+
+  Args:
+    private: whether a step releases a noisy gradient.
+    backend: backend to hold them on; None is that of jax.
+  """
+  on_cpu = (backend or jax.default_backend()) == "cpu"
+  return ARRAYS if on_cpu and not private else PIECES
 
 
 def best_microbatch(

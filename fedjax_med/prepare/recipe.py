@@ -32,11 +32,11 @@ from fedjax_med.federated.local import (
 )
 from fedjax_med.federated.optimizers import client_optimizer, schedule, server_optimizer
 from fedjax_med.federated.registry import create_algorithm
-from fedjax_med.federated.vector import ARRAYS, PIECES, NetworkSpec, network_spec, ravel
+from fedjax_med.federated.vector import NetworkSpec, network_spec, ravel
 from fedjax_med.models.model import Model
 from fedjax_med.models.ops import Lowering
 from fedjax_med.models.registry import create_model, require_inputs
-from fedjax_med.prepare.plan import Choice, choose_lowering
+from fedjax_med.prepare.plan import Choice, choose_holding, choose_lowering
 from fedjax_med.prepare.protection import cohort_cap
 from fedjax_med.privacy.clipping import uncovered
 from fedjax_med.simulation.mesh import cpu_cores
@@ -222,7 +222,7 @@ def make_training(recipe: Recipe, choice: Choice, shared_steps: int | None) -> L
     shared_steps,
     recipe.spec,
     bands=recipe.bands,
-    holding=PIECES if recipe.private else ARRAYS,
+    holding=choose_holding(recipe.private),
   )
 
 

@@ -4,10 +4,12 @@ import numpy as np
 import pytest
 
 from fedjax_med.core.errors import UserError
+from fedjax_med.federated.vector import ARRAYS, PIECES
 from fedjax_med.prepare.plan import (
   Choice,
   Freedom,
   best_microbatch,
+  choose_holding,
   choose_layout,
   choose_lowering,
   choose_microbatch,
@@ -43,6 +45,12 @@ def test_lowering_follows_the_flag_and_else_the_cores_of_a_device():
   assert choose_lowering("auto", 1, "gpu")[0] == "matmul"
   assert choose_lowering("matmul", 1)[0] == "matmul"
   assert choose_lowering("native", 2)[0] == "native"
+
+
+def test_plain_steps_on_a_cpu_hold_the_tree_and_others_pieces():
+  assert choose_holding(False, "cpu") is ARRAYS
+  assert {choose_holding(True, name) for name in ("cpu", "gpu", "tpu")} == {PIECES}
+  assert {choose_holding(False, name) for name in ("gpu", "tpu")} == {PIECES}
 
 
 @pytest.mark.parametrize(
