@@ -353,7 +353,7 @@ def test_settings_that_do_nothing_are_refused(root):
     validate(config)
   phantoms = Config()
   phantoms.data.split = "recording"
-  with pytest.raises(UserError, match=r"data.split='recording' with data.source='phantoms', whic"):
+  with pytest.raises(UserError, match=r"data.split='recording' is no split of data.source='phan"):
     validate(phantoms)
 
 

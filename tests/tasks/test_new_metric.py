@@ -146,7 +146,12 @@ def shown_on_terminal(values):
   hospitals = load_hospitals(smoke_config())
   client = {"name": "hospital 1", "n": 3, **values}
   point: Any = types.SimpleNamespace(
-    rounds=1, epsilons=(), client_epsilon=None, test={"n": 3, **values}, clients=[client]
+    rounds=1,
+    epsilons=(),
+    client_epsilon=None,
+    test={"n": 3, **values},
+    clients=[client],
+    recordings=None,
   )
   outcome: Any = types.SimpleNamespace(last=point, stopped="")
   experiment: Any = types.SimpleNamespace(hospitals=hospitals)
