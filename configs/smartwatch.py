@@ -35,6 +35,7 @@ def get_config() -> Config:
     client=ClientConfig(
       optimizer="sgd",
       learning_rate=0.1,
+      schedule="cosine",
       batch_size=32,
       num_local_steps=8,
       augmentation="jitter_scale_shift",
