@@ -14,6 +14,7 @@ from fedjax_med.core.keys import base_key
 from fedjax_med.data.dataset import Hospitals, client_rows, client_table
 from fedjax_med.prepare.experiment import Experiment, build
 from fedjax_med.run.replicas import Replicas, train_replicas
+from fedjax_med.tasks.registry import task_named
 
 FALSE_POSITIVES = 1e-3
 LEAST_RUNS = 4  # each example in two of them and out of two, on average
@@ -64,6 +65,12 @@ def prepare(config: Config, hospitals: Hospitals, runs: int, seed: int) -> Shado
     not experiment.program.parts.personal,
     f"--shadow_runs={runs} attacks the global model, and with server.algorithm="
     f"'{config.server.algorithm}' each hospital predicts with a model of its own",
+    "use --shadow_runs=0",
+  )
+  dataset = hospitals.dataset
+  require(
+    task_named(dataset.task).has_classes,
+    f"--shadow_runs={runs} attacks probabilities of classes, and the task is '{dataset.task}'",
     "use --shadow_runs=0",
   )
   rows = np.sort(np.concatenate(client_rows(hospitals.train)))

@@ -80,6 +80,12 @@ TABLES = Condition(
   fields=("data.source",),
   remedy="use --config.data.source=table",
 )
+CLASSES = Condition(
+  wording="a data.source of classes",
+  holds=lambda config: _facts(config).task == "classification",
+  fields=("data.source",),
+  remedy="use another source",
+)
 OWN_TABLE = one_of("data.source", "table")
 OPEN_SIDES = Condition(
   wording="a split whose sides are not published with the data",

@@ -13,12 +13,14 @@ class SourceFacts(NamedTuple):
     reads_files: whether data.path is read, and files under data.min_size are left out.
     modality: name of what its examples are, of ``data.modality.MODALITIES``.
     own_split: whether data.split=paper is a split of its own, which nothing else decides.
+    task: name of what is predicted, of ``tasks.registry.TASKS``; a manifest may say another one.
     has_sites: whether it always says which hospital or scanner each example comes from.
   """
 
   reads_files: bool = True
   has_sites: bool = False
   modality: str = "pictures"
+  task: str = "classification"
   own_split: bool = False
 
 

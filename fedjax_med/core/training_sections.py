@@ -66,7 +66,7 @@ class DataConfig:
       " negative (normal, healthy, control, benign, no_...), if the names say it."
     ),
     traced=True,
-    read=(when.FILES,),
+    read=(when.FILES, when.CLASSES),
     shapes_run=never,
   )
   window: str = field(
@@ -370,7 +370,9 @@ class ClientConfig:
     traced=True,
     read=(when.EPOCHS,),
   )
-  label_smoothing: float = field(0.0, doc="0 to 1.", bounds=least(0, 0.9, remedy="use 0"))
+  label_smoothing: float = field(
+    0.0, doc="0 to 1.", bounds=least(0, 0.9, remedy="use 0"), read=(when.CLASSES,)
+  )
   augmentation: str = field(
     "none",
     doc=(

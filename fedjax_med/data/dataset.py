@@ -9,6 +9,7 @@ from fedjax_med.data.folder_patterns import LeftOut
 from fedjax_med.data.grey import EIGHT_BITS, Grey
 from fedjax_med.data.patients import PatientCounts
 from fedjax_med.data.table_manifest import Table
+from fedjax_med.tasks.task import Targets
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +38,9 @@ class Dataset:
       near-duplicates and patients, such as slices of a volume; None without.
     table: how records of a table became inputs; None of other examples.
     unscaled: ``inputs`` before statistics of training records scaled them; None where nothing did.
+    targets: numbers to predict, of tasks without classes; ``labels`` are then groups of like
+      examples, and ``class_names`` name them.
+    released: names of statistics of the training records that hospitals tell exactly, outside ε.
     num_synthetic: examples at the end that were made from training images of a hospital, and are in
       its training row only; sites, patients, groups, masks and sides end before them.
   """
@@ -59,6 +63,8 @@ class Dataset:
   kept_together: np.ndarray | None = None
   table: Table | None = None
   unscaled: np.ndarray | None = None
+  targets: Targets | None = None
+  released: tuple[str, ...] = ()
   num_synthetic: int = 0
 
   @property

@@ -8,7 +8,7 @@ from fedjax_med.core.config import Config, DataConfig, PartitionConfig
 from fedjax_med.core.errors import require
 from fedjax_med.core.source_facts import SOURCE_FACTS
 from fedjax_med.data import partitions, splits
-from fedjax_med.data.dataset import Dataset, Hospitals, Split, client_table
+from fedjax_med.data.dataset import Dataset, Hospitals, Split, client_rows, client_table
 from fedjax_med.data.duplicates import find_contradictions, join_groups
 from fedjax_med.data.modality import modality_named
 from fedjax_med.data.patients import apart_by_site
@@ -68,7 +68,19 @@ def build_hospitals(dataset: Dataset, data: DataConfig, partition: PartitionConf
     },
   )
   fit = modality_named(dataset.modality).fit
-  return hospitals if fit is None else fit(hospitals)
+  return _with_fitted_targets(hospitals if fit is None else fit(hospitals))
+
+
+def _with_fitted_targets(hospitals: Hospitals) -> Hospitals:
+  """The hospitals with targets that know what their task takes from the training side."""
+  dataset = hospitals.dataset
+  task = task_named(dataset.task)
+  if task.fit is None or dataset.targets is None:
+    return hospitals
+  targets = task.fit(dataset.targets, client_rows(hospitals.train))
+  released = (*dataset.released, *filter(None, [task.releases]))
+  dataset = dataclasses.replace(dataset, targets=targets, released=released)
+  return dataclasses.replace(hospitals, dataset=dataset)
 
 
 def split_with_duplicates(dataset: Dataset, data: DataConfig, by_site: bool = False) -> Split:

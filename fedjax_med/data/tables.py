@@ -34,6 +34,7 @@ from fedjax_med.data.table_manifest import (
 
 MOST_OUTSIDE = 0.05  # share of a column's values outside its range from which a strict run stops
 
+SCALING_RELEASE = "mean and deviation of each number column (data.scaling=federated)"
 REQUIRED = "no value of the required column"  # begins the reason why a record is left out
 
 
@@ -395,19 +396,21 @@ def fit_scaling(hospitals: Hospitals) -> Hospitals:
   table = dataset.table
   if table is None or table.scaling == "ranges":
     return hospitals
-  places, inputs = number_places(table), dataset.inputs
+  places, inputs, released = number_places(table), dataset.inputs, dataset.released
   sums = [statistics(inputs[rows][:, places]) for rows in client_rows(hospitals.train)]
   if table.scaling == "federated":
     mean, deviation = constants(np.sum(sums, axis=0))
     table = table._replace(shift=tuple(mean.tolist()), scale=tuple(deviation.tolist()))
-    done = scaled(inputs, places, mean, deviation)
+    done, released = scaled(inputs, places, mean, deviation), (*released, SCALING_RELEASE)
   else:
     done = inputs.copy()
     tables = client_rows(hospitals.train), client_rows(hospitals.test)
     for own, *rows in zip(sums, *tables, strict=True):
       held = np.concatenate(rows)
       done[held] = scaled(inputs[held], places, *constants(own))
-  dataset = dataclasses.replace(dataset, inputs=done, table=table, unscaled=inputs)
+  dataset = dataclasses.replace(
+    dataset, inputs=done, table=table, unscaled=inputs, released=released
+  )
   return dataclasses.replace(hospitals, dataset=dataset)
 
 

@@ -138,6 +138,12 @@ def _targets(pool: Pool, rows: jax.Array) -> Tree:
   return jax.tree.map(lambda leaf: leaf[rows], pool.labels)
 
 
+def _nan_outside(mask: jax.Array, values: jax.Array) -> jax.Array:
+  """Numbers [B, ...] that are nan where ``mask`` [B] is False."""
+  present = mask.reshape(-1, *[1] * (values.ndim - 1))
+  return jnp.where(present, values, jnp.nan)
+
+
 def _changes(
   context: StepContext, leading: tuple[int, ...], shape: BatchShape, *counters: int
 ) -> Tree:
@@ -177,6 +183,8 @@ def plain_gradient(model: Model, loss: Loss, shape: BatchShape) -> Gradient:
       rows, mask = client.indices[drawn.slots], drawn.mask
       inputs = _inputs(context.pool, rows, drawn.changes, shape)
       labels = _targets(context.pool, rows)
+      if shape.task.joint:  # padding repeats examples, which others' losses must not see twice
+        labels = jax.tree.map(lambda leaf: _nan_outside(mask, leaf), labels)
 
       def mean_loss(params):
         outputs, new_state = model.apply(params, state, inputs, key=key, train=True)

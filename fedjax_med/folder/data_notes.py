@@ -8,6 +8,7 @@ from fedjax_med.data.grey import FEW_LEVELS, Grey
 from fedjax_med.data.modality import modality_of
 from fedjax_med.data.patients import PatientCounts, described
 from fedjax_med.data.table_files import NO_TABLE
+from fedjax_med.privacy.guarantees import statistics_gap
 
 
 class Note(NamedTuple):
@@ -20,12 +21,6 @@ class Note(NamedTuple):
 
   text: str
   warning: bool
-
-
-FEDERATED_SCALING = (
-  "Numbers are scaled by mean and deviation of the training records of all hospitals"
-  " (data.scaling=federated): exact sums of each column leave every hospital, and no ε counts them."
-)
 
 
 def data_notes(held: dict[str, Any], unit: str, show_names: bool) -> list[Note]:
@@ -48,6 +43,10 @@ def data_notes(held: dict[str, Any], unit: str, show_names: bool) -> list[Note]:
       notes.append(Note(f"{text}: they may have been exported with too few.", True))
   if "table" in held:
     notes += _table_notes(held)
+  if "targets" in held:
+    notes += _target_notes(held["targets"])
+  if "released" in held:
+    notes.append(Note(statistics_gap(held["released"]), True))
   if split["scheme"] == "given":
     text = "Train and test sides are those that the data give (validation counts as train)."
     notes.append(Note(text, False))
@@ -104,16 +103,27 @@ def _table_notes(held: dict[str, Any]) -> list[Note]:
       f"{number(equal, 'record')} equal to another one in all columns ({number(groups, 'group')})"
     )
     notes.append(Note(f"{text}: they may be of different people and are not kept together.", False))
-  for hospital in held["hospitals"]:
+  for hospital in held["hospitals"] if len(held["class_names"]) > 1 else []:
     seen = [name for name, n in zip(held["class_names"], hospital["train"], strict=True) if n]
     if len(seen) == 1:
       text = f"'{hospital['name']}' has training records of one class only"
       notes.append(Note(f"{text} ({seen[0]}): a model trained there alone learns nothing.", True))
-  if table["scaling"] == "federated":
-    notes.append(Note(FEDERATED_SCALING, True))
   if table["scaling"] == "hospital":
     text = "Each hospital scales numbers by its own mean and deviation (data.scaling=hospital)"
     notes.append(Note(f"{text}: equal values become different inputs, and scores fall.", True))
+  return notes
+
+
+def _target_notes(targets: dict[str, Any]) -> list[Note]:
+  """How many numbers there are to predict, and which of them nobody can learn."""
+  names, unit = targets["names"], f" ({targets['unit']})" if targets["unit"] else ""
+  what = ", ".join(names) if len(names) <= 4 else f"{len(names)} numbers"
+  text = f"Predicted: {what}{unit}; {number(targets['known'], 'known value')} of them"
+  notes = [Note(f"{text}, missing ones count in no loss and no metric.", False)]
+  for reason in sorted({reason for _, reason in targets["left_out"]}):
+    left = [name for name, other in targets["left_out"] if other == reason]
+    text = f"Left out: {number(len(left), 'target')}, {reason}, such as {left[0]}"
+    notes.append(Note(f"{text}.", True))
   return notes
 
 

@@ -263,7 +263,7 @@ def build_baselines(federation: Experiment) -> dict[str, Experiment]:
   pool, devices = federation.pool, federation.program.devices
   # One client trains on one device, unless several processes must all take part.
   if devices.mesh is not None and jax.process_count() == 1:
-    pool = Pool(*(leaf.addressable_data(0) for leaf in pool))  # the copy of the first device
+    pool = jax.tree.map(lambda leaf: leaf.addressable_data(0), pool)  # the copy of the first device
     devices = Devices(number=1, mesh=None, reason="devices 1: there is one client")
 
   def built(names: Sequence[str]) -> dict[str, Experiment]:

@@ -200,11 +200,11 @@ def block_arguments(
       quantile=scalar,
       clip_learning_rate=scalar,
     )
-  inputs, labels = dataset.inputs, dataset.labels
+  pool = Pool(inputs=dataset.inputs, labels=recipe.task.targets(dataset))
   return BlockArguments(
     state=jax.eval_shape(initial),
     clients=clients,
-    pool=Pool(shape(inputs.shape, inputs.dtype), shape(labels.shape, labels.dtype)),
+    pool=jax.tree.map(lambda leaf: shape(leaf.shape, leaf.dtype), pool),
     hyper=jax.eval_shape(plain_hyper)._replace(
       algorithm=dict.fromkeys(options, scalar), client_level=level
     ),

@@ -104,7 +104,7 @@ class Trial(NamedTuple):
 
   Attributes:
     local: local training whose number of steps is traced.
-    image: shape of an image [1, H, W, C].
+    pool: shapes of the examples and their targets, of which one is made of zeros.
     max_examples: slots of an index row.
     num_examples: n of each client.
     rate: q of each client.
@@ -113,7 +113,7 @@ class Trial(NamedTuple):
   """
 
   local: LocalTraining
-  image: jax.ShapeDtypeStruct
+  pool: Pool
   max_examples: int
   num_examples: int
   rate: float
@@ -126,7 +126,7 @@ def time_steps(trial: Trial, chunk: int, clock: Callable[[], float] = time.perf_
   key, local, zero = base_key(0), trial.local, jnp.zeros((), jnp.int32)
   params = jnp.zeros((local.spec.params.size,), jnp.float32)
   state = jnp.zeros((local.spec.state.size,), jnp.float32)
-  pool = Pool(jnp.zeros(trial.image.shape, jnp.uint8), jnp.zeros((1,), jnp.int32))
+  pool = jax.tree.map(lambda leaf: jnp.zeros((1, *leaf.shape[1:]), leaf.dtype), trial.pool)
   clients, hyper = _alike(trial, chunk), plain_hyper()
 
   @jax.jit

@@ -11,6 +11,7 @@ from fedjax_med.core.config import Config, init_seed
 from fedjax_med.core.keys import base_key
 from fedjax_med.data.dataset import Dataset
 from fedjax_med.data.modality import preparation
+from fedjax_med.federated.algorithm import Pool
 from fedjax_med.federated.vector import NetworkSpec
 from fedjax_med.models.networks.pretrained import Overlay, overlay
 from fedjax_med.models.registry import create_model, has_remat, require_columns, require_read
@@ -129,7 +130,9 @@ def make_program(
   arguments = block_arguments(recipe, dataset, lambda: initial(seed, *values))
   blocks = functools.cache(functools.partial(_jitted_block, recipe, devices))
   problem = _plan_problem(recipe, first, arguments, may_share_less)
-  decision = plan_search.decide(problem, blocks, functools.partial(_time_chunk, recipe))
+  decision = plan_search.decide(
+    problem, blocks, functools.partial(_time_chunk, recipe, arguments.pool)
+  )
   choice = decision.choice
   devices = _fewer_devices(devices, choice.devices)
   algorithm = make_algorithm(recipe, choice)
@@ -223,11 +226,11 @@ def _jitted_block(recipe: Recipe, devices: Devices, choice: Choice) -> jax.stage
   return jit_block(make_rounds(recipe, choice, mesh), mesh)
 
 
-def _time_chunk(recipe: Recipe, choice: Choice) -> float:
+def _time_chunk(recipe: Recipe, pool: Pool, choice: Choice) -> float:
   """Seconds of a local step of one client under a choice, measured."""
   trial = Trial(
     local=make_training(recipe, choice, None),
-    image=recipe.image,
+    pool=pool,
     max_examples=recipe.shapes.max_examples,
     num_examples=int(np.median(recipe.shapes.counts)),
     rate=float(np.median(_rates(recipe))),

@@ -142,6 +142,12 @@ def make_recipe(config: Config, dataset: Dataset, shapes: Shapes) -> Recipe:
     "use client.augmentation=none",
   )
 
+  require(
+    task.joint == "" or config.privacy.mechanism == "none",
+    f"privacy.mechanism='{config.privacy.mechanism}' with the task '{task.name}': {task.joint}, so"
+    " that clipping one example's gradient does not bound its influence",
+    "use privacy.mechanism=none, or client_privacy.mechanism=dp_fedavg",
+  )
   require_inputs(config.model.name, dataset.inputs.shape[1:], modality.nouns)
 
   @functools.cache
@@ -252,6 +258,8 @@ def make_initial(recipe: Recipe, choice: Choice) -> Callable[..., SimulationStat
   def initial(seed: Any, pretrained_params: Any, pretrained_state: Any) -> SimulationState:
     key = key_for(base_key(seed), Stream.INIT)
     params, state = model.init(key, jnp.zeros(recipe.image.shape, recipe.image.dtype))
+    if recipe.task.zero_head and "head" in params:
+      params = {**params, "head": jax.tree.map(jnp.zeros_like, params["head"])}
     params, state = {**params, **pretrained_params}, {**state, **pretrained_state}
     algorithm = make_algorithm(recipe, choice)
     return init_state(algorithm, ravel(params), ravel(state), recipe.num_clients, recipe.exchange)

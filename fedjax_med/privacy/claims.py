@@ -21,6 +21,7 @@ from fedjax_med.privacy.guarantees import (
   baseline_gaps,
   privacy_record,
   spent,
+  statistics_gap,
 )
 
 FILE = "privacy.json"
@@ -43,6 +44,8 @@ def record_of(book: ledger.Ledger, folder: pathlib.Path) -> dict[str, Any]:
   gaps = [TWO_PASS_GAP] if any(ran.clipping == "two_pass" for ran in book.ran) else []
   if any(ran.baselines for ran in book.ran):
     gaps += baseline_gaps(book.guarantees)
+  # Of all starts, in the order in which they were told first.
+  gaps += filter(None, [statistics_gap(ledger.statistics_of(book))])
   version = book.ran[-1].dp_accounting
   record = privacy_record(book.guarantees, book.counts, gaps, book.spent.epsilons, version)
   if book.baselines:

@@ -124,6 +124,23 @@ SYNTHETIC_GAP = (
   "The synthetic images were made by GANs that each hospital trained on its images, without noise:"
   " they may resemble or repeat those images, and are no safer to show than they are."
 )
+
+
+def statistics_gap(names: Sequence[str]) -> str:
+  """A sentence on statistics of the training records that hospitals tell; empty of none.
+
+  Args:
+    names: of the statistics, as ``Dataset.released`` has them.
+  """
+  if not names:
+    return ""
+  told = " and ".join(names)
+  return (
+    f"{told[0].upper()}{told[1:]}: exact sums over the training records leave every hospital, and"
+    " no ε counts them. hospitals.json has what follows from them."
+  )
+
+
 _RECORDS_ONLY = "A patient with several records is protected as single records, not as a patient."
 
 

@@ -52,12 +52,14 @@ class Ran(NamedTuple):
     dp_accounting: version of the library that the accountant is from.
     clipping: how gradients are clipped: two_pass, book_keeping, reference or none.
     baselines: whether baselines are trained on the same records.
+    statistics: names of statistics of the training records that hospitals tell exactly.
   """
 
   fedjax_med: str
   dp_accounting: str
   clipping: str
   baselines: bool
+  statistics: tuple[str, ...] = ()
 
 
 class Spent(NamedTuple):
@@ -187,7 +189,7 @@ def record(
     f" {_shown(now)} after {rounds}",
     "the ledger is of another run: use another --workdir",
   )
-  contents = [{"ran": ran._asdict()}] if _is_news(before, ran, not done) else []
+  contents = [{"ran": _ran_to_json(ran)}] if _is_news(before, ran, not done) else []
   if not done:
     contents.append(_count_line(before.guarantees, rounds, now))
   return _continued(folder / FILE, before, contents)
@@ -283,7 +285,7 @@ def set_apart(folder: pathlib.Path, parts: Split, rounds: int, counts: Counts) -
   contents = []
   for ran in _ran_of(parts.broken):
     if _is_news(told, ran, goes_on=False):  # else how a release was clipped would be hidden
-      contents.append({"ran": ran._asdict()})
+      contents.append({"ran": _ran_to_json(ran)})
       told = told._replace(ran=(*told.ran, ran))
   if rounds > told.rounds:
     contents.append(_count_line(told.guarantees, rounds, counts))
@@ -326,7 +328,7 @@ def _with_line(book: Ledger, content: dict[str, Any], digest: str) -> Ledger | N
   """The ledger after one more line; None if that line counts less than those before."""
   rounds, own = book.rounds, book.spent
   if "ran" in content:
-    book = book._replace(ran=(*book.ran, Ran(**content["ran"])))
+    book = book._replace(ran=(*book.ran, _ran_from_json(content["ran"])))
   elif "baselines" in content:
     book = book._replace(
       baselines={name: _spent_of(value) for name, value in content["baselines"].items()}
@@ -386,7 +388,24 @@ def _is_news(book: Ledger, ran: Ran, goes_on: bool) -> bool:
   if not book.ran or (goes_on and _versions(ran) != _versions(book.ran[-1])):
     return True
   known = {each.clipping for each in book.ran}
-  return ran.clipping not in known or ran.baselines > any(each.baselines for each in book.ran)
+  if ran.clipping not in known or not set(ran.statistics) <= set(statistics_of(book)):
+    return True
+  return ran.baselines > any(each.baselines for each in book.ran)
+
+
+def statistics_of(book: Ledger) -> tuple[str, ...]:
+  """Names of the statistics that hospitals told at any start of a run."""
+  return tuple(dict.fromkeys(name for ran in book.ran for name in ran.statistics))
+
+
+def _ran_to_json(ran: Ran) -> dict[str, Any]:
+  """The fields; ``statistics`` only where there are any, which older versions do not know."""
+  fields = ran._asdict()
+  return fields if ran.statistics else {k: v for k, v in fields.items() if k != "statistics"}
+
+
+def _ran_from_json(fields: dict[str, Any]) -> Ran:
+  return Ran(**{**fields, "statistics": tuple(fields.get("statistics", ()))})
 
 
 def _versions(ran: Ran) -> tuple[str, str]:
@@ -398,7 +417,7 @@ def _ran_of(texts: Iterable[bytes]) -> list[Ran]:
   found = []
   for text in texts:
     with contextlib.suppress(ValueError, KeyError, TypeError):
-      found.append(Ran(**json.loads(text)["ran"]))
+      found.append(_ran_from_json(json.loads(text)["ran"]))
   return found
 
 

@@ -312,6 +312,8 @@ def draw_details(
     axis = figure.subplots()
     drawn.draw(axis, summary, names, False)
     axis.set(title=worded(drawn.title, modality_of(hospitals)))
+    if not drawn.of_classes:
+      return
     turned = len(names) >= 4 or inches(names) > 0.9
     axis.set_xticks(range(len(names)), names, rotation=45 if turned else 0)
     axis.set_yticks(range(len(names)), names)

@@ -136,6 +136,7 @@ def _page(workdir: pathlib.Path, run: dict[str, Any], images: dict[str, dict[str
     "tiles": [(metric, f"{metric.heading}{qualified(metric, quoted)}") for metric in tiles],
     "about_classes": task.about([positive]),
     "explained": task.explained(class_names),
+    "has_classes": task.has_classes,
     "own_figures": [(drawn.name, drawn.caption(class_names)) for drawn in task.figures],
     "stand_ins": _stand_ins(run["hospitals"]),
   }

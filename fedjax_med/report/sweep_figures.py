@@ -165,5 +165,7 @@ def draw_details(
       ticks = texts.labels(names, "class")
       drawn.draw(axis, details, ticks, True)
       axis.set_title(texts.drawable(label), fontsize=8.5, wrap=True)
+      if not drawn.of_classes:
+        continue
       axis.set_xticks(range(len(names)), ticks, fontsize=7.5, rotation=30 if long else 0)
       axis.set_yticks(range(len(names)), ticks, fontsize=7.5)

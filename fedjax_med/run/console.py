@@ -78,11 +78,15 @@ def describe(
   dataset, split = hospitals.dataset, hospitals.split
   modality, sides = modality_named(dataset.modality), dataset.inputs.shape[1:3]
   size = "x".join(map(str, sides)) + (" inputs" if dataset.table else "")
-  positive = task_named(dataset.task).positive(dataset.class_names)
-  classes = ", ".join(dataset.class_names) + (f"; positive class: '{positive}'" if positive else "")
+  task = task_named(dataset.task)
+  positive = task.positive(dataset.class_names)
+  predicted = f"task {dataset.task}"
+  if task.has_classes:
+    told = f"; positive class: '{positive}'" if positive else ""
+    predicted = f"classes {', '.join(dataset.class_names)}{told}"
   console.print(
     f"[bold]{len(hospitals.names)} hospitals[/] share {dataset.num_real} {modality.nouns}"
-    f" ({config.data.source}, {size}, classes {escape(classes)});"
+    f" ({config.data.source}, {size}, {escape(predicted)});"
     f" {len(split.train)} train, {len(split.test)} test, split '{split.scheme}',"
     f" partition '{config.partition.scheme}'"
   )

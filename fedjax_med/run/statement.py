@@ -5,10 +5,11 @@ from typing import Any
 
 from fedjax_med.core.errors import require
 from fedjax_med.data.modality import modality_of, worded
-from fedjax_med.folder.data_notes import FEDERATED_SCALING, patient_note
+from fedjax_med.folder.data_notes import patient_note
 from fedjax_med.folder.reading import read_json
 from fedjax_med.folder.writing import write_text
 from fedjax_med.privacy import claims
+from fedjax_med.privacy.guarantees import statistics_gap
 from fedjax_med.privacy.statement import write_out
 
 
@@ -47,6 +48,8 @@ def statement_text(workdir: pathlib.Path) -> str:
   text = worded(text, modality_of(config))
   if "table" in held:
     text += f"\n{_table_sentences(held['table'], bool(record['guarantees']))}"
+  if not record["guarantees"] and "released" in held:  # else privacy.json lists it
+    text += f"\n## What hospitals tell besides\n\n{statistics_gap(held['released'])}\n"
   exchange = config.get("exchange")  # folders of versions up to 0.2.0 do not say
   return text if exchange is None else f"{text}\n{_exchange_sentences(exchange)}"
 
@@ -56,7 +59,7 @@ def _table_sentences(table: dict[str, Any], private: bool) -> str:
   counted = " ε counts none of it." if private else ""
   scaling = {
     "ranges": "Numbers are scaled by the ranges of the manifest, which follow from no record.",
-    "federated": FEDERATED_SCALING,
+    "federated": "Numbers are scaled by statistics of the training records of all hospitals.",
     "hospital": "Each hospital scales its numbers by its own statistics, which do not leave it.",
   }[table["scaling"]]
   return (

@@ -25,6 +25,7 @@ from fedjax_med.run.drive import Outcome
 from fedjax_med.run.measure import evaluated, evaluation_rows
 from fedjax_med.simulation.evaluation import EvaluatedModel
 from fedjax_med.tasks.registry import task_named
+from fedjax_med.tasks.task import Targets
 
 # Names of files of a private run: left out, or with a twin in another class.
 FILES = "files.json"
@@ -141,10 +142,31 @@ def hospital_record(hospitals: Hospitals, names: bool = True) -> dict[str, Any]:
   }
   if dataset.table:
     record |= {"modality": dataset.modality, "table": _table_record(hospitals, dataset.table)}
+  if dataset.targets is not None:
+    record["targets"] = _targets_record(hospitals, dataset.targets)
+  if dataset.released:
+    record["released"] = list(dataset.released)
   if dataset.num_synthetic:
     left = [list(each) for each in left_out(hospitals)]
     record["synthetic"] = {"sha256": synthetic_digest(hospitals), "left_out": left}
   return record
+
+
+def _targets_record(hospitals: Hospitals, targets: Targets) -> dict[str, Any]:
+  """What predictions need of the targets, and how many values are known; see ``read_targets``."""
+  known = ~np.isnan(targets.values)
+  rows = zip(client_rows(hospitals.train), client_rows(hospitals.test), strict=True)
+  shares = [known[np.concatenate(own)].mean() for own in rows]
+  return {
+    "names": list(targets.names),
+    "unit": targets.unit,
+    "fitted": {name: values.tolist() for name, values in targets.fitted.items()},
+    "left_out": [list(pair) for pair in targets.left_out],
+    "known": int(known.sum()),
+    "missing": {
+      name: round(1 - float(share), 4) for name, share in zip(hospitals.names, shares, strict=True)
+    },
+  }
 
 
 def _table_record(hospitals: Hospitals, table: Table) -> dict[str, Any]:

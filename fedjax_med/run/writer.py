@@ -177,6 +177,7 @@ def log(
       dp_accounting=accountant_version(),
       clipping=experiment.program.plan.clipping,
       baselines=experiment.config.eval.local_baselines or (folder / BASELINES).exists(),
+      statistics=experiment.hospitals.dataset.released,
     )
     book = ledger.record(folder, book, rounds, releases(experiment, rounds, steps), ran)
     record = claims.record_of(book, folder)

@@ -21,7 +21,7 @@ PLACES = ("path", "cache_dir", "strict")
 
 
 def digest(dataset: Dataset) -> str:
-  """SHA-256 of the images of a dataset, their labels, names, classes, sites and patients.
+  """SHA-256 of the images of a dataset, their targets, names, classes, sites and patients.
 
   Synthetic images, which follow from the others, are not in it.
   """
@@ -29,8 +29,10 @@ def digest(dataset: Dataset) -> str:
   words = [dataset.names[:real], dataset.class_names, dataset.site_names]
   sha.update(json.dumps(words).encode())
   known = dataset.sites, dataset.patients, dataset.in_test
-  targets = array_leaves(task_named(dataset.task).targets(dataset))
-  # What scales a table follows from the split, and the set is the same under all of them.
+  # What scales inputs and targets follows from the split; the set is the same under all of them.
+  raw = dataset.targets
+  targets = [task_named(dataset.task).targets(dataset)] if raw is None else [raw.values]
+  targets = [leaf for tree in targets for leaf in array_leaves(tree)]
   inputs = dataset.inputs if dataset.unscaled is None else dataset.unscaled
   examples = [leaf[:real] for leaf in (*array_leaves(inputs), *targets)]
   for array in (*examples, *known):

@@ -33,6 +33,7 @@ from fedjax_med.prepare.case import Case, baselines, federation
 from fedjax_med.prepare.protection import cohort_cap
 from fedjax_med.prepare.synthetic_images import image_key, reserve_synthetic
 from fedjax_med.sweep.grid import Point
+from fedjax_med.tasks.registry import task_named
 
 SEED_AXES = ("partition", "init", "sampling")
 
@@ -253,6 +254,7 @@ def static_key(case: Case) -> str:
     # Without the number of examples: pools are filled up to the largest.
     [(str(leaf.dtype), list(leaf.shape[1:])) for leaf in array_leaves(dataset.inputs)],
     len(dataset.class_names),
+    task_named(dataset.task).columns(dataset),
     protection.rows_per_unit,
     protection.units is not None,
     cohort_cap(config, len(case.names)),

@@ -78,6 +78,24 @@ class Metric(NamedTuple):
     return (max if self.better == "lower" else min)(values, default=None)
 
 
+class Targets(NamedTuple):
+  """Numbers to predict, where a task predicts no classes: ``Dataset.targets``.
+
+  Attributes:
+    values: [N, M] float32 in their own units; nan where a value is missing.
+    names: [M] names of the columns.
+    unit: of all columns, for people; empty without one.
+    fitted: arrays by name that ``Task.fit`` took from training values, such as means; {} before it.
+    left_out: (name, reason) of columns that nobody can learn.
+  """
+
+  values: np.ndarray
+  names: tuple[str, ...]
+  unit: str = ""
+  fitted: dict[str, np.ndarray] = {}  # noqa: RUF012
+  left_out: tuple[tuple[str, str], ...] = ()
+
+
 class Labelled(Protocol):
   """The part of a ``data.dataset.Dataset`` that a task reads."""
 
@@ -85,6 +103,32 @@ class Labelled(Protocol):
   def labels(self) -> np.ndarray: ...
   @property
   def class_names(self) -> tuple[str, ...]: ...
+  @property
+  def targets(self) -> Targets | None: ...
+
+
+def read_targets(record: dict[str, Any]) -> Targets:
+  """The targets of a run by its hospitals.json, without values."""
+  names = tuple(map(str, record["names"]))
+  return Targets(
+    values=np.zeros((0, len(names)), np.float32),
+    names=names,
+    unit=str(record["unit"]),
+    fitted={name: np.array(values, np.float32) for name, values in record["fitted"].items()},
+    left_out=tuple((str(name), str(reason)) for name, reason in record["left_out"]),
+  )
+
+
+class PredictionTable(NamedTuple):
+  """Predictions as the rows of a table.
+
+  Attributes:
+    heading: names of the columns.
+    rows: of each example one row or more, with a cell for each column.
+  """
+
+  heading: tuple[str, ...]
+  rows: list[list[list[str]]]
 
 
 class Figure(NamedTuple):
@@ -99,6 +143,7 @@ class Figure(NamedTuple):
     size: (names as drawn, widest of them in inches) -> width and height in inches.
     pool: details of several runs -> those of all of them together.
     draw: (axis, details, names as drawn, crowded), where a crowded axis is one of many.
+    of_classes: whether the classes are the ticks of both axes.
   """
 
   name: str
@@ -109,6 +154,7 @@ class Figure(NamedTuple):
   size: Callable[[Sequence[str], float], tuple[float, float]]
   pool: Callable[[Sequence[dict[str, Any]]], dict[str, Any]]
   draw: Callable[[Any, dict[str, Any], Sequence[str], bool], None]
+  of_classes: bool = True
 
 
 class Task(NamedTuple):
@@ -135,6 +181,16 @@ class Task(NamedTuple):
     positive: (class names) -> name of the class that some metrics are of; empty without one.
     about: (positive classes of the runs of a table) -> text that must stand under its metrics.
     explained: (class names) -> sentences that explain the metrics of a report.
+    has_classes: whether ``class_names`` are what is predicted; else they only name the strata.
+    fit: (targets, training rows of each hospital) -> the same targets with what follows from the
+      training side, such as means; None where nothing does.
+    releases: name of what hospitals tell for ``fit``, exactly and outside ε, for ledger and
+      statement; empty where nothing leaves them.
+    table: (predictions [n, columns], targets of the run) -> what ``predict`` writes of n examples;
+      None writes the predicted class and all probabilities.
+    zero_head: whether a layer named head starts at 0, so that the first outputs are all 0.
+    joint: reason why the loss of an example needs the others of its batch, which DP-SGD refuses;
+      empty where it does not. Numbers of places without an example are then nan in the targets.
   """
 
   name: str
@@ -153,6 +209,12 @@ class Task(NamedTuple):
   positive: Callable[[Sequence[str]], str]
   about: Callable[[Sequence[str]], str]
   explained: Callable[[Sequence[str]], str]
+  has_classes: bool = True
+  fit: Callable[[Targets, Sequence[np.ndarray]], Targets] | None = None
+  releases: str = ""
+  table: Callable[[np.ndarray, Targets], PredictionTable] | None = None
+  zero_head: bool = False
+  joint: str = ""
 
   @property
   def headline(self) -> Metric:

@@ -29,7 +29,7 @@ from fedjax_med.run.checkpoints import Restored, restore_model
 from fedjax_med.simulation.mesh import cpu_cores
 from fedjax_med.tasks.classification import CLASSIFICATION
 from fedjax_med.tasks.registry import task_of
-from fedjax_med.tasks.task import Task
+from fedjax_med.tasks.task import Targets, Task, read_targets
 
 
 class Trained(NamedTuple):
@@ -51,6 +51,7 @@ class Trained(NamedTuple):
     hospital: hospital of the model; empty for the global one.
     input_shape: shape of one input of the network; () is a picture of data.image_size.
     table: how records became inputs, from hospitals.json; None of other examples.
+    targets: what a task without classes predicts, without values; None of other tasks.
   """
 
   folder: pathlib.Path
@@ -68,6 +69,7 @@ class Trained(NamedTuple):
   hospital: str
   input_shape: tuple[int, ...] = ()
   table: dict[str, Any] | None = None
+  targets: Targets | None = None
 
   @property
   def described(self) -> str:
@@ -156,6 +158,7 @@ def load(
     hospital=hospital,
     input_shape=run.input_shape,
     table=run.table,
+    targets=run.targets,
   )
 
 
@@ -188,6 +191,7 @@ class _Run(NamedTuple):
     num_columns: outputs of the network for an example.
     input_shape: shape of one input of the network.
     table: how records became inputs; None of other examples.
+    targets: what a task without classes predicts; None of other tasks.
   """
 
   config: Config
@@ -201,6 +205,7 @@ class _Run(NamedTuple):
   num_columns: int
   input_shape: tuple[int, ...]
   table: dict[str, Any] | None
+  targets: Targets | None
 
 
 def _read_run(folder: pathlib.Path) -> _Run:
@@ -235,6 +240,7 @@ def _read_run(folder: pathlib.Path) -> _Run:
       num_columns=int(record.get("num_columns", len(held["class_names"]))),
       input_shape=tuple(record.get("input_shape", pictured)),
       table=held.get("table"),
+      targets=read_targets(held["targets"]) if "targets" in held else None,
     )
     version = str(record["versions"]["fedjax_med"])
   except (KeyError, TypeError, ValueError) as error:

@@ -2,15 +2,18 @@
 
 import csv
 import pathlib
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
 from fedjax_med.core.errors import require
 from fedjax_med.core.text import REPLACING
-from fedjax_med.data.table_files import read_cells, table_files
-from fedjax_med.data.table_manifest import parse_manifest
+from fedjax_med.data.table_files import Cells, read_cells, table_files
+from fedjax_med.data.table_manifest import Manifest, parse_manifest
 from fedjax_med.data.tables import encode, scaled
 from fedjax_med.folder.writing import write_whole
+from fedjax_med.tasks.task import PredictionTable
 from fedjax_med.trained.loading import Trained
 from fedjax_med.trained.predictions import make_probabilities
 
@@ -19,6 +22,8 @@ def predict_table(trained: Trained, place: pathlib.Path, output: pathlib.Path) -
   """Writes a row for each record of ``place`` to ``output``, a CSV file.
 
   Columns: file, line, predicted, and the probability of each class under 'probability of CLASS'.
+  Of tasks without classes: record, which is the patient or else the file and the line, and the
+  columns of ``Task.table``.
   Records are encoded as those of the run; the target may be missing, and is not read.
 
   Args:
@@ -70,17 +75,58 @@ def predict_table(trained: Trained, place: pathlib.Path, output: pathlib.Path) -
     places = np.array([encoded.features.index(name) for name in numbers], np.int64)
     inputs = scaled(inputs, places, np.array(table["shift"]), np.array(table["scale"]))
   probabilities = make_probabilities(trained)(inputs)
-  names = trained.class_names
+  heading, rows = _classes(trained, lines, probabilities)
+  if not trained.predicts_classes:
+    heading, rows = _numbers(trained, _records(files, manifest), probabilities)
 
   def write(path: pathlib.Path) -> None:
     with path.open("w", newline="", encoding="utf-8", errors=REPLACING) as file:
       writer = csv.writer(file, lineterminator="\n")
-      writer.writerow(["file", "line", "predicted", *[f"probability of {c}" for c in names]])
-      for (name, line), row in zip(lines, probabilities, strict=True):
-        writer.writerow([name, line, names[int(row.argmax())], *[f"{p:.7g}" for p in row]])
+      writer.writerow(heading)
+      writer.writerows(rows)
 
   output.parent.mkdir(parents=True, exist_ok=True)
   write_whole(output, write)
   met = [f"{count} values of '{name}' outside its range" for name, count in encoded.outside.items()]
   met += [f"{count} unknown categories of '{name}'" for name, count in encoded.unknown.items()]
   return len(lines), "; ".join(met)
+
+
+def _classes(
+  trained: Trained, lines: Sequence[tuple[str, int]], probabilities: np.ndarray
+) -> tuple[list[str], list[list[Any]]]:
+  """Heading and rows of a task that predicts classes."""
+  names = trained.class_names
+  heading = ["file", "line", "predicted", *[f"probability of {c}" for c in names]]
+  return heading, [
+    [name, line, names[int(row.argmax())], *[f"{p:.7g}" for p in row]]
+    for (name, line), row in zip(lines, probabilities, strict=True)
+  ]
+
+
+def _numbers(
+  trained: Trained, records: Sequence[str], predictions: np.ndarray
+) -> tuple[list[str], list[list[Any]]]:
+  """Heading and rows of a task that predicts numbers."""
+  count = predictions.shape[1]
+  names = ["prediction"] if count == 1 else [f"prediction {k + 1}" for k in range(count)]
+  told = PredictionTable(
+    heading=tuple(names), rows=[[[f"{p:.7g}" for p in row]] for row in predictions]
+  )
+  if trained.task.table is not None and trained.targets is not None:
+    told = trained.task.table(predictions, trained.targets)
+  rows = [[record, *cells] for record, own in zip(records, told.rows, strict=True) for cells in own]
+  return ["record", *told.heading], rows
+
+
+def _records(files: Sequence[Cells], manifest: Manifest) -> list[str]:
+  """Name of each record: its patient, or file and line where none is named or one has several."""
+  names = []
+  for cells in files:
+    place = cells.header.index(manifest.patient) if manifest.patient in cells.header else None
+    for row, line in zip(cells.rows, cells.lines, strict=True):
+      patient = "" if place is None else row[place].strip()
+      names.append(f"{cells.name}:{line}" if patient in manifest.missing else patient)
+  if len(set(names)) == len(names):
+    return names
+  return [f"{cells.name}:{line}" for cells in files for line in cells.lines]

@@ -76,7 +76,7 @@ def test_hospitals_json_has_the_manifest_and_counts_of_what_was_met(ran):
 def test_the_statement_lists_the_sums_that_scale_as_a_release(ran):
   text = (ran[1] / "privacy_statement.md").read_text()
   assert "one training record of one hospital" in text
-  assert "exact sums of each column leave every hospital, and no ε counts them" in text
+  assert "exact sums over the training records leave every hospital, and no ε counts them" in text
   assert not re.search(r"\bimages?\b", text)
 
 
