@@ -33,4 +33,5 @@ SOURCE_FACTS: dict[str, SourceFacts] = {
   "sars_cov2_ct": SourceFacts(),
   "table": SourceFacts(modality="table"),
   "heart_disease": SourceFacts(has_sites=True, modality="table", own_split=True),
+  "lung": SourceFacts(has_sites=True, modality="table", task="survival_cox"),
 }

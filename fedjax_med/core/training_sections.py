@@ -16,8 +16,8 @@ class DataConfig:
       "phantoms (embedded), folder (a folder of class folders), manifest (a table that lists"
       " pictures with their labels), npz (arrays in MedMNIST's layout), br35h or sars_cov2_ct"
       " (tensorflow-datasets builders; path is the folder with the downloaded class folders),"
-      " table (CSV or Parquet, with data.columns), heart_disease (UCI's four files), or a source"
-      " that the preset registers."
+      " table (CSV or Parquet, with data.columns), heart_disease (UCI's four files), lung (lung.csv"
+      " of lifelines, survival), or a source that the preset registers."
     ),
   )
   # Where files lie and how they are read changes a run by its images and labels only, which are
@@ -232,6 +232,34 @@ class DataConfig:
     ),
     choices=("auto", "1", "3"),
     read=(when.HAS_COLOURS,),
+    shapes_run=never,
+  )
+  # What survival is learnt by changes the targets, which are part of the run id.
+  survival: str = field(
+    "cox",
+    doc=(
+      "of a table whose manifest names time and event: cox (partial likelihood over a hospital's"
+      " batch) or hazards (of intervals of time, the one for DP-SGD)."
+    ),
+    choices=("cox", "hazards"),
+    read=(when.TIMES,),
+    shapes_run=never,
+  )
+  intervals: int = field(
+    10,
+    doc="intervals of time under survival=hazards, each with an output of the network.",
+    bounds=least(2, 1000, remedy="use 5 to 20"),
+    read=(when.TIMES, when.HAZARDS),
+    shapes_run=never,
+  )
+  interval_bounds: str = field(
+    "equal",
+    doc=(
+      "equal (widths up to the horizon of the manifest) or quantiles (of the events of all"
+      " hospitals' training records, which no ε counts)."
+    ),
+    choices=("equal", "quantiles"),
+    read=(when.TIMES, when.HAZARDS),
     shapes_run=never,
   )
 

@@ -19,8 +19,10 @@ MISSING = ("", "NA", "N/A", "nan", "NaN", "null")  # cells without a value, unle
 OTHER, NO_VALUE, ABSENT = "other", "missing", "is missing"  # names of added inputs
 KEYS = (
   *("target", "above", "classes", "missing", "names", "site", "patient", "group", "sites"),
+  *("time", "event", "event_values", "horizon", "smallest_site", "site_required"),
   "columns",
 )
+EVENT_VALUES = ("0", "1")
 COLUMN_KEYS = ("kind", "low", "high", "categories", "missing", "required")
 
 
@@ -51,7 +53,7 @@ class Manifest(NamedTuple):
   """The columns of a table and their roles.
 
   Attributes:
-    target: column of the class.
+    target: column of the class; empty where ``time`` and ``event`` are predicted.
     above: a number where classes are values up to it and values above it, None where values of the
       column are the classes.
     classes: names of the classes, of two the positive last; () takes the values that are found.
@@ -62,6 +64,12 @@ class Manifest(NamedTuple):
     patient: column of the patient; empty without.
     group: column of whatever else has to stay on one side of the split; empty without.
     sites: hospital of each file by the file's name; {} takes names of files.
+    time: column of the time of the event, or of the end of observation.
+    event: column that says which of the two it is.
+    event_values: cells of ``event``: that of the end of observation, and that of the event.
+    horizon: end of the last interval of equal widths; None where none is given.
+    smallest_site: sites of fewer records become one hospital, ``OTHER``; 0 leaves all as they are.
+    site_required: whether rows without a site are left out; else they are an error.
   """
 
   target: str
@@ -74,6 +82,17 @@ class Manifest(NamedTuple):
   patient: str
   group: str
   sites: dict[str, str]
+  time: str = ""
+  event: str = ""
+  event_values: tuple[str, ...] = EVENT_VALUES
+  horizon: float | None = None
+  smallest_site: int = 0
+  site_required: bool = False
+
+  @property
+  def predicted(self) -> tuple[str, ...]:
+    """Names of the columns that are predicted."""
+    return (self.time, self.event) if self.time else (self.target,)
 
   @property
   def inputs(self) -> tuple[Column, ...]:
@@ -83,7 +102,23 @@ class Manifest(NamedTuple):
   @property
   def roles(self) -> tuple[str, ...]:
     """Names of columns that are read and are no inputs."""
-    return tuple(filter(None, (self.target, self.site, self.patient, self.group)))
+    return tuple(filter(None, (*self.predicted, self.site, self.patient, self.group)))
+
+
+class Survival(NamedTuple):
+  """How times and events of a table became targets.
+
+  Attributes:
+    loss: of data.survival.
+    early: records with a time of 0 or less, which became the smallest positive one.
+    smallest: that time.
+    late: records with an event after the horizon, which count as having had none.
+  """
+
+  loss: str
+  early: int
+  smallest: float
+  late: int
 
 
 class Table(NamedTuple):
@@ -100,6 +135,7 @@ class Table(NamedTuple):
     unlisted: columns of the files that the manifest does not name.
     shift: of each number column, subtracted from it; () unless data.scaling=federated.
     scale: of each number column, what it is then divided by.
+    survival: how times and events became targets; None of tables with classes.
   """
 
   manifest: Manifest
@@ -112,6 +148,7 @@ class Table(NamedTuple):
   unlisted: tuple[str, ...]
   shift: tuple[float, ...] = ()
   scale: tuple[float, ...] = ()
+  survival: Survival | None = None
 
 
 def plain(value: Any) -> str:
@@ -150,8 +187,10 @@ def parse_manifest(values: dict[str, Any], where: str) -> Manifest:
   _require_kind(where, values, {"target": str, "site": str, "patient": str, "group": str})
   _require_kind(where, values, {"classes": list, "missing": list, "names": list, "sites": dict})
   _require_kind(where, values, {"above": int | float, "columns": dict})
-  for key in ("target", "columns"):
-    require(key in values, f"{where} has no '{key}'", "name it there (docs/data.md)")
+  _require_kind(where, values, {"time": str, "event": str, "event_values": list})
+  _require_kind(where, values, {"horizon": int | float, "smallest_site": int})
+  _require_kind(where, values, {"site_required": bool})
+  _require_predicted(values, where)
   missing = tuple(plain(mark) for mark in values.get("missing", MISSING))
   columns = tuple(
     _column(name, column, missing, where) for name, column in values["columns"].items()
@@ -165,7 +204,7 @@ def parse_manifest(values: dict[str, Any], where: str) -> Manifest:
     "name two, the one up to it first",
   )
   manifest = Manifest(
-    target=values["target"],
+    target=values.get("target", ""),
     above=above,
     classes=classes or (() if above is None else (f"up to {above:g}", f"above {above:g}")),
     columns=columns,
@@ -175,6 +214,12 @@ def parse_manifest(values: dict[str, Any], where: str) -> Manifest:
     patient=values.get("patient", ""),
     group=values.get("group", ""),
     sites={str(file): str(site) for file, site in values.get("sites", {}).items()},
+    time=values.get("time", ""),
+    event=values.get("event", ""),
+    event_values=tuple(plain(value) for value in values.get("event_values", EVENT_VALUES)),
+    horizon=values.get("horizon"),
+    smallest_site=values.get("smallest_site", 0),
+    site_required=values.get("site_required", False),
   )
   require(
     bool(manifest.inputs),
@@ -183,12 +228,43 @@ def parse_manifest(values: dict[str, Any], where: str) -> Manifest:
   )
   _require_distinct(manifest.names, f"{where}: name")
   both = {column.name for column in manifest.inputs} & set(manifest.roles)
+  words = "time, event" if manifest.time else "target"
   require(
     not both,
-    f"{where}: '{min(both, default='')}' is an input, and target, site, patient or group as well",
+    f"{where}: '{min(both, default='')}' is an input, and {words}, site, patient or group as well",
     "give it kind='ignore', or leave it out of the columns",
   )
   return manifest
+
+
+def _require_predicted(values: dict[str, Any], where: str) -> None:
+  """Raises UserError unless a class, or a time and an event, are named with what goes with them."""
+  require("columns" in values, f"{where} has no 'columns'", "name it there (docs/data.md)")
+  survival = "time" in values or "event" in values
+  for key in ("time", "event") if survival else ("target",):
+    require(key in values, f"{where} has no '{key}'", "name it there (docs/data.md)")
+  other = ("target", "above", "classes") if survival else ("event_values", "horizon")
+  for key in other:
+    named = "time and event" if survival else "a target"
+    require(key not in values, f"{where}: {key} is not read beside {named}", "leave it out")
+  codes = [plain(value) for value in values.get("event_values", EVENT_VALUES)]
+  require(
+    len(codes) == 2 and codes[0] != codes[1],
+    f"{where}: event_values={values.get('event_values')} are not two different values",
+    "give that of records without the event first, such as event_values = [1, 2]",
+  )
+  horizon = values.get("horizon", 1)
+  require(
+    math.isfinite(horizon) and horizon > 0,
+    f"{where}: horizon={horizon} is no time above 0",
+    "give the end of the last interval, in units of the time column",
+  )
+  for key in ("smallest_site", "site_required"):
+    require(
+      key not in values or "site" in values,
+      f"{where}: {key} is not read without 'site'",
+      "name the column of the site, or leave it out",
+    )
 
 
 def _column(name: str, values: Any, missing: tuple[str, ...], where: str) -> Column:
@@ -237,15 +313,21 @@ def _column(name: str, values: Any, missing: tuple[str, ...], where: str) -> Col
 def manifest_record(manifest: Manifest) -> dict[str, Any]:
   """The manifest as ``parse_manifest`` reads it back, for hospitals.json."""
   record = {
-    "target": manifest.target,
+    "target": manifest.target or None,
     "above": manifest.above,
-    "classes": list(manifest.classes),
+    "classes": None if manifest.time else list(manifest.classes),
     "missing": list(manifest.missing),
     "names": list(manifest.names),
     "site": manifest.site,
     "patient": manifest.patient,
     "group": manifest.group,
     "sites": manifest.sites,
+    "smallest_site": manifest.smallest_site or None,
+    "site_required": manifest.site_required or None,
+    "time": manifest.time or None,
+    "event": manifest.event or None,
+    "event_values": list(manifest.event_values) if manifest.time else None,
+    "horizon": manifest.horizon,
     "columns": {column.name: _column_record(column) for column in manifest.columns},
   }
   return {key: value for key, value in record.items() if value is not None}

@@ -20,6 +20,7 @@ from fedjax_med.data.duplicates import contents, number_groups
 from fedjax_med.data.files import SYSTEM
 from fedjax_med.data.folder_patterns import LeftOut
 from fedjax_med.data.patients import number_patients
+from fedjax_med.data.survival_times import Read, survival_of
 from fedjax_med.data.table_files import Cells, read_cells, table_files
 from fedjax_med.data.table_manifest import (
   ABSENT,
@@ -87,7 +88,12 @@ def read_dataset(root: pathlib.Path, manifest: Manifest, data: DataConfig) -> Da
     "correct the manifest or the table",
   )
   _require_strict(root, left, data.strict)
-  labels, class_names = _labels(files, manifest, data.positive)
+  survival = _survival(files, manifest, data) if manifest.time else None
+  if survival is None:
+    _require_no_times(root, data)
+    labels, class_names = _labels(files, manifest, data.positive)
+  else:
+    labels, class_names = survival.labels, survival.class_names
   encoded = encode(files, manifest, data.scaling)
   places = [cells.name for cells in files for _ in cells.rows]
   sites = _sites(files, places, manifest)
@@ -111,6 +117,7 @@ def read_dataset(root: pathlib.Path, manifest: Manifest, data: DataConfig) -> Da
     unknown=encoded.unknown,
     absent={c.name: absent for c in files if (absent := _absent(c, manifest))},
     unlisted=_unlisted(files, manifest),
+    survival=survival and survival.record,
   )
   _require_inside(table, len(labels), data.strict)
   return Dataset(
@@ -126,6 +133,7 @@ def read_dataset(root: pathlib.Path, manifest: Manifest, data: DataConfig) -> Da
     skipped=tuple(sorted(left)),
     modality="table",
     table=table,
+    **({} if survival is None else {"task": survival.task, "targets": survival.targets}),
   )
 
 
@@ -135,6 +143,27 @@ def _require_ranges(manifest: Manifest, scaling: str) -> None:
     scaling != "ranges" or not bare,
     f"data.scaling='ranges' and the manifest gives no range of {', '.join(bare)}",
     "give low and high there, or use data.scaling=federated",
+  )
+
+
+def _survival(files: Sequence[Cells], manifest: Manifest, data: DataConfig) -> Read:
+  """Times and events, where they are what is predicted."""
+  column = Column(name=manifest.time, kind="number", missing=manifest.missing)
+  return survival_of(
+    np.concatenate([_numbers(cells, column) for cells in files]),
+    _cells_of(files, manifest.event, manifest.missing),
+    [f"{cells.name}, line {line}" for cells in files for line in cells.lines],
+    manifest,
+    data,
+  )
+
+
+def _require_no_times(root: pathlib.Path, data: DataConfig) -> None:
+  default = DataConfig()
+  require(
+    data.survival == default.survival,
+    f"data.survival='{data.survival}' and the manifest of {root} names no time and event",
+    "name them there, or leave data.survival out",
   )
 
 
@@ -168,11 +197,19 @@ def _kept_rows(cells: Cells, manifest: Manifest) -> tuple[Cells, list[LeftOut]]:
   required = [column for column in manifest.inputs if column.required]
   rows, lines, left = [], [], []
   for row, line in zip(cells.rows, cells.lines, strict=True):
-    target, reason = plain(row[place[manifest.target]]), ""
-    if target in manifest.missing:
-      reason = f"no value of the target '{manifest.target}'"
-    elif manifest.above is None and manifest.classes and target not in manifest.classes:
-      reason = "a class that the manifest does not name"
+    reason = next(
+      (
+        f"no value of the target '{name}'"
+        for name in manifest.predicted
+        if plain(row[place[name]]) in manifest.missing
+      ),
+      "",
+    )
+    if manifest.site_required and plain(row[place[manifest.site]]) in manifest.missing:
+      reason = reason or f"{REQUIRED} '{manifest.site}'"
+    if not reason and manifest.above is None and manifest.classes:
+      listed = plain(row[place[manifest.target]]) in manifest.classes
+      reason = "" if listed else "a class that the manifest does not name"
     lacks = next((c.name for c in required if plain(row[place[c.name]]) in c.missing), "")
     if lacks and not reason:
       reason = f"{REQUIRED} '{lacks}'"
@@ -251,9 +288,9 @@ def _sites(files: Sequence[Cells], places: list[str], manifest: Manifest) -> lis
       not without,
       f"{''.join(without[:1])}: no value of the site column '{manifest.site}', as in"
       f" {len(without)} rows",
-      "name the hospital of every record",
+      "name the hospital of every record, or leave such out with site_required = true",
     )
-    return sites
+    return [OTHER if sites.count(site) < manifest.smallest_site else site for site in sites]
   if manifest.sites:
     return [manifest.sites.get(place, place) for place in places]
   return [pathlib.PurePath(place).stem for place in places] if len(files) > 1 else None

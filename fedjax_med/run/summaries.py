@@ -183,6 +183,7 @@ def _table_record(hospitals: Hospitals, table: Table) -> dict[str, Any]:
     "unknown": table.unknown,
     "absent": {name: list(columns) for name, columns in table.absent.items()},
     "unlisted": list(table.unlisted),
+    **({} if table.survival is None else {"survival": table.survival._asdict()}),
     "missing": {
       name: {column: round(float(share), 4) for column, share in zip(names, own, strict=True)}
       for name, own in zip(hospitals.names, shares, strict=True)

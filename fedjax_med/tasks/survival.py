@@ -16,7 +16,16 @@ import numpy as np
 from fedjax_med.core.errors import require
 from fedjax_med.tasks.classification import labels_of
 from fedjax_med.tasks.concordance import THIRDS, concordance, kaplan_meier, thirds
-from fedjax_med.tasks.task import Cells, Figure, Labelled, Loss, Metric, Place, Targets, Task
+from fedjax_med.tasks.task import (
+  Figure,
+  Labelled,
+  Loss,
+  Metric,
+  Place,
+  PredictionTable,
+  Targets,
+  Task,
+)
 
 if TYPE_CHECKING:
   import jax
@@ -291,17 +300,18 @@ def stratified(lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
   return {**within_hospitals(lines), "loss": loss}
 
 
-def cox_cells(predictions: np.ndarray, targets: Targets) -> Cells:
+def cox_table(predictions: np.ndarray, targets: Targets) -> PredictionTable:
   """Returns the log relative risk of each record."""
   del targets
-  return Cells(heading=("log relative risk",), rows=[[[f"{row[0]:.7g}"]] for row in predictions])
+  rows = [[[f"{row[0]:.7g}"]] for row in predictions]
+  return PredictionTable(heading=("log relative risk",), rows=rows)
 
 
-def hazard_cells(predictions: np.ndarray, targets: Targets) -> Cells:
+def hazard_table(predictions: np.ndarray, targets: Targets) -> PredictionTable:
   """Returns the risk of each record, and its survival curve at the ends of the intervals."""
   ends, curves = targets.fitted["ends"], survival_curves(predictions)
   rows = zip(risks(predictions), curves, strict=True)
-  return Cells(
+  return PredictionTable(
     heading=("risk", *(f"no event to {end:.7g}" for end in ends)),
     rows=[[[f"{value:.7g}" for value in (risk, *curve)]] for risk, curve in rows],
   )
@@ -431,7 +441,7 @@ SURVIVAL_COX = Task(
   about=about,
   explained=explained,
   has_classes=False,
-  cells=cox_cells,
+  table=cox_table,
   zero_head=True,
   joint="the partial likelihood of a record is made of the risks of the others (data.survival=cox)",
   across=stratified,
@@ -445,7 +455,7 @@ SURVIVAL_HAZARDS = SURVIVAL_COX._replace(
   metrics=hazard_metrics,
   fit=fit_ends,
   releases="quantiles of the times of events (data.interval_bounds=quantiles)",
-  cells=hazard_cells,
+  table=hazard_table,
   joint="",
   across=within_hospitals,
 )
