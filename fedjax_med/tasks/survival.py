@@ -203,7 +203,8 @@ def neighbours_in_order(outputs: "jax.Array", targets: "jax.Array") -> "jax.Arra
   # Of hazards: minus the log probability of no event, summed over the ends of the intervals.
   left = jnp.arange(outputs.shape[1], 0, -1).astype(jnp.float32)
   logits = outputs.astype(jnp.float32)
-  risk = logits[:, 0] if outputs.shape[1] == 1 else (jax.nn.softplus(logits) * left).sum(axis=1)
+  hazards = (jax.nn.softplus(logits) * left[None]).sum(axis=1)
+  risk = logits[:, 0] if outputs.shape[1] == 1 else hazards
   time, event = targets[:, TIME], targets[:, EVENT] > 0.5
   right = total = jnp.zeros_like(risk)
   for step in range(1, NEIGHBOURS + 1):

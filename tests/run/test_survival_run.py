@@ -135,8 +135,7 @@ def test_baselines_and_metrics_of_each_hospital_are_in_the_files(cox):
 
 def test_cox_is_refused_where_single_losses_are_needed_and_exports_and_attacks_too(cox, tmp_path):
   config = survival_config(tmp_path, **PRIVATE)
-  with pytest.raises(UserError, match=r"with the task 'survival_cox': the partial likelihood of a "
-                     r"record is made of .*; use a loss of single examples \(data.surv"):  # fmt: skip
+  with pytest.raises(UserError, match=r"the partial likelihood of a record is made of .*; use a l"):
     federation(config, load_hospitals(config))
   config = survival_config(tmp_path, execution__microbatch=8)
   with pytest.raises(UserError, match=r"execution.microbatch=8 with the task 'survival_cox'"):
@@ -160,15 +159,6 @@ def test_a_hospital_without_an_event_sends_nothing_and_the_others_learn(tmp_path
   by_name = {client["name"]: client for client in outcome.last.clients}
   assert by_name["east"]["c_index"] is None
   assert outcome.last.test["c_index"] > 0.5
-  only = survival_config(tmp_path, server__num_rounds=2)
-  only.data.path = str(path)
-  for name in ("north", "south"):
-    (tmp_path / "tables" / f"{name}.csv").unlink()
-  text = path.read_text().splitlines()
-  path.write_text("\n".join([text[0], text[1].replace(",0,", ",1,", 1), *text[2:]]) + "\n")
-  only.partition.scheme, only.partition.num_clients = "iid", 2
-  with pytest.raises(UserError, match=r"class 'event'|event"):
-    load_hospitals(only)
 
 
 @pytest.mark.parametrize("scheme", ["iid", "dirichlet", "quantity", "shards"])
