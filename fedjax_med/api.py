@@ -51,7 +51,7 @@ class Result:
   Attributes:
     config: the configuration, with the value that ``privacy.solve_for`` found.
     run_id: fingerprint of the run.
-    class_names: in the order of the network's outputs.
+    class_names: in the order of the network's outputs; () of tasks without classes.
     rounds: finished rounds.
     stopped: completed, or budget where the next round would have crossed the ε budget.
     per_hospital: a row a hospital: n test examples, metrics on them, and ε of its records where
@@ -374,7 +374,7 @@ def _result(ended: "RunResult", workdir: pathlib.Path | None) -> Result:
   return Result(
     config=copy.deepcopy(experiment.config),
     run_id=experiment.run_id,
-    class_names=dataset.class_names,
+    class_names=dataset.class_names if task.has_classes else (),
     rounds=last.rounds,
     stopped=ended.outcome.stopped,
     per_hospital=_per_hospital(last.clients, task),

@@ -13,6 +13,7 @@ class SourceFacts(NamedTuple):
     reads_files: whether data.path is read, and files under data.min_size are left out.
     modality: name of what its examples are, of ``data.modality.MODALITIES``.
     own_split: whether data.split=paper is a split of its own, which nothing else decides.
+    splits: values of data.split. Others than grouped and paper are drawn by the source itself.
     task: name of what is predicted, of ``tasks.registry.TASKS``; a manifest may say another one.
     has_sites: whether it always says which hospital or scanner each example comes from.
   """
@@ -22,6 +23,7 @@ class SourceFacts(NamedTuple):
   modality: str = "pictures"
   task: str = "classification"
   own_split: bool = False
+  splits: tuple[str, ...] = ("grouped", "paper")
 
 
 SOURCE_FACTS: dict[str, SourceFacts] = {
@@ -34,4 +36,7 @@ SOURCE_FACTS: dict[str, SourceFacts] = {
   "table": SourceFacts(modality="table"),
   "heart_disease": SourceFacts(has_sites=True, modality="table", own_split=True),
   "lung": SourceFacts(has_sites=True, modality="table", task="survival_cox"),
+  "gdsc": SourceFacts(
+    has_sites=True, modality="table", task="regression", splits=("grouped", "tissue", "pairs")
+  ),
 }

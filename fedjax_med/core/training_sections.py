@@ -16,8 +16,9 @@ class DataConfig:
       "phantoms (embedded), folder (a folder of class folders), manifest (a table that lists"
       " pictures with their labels), npz (arrays in MedMNIST's layout), br35h or sars_cov2_ct"
       " (tensorflow-datasets builders; path is the folder with the downloaded class folders),"
-      " table (CSV or Parquet, with data.columns), heart_disease (UCI's four files), lung (lung.csv"
-      " of lifelines, survival), or a source that the preset registers."
+      " table (CSV or Parquet, with data.columns), heart_disease (UCI's four files), gdsc (drug"
+      " response of cell lines), lung (lung.csv of lifelines, survival), or a source that the"
+      " preset registers."
     ),
   )
   # Where files lie and how they are read changes a run by its images and labels only, which are
@@ -91,9 +92,10 @@ class DataConfig:
     doc=(
       "grouped (near-duplicates and patients stay on one side, in one hospital) or paper"
       " (random; of heart_disease FLamby's rows and split). With {split} in data.layout the sides"
-      " are given."
+      " are given. Of gdsc grouped (whole cell lines), tissue (whole primary sites) or pairs (of"
+      " line and drug at random, which leaks)."
     ),
-    choices=("grouped", "paper"),
+    choices=("grouped", "paper", "tissue", "pairs"),
     traced=True,
     read=(when.DRAWN_SIDES,),
   )

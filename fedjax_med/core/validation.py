@@ -12,6 +12,10 @@ MIN_TARGET = 1e-6  # ε
 
 # Values that people ask for and that ε would not hold with: why, and what to do instead.
 REFUSED = {
+  ("data.split", "drug"): (
+    "a drug that nobody trained on has no output, since no network here reads what a drug is",
+    "use data.split=grouped, which holds out cell lines",
+  ),
   ("privacy.unit", "client"): (
     "whole hospitals are protected by the server's noise, not by that of local steps",
     "set --config.client_privacy.mechanism=dp_fedavg",
@@ -68,6 +72,7 @@ def validate(config: Config) -> None:
     f"partition.num_clients={partition.num_clients} is under 1",
     "use at least two hospitals, or 1 for training on pooled data",
   )
+  _validate_split(config)
   _validate_central(config)
   _validate_layers(config)
   layout, chunk = config.execution.layout, config.execution.chunk_size
@@ -113,6 +118,21 @@ def _require_inside(path: str, value: float, bounds: Bounds) -> None:
 def _refuse(config: Config) -> None:
   for (path, value), (why, remedy) in REFUSED.items():
     require(get_field(config, path) != value, f"{path}='{value}' is refused: {why}", remedy)
+
+
+def _validate_split(config: Config) -> None:
+  data, splits = config.data, SOURCE_FACTS[config.data.source].splits
+  require(
+    data.split in splits,
+    f"data.split='{data.split}' is no split of data.source='{data.source}'",
+    f"use data.split={' or '.join(splits)}",
+  )
+  require(
+    data.split != "tissue" or config.partition.scheme not in ("site", "auto"),
+    f"data.split='tissue' with partition.scheme='{config.partition.scheme}' holds out whole"
+    " primary sites, which as hospitals would have no training record",
+    "use partition.scheme=iid, which deals the other lines to partition.num_clients hospitals",
+  )
 
 
 def _validate_central(config: Config) -> None:

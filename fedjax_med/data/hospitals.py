@@ -121,8 +121,9 @@ def split_with_duplicates(dataset: Dataset, data: DataConfig, by_site: bool = Fa
       dataset.sites if by_site else None,
     )
   else:
-    # FLamby's split of heart_disease is data.split=paper; folders that give one leave that unread.
-    scheme = "paper" if data.split == "paper" else "given"
+    # FLamby's split of heart_disease is data.split=paper, and gdsc has some of its own; folders
+    # that give one leave that unread.
+    scheme = "given" if data.split == "grouped" else data.split
     train, test = splits.given_split(strata, dataset.in_test)
   sizes = np.bincount(groups)
   return Split(

@@ -12,6 +12,7 @@ from fedjax_med.core.sources import read_again
 from fedjax_med.data.arrays import load_arrays
 from fedjax_med.data.builders import load_builder
 from fedjax_med.data.dataset import Dataset
+from fedjax_med.data.gdsc import load_gdsc
 from fedjax_med.data.heart_disease import load_heart_disease
 from fedjax_med.data.images import load_folder
 from fedjax_med.data.lung import load_lung
@@ -95,6 +96,10 @@ def _builder(data: DataConfig) -> Dataset:
   return load_builder(pathlib.Path(data.path).expanduser(), data)
 
 
+def _gdsc(data: DataConfig) -> Dataset:
+  return load_gdsc(pathlib.Path(data.path).expanduser(), data)
+
+
 # tensorflow-datasets changes how the whole process imports while it is imported itself.
 SOURCES: dict[str, Source] = {
   "phantoms": Source(
@@ -109,4 +114,5 @@ SOURCES: dict[str, Source] = {
   "table": Source(load=load_table, facts=SOURCE_FACTS["table"]),
   "heart_disease": Source(load=load_heart_disease, facts=SOURCE_FACTS["heart_disease"]),
   "lung": Source(load=load_lung, facts=SOURCE_FACTS["lung"]),
+  "gdsc": Source(load=_gdsc, facts=SOURCE_FACTS["gdsc"]),
 }

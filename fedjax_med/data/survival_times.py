@@ -12,22 +12,22 @@ from fedjax_med.tasks.survival import COX, HAZARDS, STATES, cut_points
 from fedjax_med.tasks.task import Targets
 
 
-class Read(NamedTuple):
-  """Times and events of a table.
+class Predicted(NamedTuple):
+  """The part of a table that is predicted.
 
   Attributes:
     task: name of the task.
-    labels: [N] int32 number of each record's state, of ``class_names``; splits keep their shares.
-    class_names: the states that occur, censored before event.
-    targets: [N, 2] times and events, and what is fixed of intervals.
-    record: what was met.
+    labels: [N] int32 numbers of classes, or of groups whose shares splits keep.
+    class_names: names of those.
+    targets: numbers that are predicted; None of classes.
+    survival: how times and events became targets; None of other tasks.
   """
 
   task: str
   labels: np.ndarray
   class_names: tuple[str, ...]
-  targets: Targets
-  record: Survival
+  targets: Targets | None = None
+  survival: Survival | None = None
 
 
 def survival_of(
@@ -36,7 +36,7 @@ def survival_of(
   places: Sequence[str],
   manifest: Manifest,
   data: DataConfig,
-) -> Read:
+) -> Predicted:
   """Makes targets of the columns of time and event.
 
   Args:
@@ -44,17 +44,12 @@ def survival_of(
     codes: [N] cells of the event column.
     places: [N] file and line of each record, for errors.
     manifest: of the table.
-    data: ``survival``, ``intervals``, ``interval_bounds``, ``strict`` and ``positive`` are read.
+    data: ``survival``, ``intervals``, ``interval_bounds`` and ``strict`` are read.
 
   Raises:
     UserError: an event is neither of its two values, nobody has a time above 0 or an event,
-      ``data.strict`` and a time is 0 or less, or a setting of classes is given.
+      ``data.strict`` and a time is 0 or less, or intervals have no horizon.
   """
-  require(
-    data.positive == "",
-    f"data.positive='{data.positive}' names a class, and the manifest names time and event",
-    "leave data.positive out",
-  )
   events = _events(codes, places, manifest)
   positive = times[times > 0]
   require(
@@ -76,7 +71,7 @@ def survival_of(
   )
   fitted, late = _intervals(times, events, manifest, data)
   present = [int(state) for state in np.unique(events)]
-  return Read(
+  return Predicted(
     task={"cox": COX, "hazards": HAZARDS}[data.survival],
     labels=np.searchsorted(present, events).astype(np.int32),
     class_names=tuple(STATES[state] for state in present),
@@ -85,7 +80,7 @@ def survival_of(
       names=(manifest.time, manifest.event),
       fitted=fitted,
     ),
-    record=Survival(
+    survival=Survival(
       loss=data.survival, early=int(early.sum()), smallest=float(positive.min()), late=late
     ),
   )

@@ -126,7 +126,10 @@ def _csv(path: pathlib.Path, names: tuple[str, ...]) -> Cells:
   separator = max(SEPARATORS, key=lambda mark: len(next(csv.reader([first], delimiter=mark), [])))
   rows = list(_lines(text, separator, path))
   require(bool(rows), f"{path} is empty", "give a table with a header and records")
-  header = names or tuple(cell.strip() for cell in rows.pop(0)[1])
+  # A column without a name is that of row names, and is called as pandas calls it.
+  header = names or tuple(
+    cell.strip() or f"Unnamed: {place}" for place, cell in enumerate(rows.pop(0)[1])
+  )
   return Cells(
     name=readable(path.name),
     header=header,

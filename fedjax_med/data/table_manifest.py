@@ -18,9 +18,9 @@ KINDS = ("number", "category", "ignore")
 MISSING = ("", "NA", "N/A", "nan", "NaN", "null")  # cells without a value, unless a manifest says
 OTHER, NO_VALUE, ABSENT = "other", "missing", "is missing"  # names of added inputs
 KEYS = (
-  *("target", "above", "classes", "missing", "names", "site", "patient", "group", "sites"),
-  *("time", "event", "event_values", "horizon", "smallest_site", "site_required"),
-  "columns",
+  *("target", "above", "classes", "targets", "unit", "missing", "names", "site", "patient"),
+  *("time", "event", "event_values", "horizon", "group", "sites", "join_sites_below"),
+  *("site_required", "columns"),
 )
 EVENT_VALUES = ("0", "1")
 COLUMN_KEYS = ("kind", "low", "high", "categories", "missing", "required")
@@ -53,28 +53,32 @@ class Manifest(NamedTuple):
   """The columns of a table and their roles.
 
   Attributes:
-    target: column of the class; empty where ``time`` and ``event`` are predicted.
+    target: column of the class; empty where ``targets``, or ``time`` and ``event``, are predicted.
     above: a number where classes are values up to it and values above it, None where values of the
       column are the classes.
     classes: names of the classes, of two the positive last; () takes the values that are found.
     columns: inputs and ignored columns, in the order of the inputs.
-    missing: cells of the target that hold no value.
+    targets: columns of the numbers that are predicted in place of classes.
+    unit: of these numbers, for people.
+    missing: cells of a target that hold no value.
     names: the header of files that have none; () where the first line is the header.
     site: column of the hospital; empty where each file is one, or where nothing says it.
     patient: column of the patient; empty without.
     group: column of whatever else has to stay on one side of the split; empty without.
     sites: hospital of each file by the file's name; {} takes names of files.
+    join_sites_below: sites of fewer records are one together, the last, called other.
+    site_required: whether rows without a site are left out; else they are an error.
     time: column of the time of the event, or of the end of observation.
     event: column that says which of the two it is.
     event_values: cells of ``event``: that of the end of observation, and that of the event.
     horizon: end of the last interval of equal widths; None where none is given.
-    smallest_site: sites of fewer records become one hospital, ``OTHER``; 0 leaves all as they are.
-    site_required: whether rows without a site are left out; else they are an error.
   """
 
   target: str
   above: float | None
   classes: tuple[str, ...]
+  targets: tuple[str, ...]
+  unit: str
   columns: tuple[Column, ...]
   missing: tuple[str, ...]
   names: tuple[str, ...]
@@ -82,17 +86,17 @@ class Manifest(NamedTuple):
   patient: str
   group: str
   sites: dict[str, str]
+  join_sites_below: int
+  site_required: bool = False
   time: str = ""
   event: str = ""
   event_values: tuple[str, ...] = EVENT_VALUES
   horizon: float | None = None
-  smallest_site: int = 0
-  site_required: bool = False
 
   @property
   def predicted(self) -> tuple[str, ...]:
     """Names of the columns that are predicted."""
-    return (self.time, self.event) if self.time else (self.target,)
+    return tuple(filter(None, (self.target, *self.targets, self.time, self.event)))
 
   @property
   def inputs(self) -> tuple[Column, ...]:
@@ -184,13 +188,22 @@ def read_manifest(path: pathlib.Path) -> Manifest:
 def parse_manifest(values: dict[str, Any], where: str) -> Manifest:
   """The manifest of the values of a TOML file; ``where`` is its name, for errors."""
   _require_keys(values, KEYS, where)
-  _require_kind(where, values, {"target": str, "site": str, "patient": str, "group": str})
-  _require_kind(where, values, {"classes": list, "missing": list, "names": list, "sites": dict})
-  _require_kind(where, values, {"above": int | float, "columns": dict})
-  _require_kind(where, values, {"time": str, "event": str, "event_values": list})
-  _require_kind(where, values, {"horizon": int | float, "smallest_site": int})
-  _require_kind(where, values, {"site_required": bool})
-  _require_predicted(values, where)
+  texts = ("target", "unit", "site", "patient", "group", "time", "event")
+  _require_kind(where, values, dict.fromkeys(texts, str))
+  lists = ("classes", "targets", "missing", "names", "event_values")
+  _require_kind(where, values, dict.fromkeys(lists, list) | {"sites": dict, "columns": dict})
+  _require_kind(where, values, {"above": int | float, "join_sites_below": int})
+  _require_kind(where, values, {"horizon": int | float, "site_required": bool})
+  if "time" in values or "event" in values:
+    _require_survival(where, values)
+  else:
+    _require_target(where, values)
+  require("columns" in values, f"{where} has no 'columns'", "name it there (docs/data.md)")
+  require(
+    "site" in values or "site_required" not in values,
+    f"{where}: site_required is not read without 'site'",
+    "name the column of the site, or leave it out",
+  )
   missing = tuple(plain(mark) for mark in values.get("missing", MISSING))
   columns = tuple(
     _column(name, column, missing, where) for name, column in values["columns"].items()
@@ -207,6 +220,8 @@ def parse_manifest(values: dict[str, Any], where: str) -> Manifest:
     target=values.get("target", ""),
     above=above,
     classes=classes or (() if above is None else (f"up to {above:g}", f"above {above:g}")),
+    targets=tuple(map(str, values.get("targets", ()))),
+    unit=values.get("unit", ""),
     columns=columns,
     missing=missing,
     names=tuple(map(str, values.get("names", ()))),
@@ -214,12 +229,12 @@ def parse_manifest(values: dict[str, Any], where: str) -> Manifest:
     patient=values.get("patient", ""),
     group=values.get("group", ""),
     sites={str(file): str(site) for file, site in values.get("sites", {}).items()},
+    join_sites_below=values.get("join_sites_below", 0),
+    site_required=values.get("site_required", False),
     time=values.get("time", ""),
     event=values.get("event", ""),
     event_values=tuple(plain(value) for value in values.get("event_values", EVENT_VALUES)),
     horizon=values.get("horizon"),
-    smallest_site=values.get("smallest_site", 0),
-    site_required=values.get("site_required", False),
   )
   require(
     bool(manifest.inputs),
@@ -227,6 +242,7 @@ def parse_manifest(values: dict[str, Any], where: str) -> Manifest:
     "name at least one that the network is to see",
   )
   _require_distinct(manifest.names, f"{where}: name")
+  _require_distinct(manifest.targets, f"{where}: target")
   both = {column.name for column in manifest.inputs} & set(manifest.roles)
   words = "time, event" if manifest.time else "target"
   require(
@@ -237,16 +253,12 @@ def parse_manifest(values: dict[str, Any], where: str) -> Manifest:
   return manifest
 
 
-def _require_predicted(values: dict[str, Any], where: str) -> None:
-  """Raises UserError unless a class, or a time and an event, are named with what goes with them."""
-  require("columns" in values, f"{where} has no 'columns'", "name it there (docs/data.md)")
-  survival = "time" in values or "event" in values
-  for key in ("time", "event") if survival else ("target",):
-    require(key in values, f"{where} has no '{key}'", "name it there (docs/data.md)")
-  other = ("target", "above", "classes") if survival else ("event_values", "horizon")
-  for key in other:
-    named = "time and event" if survival else "a target"
-    require(key not in values, f"{where}: {key} is not read beside {named}", "leave it out")
+def _require_survival(where: str, values: dict[str, Any]) -> None:
+  """Raises UserError unless time and event are both named, without classes or numbers."""
+  for key in ("time", "event"):
+    require(bool(values.get(key)), f"{where} has no '{key}'", "name it there (docs/data.md)")
+  for key in ("target", "above", "classes", "targets", "unit"):
+    require(key not in values, f"{where}: {key} is not read beside time and event", "leave it out")
   codes = [plain(value) for value in values.get("event_values", EVENT_VALUES)]
   require(
     len(codes) == 2 and codes[0] != codes[1],
@@ -259,12 +271,30 @@ def _require_predicted(values: dict[str, Any], where: str) -> None:
     f"{where}: horizon={horizon} is no time above 0",
     "give the end of the last interval, in units of the time column",
   )
-  for key in ("smallest_site", "site_required"):
-    require(
-      key not in values or "site" in values,
-      f"{where}: {key} is not read without 'site'",
-      "name the column of the site, or leave it out",
-    )
+
+
+def _require_target(where: str, values: dict[str, Any]) -> None:
+  """Raises UserError unless a manifest names either a class or numbers that are predicted."""
+  given = [key for key in ("target", "targets") if values.get(key)]
+  require(bool(given), f"{where} has no 'target'", "name it there (docs/data.md)")
+  require(
+    len(given) == 1,
+    f"{where} names a target, whose values are classes, and targets, which are numbers",
+    "leave out one of the two",
+  )
+  unread = [key for key in ("above", "classes") if key in values]
+  require(
+    given == ["target"] or not unread,
+    f"{where}: {', '.join(unread)} is not read of targets, which are numbers",
+    "leave it out",
+  )
+  require(
+    given == ["targets"] or "unit" not in values,
+    f"{where}: unit is not read of a target, whose values are classes",
+    "leave it out",
+  )
+  for key in ("event_values", "horizon"):
+    require(key not in values, f"{where}: {key} is read with time and event only", "leave it out")
 
 
 def _column(name: str, values: Any, missing: tuple[str, ...], where: str) -> Column:
@@ -305,7 +335,7 @@ def _column(name: str, values: Any, missing: tuple[str, ...], where: str) -> Col
     low=None if low is None else float(low),
     high=None if high is None else float(high),
     categories=categories,
-    missing=(*missing, *(plain(mark) for mark in values.get("missing", ()))),
+    missing=tuple(dict.fromkeys((*missing, *map(plain, values.get("missing", ()))))),
     required=values.get("required", False),
   )
 
@@ -313,24 +343,28 @@ def _column(name: str, values: Any, missing: tuple[str, ...], where: str) -> Col
 def manifest_record(manifest: Manifest) -> dict[str, Any]:
   """The manifest as ``parse_manifest`` reads it back, for hospitals.json."""
   record = {
-    "target": manifest.target or None,
+    **({"targets": list(manifest.targets), "unit": manifest.unit} if manifest.targets else {}),
+    **({"target": manifest.target} if manifest.target else {}),
+    **(_survival_record(manifest) if manifest.time else {}),
     "above": manifest.above,
-    "classes": None if manifest.time else list(manifest.classes),
+    **({"classes": list(manifest.classes)} if manifest.target else {}),
     "missing": list(manifest.missing),
     "names": list(manifest.names),
     "site": manifest.site,
     "patient": manifest.patient,
     "group": manifest.group,
     "sites": manifest.sites,
-    "smallest_site": manifest.smallest_site or None,
-    "site_required": manifest.site_required or None,
-    "time": manifest.time or None,
-    "event": manifest.event or None,
-    "event_values": list(manifest.event_values) if manifest.time else None,
-    "horizon": manifest.horizon,
+    "join_sites_below": manifest.join_sites_below,
+    **({"site_required": True} if manifest.site_required else {}),
     "columns": {column.name: _column_record(column) for column in manifest.columns},
   }
   return {key: value for key, value in record.items() if value is not None}
+
+
+def _survival_record(manifest: Manifest) -> dict[str, Any]:
+  horizon = {} if manifest.horizon is None else {"horizon": manifest.horizon}
+  codes = list(manifest.event_values)
+  return {"time": manifest.time, "event": manifest.event, "event_values": codes, **horizon}
 
 
 def _column_record(column: Column) -> dict[str, Any]:

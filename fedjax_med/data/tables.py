@@ -4,6 +4,7 @@ A row is encoded by the manifest alone (``encode``), so that training and predic
 ``data.scaling`` other than ranges looks at the values of other rows, and then at training rows.
 """
 
+import collections
 import dataclasses
 import math
 import pathlib
@@ -14,13 +15,14 @@ import numpy as np
 
 from fedjax_med.core.config import DataConfig
 from fedjax_med.core.errors import UserError, require
+from fedjax_med.core.moments import moments, sums
 from fedjax_med.data.classes import order_classes, require_distinct
 from fedjax_med.data.dataset import Dataset, Hospitals, client_rows
 from fedjax_med.data.duplicates import contents, number_groups
 from fedjax_med.data.files import SYSTEM
 from fedjax_med.data.folder_patterns import LeftOut
 from fedjax_med.data.patients import number_patients
-from fedjax_med.data.survival_times import Read, survival_of
+from fedjax_med.data.survival_times import Predicted, survival_of
 from fedjax_med.data.table_files import Cells, read_cells, table_files
 from fedjax_med.data.table_manifest import (
   ABSENT,
@@ -32,10 +34,12 @@ from fedjax_med.data.table_manifest import (
   plain,
   read_manifest,
 )
+from fedjax_med.tasks.task import Targets
 
 MOST_OUTSIDE = 0.05  # share of a column's values outside its range from which a strict run stops
 
 SCALING_RELEASE = "mean and deviation of each number column (data.scaling=federated)"
+NO_TARGET = "no value of any target"
 REQUIRED = "no value of the required column"  # begins the reason why a record is left out
 
 
@@ -75,12 +79,31 @@ def read_dataset(root: pathlib.Path, manifest: Manifest, data: DataConfig) -> Da
     UserError: a file is not as it must be; with ``data.strict`` also where a record has no class,
       many values are outside their range, or a patient stands at several hospitals.
   """
-  _require_ranges(manifest, data.scaling)
   paths, left = table_files(root, manifest)
   files = [read_cells(path, manifest.names) for path in paths]
+  return dataset_of(files, left, root, manifest, data)
+
+
+def dataset_of(
+  files: Sequence[Cells],
+  left: Sequence[LeftOut],
+  root: pathlib.Path,
+  manifest: Manifest,
+  data: DataConfig,
+) -> Dataset:
+  """The dataset of tables that have been read; see ``read_dataset``.
+
+  Args:
+    files: the tables.
+    left: what is left out of them already.
+    root: where they lie, for errors.
+    manifest: what their columns are.
+    data: ``scaling``, ``strict`` and ``positive`` are read.
+  """
+  _require_ranges(manifest, data.scaling)
   _require_columns(files, manifest)
   kept = [_kept_rows(cells, manifest) for cells in files]
-  left += [item for _, lost in kept for item in lost]
+  left = [*left, *(item for _, lost in kept for item in lost)]
   files = [cells for cells, _ in kept]
   require(
     any(cells.rows for cells in files),
@@ -88,16 +111,11 @@ def read_dataset(root: pathlib.Path, manifest: Manifest, data: DataConfig) -> Da
     "correct the manifest or the table",
   )
   _require_strict(root, left, data.strict)
-  survival = _survival(files, manifest, data) if manifest.time else None
-  if survival is None:
-    _require_no_times(root, data)
-    labels, class_names = _labels(files, manifest, data.positive)
-  else:
-    labels, class_names = survival.labels, survival.class_names
+  predicted = _predicted(files, manifest, data)
   encoded = encode(files, manifest, data.scaling)
   places = [cells.name for cells in files for _ in cells.rows]
   sites = _sites(files, places, manifest)
-  site_names = sorted(set(sites)) if sites else []
+  sites, site_names = _joined_sites(sites, manifest.join_sites_below)
   require_distinct(site_names, "sites")
   patients = None
   if manifest.patient:
@@ -117,23 +135,24 @@ def read_dataset(root: pathlib.Path, manifest: Manifest, data: DataConfig) -> Da
     unknown=encoded.unknown,
     absent={c.name: absent for c in files if (absent := _absent(c, manifest))},
     unlisted=_unlisted(files, manifest),
-    survival=survival and survival.record,
+    survival=predicted.survival,
   )
-  _require_inside(table, len(labels), data.strict)
+  _require_inside(table, len(predicted.labels), data.strict)
   return Dataset(
     inputs=encoded.inputs,
-    labels=labels,
+    labels=predicted.labels,
     names=tuple(f"{cells.name}:{line}" for cells in files for line in cells.lines),
-    class_names=class_names,
+    class_names=predicted.class_names,
     sites=np.array([site_names.index(site) for site in sites], np.int32) if sites else None,
-    site_names=tuple(site_names),
+    site_names=site_names,
     patients=patients and patients.numbers,
     patient_counts=patients and patients.counts,
     kept_together=_groups(files, manifest),
     skipped=tuple(sorted(left)),
     modality="table",
     table=table,
-    **({} if survival is None else {"task": survival.task, "targets": survival.targets}),
+    task=predicted.task,
+    targets=predicted.targets,
   )
 
 
@@ -146,33 +165,12 @@ def _require_ranges(manifest: Manifest, scaling: str) -> None:
   )
 
 
-def _survival(files: Sequence[Cells], manifest: Manifest, data: DataConfig) -> Read:
-  """Times and events, where they are what is predicted."""
-  column = Column(name=manifest.time, kind="number", missing=manifest.missing)
-  return survival_of(
-    np.concatenate([_numbers(cells, column) for cells in files]),
-    _cells_of(files, manifest.event, manifest.missing),
-    [f"{cells.name}, line {line}" for cells in files for line in cells.lines],
-    manifest,
-    data,
-  )
-
-
-def _require_no_times(root: pathlib.Path, data: DataConfig) -> None:
-  default = DataConfig()
-  require(
-    data.survival == default.survival,
-    f"data.survival='{data.survival}' and the manifest of {root} names no time and event",
-    "name them there, or leave data.survival out",
-  )
-
-
 def _require_columns(files: Sequence[Cells], manifest: Manifest) -> None:
   """Raises UserError for columns that no file has, and for required ones that some file lacks."""
   known = {name for cells in files for name in cells.header}
   for cells in files:
-    everywhere = {*manifest.roles, *(c.name for c in manifest.inputs if c.required)}
-    everywhere |= {c.name for c in manifest.inputs} - known
+    maybe = {*manifest.targets, *(c.name for c in manifest.inputs if not c.required)}
+    everywhere = {*manifest.roles, *(c.name for c in manifest.inputs)} - (maybe & known)
     absent = sorted(everywhere - set(cells.header))
     require(
       not absent,
@@ -183,7 +181,8 @@ def _require_columns(files: Sequence[Cells], manifest: Manifest) -> None:
 
 
 def _absent(cells: Cells, manifest: Manifest) -> tuple[str, ...]:
-  return tuple(c.name for c in manifest.inputs if c.name not in cells.header)
+  names = [*(column.name for column in manifest.inputs), *manifest.targets]
+  return tuple(name for name in names if name not in cells.header)
 
 
 def _unlisted(files: Sequence[Cells], manifest: Manifest) -> tuple[str, ...]:
@@ -196,20 +195,19 @@ def _kept_rows(cells: Cells, manifest: Manifest) -> tuple[Cells, list[LeftOut]]:
   place = {name: index for index, name in enumerate(cells.header)}
   required = [column for column in manifest.inputs if column.required]
   rows, lines, left = [], [], []
+  targets = [place[name] for name in manifest.predicted if name in place]
   for row, line in zip(cells.rows, cells.lines, strict=True):
-    reason = next(
-      (
-        f"no value of the target '{name}'"
-        for name in manifest.predicted
-        if plain(row[place[name]]) in manifest.missing
-      ),
-      "",
-    )
-    if manifest.site_required and plain(row[place[manifest.site]]) in manifest.missing:
-      reason = reason or f"{REQUIRED} '{manifest.site}'"
-    if not reason and manifest.above is None and manifest.classes:
-      listed = plain(row[place[manifest.target]]) in manifest.classes
-      reason = "" if listed else "a class that the manifest does not name"
+    reason = ""
+    texts = [plain(row[target]) in manifest.missing for target in targets]
+    empty = all(texts) if manifest.targets else any(texts)
+    if empty:
+      name = manifest.predicted[texts.index(True)]
+      reason = NO_TARGET if manifest.targets else f"no value of the target '{name}'"
+    elif manifest.classes and manifest.above is None:
+      named = plain(row[place[manifest.target]]) in manifest.classes
+      reason = "" if named else "a class that the manifest does not name"
+    elif manifest.site_required and plain(row[place[manifest.site]]) in manifest.missing:
+      reason = f"{REQUIRED} '{manifest.site}'"
     lacks = next((c.name for c in required if plain(row[place[c.name]]) in c.missing), "")
     if lacks and not reason:
       reason = f"{REQUIRED} '{lacks}'"
@@ -251,6 +249,44 @@ def _cells_of(files: Sequence[Cells], name: str, missing: Sequence[str]) -> list
   return found
 
 
+def _predicted(files: Sequence[Cells], manifest: Manifest, data: DataConfig) -> Predicted:
+  """Classes, numbers, or times and events, as the manifest says."""
+  require(
+    data.survival == DataConfig().survival or manifest.time != "",
+    f"data.survival='{data.survival}' and the manifest names no time and event",
+    "name them there, or leave data.survival out",
+  )
+  if manifest.target:
+    return Predicted("classification", *_labels(files, manifest, data.positive))
+  require(
+    data.positive == "",
+    f"data.positive='{data.positive}' is of classes, and the manifest names"
+    f" {'time and event' if manifest.time else 'targets, which are numbers'}",
+    "leave it out",
+  )
+  names = manifest.targets or (manifest.time,)
+  columns = [Column(name=name, kind="number", missing=manifest.missing) for name in names]
+  values = [np.concatenate([numbers(cells, c) for cells in files]) for c in columns]
+  if manifest.time:
+    codes = _cells_of(files, manifest.event, manifest.missing)
+    lines = [f"{cells.name}, line {line}" for cells in files for line in cells.lines]
+    return survival_of(values[0], codes, lines, manifest, data)
+  targets = Targets(
+    values=np.stack(values, axis=1).astype(np.float32), names=names, unit=manifest.unit
+  )
+  return Predicted("regression", np.zeros(len(values[0]), np.int32), ("record",), targets)
+
+
+def _joined_sites(sites: list[str] | None, least: int) -> tuple[list[str] | None, tuple[str, ...]]:
+  """[N] names of hospitals with small ones as one, and the names of all."""
+  if not sites:
+    return None, ()
+  counts = collections.Counter(sites)
+  large = sorted(site for site, count in counts.items() if count >= least and site != OTHER)
+  joined = [site if site in large else OTHER for site in sites] if least else sites
+  return joined, (*large, OTHER) if least and OTHER in joined else tuple(sorted(set(joined)))
+
+
 def _labels(
   files: Sequence[Cells], manifest: Manifest, positive: str
 ) -> tuple[np.ndarray, tuple[str, ...]]:
@@ -259,7 +295,7 @@ def _labels(
     numbers = [
       value > manifest.above
       for cells in files
-      for value in _numbers(cells, Column(name=manifest.target, kind="number"))
+      for value in numbers(cells, Column(name=manifest.target, kind="number"))
     ]
     labels, names = np.array(numbers, np.int32), manifest.classes
   else:
@@ -290,7 +326,7 @@ def _sites(files: Sequence[Cells], places: list[str], manifest: Manifest) -> lis
       f" {len(without)} rows",
       "name the hospital of every record, or leave such out with site_required = true",
     )
-    return [OTHER if sites.count(site) < manifest.smallest_site else site for site in sites]
+    return sites
   if manifest.sites:
     return [manifest.sites.get(place, place) for place in places]
   return [pathlib.PurePath(place).stem for place in places] if len(files) > 1 else None
@@ -319,7 +355,7 @@ def encode(files: Sequence[Cells], manifest: Manifest, scaling: str) -> Encoded:
   inputs, features, absent, outside, unknown = [], [], [], {}, {}
   for column in manifest.inputs:
     if column.kind == "number":
-      values = np.concatenate([_numbers(cells, column) for cells in files])
+      values = np.concatenate([numbers(cells, column) for cells in files])
       missing = np.isnan(values)
       values, cut = _within(values, column)
       if cut:
@@ -373,7 +409,7 @@ def _texts(cells: Cells, column: Column) -> Iterator[str]:
     yield "" if text in column.missing else text
 
 
-def _numbers(cells: Cells, column: Column) -> np.ndarray:
+def numbers(cells: Cells, column: Column) -> np.ndarray:
   """[rows] float64 numbers of a column, nan where missing."""
   values = np.full(len(cells.rows), np.nan)
   for index, text in enumerate(_texts(cells, column)):
@@ -385,27 +421,18 @@ def _numbers(cells: Cells, column: Column) -> np.ndarray:
       values[index] = float(f"{whole}.{part}" if decimal else text)
     except ValueError:
       values[index] = math.inf
-    require(
-      math.isfinite(values[index]),
-      f"{cells.name}, line {cells.lines[index]}: column '{column.name}' holds '{text}', which is no"
-      " finite number",
-      "correct it, list it under 'missing' in the manifest, or use kind='category'",
-    )
+    if math.isinf(values[index]) or math.isnan(values[index]):
+      raise UserError(
+        f"{cells.name}, line {cells.lines[index]}: column '{column.name}' holds '{text}', which is"
+        " no finite number; correct it, list it under 'missing' in the manifest, or use"
+        " kind='category'"
+      )
   return values
 
 
-def statistics(rows: np.ndarray) -> np.ndarray:
-  """[3, numbers] count, sum and sum of squares of the known values of rows [n, numbers]."""
-  known = ~np.isnan(rows)
-  values = np.where(known, rows, 0).astype(np.float64)
-  return np.stack([known.sum(0), values.sum(0), np.square(values).sum(0)])
-
-
-def constants(sums: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-  """Mean and standard deviation by the sums of ``statistics``; 0 and 1 without a known value."""
-  count, total, squares = sums
-  mean = total / np.maximum(count, 1)
-  deviation = np.sqrt(np.maximum(squares / np.maximum(count, 1) - np.square(mean), 0))
+def constants(total: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  """Mean and what numbers are divided by, from [3, M] ``sums``; 1 where values are all the same."""
+  mean, deviation = moments(total)
   return mean, np.where(deviation > 1e-6 * np.maximum(1, np.abs(mean)), deviation, 1)
 
 
@@ -434,15 +461,15 @@ def fit_scaling(hospitals: Hospitals) -> Hospitals:
   if table is None or table.scaling == "ranges":
     return hospitals
   places, inputs, released = number_places(table), dataset.inputs, dataset.released
-  sums = [statistics(inputs[rows][:, places]) for rows in client_rows(hospitals.train)]
+  told = [sums(inputs[rows][:, places]) for rows in client_rows(hospitals.train)]
   if table.scaling == "federated":
-    mean, deviation = constants(np.sum(sums, axis=0))
+    mean, deviation = constants(np.sum(told, axis=0))
     table = table._replace(shift=tuple(mean.tolist()), scale=tuple(deviation.tolist()))
     done, released = scaled(inputs, places, mean, deviation), (*released, SCALING_RELEASE)
   else:
     done = inputs.copy()
     tables = client_rows(hospitals.train), client_rows(hospitals.test)
-    for own, *rows in zip(sums, *tables, strict=True):
+    for own, *rows in zip(told, *tables, strict=True):
       held = np.concatenate(rows)
       done[held] = scaled(inputs[held], places, *constants(own))
   dataset = dataclasses.replace(

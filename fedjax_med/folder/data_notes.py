@@ -99,7 +99,7 @@ def _table_notes(held: dict[str, Any]) -> list[Note]:
     if whole and not any(set(whole) <= set(columns) for columns in table["absent"].values()):
       notes.append(Note(f"No value of {', '.join(whole)} at '{name}'.", False))
   equal = held["split"]["num_in_duplicate_groups"]
-  if equal:
+  if equal and held["split"]["scheme"] != "pairs":  # which has every record twice
     groups = held["split"]["num_duplicate_groups"]
     text = (
       f"{number(equal, 'record')} equal to another one in all columns ({number(groups, 'group')})"

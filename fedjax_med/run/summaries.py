@@ -171,7 +171,8 @@ def _targets_record(hospitals: Hospitals, targets: Targets) -> dict[str, Any]:
 
 def _table_record(hospitals: Hospitals, table: Table) -> dict[str, Any]:
   """What predictions on another table need, and counts of what its preparation met."""
-  names = [column.name for column in table.manifest.inputs]
+  # Of required columns no value is missing.
+  names = [(k, c.name) for k, c in enumerate(table.manifest.inputs) if not c.required]
   rows = zip(client_rows(hospitals.train), client_rows(hospitals.test), strict=True)
   shares = [table.missing[np.concatenate(own)].mean(axis=0) for own in rows]
   return {
@@ -185,7 +186,7 @@ def _table_record(hospitals: Hospitals, table: Table) -> dict[str, Any]:
     "unlisted": list(table.unlisted),
     **({} if table.survival is None else {"survival": table.survival._asdict()}),
     "missing": {
-      name: {column: round(float(share), 4) for column, share in zip(names, own, strict=True)}
+      name: {column: round(float(own[k]), 4) for k, column in names}
       for name, own in zip(hospitals.names, shares, strict=True)
     },
   }

@@ -178,10 +178,12 @@ def _short(value: Any) -> str:
 
 def image_fields(data: DataConfig) -> dict[str, Any]:
   """The fields that the examples follow from, without those of their split."""
-  seed = [] if source_named(data.source).seeded else ["seed"]
+  source = source_named(data.source)
+  seed = [] if source.seeded else ["seed"]
   # Published splits may leave out examples.
-  split = [] if source_named(data.source).facts.own_split else ["split"]
-  others = (*split, "test_fraction", *seed)
+  split = [] if source.facts.own_split else ["split"]
+  drawn = {"grouped", "paper"}.issuperset(source.facts.splits)  # and not by the source itself
+  others = (*split, "test_fraction", *seed) if drawn else ()
   return {k: v for k, v in dataclasses.asdict(data).items() if k not in others}
 
 

@@ -6,11 +6,13 @@ from fedjax_med.core.errors import require, require_choice
 from fedjax_med.core.registered import add_name
 from fedjax_med.core.sources import read_again, source_digest
 from fedjax_med.tasks.classification import CLASSIFICATION
+from fedjax_med.tasks.regression import REGRESSION
 from fedjax_med.tasks.survival import SURVIVAL_COX, SURVIVAL_HAZARDS
 from fedjax_med.tasks.task import Metric, Task
 
 TASKS: dict[str, Task] = {
   "classification": CLASSIFICATION,
+  "regression": REGRESSION,
   "survival_cox": SURVIVAL_COX,
   "survival_hazards": SURVIVAL_HAZARDS,
 }

@@ -15,6 +15,15 @@ pressure = { kind = "number", low = 80, high = 200, missing = [0] }
 sex = { kind = "category", categories = ["f", "m"] }
 remark = { kind = "ignore" }
 """
+TARGETS = """
+targets = ["dose", "days"]
+unit = "units"
+missing = ["", "?"]
+
+[columns]
+age = { kind = "number", low = 20, high = 80 }
+sex = { kind = "category", categories = ["f", "m"], required = true }
+"""
 HEADER = "ill,person,age,pressure,sex,remark"
 
 
@@ -48,6 +57,29 @@ def hospitals_folder(folder: pathlib.Path, sizes: tuple[int, ...] = (60, 50, 40)
   """Writes a table for each of some hospitals; returns the folder."""
   for number, size in enumerate(sizes):
     table_file(folder / f"{['north', 'south', 'east', 'west'][number]}.csv", size, number)
+  return folder
+
+
+def target_rows(number: int, seed: int = 0) -> list[str]:
+  """Lines of a table with two numbers that follow from age and sex; some of them are missing."""
+  random = np.random.default_rng(seed)
+  ages = random.integers(20, 81, number)
+  doses = 100 + 2 * ages + 30 * (np.arange(number) % 2) + random.normal(0, 5, number)
+  days = 10 - 0.1 * ages + random.normal(0, 0.5, number)
+  return [
+    f"{'' if k % 5 == 1 else round(doses[k], 2)},{'?' if k % 7 == 3 else round(days[k], 3)},"
+    f"{ages[k]},{'fm'[k % 2]}"
+    for k in range(number)
+  ]
+
+
+def target_folder(folder: pathlib.Path, sizes: tuple[int, ...] = (60, 50, 40)) -> pathlib.Path:
+  """Writes a table with numbers to predict for each of some hospitals; returns the folder."""
+  folder.mkdir(parents=True, exist_ok=True)
+  for number, size in enumerate(sizes):
+    lines = ["dose,days,age,sex", *target_rows(size, number)]
+    path = folder / f"{['north', 'south', 'east', 'west'][number]}.csv"
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
   return folder
 
 

@@ -155,7 +155,7 @@ def test_records_without_a_time_are_left_out_and_counted(tmp_path):
   [
     ('target = "dead"', r"target is not read beside time and event"),
     ('event_values = ["a"]', r"event_values=\['a'\] are not two different values"),
-    ("smallest_site = 3", r"smallest_site is not read without 'site'"),
+    ("site_required = true", r"site_required is not read without 'site'"),
   ],
 )
 def test_manifests_that_contradict_themselves_are_refused(tmp_path, line, problem):
@@ -166,19 +166,21 @@ def test_manifests_that_contradict_themselves_are_refused(tmp_path, line, proble
 def test_settings_that_nothing_reads_are_refused(tmp_path):
   with pytest.raises(UserError, match=r"data.intervals=4 is read with data.survival=hazards only"):
     survival_data(tmp_path, intervals=4)
-  with pytest.raises(UserError, match=r"data.positive='1' names a class, and the manifest"):
+  with pytest.raises(
+    UserError, match=r"data.positive='1' is of classes, and the manifest names time"
+  ):
     load_hospitals(survival_data(tmp_path, positive="1"))
   bare = SURVIVAL.replace("horizon = 120", "")
   with pytest.raises(UserError, match=r"'equal' and the manifest gives no horizon; give there"):
     load_hospitals(survival_data(tmp_path, bare, survival="hazards"))
   config = survival_data(tmp_path, MANIFEST, survival="hazards")
   config.data.path = str(table_file(tmp_path / "classes.csv"))
-  with pytest.raises(UserError, match=r"data.survival='hazards' and the manifest of .* no time"):
+  with pytest.raises(UserError, match=r"data.survival='hazards' and the manifest names no time"):
     load_hospitals(config)
 
 
 def test_small_sites_are_joined_and_rows_without_a_site_left_out_where_it_is_required(tmp_path):
-  sites = SURVIVAL.replace('patient = "person"', 'site = "person"\nsmallest_site = 30')
+  sites = SURVIVAL.replace('patient = "person"', 'site = "person"\njoin_sites_below = 30')
   config = survival_data(tmp_path, sites + "\n")
   lines = [f"{k + 1},{k % 2},{site},50,1" for k, site in enumerate(["a"] * 30 + ["b"] * 29 + ["c"])]
   path = tmp_path / "one.csv"

@@ -9,6 +9,7 @@ import pytest
 
 from fedjax_med.core.config import Config, DataConfig
 from fedjax_med.core.errors import UserError
+from fedjax_med.core.moments import sums
 from fedjax_med.core.validation import validate
 from fedjax_med.data import modality, table_manifest
 from fedjax_med.data.dataset import client_rows
@@ -20,7 +21,7 @@ from fedjax_med.data.table_manifest import (
   plain,
   read_manifest,
 )
-from fedjax_med.data.tables import constants, statistics
+from fedjax_med.data.tables import constants
 from tests.data.table_cases import (
   HEADER,
   MANIFEST,
@@ -222,7 +223,7 @@ def test_hospital_scaling_is_by_the_training_records_of_each(tmp_path):
 
 def test_a_constant_or_empty_column_is_not_blown_up():
   values = np.array([[3.0, np.nan], [3.0, np.nan]])
-  mean, deviation = constants(statistics(values))
+  mean, deviation = constants(sums(values))
   assert (mean.tolist(), deviation.tolist()) == ([3, 0], [1, 1])
 
 

@@ -11,7 +11,7 @@ from fedjax_med.core.config import ModelConfig
 from fedjax_med.core.keys import base_key
 from fedjax_med.federated.local import BatchShape, StepContext, plain_gradient, private_gradient
 from fedjax_med.models.registry import create_model
-from fedjax_med.tasks.classification import cross_entropy
+from fedjax_med.tasks.classification import CLASSIFICATION, cross_entropy
 from tests.federated.toy import KEY, make_clients, make_hyper, make_pool
 
 
@@ -30,6 +30,26 @@ def test_padding_of_a_partial_batch_does_not_move_batch_norm():
   exact, padded = step(5), step(10)
   chex.assert_trees_all_close(exact[:2], padded[:2], rtol=1e-4, atol=1e-6)
   assert float(padded[3].examples) == 5
+
+
+def test_a_loss_of_whole_batches_sees_nan_in_the_places_of_padding():
+  model = create_model(ModelConfig(name="linear"), 2)
+  params, state = model.init(base_key(0), jnp.zeros((1, 4, 4, 1)))
+  task = CLASSIFICATION._replace(
+    joint="it counts the batch", tally=lambda outputs, targets: jnp.zeros(len(targets))
+  )
+  shape = BatchShape(slots=10, max_examples=12, normalisation="fixed", task=task)
+
+  def count(outputs, targets):
+    return 0 * outputs[:, 0] + (~jnp.isnan(targets)).sum()
+
+  pool = make_pool()
+  pool = pool._replace(labels=pool.labels.astype(jnp.float32))
+  client = jax.tree.map(lambda leaf: leaf[2], make_clients())  # 5 examples
+  zero = jnp.zeros((), jnp.int32)
+  context = StepContext(client, pool, make_hyper(), KEY, zero, zero)
+  *_, metrics = jax.jit(plain_gradient(model, count, shape))(params, state, (), context)
+  assert float(metrics.loss) == 5 * 5
 
 
 @functools.cache

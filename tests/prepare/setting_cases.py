@@ -8,11 +8,13 @@ from PIL import Image
 
 from fedjax_med.core.config import Config, set_field
 from tests.data import table_cases
+from tests.data.lines import make_gdsc
 from tests.exchange import parts  # noqa: F401  (registers the transform and the aggregator below)
 
 Changes = dict[str, Any]
 FILES = "FILES"  # stands for the folder of pictures, with numbers for other ones
 TABLE, COLUMNS, HEART = "A TABLE", "ITS COLUMNS", "HEART"  # stand for files of tables
+LINES = "CELL LINES"  # stands for the folder of gdsc
 
 
 class Case(NamedTuple):
@@ -63,6 +65,8 @@ def changed(changes: Changes, files: pathlib.Path) -> Config:
       value = str(pathlib.Path(make_files(files, int(number or 0)), inside))
     elif isinstance(value, str) and value.startswith((TABLE, COLUMNS, HEART)):
       value = make_table(files, value)
+    elif value == LINES:
+      value = str(make_gdsc(files / "lines"))
     set_field(config, path, value)
   return config
 
@@ -115,6 +119,12 @@ TABLES = {
   "data.image_size": 192,
   "data.num_examples": 4000,
 }
+DRUGS = {
+  "data.source": "gdsc",
+  "data.path": LINES,
+  "data.image_size": 192,
+  "data.num_examples": 4000,
+}
 MANIFEST = {**FOLDER, "data.source": "manifest", "data.path": f"{FILES}/list.csv"}
 ELSEWHERE = ({}, FOLDER)
 SITES = {"partition.scheme": "site", "partition.num_clients": 7, "partition.min_client_size": 1}
@@ -154,7 +164,7 @@ CASES: dict[str, Case] = {
   "data.min_size": Case(10, "holders", FOLDER, ({}, TABLES)),
   "data.strict": Case(True, "refusal", FOLDER, ({},)),
   "data.layout": Case("{class}/{patient}_*", "holders", FOLDER, ({},)),
-  "data.positive": Case("no", "holders", FOLDER, ({},)),
+  "data.positive": Case("no", "holders", FOLDER, ({}, DRUGS)),
   "data.window": Case("50,200", "holders", FOLDER, ({}, TABLES)),
   "data.split": Case("paper", "holders", without=(GIVEN,)),
   "data.test_fraction": Case(0.4, "holders", without=(GIVEN, PAPER)),
@@ -216,7 +226,7 @@ CASES: dict[str, Case] = {
   "client.batch_size": Case(4, "program", without=(BATCHES,)),
   "client.num_local_steps": Case(3, "plan"),
   "client.num_local_epochs": Case(2.0, "plan", {"client.num_local_steps": 0}, ({},)),
-  "client.label_smoothing": Case(0.1, "program"),
+  "client.label_smoothing": Case(0.1, "program", without=(DRUGS,)),
   "client.augmentation": Case("flip", "program", without=(TABLES,)),
   "client.synthetic": Case("gan", "holders", without=(TABLES,)),
   "client.synthetic_share": Case(1.0, "holders", GAN, ({},)),

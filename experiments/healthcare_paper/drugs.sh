@@ -1,0 +1,30 @@
+#!/usr/bin/env bash
+# Drug response of the healthcare paper: cell lines at eleven hospitals; minutes on one core.
+# Needs the four files in data/gdsc-ccle. Keeps finished points; writes CSVs beside itself.
+set -euo pipefail
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+python=${PYTHON:-python}
+folder=${GDSC:-data/gdsc-ccle}
+
+# study NAME CONFIG ARGUMENT ...: one sweep, and its table.
+study() {
+  local name=$1 config=$2
+  shift 2
+  "$python" -m fedjax_med.sweep --config="$config" --config.data.path="$folder" "$@" \
+    --workdir="runs/healthcare/drugs_$name"
+  cp "runs/healthcare/drugs_$name/results.csv" "$here/drugs/$name.csv"
+}
+
+mkdir -p "$here/drugs"
+folds=$here/drug_folds.py preset=$here/../../configs/gdsc.py
+plain=(--config.server.algorithm=fedavg --config.server.personal_layers=head)
+study fedavg "$folds" "${plain[@]}" --grid=data.seed=0:5
+study own_intercept "$folds" --grid=data.seed=0:5
+study alone "$folds" --config.eval.local_baselines --grid=data.seed=0:5
+study private "$folds" "${plain[@]}" --config.data.scaling=ranges \
+  --config.privacy.mechanism=dp_sgd --config.privacy.target_epsilon=8 \
+  --config.client.learning_rate=0.02 --grid=data.seed=0:5
+study tissue "$preset" "${plain[@]}" --config.data.split=tissue --config.partition.scheme=iid \
+  --config.partition.num_clients=8 --grid=data.seed=0:5
+study pairs "$preset" "${plain[@]}" --config.data.split=pairs --config.data.test_fraction=0.05 \
+  --grid=data.seed=0:5
