@@ -20,6 +20,7 @@ study() {
 mkdir -p "$here/survival"
 study cox --config.eval.local_baselines=True
 study hazards --config.data.survival=hazards
-study private --config.data.survival=hazards --config.privacy.mechanism=dp_sgd \
-  --config.privacy.clip_norm=1 --config.client.learning_rate=1 --config.client.num_local_steps=1 \
+study private --config.data.survival=hazards --config.data.intervals=4 \
+  --config.privacy.mechanism=dp_sgd --config.privacy.clip_norm=1 --config.client.learning_rate=1 \
+  --config.client.num_local_steps=1 --config.server.num_rounds=15 \
   --grid=privacy.target_epsilon=1,3,8

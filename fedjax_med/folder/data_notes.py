@@ -172,7 +172,7 @@ def patient_note(held: dict[str, Any], unit: str) -> Note:
 
 def _contradictions(held: dict[str, Any], show_names: bool) -> list[Note]:
   found = held.get("contradictions")
-  if not found or not found["similar"]:
+  if not found or not found["similar"] or "targets" in held:  # groups contradict nobody
     return []
   if not modality_of(held).keeps_copies:
     text = f"{number(found['identical'], modality_of(held).noun)} equal in all columns to one of"

@@ -75,8 +75,9 @@ def predict_table(trained: Trained, place: pathlib.Path, output: pathlib.Path) -
     places = np.array([encoded.features.index(name) for name in numbers], np.int64)
     inputs = scaled(inputs, places, np.array(table["shift"]), np.array(table["scale"]))
   probabilities = make_probabilities(trained)(inputs)
-  heading, rows = _classes(trained, lines, probabilities)
-  if not trained.predicts_classes:
+  if trained.predicts_classes:
+    heading, rows = _classes(trained, lines, probabilities)
+  else:
     heading, rows = _numbers(trained, _records(files, manifest), probabilities)
 
   def write(path: pathlib.Path) -> None:
