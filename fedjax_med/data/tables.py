@@ -292,12 +292,12 @@ def _labels(
 ) -> tuple[np.ndarray, tuple[str, ...]]:
   """[N] class numbers, and names of the classes."""
   if manifest.above is not None:
-    numbers = [
+    above = [
       value > manifest.above
       for cells in files
       for value in numbers(cells, Column(name=manifest.target, kind="number"))
     ]
-    labels, names = np.array(numbers, np.int32), manifest.classes
+    labels, names = np.array(above, np.int32), manifest.classes
   else:
     found = _cells_of(files, manifest.target, manifest.missing)
     names = manifest.classes or order_classes(sorted(set(found)), positive)

@@ -41,7 +41,7 @@ def test_a_loss_of_whole_batches_sees_nan_in_the_places_of_padding():
   shape = BatchShape(slots=10, max_examples=12, normalisation="fixed", task=task)
 
   def count(outputs, targets):
-    return 0 * outputs[:, 0] + (~jnp.isnan(targets)).sum()
+    return 0 * outputs[:, 0] + (~jnp.isnan(targets)).sum(dtype=jnp.float32)
 
   pool = make_pool()
   pool = pool._replace(labels=pool.labels.astype(jnp.float32))
