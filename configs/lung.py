@@ -4,9 +4,9 @@
         --workdir=runs/lung
 
 lung.csv lies in the wheel of lifelines (pip download --no-deps lifelines; lifelines/datasets).
-Institutions of under 13 patients are one, 'other'. To expect on two CPU cores: a quarter of a
-minute, C-index 0.64 (mean of ten splits), no ε. --config.data.survival=hazards learns the same from
-losses of single patients, which --config.privacy.mechanism=dp_sgd then protects
+Institutions of under 13 patients are one, 'other'. To expect on two CPU cores: half a minute,
+C-index 0.64 (mean of ten splits), no ε. --config.data.survival=hazards learns the same from losses
+of single patients, which --config.privacy.mechanism=dp_sgd then protects
 (experiments/healthcare_paper).
 """
 

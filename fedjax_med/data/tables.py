@@ -257,7 +257,8 @@ def _predicted(files: Sequence[Cells], manifest: Manifest, data: DataConfig) -> 
     "name them there, or leave data.survival out",
   )
   if manifest.target:
-    return Predicted("classification", *_labels(files, manifest, data.positive))
+    labels, class_names = _labels(files, manifest, data.positive)
+    return Predicted(task="classification", labels=labels, class_names=class_names)
   require(
     data.positive == "",
     f"data.positive='{data.positive}' is of classes, and the manifest names"
@@ -274,7 +275,8 @@ def _predicted(files: Sequence[Cells], manifest: Manifest, data: DataConfig) -> 
   targets = Targets(
     values=np.stack(values, axis=1).astype(np.float32), names=names, unit=manifest.unit
   )
-  return Predicted("regression", np.zeros(len(values[0]), np.int32), ("record",), targets)
+  labels = np.zeros(len(values[0]), np.int32)
+  return Predicted(task="regression", labels=labels, class_names=("record",), targets=targets)
 
 
 def _joined_sites(sites: list[str] | None, least: int) -> tuple[list[str] | None, tuple[str, ...]]:
