@@ -191,7 +191,8 @@ def test_a_resumed_run_and_a_point_of_a_sweep_are_the_run(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("changes", [
   {"server__algorithm": "scaffold"}, {"server__algorithm": "performance"},
-  {"server__algorithm": "fedper"}, {"client__optimizer": "adam"}, {"model__name": "mlp"},
+  {**HAZARDS, "server__algorithm": "fedper", "server__personal_layers": "head/bias"},
+  {"server__algorithm": "ditto", "model__name": "mlp"},
   {"client_privacy__mechanism": "dp_fedavg", "client_privacy__noise_multiplier": 0.5,
    "server__weighting": "uniform"},
   {**PRIVATE, **HAZARDS, "privacy__unit": "patient"},
