@@ -99,6 +99,7 @@ VARIED = Condition(
   remedy="use --config.data.source=folder",
 )
 OWN_TABLE = one_of("data.source", "table")
+TIMES, HAZARDS = one_of("data.source", "table", "lung"), one_of("data.survival", "hazards")
 OPEN_SIDES = Condition(
   wording="a split whose sides are not published with the data",
   holds=_drawn_side,

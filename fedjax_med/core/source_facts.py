@@ -45,6 +45,7 @@ SOURCE_FACTS: dict[str, SourceFacts] = {
     has_sites=True, modality="series", splits=("grouped", "paper", "recording")
   ),
   "heart_disease": SourceFacts(has_sites=True, modality="table", own_split=True),
+  "lung": SourceFacts(has_sites=True, modality="table", task="survival_cox"),
   "gdsc": SourceFacts(
     has_sites=True, modality="table", task="regression", splits=("grouped", "tissue", "pairs")
   ),

@@ -18,8 +18,8 @@ class DataConfig:
       " pictures with their labels), npz (arrays in MedMNIST's layout), br35h or sars_cov2_ct"
       " (tensorflow-datasets builders; path is the folder with the downloaded class folders),"
       " table (CSV or Parquet, with data.columns), heart_disease (UCI's four files), gdsc (drug"
-      " response of cell lines), series (recordings of people, a folder or a manifest), or a source"
-      " that the preset registers."
+      " response of cell lines), lung (lung.csv of lifelines, survival), series (recordings of"
+      " people, a folder or a manifest), or a source that the preset registers."
     ),
   )
   # Where files lie and how they are read changes a run by its images and labels only, which are
@@ -317,6 +317,34 @@ class DataConfig:
     doc="people of a series who are the test set, with + between their names; empty draws them.",
     traced=True,
     read=(when.SERIES,),
+    shapes_run=never,
+  )
+  # What survival is learnt by changes the targets, which are part of the run id.
+  survival: str = field(
+    "cox",
+    doc=(
+      "of a table whose manifest names time and event: cox (partial likelihood over a hospital's"
+      " batch) or hazards (of intervals of time, the one for DP-SGD)."
+    ),
+    choices=("cox", "hazards"),
+    read=(when.TIMES,),
+    shapes_run=never,
+  )
+  intervals: int = field(
+    10,
+    doc="intervals of time under survival=hazards, each with an output of the network.",
+    bounds=least(2, 1000, remedy="use 5 to 20"),
+    read=(when.TIMES, when.HAZARDS),
+    shapes_run=never,
+  )
+  interval_bounds: str = field(
+    "equal",
+    doc=(
+      "equal (widths up to the horizon of the manifest) or quantiles (of the events of all"
+      " hospitals' training records, which no ε counts)."
+    ),
+    choices=("equal", "quantiles"),
+    read=(when.TIMES, when.HAZARDS),
     shapes_run=never,
   )
 

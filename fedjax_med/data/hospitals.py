@@ -81,6 +81,8 @@ def _with_fitted_targets(hospitals: Hospitals) -> Hospitals:
   if task.fit is None or dataset.targets is None:
     return hospitals
   targets = task.fit(dataset.targets, client_rows(hospitals.train))
+  if targets is dataset.targets:  # nothing is told
+    return hospitals
   released = (*dataset.released, *filter(None, [task.releases]))
   dataset = dataclasses.replace(dataset, targets=targets, released=released)
   return dataclasses.replace(hospitals, dataset=dataset)

@@ -15,6 +15,7 @@ from fedjax_med.data.dataset import Dataset
 from fedjax_med.data.gdsc import load_gdsc
 from fedjax_med.data.heart_disease import load_heart_disease
 from fedjax_med.data.images import load_folder
+from fedjax_med.data.lung import load_lung
 from fedjax_med.data.manifest import load_manifest
 from fedjax_med.data.phantoms import make_phantoms
 from fedjax_med.data.series import load_series
@@ -113,6 +114,7 @@ SOURCES: dict[str, Source] = {
   "sars_cov2_ct": Source(load=_builder, facts=SOURCE_FACTS["sars_cov2_ct"], beside_jax=False),
   "table": Source(load=load_table, facts=SOURCE_FACTS["table"]),
   "heart_disease": Source(load=load_heart_disease, facts=SOURCE_FACTS["heart_disease"]),
+  "lung": Source(load=load_lung, facts=SOURCE_FACTS["lung"]),
   "gdsc": Source(load=_gdsc, facts=SOURCE_FACTS["gdsc"]),
   "series": Source(load=load_series, facts=SOURCE_FACTS["series"], beside_jax=False),
 }

@@ -19,8 +19,10 @@ MISSING = ("", "NA", "N/A", "nan", "NaN", "null")  # cells without a value, unle
 OTHER, NO_VALUE, ABSENT = "other", "missing", "is missing"  # names of added inputs
 KEYS = (
   *("target", "above", "classes", "targets", "unit", "missing", "names", "site", "patient"),
-  *("group", "sites", "join_sites_below", "columns"),
+  *("time", "event", "event_values", "horizon", "group", "sites", "join_sites_below"),
+  *("site_required", "columns"),
 )
+EVENT_VALUES = ("0", "1")
 COLUMN_KEYS = ("kind", "low", "high", "categories", "missing", "required")
 
 
@@ -51,7 +53,7 @@ class Manifest(NamedTuple):
   """The columns of a table and their roles.
 
   Attributes:
-    target: column of the class; empty where ``targets`` are predicted.
+    target: column of the class; empty where ``targets``, or ``time`` and ``event``, are predicted.
     above: a number where classes are values up to it and values above it, None where values of the
       column are the classes.
     classes: names of the classes, of two the positive last; () takes the values that are found.
@@ -65,6 +67,11 @@ class Manifest(NamedTuple):
     group: column of whatever else has to stay on one side of the split; empty without.
     sites: hospital of each file by the file's name; {} takes names of files.
     join_sites_below: sites of fewer records are one together, the last, called other.
+    site_required: whether rows without a site are left out; else they are an error.
+    time: column of the time of the event, or of the end of observation.
+    event: column that says which of the two it is.
+    event_values: cells of ``event``: that of the end of observation, and that of the event.
+    horizon: end of the last interval of equal widths; None where none is given.
   """
 
   target: str
@@ -80,6 +87,16 @@ class Manifest(NamedTuple):
   group: str
   sites: dict[str, str]
   join_sites_below: int
+  site_required: bool = False
+  time: str = ""
+  event: str = ""
+  event_values: tuple[str, ...] = EVENT_VALUES
+  horizon: float | None = None
+
+  @property
+  def predicted(self) -> tuple[str, ...]:
+    """Names of the columns that are predicted."""
+    return tuple(filter(None, (self.target, *self.targets, self.time, self.event)))
 
   @property
   def inputs(self) -> tuple[Column, ...]:
@@ -89,7 +106,23 @@ class Manifest(NamedTuple):
   @property
   def roles(self) -> tuple[str, ...]:
     """Names of columns that are read and are no inputs."""
-    return tuple(filter(None, (self.target, *self.targets, self.site, self.patient, self.group)))
+    return tuple(filter(None, (*self.predicted, self.site, self.patient, self.group)))
+
+
+class Survival(NamedTuple):
+  """How times and events of a table became targets.
+
+  Attributes:
+    loss: of data.survival.
+    early: records with a time of 0 or less, which became the smallest positive one.
+    smallest: that time.
+    late: records with an event after the horizon, which count as having had none.
+  """
+
+  loss: str
+  early: int
+  smallest: float
+  late: int
 
 
 class Table(NamedTuple):
@@ -106,6 +139,7 @@ class Table(NamedTuple):
     unlisted: columns of the files that the manifest does not name.
     shift: of each number column, subtracted from it; () unless data.scaling=federated.
     scale: of each number column, what it is then divided by.
+    survival: how times and events became targets; None of tables with classes.
   """
 
   manifest: Manifest
@@ -118,6 +152,7 @@ class Table(NamedTuple):
   unlisted: tuple[str, ...]
   shift: tuple[float, ...] = ()
   scale: tuple[float, ...] = ()
+  survival: Survival | None = None
 
 
 def plain(value: Any) -> str:
@@ -153,13 +188,22 @@ def read_manifest(path: pathlib.Path) -> Manifest:
 def parse_manifest(values: dict[str, Any], where: str) -> Manifest:
   """The manifest of the values of a TOML file; ``where`` is its name, for errors."""
   _require_keys(values, KEYS, where)
-  texts = ("target", "unit", "site", "patient", "group")
+  texts = ("target", "unit", "site", "patient", "group", "time", "event")
   _require_kind(where, values, dict.fromkeys(texts, str))
-  lists = ("classes", "targets", "missing", "names")
+  lists = ("classes", "targets", "missing", "names", "event_values")
   _require_kind(where, values, dict.fromkeys(lists, list) | {"sites": dict, "columns": dict})
   _require_kind(where, values, {"above": int | float, "join_sites_below": int})
-  _require_target(where, values)
+  _require_kind(where, values, {"horizon": int | float, "site_required": bool})
+  if "time" in values or "event" in values:
+    _require_survival(where, values)
+  else:
+    _require_target(where, values)
   require("columns" in values, f"{where} has no 'columns'", "name it there (docs/data.md)")
+  require(
+    "site" in values or "site_required" not in values,
+    f"{where}: site_required is not read without 'site'",
+    "name the column of the site, or leave it out",
+  )
   missing = tuple(plain(mark) for mark in values.get("missing", MISSING))
   columns = tuple(
     _column(name, column, missing, where) for name, column in values["columns"].items()
@@ -186,6 +230,11 @@ def parse_manifest(values: dict[str, Any], where: str) -> Manifest:
     group=values.get("group", ""),
     sites={str(file): str(site) for file, site in values.get("sites", {}).items()},
     join_sites_below=values.get("join_sites_below", 0),
+    site_required=values.get("site_required", False),
+    time=values.get("time", ""),
+    event=values.get("event", ""),
+    event_values=tuple(plain(value) for value in values.get("event_values", EVENT_VALUES)),
+    horizon=values.get("horizon"),
   )
   require(
     bool(manifest.inputs),
@@ -195,12 +244,33 @@ def parse_manifest(values: dict[str, Any], where: str) -> Manifest:
   _require_distinct(manifest.names, f"{where}: name")
   _require_distinct(manifest.targets, f"{where}: target")
   both = {column.name for column in manifest.inputs} & set(manifest.roles)
+  words = "time, event" if manifest.time else "target"
   require(
     not both,
-    f"{where}: '{min(both, default='')}' is an input, and target, site, patient or group as well",
+    f"{where}: '{min(both, default='')}' is an input, and {words}, site, patient or group as well",
     "give it kind='ignore', or leave it out of the columns",
   )
   return manifest
+
+
+def _require_survival(where: str, values: dict[str, Any]) -> None:
+  """Raises UserError unless time and event are both named, without classes or numbers."""
+  for key in ("time", "event"):
+    require(bool(values.get(key)), f"{where} has no '{key}'", "name it there (docs/data.md)")
+  for key in ("target", "above", "classes", "targets", "unit"):
+    require(key not in values, f"{where}: {key} is not read beside time and event", "leave it out")
+  codes = [plain(value) for value in values.get("event_values", EVENT_VALUES)]
+  require(
+    len(codes) == 2 and codes[0] != codes[1],
+    f"{where}: event_values={values.get('event_values')} are not two different values",
+    "give that of records without the event first, such as event_values = [1, 2]",
+  )
+  horizon = values.get("horizon", 1)
+  require(
+    math.isfinite(horizon) and horizon > 0,
+    f"{where}: horizon={horizon} is no time above 0",
+    "give the end of the last interval, in units of the time column",
+  )
 
 
 def _require_target(where: str, values: dict[str, Any]) -> None:
@@ -223,6 +293,8 @@ def _require_target(where: str, values: dict[str, Any]) -> None:
     f"{where}: unit is not read of a target, whose values are classes",
     "leave it out",
   )
+  for key in ("event_values", "horizon"):
+    require(key not in values, f"{where}: {key} is read with time and event only", "leave it out")
 
 
 def _column(name: str, values: Any, missing: tuple[str, ...], where: str) -> Column:
@@ -273,8 +345,9 @@ def manifest_record(manifest: Manifest) -> dict[str, Any]:
   record = {
     **({"targets": list(manifest.targets), "unit": manifest.unit} if manifest.targets else {}),
     **({"target": manifest.target} if manifest.target else {}),
+    **(_survival_record(manifest) if manifest.time else {}),
     "above": manifest.above,
-    **({} if manifest.targets else {"classes": list(manifest.classes)}),
+    **({"classes": list(manifest.classes)} if manifest.target else {}),
     "missing": list(manifest.missing),
     "names": list(manifest.names),
     "site": manifest.site,
@@ -282,9 +355,16 @@ def manifest_record(manifest: Manifest) -> dict[str, Any]:
     "group": manifest.group,
     "sites": manifest.sites,
     "join_sites_below": manifest.join_sites_below,
+    **({"site_required": True} if manifest.site_required else {}),
     "columns": {column.name: _column_record(column) for column in manifest.columns},
   }
   return {key: value for key, value in record.items() if value is not None}
+
+
+def _survival_record(manifest: Manifest) -> dict[str, Any]:
+  horizon = {} if manifest.horizon is None else {"horizon": manifest.horizon}
+  codes = list(manifest.event_values)
+  return {"time": manifest.time, "event": manifest.event, "event_values": codes, **horizon}
 
 
 def _column_record(column: Column) -> dict[str, Any]:

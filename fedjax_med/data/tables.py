@@ -22,6 +22,7 @@ from fedjax_med.data.duplicates import contents, number_groups
 from fedjax_med.data.files import SYSTEM
 from fedjax_med.data.folder_patterns import LeftOut
 from fedjax_med.data.patients import number_patients
+from fedjax_med.data.survival_times import Predicted, survival_of
 from fedjax_med.data.table_files import Cells, read_cells, table_files
 from fedjax_med.data.table_manifest import (
   ABSENT,
@@ -110,7 +111,7 @@ def dataset_of(
     "correct the manifest or the table",
   )
   _require_strict(root, left, data.strict)
-  labels, class_names, targets = _predicted(files, manifest, data.positive)
+  predicted = _predicted(files, manifest, data)
   encoded = encode(files, manifest, data.scaling)
   places = [cells.name for cells in files for _ in cells.rows]
   sites = _sites(files, places, manifest)
@@ -134,13 +135,14 @@ def dataset_of(
     unknown=encoded.unknown,
     absent={c.name: absent for c in files if (absent := _absent(c, manifest))},
     unlisted=_unlisted(files, manifest),
+    survival=predicted.survival,
   )
-  _require_inside(table, len(labels), data.strict)
+  _require_inside(table, len(predicted.labels), data.strict)
   return Dataset(
     inputs=encoded.inputs,
-    labels=labels,
+    labels=predicted.labels,
     names=tuple(f"{cells.name}:{line}" for cells in files for line in cells.lines),
-    class_names=class_names,
+    class_names=predicted.class_names,
     sites=np.array([site_names.index(site) for site in sites], np.int32) if sites else None,
     site_names=site_names,
     patients=patients and patients.numbers,
@@ -149,8 +151,8 @@ def dataset_of(
     skipped=tuple(sorted(left)),
     modality="table",
     table=table,
-    task="classification" if targets is None else "regression",
-    targets=targets,
+    task=predicted.task,
+    targets=predicted.targets,
   )
 
 
@@ -193,15 +195,19 @@ def _kept_rows(cells: Cells, manifest: Manifest) -> tuple[Cells, list[LeftOut]]:
   place = {name: index for index, name in enumerate(cells.header)}
   required = [column for column in manifest.inputs if column.required]
   rows, lines, left = [], [], []
-  targets = [place[name] for name in (manifest.target, *manifest.targets) if name in place]
+  targets = [place[name] for name in manifest.predicted if name in place]
   for row, line in zip(cells.rows, cells.lines, strict=True):
     reason = ""
-    if all(plain(row[target]) in manifest.missing for target in targets):
-      reason = f"no value of the target '{manifest.target}'"
-      reason = NO_TARGET if manifest.targets else reason
+    texts = [plain(row[target]) in manifest.missing for target in targets]
+    empty = all(texts) if manifest.targets else any(texts)
+    if empty:
+      name = manifest.predicted[texts.index(True)]
+      reason = NO_TARGET if manifest.targets else f"no value of the target '{name}'"
     elif manifest.classes and manifest.above is None:
       named = plain(row[place[manifest.target]]) in manifest.classes
       reason = "" if named else "a class that the manifest does not name"
+    elif manifest.site_required and plain(row[place[manifest.site]]) in manifest.missing:
+      reason = f"{REQUIRED} '{manifest.site}'"
     lacks = next((c.name for c in required if plain(row[place[c.name]]) in c.missing), "")
     if lacks and not reason:
       reason = f"{REQUIRED} '{lacks}'"
@@ -243,25 +249,34 @@ def _cells_of(files: Sequence[Cells], name: str, missing: Sequence[str]) -> list
   return found
 
 
-def _predicted(
-  files: Sequence[Cells], manifest: Manifest, positive: str
-) -> tuple[np.ndarray, tuple[str, ...], Targets | None]:
-  """[N] class numbers, names of the classes, and the numbers that are predicted in their place."""
-  if not manifest.targets:
-    return *_labels(files, manifest, positive), None
+def _predicted(files: Sequence[Cells], manifest: Manifest, data: DataConfig) -> Predicted:
+  """Classes, numbers, or times and events, as the manifest says."""
   require(
-    positive == "",
-    f"data.positive='{positive}' is of classes, and the manifest names targets, which are numbers",
+    data.survival == DataConfig().survival or manifest.time != "",
+    f"data.survival='{data.survival}' and the manifest names no time and event",
+    "name them there, or leave data.survival out",
+  )
+  if manifest.target:
+    labels, class_names = _labels(files, manifest, data.positive)
+    return Predicted(task="classification", labels=labels, class_names=class_names)
+  require(
+    data.positive == "",
+    f"data.positive='{data.positive}' is of classes, and the manifest names"
+    f" {'time and event' if manifest.time else 'targets, which are numbers'}",
     "leave it out",
   )
-  columns = [
-    Column(name=name, kind="number", missing=manifest.missing) for name in manifest.targets
-  ]
+  names = manifest.targets or (manifest.time,)
+  columns = [Column(name=name, kind="number", missing=manifest.missing) for name in names]
   values = [np.concatenate([numbers(cells, c) for cells in files]) for c in columns]
+  if manifest.time:
+    codes = _cells_of(files, manifest.event, manifest.missing)
+    lines = [f"{cells.name}, line {line}" for cells in files for line in cells.lines]
+    return survival_of(values[0], codes, lines, manifest, data)
   targets = Targets(
-    values=np.stack(values, axis=1).astype(np.float32), names=manifest.targets, unit=manifest.unit
+    values=np.stack(values, axis=1).astype(np.float32), names=names, unit=manifest.unit
   )
-  return np.zeros(len(targets.values), np.int32), ("record",), targets
+  labels = np.zeros(len(values[0]), np.int32)
+  return Predicted(task="regression", labels=labels, class_names=("record",), targets=targets)
 
 
 def _joined_sites(sites: list[str] | None, least: int) -> tuple[list[str] | None, tuple[str, ...]]:
@@ -311,7 +326,7 @@ def _sites(files: Sequence[Cells], places: list[str], manifest: Manifest) -> lis
       not without,
       f"{''.join(without[:1])}: no value of the site column '{manifest.site}', as in"
       f" {len(without)} rows",
-      "name the hospital of every record",
+      "name the hospital of every record, or leave such out with site_required = true",
     )
     return sites
   if manifest.sites:

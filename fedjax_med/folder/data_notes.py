@@ -43,7 +43,9 @@ def data_notes(held: dict[str, Any], unit: str, show_names: bool) -> list[Note]:
       notes.append(Note(f"{text}: they may have been exported with too few.", True))
   if "table" in held:
     notes += _table_notes(held)
-  if "targets" in held:
+  if held.get("table", {}).get("survival"):
+    notes += _survival_notes(held)
+  elif "targets" in held:
     notes += _target_notes(held["targets"])
   if "released" in held:
     notes.append(Note(statistics_gap(held["released"]), True))
@@ -111,7 +113,8 @@ def _table_notes(held: dict[str, Any]) -> list[Note]:
       f"{number(equal, 'record')} equal to another one in all columns ({number(groups, 'group')})"
     )
     notes.append(Note(f"{text}: they may be of different people and are not kept together.", False))
-  for hospital in held["hospitals"] if len(held["class_names"]) > 1 else []:
+  classes = [] if len(held["class_names"]) == 1 or "survival" in table else held["hospitals"]
+  for hospital in classes:
     seen = [name for name, n in zip(held["class_names"], hospital["train"], strict=True) if n]
     if len(seen) == 1:
       text = f"'{hospital['name']}' has training records of one class only"
@@ -119,6 +122,28 @@ def _table_notes(held: dict[str, Any]) -> list[Note]:
   if table["scaling"] == "hospital":
     text = "Each hospital scales numbers by its own mean and deviation (data.scaling=hospital)"
     notes.append(Note(f"{text}: equal values become different inputs, and scores fall.", True))
+  return notes
+
+
+def _survival_notes(held: dict[str, Any]) -> list[Note]:
+  """How times and events became targets, and the hospitals that have no event to learn from."""
+  told, notes = held["table"]["survival"], []
+  time, event = held["targets"]["names"]
+  sides = [[row[side] for row in held["hospitals"]] for side in ("train", "test")]
+  place = held["class_names"].index("event")
+  counts = [sum(row[place] for row in rows) for rows in sides]
+  text = f"Predicted: '{event}' after '{time}' (data.survival={told['loss']})"
+  notes.append(Note(f"{text}; {counts[0]:,} events in train, {counts[1]:,} in test.", False))
+  if told["early"]:
+    text = f"{number(told['early'], 'record')} with a time of 0 or less"
+    notes.append(Note(f"{text}, taken for the smallest positive one ({told['smallest']:g}).", True))
+  if told["late"]:
+    text = f"{number(told['late'], 'record')} with an event after the horizon"
+    notes.append(Note(f"{text}: counted as survivors of all intervals.", True))
+  without = [row["name"] for row in held["hospitals"] if not row["train"][place]]
+  effect = {"cox": "its loss has no gradient", "hazards": "it teaches survival only"}[told["loss"]]
+  for name in without:
+    notes.append(Note(f"'{name}' has no event among its training records: {effect}.", True))
   return notes
 
 
@@ -195,7 +220,7 @@ def patient_note(held: dict[str, Any], unit: str) -> Note:
 
 def _contradictions(held: dict[str, Any], show_names: bool) -> list[Note]:
   found = held.get("contradictions")
-  if not found or not found["similar"]:
+  if not found or not found["similar"] or "targets" in held:  # groups contradict nobody
     return []
   if not modality_of(held).keeps_copies:
     where = "all columns" if "table" in held else "every value"

@@ -22,6 +22,8 @@ from fedjax_med.folder import secret as secrets
 from fedjax_med.prepare.protection import Protection, protect
 from fedjax_med.prepare.run_id import Identity, identify
 from fedjax_med.privacy.guarantees import Guarantee
+from fedjax_med.tasks.registry import task_named
+from fedjax_med.tasks.task import Task
 
 
 class Case(NamedTuple):
@@ -72,6 +74,7 @@ def federation(config: Config, hospitals: Hospitals, secret: bytes | None = None
   """
   require_rules(config)
   make_exchange(config)
+  _require_single_losses(config, task_named(hospitals.dataset.task))
   modality = modality_named(hospitals.dataset.modality)
   require(
     config.privacy.unit != "group" or modality.keeps_copies,
@@ -99,6 +102,23 @@ def federation(config: Config, hospitals: Hospitals, secret: bytes | None = None
   secret = (secrets.draw() if secret is None else secret) if private else b""
   numbers = np.arange(len(hospitals.names))
   return _case(config, hospitals, hospitals.names, hospitals.train, numbers, secret)
+
+
+def _require_single_losses(config: Config, task: Task) -> None:
+  """Raises UserError where a step needs losses of single examples, and the task has none."""
+  mechanism, microbatch = config.privacy.mechanism, config.execution.microbatch
+  require(
+    task.joint == "" or mechanism == "none",
+    f"privacy.mechanism='{mechanism}' with the task '{task.name}': {task.joint}, so that clipping"
+    " one example's gradient does not bound its influence",
+    "use a loss of single examples (data.survival=hazards), or client_privacy.mechanism=dp_fedavg",
+  )
+  require(
+    task.joint == "" or microbatch == 0,
+    f"execution.microbatch={microbatch} with the task '{task.name}': {task.joint}, and would be of"
+    " a microbatch only",
+    "use execution.microbatch=0",
+  )
 
 
 def _case(

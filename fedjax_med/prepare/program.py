@@ -208,7 +208,8 @@ def _footprint(recipe: Recipe, remat: bool) -> Footprint:
   model = create_model(recipe.config.model, recipe.num_columns, "matmul", remat=remat)
   sizes = footprint(model, recipe.image)
   images = recipe.shapes.rows_per_unit * recipe.copies
-  return sizes._replace(activations=images * sizes.activations)
+  whole = sizes.whole_batch or recipe.task.joint != ""
+  return sizes._replace(activations=images * sizes.activations, whole_batch=whole)
 
 
 def _subset_sizes(recipe: Recipe) -> np.ndarray:

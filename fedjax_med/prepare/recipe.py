@@ -143,12 +143,6 @@ def make_recipe(config: Config, dataset: Dataset, shapes: Shapes) -> Recipe:
     "use client.augmentation=none",
   )
 
-  require(
-    task.joint == "" or config.privacy.mechanism == "none",
-    f"privacy.mechanism='{config.privacy.mechanism}' with the task '{task.name}': {task.joint}, so"
-    " that clipping one example's gradient does not bound its influence",
-    "use privacy.mechanism=none, or client_privacy.mechanism=dp_fedavg",
-  )
   require_inputs(config.model.name, dataset.inputs.shape[1:], modality.nouns)
 
   @functools.cache

@@ -85,9 +85,10 @@ def measure(
     part_targets = jax.tree.map(lambda leaf, part=part: leaf[part], targets)
     line = {"name": name, **task.measure(probabilities[part], part_targets)}
     clients.append({**line, "epsilon": by_name.get(name)} if by_name else line)
+  across = {} if task.across is None else task.across(clients)
   return LogPoint(
     rounds=rounds,
-    test=task.measure(probabilities, targets),
+    test={**task.measure(probabilities, targets), **across},
     clients=clients,
     probabilities=probabilities,
     epsilons=epsilons,

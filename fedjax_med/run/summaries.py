@@ -188,6 +188,7 @@ def _table_record(hospitals: Hospitals, table: Table) -> dict[str, Any]:
     "unknown": table.unknown,
     "absent": {name: list(columns) for name, columns in table.absent.items()},
     "unlisted": list(table.unlisted),
+    **({} if table.survival is None else {"survival": table.survival._asdict()}),
     "missing": {
       name: {column: round(float(own[k]), 4) for k, column in names}
       for name, own in zip(hospitals.names, shares, strict=True)

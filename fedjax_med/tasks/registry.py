@@ -8,12 +8,15 @@ from fedjax_med.core.sources import read_again, source_digest
 from fedjax_med.tasks.classification import CLASSIFICATION
 from fedjax_med.tasks.multilabel import MULTILABEL
 from fedjax_med.tasks.regression import REGRESSION
+from fedjax_med.tasks.survival import SURVIVAL_COX, SURVIVAL_HAZARDS
 from fedjax_med.tasks.task import Metric, Task
 
 TASKS: dict[str, Task] = {
   "classification": CLASSIFICATION,
   "multilabel": MULTILABEL,
   "regression": REGRESSION,
+  "survival_cox": SURVIVAL_COX,
+  "survival_hazards": SURVIVAL_HAZARDS,
 }
 DEFAULT = "classification"
 

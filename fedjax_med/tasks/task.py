@@ -191,6 +191,8 @@ class Task(NamedTuple):
     zero_head: whether a layer named head starts at 0, so that the first outputs are all 0.
     joint: reason why the loss of an example needs the others of its batch, which DP-SGD refuses;
       empty where it does not. Numbers of places without an example are then nan in the targets.
+    across: metrics of the hospitals -> those of all examples together that follow from them, such
+      as of pairs within a hospital; None where there are no such.
   """
 
   name: str
@@ -215,6 +217,7 @@ class Task(NamedTuple):
   table: Callable[[np.ndarray, Targets], PredictionTable] | None = None
   zero_head: bool = False
   joint: str = ""
+  across: Callable[[Sequence[dict[str, Any]]], dict[str, Any]] | None = None
 
   @property
   def headline(self) -> Metric:

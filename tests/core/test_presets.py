@@ -49,7 +49,7 @@ def test_the_header_of_a_preset_has_command_time_score_and_epsilon(name):
   header = module(name)["__doc__"]
   assert f"python -m fedjax_med.train --config=configs/{name}.py" in header
   assert re.search(r"To expect on two CPU cores: [\w ]*minutes?", header)
-  assert re.search(r"(AUROC|RMSE)\s\d\.\d", header)
+  assert re.search(r"(AUROC|RMSE|C-index)\s\d\.\d", header)
   assert re.search(r"no ε|ε \d+\.\d", header)
 
 

@@ -7,7 +7,7 @@ import numpy as np
 from PIL import Image
 
 from fedjax_med.core.config import Config, set_field
-from tests.data import series_cases, table_cases
+from tests.data import series_cases, survival_cases, table_cases
 from tests.data.lines import make_gdsc
 from tests.exchange import parts  # noqa: F401  (registers the transform and the aggregator below)
 
@@ -16,6 +16,7 @@ FILES = "FILES"  # stands for the folder of pictures, with numbers for other one
 TABLE, COLUMNS, HEART = "A TABLE", "ITS COLUMNS", "HEART"  # stand for files of tables
 LINES = "CELL LINES"  # stands for the folder of gdsc
 SERIES = "A SERIES"  # stands for a folder of recordings
+TIMES, TIME_COLUMNS = "TIMES", "THEIR COLUMNS"  # stand for survival tables and their manifest
 
 
 class Case(NamedTuple):
@@ -66,6 +67,10 @@ def changed(changes: Changes, files: pathlib.Path) -> Config:
       value = str(pathlib.Path(make_files(files, int(number or 0)), inside))
     elif isinstance(value, str) and value.startswith((TABLE, COLUMNS, HEART)):
       value = make_table(files, value)
+    elif value == TIMES:
+      value = str(survival_cases.survival_folder(files / "times"))
+    elif value == TIME_COLUMNS:
+      value = table_cases.columns_file(files, survival_cases.SURVIVAL, "times.toml")
     elif value == LINES:
       value = str(make_gdsc(files / "lines"))
     elif value == SERIES:
@@ -122,6 +127,8 @@ TABLES = {
   "data.image_size": 192,
   "data.num_examples": 4000,
 }
+SURVIVAL = {**TABLES, "data.path": TIMES, "data.columns": TIME_COLUMNS}
+HAZARDS = {**SURVIVAL, "data.survival": "hazards"}
 DRUGS = {
   "data.source": "gdsc",
   "data.path": LINES,
@@ -218,6 +225,9 @@ CASES: dict[str, Case] = {
   "data.hop_seconds": Case(0.5, "holders", WINDOWS, ({},)),
   "data.ranges": Case("-2,8", "program", WINDOWS, ({},)),
   "data.test_persons": Case("p2", "holders", WINDOWS, ({},)),
+  "data.survival": Case("hazards", "holders", SURVIVAL, ({},)),
+  "data.intervals": Case(4, "holders", HAZARDS, ({}, SURVIVAL)),
+  "data.interval_bounds": Case("quantiles", "holders", HAZARDS, ({}, SURVIVAL)),
   "partition.scheme": Case("iid", "holders"),
   "partition.num_clients": Case(4, "holders"),
   "partition.alpha": Case(

@@ -25,6 +25,7 @@ from fedjax_med.run.compilation_cache import use_compilation_cache
 from fedjax_med.run.measure import evaluated
 from fedjax_med.run.single import block_arguments
 from fedjax_med.tasks.classification import CLASSIFICATION
+from fedjax_med.tasks.registry import task_named
 
 KEPT: dict[str, Any] = {}  # of configurations that many cases share
 
@@ -69,12 +70,13 @@ def text_of(config: Config) -> str:
 
 
 def holders(one: Config, other: Config) -> bool:
-  """Images, or who holds them."""
+  """Images, their targets, or who holds them."""
 
   def seen(config: Config) -> Any:
     data = dealt(config)
     tables = [(table.indices, table.counts) for table in (data.train, data.test)]
-    return [data.dataset.inputs, data.dataset.labels, tables]
+    targets = task_named(data.dataset.task).targets(data.dataset)
+    return [data.dataset.inputs, data.dataset.labels, targets, tables]
 
   return differ(seen(one), seen(other))
 
