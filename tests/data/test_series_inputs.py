@@ -8,7 +8,6 @@ import pytest
 from fedjax_med.data.modality import SERIES
 from fedjax_med.data.series_inputs import KINDS, change, draw_changes, normalise
 
-
 COUNT = 160  # windows of the random changes: one shape, so that each kind compiles nothing new
 apply, draw = jax.jit(change), jax.jit(draw_changes, static_argnums=(1, 2))
 
