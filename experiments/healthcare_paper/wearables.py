@@ -8,13 +8,12 @@ import pandas as pd
 
 
 def row_of(folder: pathlib.Path) -> dict:
-  """Results of a run: of windows, of recordings, of people trained alone, and ε."""
+  """Results of a run: of windows, of recordings, and ε."""
   summary, held = (
     json.loads((folder / name).read_text(encoding="utf-8"))
     for name in ("summary.json", "hospitals.json")
   )
   windows, recordings = summary["test"], summary["recordings"]
-  alone = [each["own"]["accuracy"] for each in summary.get("baselines", {}).get("alone", [])]
   return {
     "run": folder.name,
     "split": summary["split"],
@@ -27,8 +26,6 @@ def row_of(folder: pathlib.Path) -> dict:
     "recordings.accuracy": recordings["accuracy"],
     "recordings.auroc": recordings["auroc"],
     "overlapping": held["series"]["test_overlapping"],
-    "alone.accuracy": sum(alone) / len(alone) if alone else None,
-    "pooled.accuracy": summary.get("baselines", {}).get("pooled", {}).get("accuracy"),
     "epsilon_max": summary["epsilon_max"],
     "client_epsilon": summary["client_epsilon"],
   }
