@@ -59,6 +59,7 @@ def test_every_number_has_a_range_and_every_name_its_choices_unless_a_registry_h
   free |= {"data.test_persons"}
   free |= {"execution.compilation_cache", "model.pretrained", "data.source"}
   free |= {"server.aggregator", "server.transforms", "data.group_columns", "data.slices"}
+  free |= {f"data.{name}" for name in ("time_column", "signals", "ranges", "test_persons")}
   free |= {f"data.{role}_column" for role in ("path", "label", "patient", "site", "split")}
   bare = {path for path, field in FIELDS.items() if not field.choices and field.bounds is None}
   assert {path for path in bare if FIELDS[path].kind is not bool} == free
