@@ -373,7 +373,7 @@ def draw_curves(axis: Any, details: dict[str, Any], names: Sequence[str], crowde
     axis.step(held["time"], third["survival"], where="post", color=colour, label=label)
   axis.set_ylim(0, 1.02)
   if held["thirds"]:
-    axis.legend(fontsize=7 if crowded else 9, frameon=False, loc="lower left")
+    axis.legend(fontsize=7 if crowded else 9, frameon=False, loc="upper right")
   if not crowded:
     axis.set(xlabel="time", ylabel="probability of no event")
 
