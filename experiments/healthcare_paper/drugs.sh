@@ -27,5 +27,3 @@ study pairs "$preset" "${plain[@]}" --config.data.split=pairs --config.data.test
   --config.model.name=mlp --config.client.learning_rate=0.3 --config.client.num_local_steps=16 \
   --config.server.num_rounds=100 --grid=data.seed=0:5
 study alone "$folds" --config.eval.local_baselines --grid=data.seed=0:1
-study tissue "$preset" "${plain[@]}" --config.data.split=tissue --config.partition.scheme=iid \
-  --config.partition.num_clients=8 --grid=data.seed=0:5

@@ -110,7 +110,7 @@ UNNAMED = Condition(
   wording="an empty data.test_persons",
   holds=lambda config: config.data.test_persons == "",
   fields=("data.test_persons",),
-  remedy="leave that empty",
+  remedy="use an empty data.test_persons",
 )
 FOLDER = one_of("data.source", "folder")
 MANIFEST = one_of("data.source", "manifest")
@@ -122,7 +122,7 @@ NO_FOLD = Condition(
   wording="an empty data.fold",
   holds=lambda config: config.data.fold == "",
   fields=("data.fold",),
-  remedy="leave data.fold empty",
+  remedy="use an empty data.fold",
 )
 DRAWN_SIDES, OPEN_PATIENTS = _without("{split}"), _without("{patient}")
 DRAWN = Condition(

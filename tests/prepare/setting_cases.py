@@ -144,7 +144,8 @@ WINDOWS = {
   "data.window_seconds": 2.0,
   "data.hop_seconds": 1.0,
 }
-NAMED = {**WINDOWS, "data.test_persons": "p2", "partition.scheme": "site"}
+NAMED = {**WINDOWS, "data.test_persons": "p2", "partition.scheme": "iid"}
+PAIRS = {**DRUGS, "data.split": "pairs"}
 MANIFEST = {**FOLDER, "data.source": "manifest", "data.path": f"{FILES}/list.csv"}
 ELSEWHERE = ({}, FOLDER)
 SITES = {"partition.scheme": "site", "partition.num_clients": 7, "partition.min_client_size": 1}
@@ -188,7 +189,8 @@ CASES: dict[str, Case] = {
   "data.window": Case("50,200", "holders", FOLDER, ({}, TABLES)),
   "data.split": Case("paper", "holders", without=(GIVEN, NAMED)),
   "data.test_fraction": Case(0.4, "holders", without=(GIVEN, PAPER, NAMED, {"data.fold": "1/5"})),
-  "data.fold": Case("1/5", "holders", without=(GIVEN, PAPER, NAMED)),
+  "data.fold": Case("1/5", "holders", without=(GIVEN, PAPER, NAMED, PAIRS)),
+  "data.target_columns": Case("who", "holders", MANIFEST, ELSEWHERE),
   "data.patient_pattern": Case(
     "(P[0-9]+)_", "holders", FOLDER, ({}, TABLES, {**FOLDER, "data.layout": "{class}/{patient}_*"})
   ),
@@ -218,7 +220,7 @@ CASES: dict[str, Case] = {
   "data.volume": Case(0, "files", MANIFEST, ELSEWHERE),
   "data.channels": Case("3", "holders", MANIFEST, ({},)),
   "data.rate": Case(5.0, "holders", WINDOWS, ({}, TABLES)),
-  "data.recorded_rate": Case(20.0, "holders", WINDOWS, ({},)),
+  "data.recorded_rate": Case(8.0, "holders", WINDOWS, ({},)),
   "data.time_column": Case("t", "holders", WINDOWS, ({},)),
   "data.signals": Case("ax", "holders", WINDOWS, ({},)),
   "data.window_seconds": Case(3.0, "holders", WINDOWS, ({},)),

@@ -98,7 +98,9 @@ def test_the_report_is_whole_utf_8_and_holds_the_names_as_they_are(told):
 
 def test_three_classes_have_macro_averages_on_the_terminal():
   values = dict.fromkeys(("accuracy", "auroc", "recall", "specificity", "f1"), 0.5)
-  point: Any = types.SimpleNamespace(rounds=1, epsilons=(), test={"n": 3, **values}, clients=())
+  point: Any = types.SimpleNamespace(
+    rounds=1, epsilons=(), test={"n": 3, **values}, clients=(), recordings=None
+  )
   outcome: Any = types.SimpleNamespace(last=point, stopped="")
 
   def shown(class_names):

@@ -226,9 +226,9 @@ def test_every_hospital_is_there_with_the_numbers_of_the_files(run):
   ):
     row = by_name[holds["name"]]
     assert row[1:3] == [sum(holds["train"]), sum(holds["test"])]
-    assert row[3:11] == ["–" if client[key] is None else client[key] for key in keys]
+    assert row[3 : 3 + len(keys)] == ["–" if client[key] is None else client[key] for key in keys]
   test = files["summary"]["test"]
-  assert by_name["All hospitals"][3:11] == [test[key] for key in keys]
+  assert by_name["All hospitals"][3 : 3 + len(keys)] == [test[key] for key in keys]
   accuracies = [client["accuracy"] for client in files["summary"]["clients"]]
   losses = [client["loss"] for client in files["summary"]["clients"]]
   assert by_name["Mean of the hospitals"][4] == pytest.approx(np.mean(accuracies))
