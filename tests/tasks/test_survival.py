@@ -41,7 +41,7 @@ def observed():
 def covariates():
   """120 records [120, 3] whose times follow from the first two columns; no two times are equal."""
   random = np.random.default_rng(7)
-  random.integers(1, 30, 80), random.random(80), random.integers(0, 12, 80)
+  _ = random.integers(1, 30, 80), random.random(80), random.integers(0, 12, 80)  # as in observed
   rows = random.normal(size=(120, 3))
   time = random.exponential(np.exp(-rows @ [0.8, -0.5, 0.0])).astype(np.float32)
   end = random.exponential(2.0, 120).astype(np.float32)
@@ -93,7 +93,7 @@ def test_c_within_groups_is_of_pairs_of_one_group_and_follows_from_the_groups_ow
   groups = np.arange(80) % 3
   own = [concordance(time[groups == g], event[groups == g], risk[groups == g]) for g in range(3)]
   within = concordance(time, event, risk, groups)
-  assert within == tuple(np.sum(own, axis=0))
+  assert within == tuple(np.array([tuple(pairs) for pairs in own]).sum(axis=0))
   lines = [{"c_index": pairs.index, "pairs": pairs.comparable} for pairs in own]
   nobody = {"c_index": None, "pairs": 0}
   told = survival.within_hospitals([*lines, nobody])
