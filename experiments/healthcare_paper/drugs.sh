@@ -20,11 +20,10 @@ folds=$here/drug_folds.py preset=$here/../../configs/gdsc.py
 plain=(--config.server.algorithm=fedavg --config.server.personal_layers=head)
 study fedavg "$folds" "${plain[@]}" --grid=data.seed=0:5
 study own_intercept "$folds" --grid=data.seed=0:5
-study alone "$folds" --config.eval.local_baselines --grid=data.seed=0:5
 study private "$folds" "${plain[@]}" --config.data.scaling=ranges \
   --config.privacy.mechanism=dp_sgd --config.privacy.target_epsilon=8 \
   --config.client.learning_rate=0.02 --grid=data.seed=0:5
-study tissue "$preset" "${plain[@]}" --config.data.split=tissue --config.partition.scheme=iid \
-  --config.partition.num_clients=8 --grid=data.seed=0:5
 study pairs "$preset" "${plain[@]}" --config.data.split=pairs --config.data.test_fraction=0.05 \
-  --grid=data.seed=0:5
+  --config.model.name=mlp --config.client.learning_rate=0.3 --config.client.num_local_steps=16 \
+  --config.server.num_rounds=100 --grid=data.seed=0:5
+study alone "$folds" --config.eval.local_baselines --grid=data.seed=0:1

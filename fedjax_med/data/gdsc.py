@@ -48,7 +48,8 @@ def load_gdsc(folder: pathlib.Path, data: DataConfig) -> Dataset:
     UserError: a file is missing or is not as it must be.
   """
   cells, manifest, left = _joined(folder)
-  dataset = dataset_of([cells], left, folder, manifest, data)
+  unread = dataclasses.replace(data, positive="")  # there are no classes
+  dataset = dataset_of([cells], left, folder, manifest, unread)
   lines = dict(zip(cells.lines, (row[0] for row in cells.rows), strict=True))
   names = tuple(lines[int(name.rpartition(":")[2])] for name in dataset.names)
   note = [NOTES[data.split]] if data.split in NOTES else []

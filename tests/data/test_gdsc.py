@@ -26,6 +26,14 @@ def hospitals(folder, scheme="site", **changes):
   return build_hospitals(load_dataset(data), data, partition)
 
 
+def held_by(dealt):
+  """The targets and the sites of the dataset."""
+  dataset = dealt.dataset
+  assert dataset.targets is not None
+  assert dataset.sites is not None
+  return dataset.targets, dataset.sites
+
+
 def texts(dealt):
   return [note.text for note in data_notes(hospital_record(dealt), "record", show_names=True)]
 
@@ -49,6 +57,7 @@ def test_lines_are_joined_by_their_names_whatever_the_order_of_the_files(tmp_pat
 
 def test_small_and_unknown_sites_are_joined_as_other(tmp_path):
   dataset = load_dataset(config(make_gdsc(tmp_path / "x")))
+  assert dataset.sites is not None
   assert dataset.site_names == ("lung", "skin", "other")
   assert np.bincount(dataset.sites).tolist() == [40, 25, 15]
 
@@ -73,7 +82,7 @@ def test_what_is_left_out_is_counted(tmp_path):
 
 def test_targets_are_scaled_by_the_training_values_of_all_hospitals(tmp_path):
   dealt = hospitals(make_gdsc(tmp_path / "x"))
-  targets, train = dealt.dataset.targets, dealt.split.train
+  targets, train = held_by(dealt)[0], dealt.split.train
   frame = pd.DataFrame(targets.values[train].astype(float))
   np.testing.assert_allclose(targets.fitted["means"], frame.mean(), rtol=1e-5)
   np.testing.assert_allclose(targets.fitted["spreads"], frame.std(ddof=0), rtol=1e-5)
@@ -86,7 +95,7 @@ def test_a_drug_without_training_values_or_with_equal_ones_is_left_out_and_named
   held[RESPONSES].loc["GDSC:1"] = np.nan
   held[RESPONSES].loc["GDSC:4"] = held[RESPONSES].loc["GDSC:4"] * 0 + 2.3
   dealt = hospitals(write(tmp_path / "x", held))
-  assert dealt.dataset.targets.left_out == (
+  assert held_by(dealt)[0].left_out == (
     ("A", "no training value at any hospital"),
     ("C", "all training values are the same"),
   )
@@ -119,14 +128,14 @@ def test_grouped_holds_out_lines_and_tissue_whole_sites(tmp_path):
   assert by_line.names == ("lung", "skin", "other")
   assert by_line.test.counts.tolist() == [8, 5, 3]
   by_tissue = hospitals(folder, scheme="iid", split="tissue")
-  sites = by_tissue.dataset.sites
+  _, sites = held_by(by_tissue)
   assert by_tissue.split.scheme == "tissue"
   assert set(sites[by_tissue.split.train]).isdisjoint(sites[by_tissue.split.test])
 
 
 def test_pairs_are_all_dealt_to_one_side_each_and_said_to_leak(tmp_path):
   dealt = hospitals(make_gdsc(tmp_path / "x"), split="pairs")
-  values = dealt.dataset.targets.values
+  values = held_by(dealt)[0].values
   train, test = values[dealt.split.train], values[dealt.split.test]
   whole = tables()[RESPONSES].T.to_numpy()
   np.testing.assert_array_equal(np.isnan(train) & np.isnan(test), np.isnan(whole))
@@ -192,6 +201,7 @@ def test_the_published_files_give_the_numbers_that_others_report(real_data):
     pytest.skip(f"real data: {folder} is absent")
   dataset = load_dataset(config(folder))
   assert dataset.targets is not None
+  assert dataset.sites is not None
   assert (*dataset.inputs.shape, dataset.targets.values.shape[1]) == (561, 808, 266)
   assert int((~np.isnan(dataset.targets.values)).sum()) == 120_084
   counts = dict(zip(dataset.site_names, np.bincount(dataset.sites).tolist(), strict=True))

@@ -39,6 +39,7 @@ def test_known_missing_and_left_out_values_are_told(tmp_path):
   data = config(tmp_path)
   dealt = build_hospitals(load_dataset(data), data, PartitionConfig(scheme="site", num_clients=0))
   held = hospital_record(dealt)
+  assert dealt.dataset.targets is not None
   known = ~np.isnan(dealt.dataset.targets.values)
   assert held["targets"]["known"] == known.sum()
   north = dealt.dataset.sites == dealt.names.index("north")

@@ -156,6 +156,7 @@ def test_predictions_of_a_table_are_what_the_run_measured(ran, lines, tmp_path):
   told = {(row["record"], row["target"]): float(row["prediction"]) for row in rows}
   assert len(told) == 80 * 4
   targets, names = dealt.dataset.targets, dealt.dataset.names
+  assert targets is not None
   held = dealt.test.indices[dealt.names.index("lung")][: dealt.test.counts[0]]
   pairs = [(n, m) for n in held for m in range(4) if not np.isnan(targets.values[n, m])]
   errors = [targets.values[n, m] - told[names[n], targets.names[m]] for n, m in pairs]
@@ -180,9 +181,10 @@ def test_pooled_training_converges_to_least_squares_of_the_known_values(lines):
   )
   result = simulate(made)
   dealt = load_hospitals(made)
-  data = dealt.dataset
-  means, spreads = data.targets.fitted["means"], data.targets.fitted["spreads"]
-  values = (data.targets.values - means) / spreads
+  data, targets = dealt.dataset, dealt.dataset.targets
+  assert targets is not None
+  means, spreads = targets.fitted["means"], targets.fitted["spreads"]
+  values = (targets.values - means) / spreads
   known = ~np.isnan(values)
   # An example's loss is the mean over its known targets, so that each of them weighs 1 / number.
   weights = np.sqrt(known / np.maximum(known.sum(1, keepdims=True), 1))
@@ -193,7 +195,7 @@ def test_pooled_training_converges_to_least_squares_of_the_known_values(lines):
     weight = weights[rows, m]
     solved = np.linalg.lstsq(inputs[rows] * weight[:, None], values[rows, m] * weight)[0]
     predicted[:, m] = inputs @ solved * spreads[m] + means[m]
-  errors = (predicted - data.targets.values)[test][known[test]]
+  errors = (predicted - targets.values)[test][known[test]]
   assert result.overall["rmse"] == pytest.approx(np.sqrt(np.mean(errors**2)), abs=1e-3)
 
 
