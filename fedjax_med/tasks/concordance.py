@@ -22,7 +22,7 @@ class Pairs(NamedTuple):
   comparable: int
 
   @property
-  def index(self) -> float | None:
+  def c_index(self) -> float | None:
     """Harrell's C, in which ties count half; None without a comparable pair."""
     if not self.comparable:
       return None

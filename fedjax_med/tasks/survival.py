@@ -261,8 +261,8 @@ def _metrics(
     return {**dict.fromkeys(NAMES), "pairs": 0, "n": n}
   pairs = concordance(targets[:, TIME], targets[:, EVENT] > 0.5, risks(predictions))
   return {
-    "c_index": pairs.index,
-    "c_within": pairs.index,
+    "c_index": pairs.c_index,
+    "c_within": pairs.c_index,
     "loss": loss(predictions, targets),
     "pairs": pairs.comparable,
     "n": n,

@@ -144,7 +144,7 @@ WINDOWS = {
   "data.window_seconds": 2.0,
   "data.hop_seconds": 1.0,
 }
-NAMED = {**WINDOWS, "data.test_persons": "p2", "partition.scheme": "iid"}
+NAMED = {**WINDOWS, "data.test_persons": "p2", "partition.scheme": "site"}
 PAIRS = {**DRUGS, "data.split": "pairs"}
 MANIFEST = {**FOLDER, "data.source": "manifest", "data.path": f"{FILES}/list.csv"}
 ELSEWHERE = ({}, FOLDER)

@@ -48,7 +48,11 @@ def differ(one: Any, other: Any) -> bool:
   leaves = [jax.tree.leaves(tree) for tree in (one, other)]
   if len(leaves[0]) != len(leaves[1]):
     return True
-  return any(not np.array_equal(a, b) for a, b in zip(*leaves, strict=True))
+  return not all(map(_equal, *leaves))
+
+
+def _equal(one: Any, other: Any) -> bool:
+  return np.array_equal(one, other, equal_nan=np.asarray(one).dtype.kind == "f")
 
 
 @kept

@@ -85,11 +85,11 @@ def test_predictions_on_a_table_have_the_c_of_the_run(made, request, tmp_path):
   targets = hospitals.dataset.targets
   assert targets is not None
   time, event = targets.values[test, 0], targets.values[test, 1] == 1
-  assert summary["test"]["c_index"] == pytest.approx(concordance(time, event, risk[test]).index)
+  assert summary["test"]["c_index"] == pytest.approx(concordance(time, event, risk[test]).c_index)
   owners = np.zeros(len(lines), int)
   for k, row in enumerate(hospitals.test.indices):
     owners[row[: hospitals.test.counts[k]]] = k
-  within = concordance(time, event, risk[test], owners[test]).index
+  within = concordance(time, event, risk[test], owners[test]).c_index
   assert summary["test"]["c_within"] == pytest.approx(within, abs=1e-9)
 
 
