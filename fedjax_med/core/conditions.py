@@ -103,7 +103,7 @@ UNNAMED = Condition(
   wording="an empty data.test_persons",
   holds=lambda config: config.data.test_persons == "",
   fields=("data.test_persons",),
-  remedy="leave that empty",
+  remedy="use --config.data.test_persons=",
 )
 FOLDER = one_of("data.source", "folder")
 MANIFEST = one_of("data.source", "manifest")

@@ -82,13 +82,14 @@ def split_with_duplicates(dataset: Dataset, data: DataConfig, by_site: bool = Fa
     data: ``split``, ``test_fraction`` and ``seed`` are read.
     by_site: keep the test share within every site too (``data.split='grouped'`` only).
   """
+  how = "grouped" if data.test_persons else data.split  # named people are whole, whatever it says
   modality, strata = modality_named(dataset.modality), task_named(dataset.task).strata(dataset)
   groups = modality.copies(dataset.inputs)
-  if data.split == "paper":
+  if how == "paper":
     units = np.arange(len(groups), dtype=np.int32)
   else:
     units, patients = groups if modality.keeps_copies else np.arange(len(groups)), dataset.patients
-    patients = None if data.split == "recording" else patients
+    patients = None if how == "recording" else patients
     if patients is not None and by_site and dataset.sites is not None:
       patients = apart_by_site(patients, dataset.sites)
     units = units if patients is None else join_groups(units, patients)
@@ -106,7 +107,7 @@ def split_with_duplicates(dataset: Dataset, data: DataConfig, by_site: bool = Fa
     train, test = _drawn_split(dataset, data, units, strata, by_site)
   else:
     # FLamby's split of heart_disease is data.split=paper; folders that give one leave that unread.
-    scheme = "paper" if data.split == "paper" else "given"
+    scheme = "paper" if how == "paper" else "given"
     train, test = splits.given_split(strata, dataset.in_test)
   sizes = np.bincount(groups)
   return Split(

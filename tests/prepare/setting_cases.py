@@ -126,6 +126,7 @@ WINDOWS = {
   "data.rate": series_cases.RATE,
   "data.window_seconds": 2.0,
   "data.hop_seconds": 1.0,
+  "partition.min_client_size": 1,
 }
 NAMED = {**WINDOWS, "data.test_persons": "p2", "partition.scheme": "site"}
 MANIFEST = {**FOLDER, "data.source": "manifest", "data.path": f"{FILES}/list.csv"}
