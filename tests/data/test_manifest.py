@@ -261,5 +261,7 @@ def test_a_scheme_that_becomes_site_refuses_what_it_does_not_read(tmp_path):
 def test_columns_are_read_with_manifests_only():
   config = base()
   config.data.label_column = "dx"
-  with pytest.raises(UserError, match=r"label_column='dx' is read with data.source=manifest only"):
+  with pytest.raises(
+    UserError, match=r"label_column='dx' is read with data.source=manifest or series"
+  ):
     validate(config)
