@@ -96,14 +96,14 @@ def split_with_duplicates(dataset: Dataset, data: DataConfig, by_site: bool = Fa
     data: ``split``, ``test_fraction``, ``fold`` and ``seed`` are read.
     by_site: keep the test share within every site too (``data.split='grouped'`` only).
   """
+  how = "grouped" if data.test_persons else data.split  # named people are whole, whatever it says
   modality, strata = modality_named(dataset.modality), task_named(dataset.task).strata(dataset)
   groups = modality.copies(dataset.inputs)
-  asked = "grouped" if data.test_persons else data.split
-  if asked == "paper":
+  if how == "paper":
     units = np.arange(len(groups), dtype=np.int32)
   else:
     units, patients = groups if modality.keeps_copies else np.arange(len(groups)), dataset.patients
-    patients = None if asked == "recording" else patients
+    patients = None if how == "recording" else patients
     if patients is not None and by_site and dataset.sites is not None:
       patients = apart_by_site(patients, dataset.sites)
     units = units if patients is None else join_groups(units, patients)
@@ -111,7 +111,7 @@ def split_with_duplicates(dataset: Dataset, data: DataConfig, by_site: bool = Fa
       units = join_groups(units, dataset.series.recordings)
   if dataset.kept_together is not None:
     require(
-      asked != "paper",
+      how != "paper",
       "data.split='paper' deals slices of one volume, or rows of one group, to both sides",
       "use data.split=grouped, which keeps them together",
     )
@@ -122,7 +122,7 @@ def split_with_duplicates(dataset: Dataset, data: DataConfig, by_site: bool = Fa
   else:
     # FLamby's split of heart_disease is data.split=paper, and gdsc has some of its own; folders
     # that give one leave that unread.
-    scheme = "given" if asked == "grouped" else asked
+    scheme = "given" if how == "grouped" else how
     train, test = splits.given_split(strata, dataset.in_test)
   sizes = np.bincount(groups)
   return Split(

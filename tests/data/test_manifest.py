@@ -290,6 +290,6 @@ def test_columns_are_read_with_manifests_only():
   config = base()
   config.data.label_column = "dx"
   with pytest.raises(
-    UserError, match=r"label_column='dx' is read with data.source=manifest or series only"
+    UserError, match=r"label_column='dx' is read with data.source=manifest or series"
   ):
     validate(config)

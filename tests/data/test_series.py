@@ -211,6 +211,7 @@ def test_a_manifest_gives_sites_sides_and_groups(root, tmp_path):
     assert len(set(hospitals.dataset.patients[side])) == 2
   few = hospitals_of(series_data(root / "sites.csv", test_fraction=0.2, seed=1))
   assert few.names == ("north", "south")
+  assert few.dataset.patients is not None
   assert len(set(few.dataset.patients[few.split.test])) == 1
   frame["split"] = np.where(frame.path.str.contains("/0.csv"), "test", "train")
   frame.drop(columns="patient").to_csv(root / "sides.csv", index=False)

@@ -143,6 +143,7 @@ WINDOWS = {
   "data.rate": series_cases.RATE,
   "data.window_seconds": 2.0,
   "data.hop_seconds": 1.0,
+  "partition.min_client_size": 1,
 }
 NAMED = {**WINDOWS, "data.test_persons": "p2", "partition.scheme": "site"}
 PAIRS = {**DRUGS, "data.split": "pairs"}
