@@ -116,7 +116,7 @@ def load_manifest(path: pathlib.Path, data: DataConfig) -> Dataset:
   )
   columns = columns_of(path, data)
   rows = read_rows(path, columns, data)
-  names = tuple(sorted(set(rows.labels)))
+  names: tuple[str, ...] = tuple(sorted(set(rows.labels)))
   if rows.targets is None:
     names = order_classes(names, data.positive)
   require(

@@ -96,6 +96,7 @@ def test_an_image_may_have_several_labels(tmp_path):
   marks = {part: random.integers(0, 2, (count, 4)) for part, count in COUNTS.items()}
   path = write(tmp_path, held | {f"{part}_labels": each for part, each in marks.items()})
   dataset = read(path)
+  assert dataset.targets is not None
   assert (dataset.task, dataset.targets.names) == (
     "multilabel",
     tuple(f"label {k}" for k in range(4)),

@@ -145,12 +145,14 @@ def test_columns_of_1_and_0_are_labels_and_others_numbers(tmp_path):
   frame.loc[2, "fluid"] = "1"
   path = write(tmp_path, frame)
   labelled = read(path, target_columns="fluid,mass")
+  assert labelled.targets is not None
   assert (labelled.task, labelled.targets.names) == ("multilabel", ("fluid", "mass"))
   expected = frame["fluid"].map({"1": 1.0, "0": 0.0, "": np.nan})
   np.testing.assert_array_equal(labelled.targets.values[:, 0], expected.astype(np.float32))
   np.testing.assert_array_equal(labelled.labels, frame["fluid"] == "1")
   (tmp_path / "list.toml").write_text('targets = ["age"]')
   aged = read(path)
+  assert aged.targets is not None
   assert (aged.task, aged.class_names) == ("regression", ("example",))
   np.testing.assert_array_equal(aged.targets.values[:, 0], frame["age"].astype(np.float32))
   with pytest.raises(UserError, match="column 'site' is named as the class, and age as targets"):

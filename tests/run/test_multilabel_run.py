@@ -101,7 +101,9 @@ def test_predictions_of_files_are_what_the_run_measured(ran, tmp_path):
   assert list(rows[0]) == ["file", "label", "probability", "error"]
   seen = [row for row in rows if not row["error"]]
   assert [row["label"] for row in seen] == ["label 0", "label 1", "label 2"] * 3
-  truth = load_hospitals(made).dataset.targets.values[-60:]
+  targets = load_hospitals(made).dataset.targets
+  assert targets is not None
+  truth = targets.values[-60:]
   bright = [(float(row["probability"]) > 0.5) == truth[k // 3, k % 3] for k, row in enumerate(seen)]
   assert sum(bright) >= 7
 

@@ -61,7 +61,7 @@ def test_the_loss_is_the_mean_cross_entropy_of_known_labels(smoothing):
   each = np.where(known, -goal * np.log(chance) - (1 - goal) * np.log(1 - chance), 0).sum(1)
   expected = each / np.maximum(known.sum(1), 1)
   loss = TASK.loss(smoothing)
-  np.testing.assert_allclose(loss(logits, labels), expected, rtol=1e-5)
+  np.testing.assert_allclose(loss(jnp.asarray(logits), jnp.asarray(labels)), expected, rtol=1e-5)
   gradient = jax.grad(lambda logits: loss(logits, jnp.asarray(labels)).sum())(jnp.asarray(logits))
   slopes = np.where(known, chance - goal, 0) / np.maximum(known.sum(1), 1)[:, None]
   np.testing.assert_allclose(gradient, slopes, rtol=1e-4, atol=1e-6)
@@ -78,6 +78,7 @@ def test_predictions_and_tally_follow_the_logits():
     right.sum(1) / np.maximum(known.sum(1), 1),
     rtol=1e-6,
   )
+  assert TASK.table is not None
   told = TASK.table(probabilities[:2], Targets(values=labels, names=("a", "b", "c", "d")))
   assert told.heading == ("label", "probability")
   assert [row[0] for row in told.rows[1]] == ["a", "b", "c", "d"]
