@@ -121,7 +121,7 @@ def load_manifest(path: pathlib.Path, data: DataConfig) -> Dataset:
     names = order_classes(names, data.positive)
   require(
     len(names) > 1 or rows.targets is not None,
-    f"{path} lists one class only ('{names[0]}')",
+    f"{path} lists one class only ('{''.join(names)}')",
     "add rows of a second class, or name another column with --config.data.label_column",
   )
   placed = [

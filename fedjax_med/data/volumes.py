@@ -67,10 +67,10 @@ def read_file(path: pathlib.Path, name: str, data: DataConfig, colour: bool) -> 
   )
 
 
-def read_example(
+def read_examples(
   path: pathlib.Path, data: DataConfig, grey: Grey, min_size: int, size: int
-) -> np.ndarray | str:
-  """[H, W, C] pixels of a file that holds one example of a run, or why they cannot be had.
+) -> list[tuple[str, np.ndarray | str]]:
+  """(end of its name, [H, W, C] pixels or why they cannot be had) of each example of a file.
 
   Args:
     path: the file.
@@ -83,13 +83,9 @@ def read_example(
   try:
     content = read_file(path, "the file", data, grey.channels == 3)
   except UserError as error:
-    return str(error)
-  if len(content.values) != 1:
-    return (
-      f"it holds {content.total} slices, and data.slices={data.slices} of the run reads"
-      f" {len(content.values)} of them; give a picture of each slice"
-    )
-  return pixels_of(content.values[0][1], grey, bool(data.window))
+    return [("", str(error))]
+  exact = bool(data.window)
+  return [(ending, pixels_of(values, grey, exact)) for ending, values in content.values]
 
 
 def _values(one: Slice, data: DataConfig, colour: bool) -> Values | str:

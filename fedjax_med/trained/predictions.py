@@ -19,7 +19,7 @@ from fedjax_med.data.files import DICOM, EXTENSIONS, NIFTI, SYSTEM, File, counte
 from fedjax_med.data.grey import to_eight_bits, without_channel
 from fedjax_med.data.modality import preparation
 from fedjax_med.data.sources import shown_as
-from fedjax_med.data.volumes import read_example
+from fedjax_med.data.volumes import read_examples
 from fedjax_med.folder.writing import write_whole
 from fedjax_med.models import grad_cam
 from fedjax_med.simulation.evaluation import make_classify
@@ -35,12 +35,14 @@ class Picture(NamedTuple):
 
   Attributes:
     path: of the file.
+    part: number among the examples of the file, such as slices of a volume.
     name: relative to the folder that was asked for, as ``core.text.readable`` writes it.
     pixels: [H, W, C] uint8 or uint16 as the network sees it, None where it cannot be read.
     error: reason why it cannot be read; empty if it can.
   """
 
   path: pathlib.Path
+  part: int
   name: str
   pixels: np.ndarray | None
   error: str
@@ -185,27 +187,38 @@ def reads_volumes(trained: Trained) -> bool:
   return trained.config.data.source == "manifest"
 
 
-def _read(trained: Trained, path: pathlib.Path, least: int, size: int) -> np.ndarray | str:
-  """An example as the run read its own, at a size, or why it cannot be read."""
+def _read(
+  trained: Trained, path: pathlib.Path, least: int, size: int
+) -> list[tuple[str, np.ndarray | str]]:
+  """(end of its name, pixels or reason) of the examples of a file, read as the run read its own."""
   data, grey = trained.config.data, trained.grey
   if reads_volumes(trained):
-    return read_example(path, data, grey, least, size)
-  return trained.modality.read(path, least, size, grey, bool(data.window))
+    return read_examples(path, data, grey, least, size)
+  return [("", trained.modality.read(path, least, size, grey, bool(data.window)))]
 
 
 def read_pictures(trained: Trained, files: Sequence[File]) -> Iterator[Picture]:
-  """Reads files as the training did: the same channels, size, window and least size."""
+  """Reads files as the training did: the same channels, size, window, slices and least size."""
   data = trained.config.data
   least = data.min_size if shown_as(data.source).facts.reads_files else 1
 
-  def read(file: File) -> Picture:
-    pixels = file.reason or _read(trained, file.path, least, data.image_size)
-    if isinstance(pixels, str):
-      return Picture(path=file.path, name=file.name, pixels=None, error=pixels)
-    return Picture(path=file.path, name=file.name, pixels=pixels, error="")
+  def read(file: File) -> list[Picture]:
+    if file.reason:
+      return [Picture(path=file.path, part=0, name=file.name, pixels=None, error=file.reason)]
+    return [
+      Picture(
+        path=file.path,
+        part=part,
+        name=file.name + ending,
+        pixels=None if isinstance(pixels, str) else pixels,
+        error=pixels if isinstance(pixels, str) else "",
+      )
+      for part, (ending, pixels) in enumerate(_read(trained, file.path, least, data.image_size))
+    ]
 
   with concurrent.futures.ThreadPoolExecutor(2) as threads:
-    yield from threads.map(read, files)
+    for pictures in threads.map(read, files):
+      yield from pictures
 
 
 def predict_files(
@@ -215,12 +228,12 @@ def predict_files(
   layer: grad_cam.MapLayer | None,
   tell: Callable[[str], None],
 ) -> Counts:
-  """Writes a row for each picture of ``images`` to ``output``, a CSV file.
+  """Writes a row for each picture of ``images``, and each slice of a volume, to ``output``, a CSV.
 
   Columns: file, predicted, the probability of each class under 'probability of CLASS', with
   ``layer`` map (the overlay, from the table's folder), error. Files that cannot be read have a row
-  with an error and no numbers. Of a task that predicts no classes: file, prediction (of several
-  numbers 'prediction 1' and so on), error.
+  with an error and no numbers. Of a task that predicts no classes: file, what ``Task.table`` says,
+  error, in a row for each target.
 
   Args:
     trained: the model.
@@ -252,8 +265,7 @@ def predict_files(
   titles, num_read = (), 0
   rows: list[list[str]] = []
   errors: list[tuple[str, str]] = []
-  for start in range(0, len(files), size):
-    pictures = list(read_pictures(trained, files[start : start + size]))
+  for start, pictures in _batches(trained, files, size):
     # One shape, so that one program is compiled.
     batch = np.zeros((size, *trained.image_shape), trained.grey.dtype)
     for row, picture in enumerate(pictures):
@@ -275,7 +287,7 @@ def predict_files(
       num_read += 1
     titles = told.heading
     if len(files) > size:
-      tell(f"{min(start + size, len(files))} of {len(files)} files")
+      tell(f"{start} of {len(files)} files")
 
   def write(place: pathlib.Path) -> None:
     with place.open("w", newline="", encoding="utf-8", errors=REPLACING) as file:
@@ -288,11 +300,22 @@ def predict_files(
   return Counts(num_read, errors)
 
 
+def _batches(
+  trained: Trained, files: Sequence[File], size: int
+) -> Iterator[tuple[int, list[Picture]]]:
+  """(files read so far, at most ``size`` pictures) after each other; a file may hold several."""
+  for start in range(0, len(files), size):
+    part = files[start : start + size]
+    pictures = list(read_pictures(trained, part))
+    for first in range(0, len(pictures), size):
+      yield start + len(part), pictures[first : first + size]
+
+
 def _write_overlay(
   trained: Trained, picture: Picture, heat: np.ndarray, folder: pathlib.Path
 ) -> pathlib.Path:
   """Writes FOLDER/NAME.png: the picture at its own size, Grad-CAM over it."""
-  pixels = _read(trained, picture.path, 1, 0)
+  _, pixels = _read(trained, picture.path, 1, 0)[picture.part]
   assert not isinstance(pixels, str)  # it was read a moment ago
   image = Image.fromarray(to_eight_bits(without_channel(pixels)))
   image.thumbnail((LARGEST_SIDE, LARGEST_SIDE))

@@ -148,7 +148,9 @@ def test_files_whose_names_are_no_text_are_told_apart_in_table_and_overlays(mode
   shown = ["\\x93\\xaa.png", "\\x5cx93\\x5cxaa.png", "a\\x0a.png", os.fsdecode(names[3])]
   assert {row["file"] for row in rows} == {*shown, "\\x95\\x94.png"}
   for name, file in zip(shown, names, strict=True):
-    picture = predictions.Picture(folder / os.fsdecode(file), name, None, "")
+    picture = predictions.Picture(
+      path=folder / os.fsdecode(file), part=0, name=name, pixels=None, error=""
+    )
     place = predictions._write_overlay(model, picture, np.ones((2, 2)), beside)
     assert place.name == f"{name}.png" or len(name) > 240
   assert len([place for place in beside.iterdir() if place.suffix == ".png"]) == 4
