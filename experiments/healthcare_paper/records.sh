@@ -16,9 +16,10 @@ study() {
 
 mkdir -p "$here/records"
 study scaling --config.data.split=paper --grid=data.scaling=ranges,federated,hospital --grid=seed=0:5
-study all --grid=data.seed=0:5
+folds=data.fold=1/5,2/5,3/5,4/5,5/5
+study all --grid=$folds --grid=data.seed=0:5
 study own_intercept --config.server.algorithm=fedper --config.server.personal_layers=head/bias \
-  --grid=data.seed=0:5
+  --grid=$folds --grid=data.seed=0:5
 study private --config.data.split=paper --config.privacy.mechanism=dp_sgd \
   --config.privacy.target_epsilon=1 --config.privacy.clip_norm=0.5 \
   --config.client.learning_rate=4 --config.client.num_local_steps=1 --config.server.num_rounds=20 \
