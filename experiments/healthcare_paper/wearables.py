@@ -2,9 +2,11 @@
 
 import json
 import pathlib
-import sys
 
 import pandas as pd
+
+from fedjax_med.core.errors import require
+from fedjax_med.flags import run_main
 
 
 def row_of(folder: pathlib.Path) -> dict:
@@ -31,11 +33,14 @@ def row_of(folder: pathlib.Path) -> dict:
   }
 
 
-def main(runs: pathlib.Path, output: pathlib.Path) -> None:
-  """Writes ``output`` with a row for each finished run below ``runs``."""
+def main(argv: list[str]) -> None:
+  """Writes argv[2], a CSV file, with a row for each finished run below the folder argv[1]."""
+  require(len(argv) == 3, "two arguments are read", "give the folder of the runs and the CSV file")
+  runs, output = map(pathlib.Path, argv[1:])
   folders = sorted(path.parent for path in runs.glob("*/summary.json"))
+  require(bool(folders), f"{runs} holds no finished run", "run wearables.sh first")
   pd.DataFrame([row_of(folder) for folder in folders]).to_csv(output, index=False)
 
 
 if __name__ == "__main__":
-  main(*map(pathlib.Path, sys.argv[1:]))
+  run_main(main)

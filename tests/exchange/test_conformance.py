@@ -251,6 +251,7 @@ def test_draws_of_transforms_are_the_same_in_every_layout():
   chex.assert_trees_all_close(jax.device_get(expected), jax.device_get(found), rtol=2e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_draws_differ_between_transforms_of_a_chain_clients_rounds_and_the_server():
   keys = []
 

@@ -48,6 +48,7 @@ def started(folder: pathlib.Path, noise_key: pathlib.Path | None = None) -> tupl
   return found["weights_sha256"], found["run_id"]
 
 
+@pytest.mark.slow
 def test_two_runs_of_one_command_share_nothing_unless_they_share_the_secret(tmp_path, really_drawn):
   key = tmp_path / "published.key"
   key.write_text(ONE.hex())
@@ -97,6 +98,7 @@ def test_a_secret_without_privacy_is_refused(tmp_path):
     runs.run(config, tmp_path / "run", "smoke", "", noise_key=tmp_path / "my.key")
 
 
+@pytest.mark.slow
 def test_no_file_but_its_own_helps_to_recompute_a_draw(tmp_path):
   folder = tmp_path / "run"
   run(folder, server__num_rounds=2, eval__tracker="tensorboard", eval__local_baselines=True)

@@ -81,7 +81,9 @@ def test_logits_are_finite_repeatable_and_of_one_example_each(name):
 
 
 @every_model
-@pytest.mark.parametrize("method", ["book_keeping", "two_pass"])
+@pytest.mark.parametrize(
+  "method", ["book_keeping", pytest.param("two_pass", marks=pytest.mark.slow)]
+)
 def test_clipped_sums_of_clients_side_by_side_equal_vmap_of_grad_one_by_one(name, method):
   norms = [norms_of(gradients_of(name, client)) for client in range(CLIENTS)]
   clip_norm = np.median(norms)  # examples on both sides

@@ -61,6 +61,7 @@ def test_a_run_starts_from_the_file_with_a_head_of_its_seed(hospitals, tmp_path)
   assert (other["head"]["kernel"] != params["head"]["kernel"]).any()
 
 
+@pytest.mark.slow
 def test_another_file_is_another_run_and_another_place_is_not(hospitals, tmp_path):
   path = save(tmp_path / "weights.safetensors", 1)
   moved = save(tmp_path / "moved.safetensors", 1)

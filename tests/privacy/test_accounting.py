@@ -64,6 +64,7 @@ def test_very_many_steps_at_a_tiny_delta_cost_at_least_the_exact_epsilon(steps, 
   assert exact <= epsilon(full_batches(steps, mu), steps, delta) <= 1.07 * exact
 
 
+@pytest.mark.slow
 def test_random_gaussian_compositions_cost_at_least_the_exact_epsilon():
   generator = np.random.default_rng(0)
   for _ in range(30):

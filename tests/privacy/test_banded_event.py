@@ -140,6 +140,7 @@ def adaptive_deltas(m, eps, *, steps, stride, outcomes, samples=400_000):
   return found
 
 
+@pytest.mark.slow
 def test_the_accounted_delta_is_that_of_the_simulated_adaptive_mechanism():
   q, delta = 0.4, 0.05
   m = PoissonGaussian(3, q, 1, 1.0, 1.0, tuple(toeplitz_strategy(7, 3)))
@@ -160,6 +161,7 @@ def test_records_drawn_in_every_step_would_exceed_the_accounted_delta():
   assert over[0] > 2 * delta
 
 
+@pytest.mark.slow
 def test_the_accounted_delta_bounds_a_batch_that_is_cut():
   # Two records a subset, one place in the batch, the other record pulling the other way.
   q, delta = 0.09, 0.02

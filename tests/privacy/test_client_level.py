@@ -168,7 +168,9 @@ def test_one_hospital_moves_the_sum_by_at_most_the_clip_norm():
     assert 0.1 < np.linalg.norm(everybody - others) <= 0.3 * (1 + 1e-5)
 
 
-@pytest.mark.parametrize(("chunk", "devices"), [(1, 1), (2, 1), (1, 8), (2, 2)])
+@pytest.mark.parametrize(
+  ("chunk", "devices"), [(1, 1), (2, 1), (1, 8), pytest.param(2, 2, marks=pytest.mark.slow)]
+)
 def test_layouts_and_devices_agree_to_rounding(chunk, devices):
   settings: dict[str, Any] = {
     "noise_multiplier": 1.0,

@@ -20,7 +20,7 @@ def test_baselines_train_each_hospital_alone_and_pooled(tmp_path):
   assert alone == pytest.approx(privacy["guarantees"][0]["parties"][1]["epsilon"])
 
 
-@pytest.mark.parametrize("unit", ["record", "client"])
+@pytest.mark.parametrize("unit", ["record", pytest.param("client", marks=pytest.mark.slow)])
 def test_baselines_say_what_does_not_protect_them(tmp_path, unit):
   changes = {"privacy__mechanism": "none", "client_privacy__mechanism": "dp_fedavg"}
   changes |= {"client_privacy__noise_multiplier": 1.0, "server__weighting": "uniform"}

@@ -252,6 +252,7 @@ def test_every_number_of_epsilon_in_texts_is_held_against_the_ledger(copy, name)
   assert command.recompute(copy)["epsilon_max"] == largest
 
 
+@pytest.mark.slow
 def test_a_run_that_ends_before_its_ledger_is_written_and_checked(copy):
   """Of six rounds ε was told; the weights are of three, of which the ledger has no line."""
   told = ledger.read(copy).told

@@ -45,13 +45,14 @@ def test_eight_devices_end_where_one_does(one_device, changes, tmp_path):
   assert_close(results(tmp_path), one_device)
 
 
-@pytest.mark.parametrize(("first", "second"), [(1, 8), (8, 1)])
+@pytest.mark.parametrize(("first", "second"), [pytest.param(1, 8, marks=pytest.mark.slow), (8, 1)])
 def test_a_run_resumes_on_another_number_of_devices(one_device, first, second, tmp_path):
   run(tmp_path, server__num_rounds=4, execution__devices=first)
   run(tmp_path, execution__devices=second)
   assert_close(results(tmp_path), one_device)
 
 
+@pytest.mark.slow
 def test_a_run_over_eight_devices_resumes_bit_for_bit(tmp_path):
   whole = run(tmp_path / "whole", execution__devices=8)
   run(tmp_path / "parts", server__num_rounds=4, execution__devices=8)

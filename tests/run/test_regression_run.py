@@ -225,7 +225,7 @@ def test_a_table_with_targets_trains_without_code(tmp_path):
       {"client.label_smoothing": 0.1},
       r"client.label_smoothing=0.1 is read with a data.source of c",
     ),
-    ({"client.augmentation": "flip"}, r"is read with a data.source of pictures only"),
+    ({"client.augmentation": "flip"}, r"is read with a data.source of pictures or series only"),
   ],
 )
 def test_what_needs_pictures_or_classes_is_refused_before_anything_compiles(

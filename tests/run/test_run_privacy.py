@@ -49,6 +49,7 @@ def test_privacy_file_states_the_mechanism_that_ran(finished):
   assert record["epsilon_max"] == metrics(finished)[-1]["epsilon_max"]
 
 
+@pytest.mark.slow
 def test_correlated_noise_survives_resuming_and_is_in_ledger_statement_and_privacy_file(tmp_path):
   whole, parts = tmp_path / "whole", tmp_path / "parts"
   changes = {"privacy__bands": 3, "client__batch_size": 6}
@@ -97,6 +98,7 @@ def test_a_run_whose_ledger_is_gone_or_behind_is_not_resumed(finished, tmp_path)
     run(folder)
 
 
+@pytest.mark.slow
 def test_two_private_trainings_on_the_same_records_never_share_noise():
   config = get_config()
   hospitals = load_hospitals(config)
@@ -258,6 +260,7 @@ def test_whole_hospitals_alone_are_protected_and_the_budget_of_theirs_ends_the_r
   assert guarantee["unit"] == "client"
 
 
+@pytest.mark.slow
 def test_patients_are_counted_sampled_and_reported_as_such(tmp_path):
   config = get_config()
   hospitals = load_hospitals(config)
