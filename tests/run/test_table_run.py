@@ -168,7 +168,7 @@ def test_all_records_of_a_patient_are_one_unit_and_equal_records_of_others_are_n
 
 def test_image_settings_have_no_effect_and_are_refused(tmp_path):
   for name, value in {"client__augmentation": "flip", "client__synthetic": "gan"}.items():
-    with pytest.raises(UserError, match=r"is read with a data.source of pictures or series only"):
+    with pytest.raises(UserError, match=r"is read with a data.source of pictures (or series )?only"):
       table_config(tmp_path, **{name: value})
 
 
