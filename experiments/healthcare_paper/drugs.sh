@@ -11,7 +11,7 @@ study() {
   local name=$1
   shift
   "$python" -m fedjax_med.sweep --config="$here/../../configs/gdsc.py" --config.data.path="$folder" \
-    "$@" --workdir="runs/healthcare/drugs_$name"
+    "$@" --resume --workdir="runs/healthcare/drugs_$name"
   cp "runs/healthcare/drugs_$name/results.csv" "$here/drugs/$name.csv"
 }
 

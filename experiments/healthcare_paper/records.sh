@@ -10,7 +10,7 @@ study() {
   local name=$1
   shift
   "$python" -m fedjax_med.sweep --config="$here/../../configs/heart_disease.py" "$@" \
-    --workdir="runs/healthcare/$name"
+    --resume --workdir="runs/healthcare/$name"
   cp "runs/healthcare/$name/results.csv" "$here/records/$name.csv"
 }
 

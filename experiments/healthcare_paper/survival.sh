@@ -13,7 +13,7 @@ study() {
   local name=$1
   shift
   "$python" -m fedjax_med.sweep --config="$here/../../configs/lung.py" "$@" \
-    --grid=data.seed=0:10 --workdir="runs/healthcare/survival_$name"
+    --grid=data.seed=0:10 --resume --workdir="runs/healthcare/survival_$name"
   cp "runs/healthcare/survival_$name/results.csv" "$here/survival/$name.csv"
 }
 
