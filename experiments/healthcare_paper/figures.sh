@@ -14,7 +14,7 @@ study() {
   local name=$1 preset=$2
   shift 2
   "$python" -m fedjax_med.sweep --config="$presets/$preset.py" --config.eval.local_baselines=True \
-    --config.eval.every=2 "$@" --workdir="$runs/$name"
+    --config.eval.every=2 "$@" --workdir="$runs/$name" --resume
 }
 
 # private ε: DP-SGD for each record of each hospital.
@@ -33,13 +33,13 @@ study records_private heart_disease "${records[@]}" $(private 1) --config.privac
 images=("--config.data.path=$data/Br35H")
 [ -d "$data/Br35H" ] || images=(--config.data.source=phantoms)
 images+=(--config.model.name=cnn_small --config.partition.scheme=quantity
-  --config.partition.alpha=2 --config.partition.min_client_size=96 --config.client.optimizer=adam
-  --config.client.schedule=cosine --config.server.num_rounds=12 --grid=data.seed=0:3)
+  --config.partition.alpha=2 --config.partition.min_client_size=96 --config.client.schedule=cosine
+  --config.server.num_rounds=12 --grid=data.seed=0:3)
 study images_plain br35h_small_private "${images[@]}" --config.privacy.mechanism=none \
-  --config.client.learning_rate=0.01 --config.client.num_local_steps=8 --config.client.batch_size=32
+  --config.client.optimizer=adam --config.client.learning_rate=0.01 \
+  --config.client.num_local_steps=8 --config.client.batch_size=32
 # shellcheck disable=SC2046
-study images_private br35h_small_private "${images[@]}" $(private 3) \
-  --config.client.learning_rate=0.02
+study images_private br35h_small_private "${images[@]}" $(private 3)
 
 wearables=("--config.data.path=$data/smartwatch-physio/manifest.csv" --config.data.rate=25
   --config.data.recorded_rate=50 --config.model.width=0.5 --config.server.num_rounds=12
@@ -56,6 +56,6 @@ drugs=("--config.data.path=$data/gdsc-ccle" --config.server.algorithm=fedavg
 study drugs_plain gdsc "${drugs[@]}"
 # shellcheck disable=SC2046
 study drugs_private gdsc "${drugs[@]}" $(private 8) --config.data.scaling=ranges \
-  --config.client.learning_rate=0.02
+  --config.client.num_local_steps=1 --config.client.learning_rate=0.02
 
 "$python" "$here/figures.py" "$runs" "$here/figures"
