@@ -8,10 +8,12 @@ without privacy; marks are means over runs, bars and bands reach from the lowest
 import json
 import pathlib
 import sys
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
+from PIL import Image
 
 from fedjax_med.report.figure_labels import labels
 from fedjax_med.report.figures import ALONE, GLOBAL, new_figure
@@ -103,6 +105,11 @@ def spread(frame: pd.DataFrame, by: str, score: str) -> pd.DataFrame:
   return frame.groupby(by, sort=False)[score].agg(["mean", "min", "max"])
 
 
+def in_order(names: Iterable[str]) -> list[str]:
+  """Distinct names of hospitals, sorted, "other" last."""
+  return sorted(set(names), key=lambda name: (name == "other", name))
+
+
 def arm_label(results: dict[str, pd.DataFrame], arm: str) -> str:
   """The entry of a legend: no privacy, or the ε that a sweep was calibrated to."""
   if arm == "plain":
@@ -122,8 +129,9 @@ def draw_rounds(path: pathlib.Path, rounds: pd.DataFrame, sweeps: dict[str, Any]
           curve.index, curve["mean"], color=COLOURS[arm], marker=MARKERS[arm], markersize=4,
           label=arm_label(sweeps[kind.name], arm),
         )  # fmt: skip
-      axis.set(title=_title(sweeps[kind.name]), xlabel="round", ylabel=kind.label)
-      axis.legend()
+      axis.set(xlabel="round", ylabel=kind.label)
+      axis.xaxis.get_major_locator().set_params(integer=True)
+      _head(axis, _title(sweeps[kind.name]), pad=22)
 
 
 def draw_hospitals(path: pathlib.Path, hospitals: pd.DataFrame, sweeps: dict[str, Any]) -> None:
@@ -137,30 +145,43 @@ def draw_hospitals(path: pathlib.Path, hospitals: pd.DataFrame, sweeps: dict[str
           axis, of_kind[of_kind["privacy"] == arm], -0.3 + 0.4 * side, arm,
           arm_label(sweeps[kind.name], arm),
         )  # fmt: skip
-      names = list(dict.fromkeys(of_kind["hospital"]))
+      names = in_order(of_kind["hospital"])
       shown = labels([SHORT.get(name, name) for name in names], "hospital")
       turned = {"rotation": 60, "ha": "right"} if len(names) > 5 else {}
       axis.set_xticks(range(len(names)), shown, fontsize=9, **turned)
       axis.grid(visible=False, axis="x")
       where = "" if kind.tested_on == "own" else ", same test people for all"
       axis.set(ylabel=f"{kind.label}{where}")
-      axis.set_title(_title(sweeps[kind.name]), pad=36)
-      axis.legend(
-        loc="lower left", bbox_to_anchor=(-0.02, 0.99), ncols=2, fontsize=8, columnspacing=1.2,
-        handletextpad=0.3, borderaxespad=0.2,
-      )  # fmt: skip
+      _head(axis, _title(sweeps[kind.name]), pad=36)
 
 
 def _draw_arm(axis: Any, rows: pd.DataFrame, offset: float, arm: str, label: str) -> None:
   """Two marks with bars at each hospital: alone, and right of it the federation."""
   for model, shift, filled in (("alone", 0.0, False), ("federation", 0.2, True)):
     found = spread(rows, "hospital", model)
+    found = found.loc[in_order(found.index)]
     reach = np.array([found["mean"] - found["min"], found["max"] - found["mean"]])
     axis.errorbar(
       np.arange(len(found)) + offset + shift, found["mean"], yerr=reach, fmt=MARKERS[arm],
       color=COLOURS[arm], markerfacecolor=COLOURS[arm] if filled else "white", markersize=5,
       elinewidth=1, label=f"{'global' if filled else 'local'}, {label}",
     )  # fmt: skip
+
+
+def _shrink(path: pathlib.Path) -> None:
+  """Writes a PNG again with 64 colours, a third of its bytes."""
+  with Image.open(path) as picture:
+    small = picture.convert("RGB").quantize(64, dither=Image.Dither.NONE)
+  small.save(path, optimize=True)
+
+
+def _head(axis: Any, title: str, pad: int) -> None:
+  """Puts a title over a panel, and the legend in the ``pad`` points between them."""
+  axis.set_title(title, pad=pad)
+  axis.legend(
+    loc="lower left", bbox_to_anchor=(-0.02, 0.99), ncols=2, fontsize=8, columnspacing=1.2,
+    handletextpad=0.4, borderaxespad=0.2,
+  )  # fmt: skip
 
 
 def _title(sweeps: dict[str, pd.DataFrame]) -> str:
@@ -210,6 +231,8 @@ def main(runs: pathlib.Path, output: pathlib.Path) -> None:
   hospitals.to_csv(output / "hospitals.csv", index=False, float_format="%.4f")
   draw_rounds(output / "accuracy_by_rounds.png", rounds, sweeps)
   draw_hospitals(output / "local_against_global.png", hospitals, sweeps)
+  for path in output.glob("*.png"):
+    _shrink(path)
   print(summary(rounds, hospitals).to_string(index=False, float_format="%.3f"))
 
 
