@@ -244,7 +244,8 @@ def _by_site(
   site_names, num_sites = dataset.site_names, len(dataset.site_names)
   home = splits.unit_classes(dataset.sites, numbers, num_sites)[numbers]
   counts = np.bincount(home[split.train], minlength=num_sites)
-  tested = (counts == 0) & (_units_of(numbers, dataset.sites) == 1)
+  trained = np.bincount(dataset.sites[split.train], minlength=num_sites)  # wherever they are dealt
+  tested = (counts == 0) & (trained == 0) & (_units_of(numbers, dataset.sites) == 1)
   hospitals, visitors = np.flatnonzero(~tested), np.flatnonzero(tested)
   require(
     partition.num_clients in (0, len(hospitals)),
@@ -262,6 +263,8 @@ def _by_site(
   of_sites = np.zeros(num_sites, np.int32)
   of_sites[hospitals] = np.arange(len(hospitals))
   of_sites[visitors] = np.arange(len(visitors)) % len(hospitals)
+  for site in visitors:  # its unit may be that of a larger site
+    of_sites[site] = of_sites[home[dataset.sites == site][0]]
   names = tuple(site_names[site] for site in hospitals)
   return _Places(
     names=names,

@@ -400,7 +400,17 @@ def _test_side(series: Series, listed: Listed, data: DataConfig) -> np.ndarray:
     f"data.test_persons='{data.test_persons}' leaves nobody to train on",
     "name fewer",
   )
-  return np.array([name in wanted for name in folded])
+  in_test = [name in wanted for name in folded]
+  for group, keys in listed.groups.items():
+    sides = {(_folded(key), side) for key, side in zip(keys, in_test, strict=True) if key}
+    both = sorted(key for key, side in sides if side and (key, False) in sides)
+    require(
+      not both,
+      f"data.test_persons='{data.test_persons}' puts rows of one name of column '{group}'"
+      f" ('{''.join(both[:1])}') in train and in test",
+      "name all people of a group, or leave the column out of data.group_columns",
+    )
+  return np.array(in_test)
 
 
 def _folded(name: str) -> str:

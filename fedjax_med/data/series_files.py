@@ -1,5 +1,6 @@
 """Files of recordings: CSV and text with a row a sample, and NumPy arrays."""
 
+import csv
 import pathlib
 import warnings
 from collections.abc import Sequence
@@ -83,7 +84,7 @@ def _array(path: pathlib.Path) -> Samples:
     raise UserError(f"{path} cannot be read as a NumPy array ({error}); save it anew") from error
   values = values[:, None] if values.ndim == 1 else values
   require(
-    values.ndim == 2 and values.dtype.kind in "iufb",
+    values.ndim == 2 and values.shape[1] > 0 and values.dtype.kind in "iufb",
     f"{path} is {values.dtype}{list(values.shape)}, which is no recording",
     "save numbers of shape [samples, channels]",
   )
@@ -99,8 +100,8 @@ def _text(path: pathlib.Path) -> Samples:
       first = file.readline()
     separator = max(SEPARATORS, key=first.count)
     plain = separator if first.count(separator) else r"\s+"
-    cells = [cell.strip().strip('"') for cell in (first.split(plain) if plain != r"\s+" else
-             first.split())]  # fmt: skip
+    split = first.split() if plain == r"\s+" else next(csv.reader([first], delimiter=plain), [])
+    cells = [cell.strip().strip('"') for cell in split]
     comma = separator == ";" and plain == ";"
     header = not all(_is_number(cell, comma) for cell in cells)
     with warnings.catch_warnings():
@@ -118,7 +119,7 @@ def _text(path: pathlib.Path) -> Samples:
         encoding="utf-8-sig",
         low_memory=False,
       )
-  except (OSError, ValueError, pd.errors.ParserWarning) as error:
+  except (OSError, ValueError, csv.Error, pd.errors.ParserWarning) as error:
     reason = " ".join(str(error).split())[:160]
     raise UserError(
       f"{path} cannot be read ({reason}); save it as CSV with a row a sample"
@@ -128,6 +129,7 @@ def _text(path: pathlib.Path) -> Samples:
   require(
     not twice, f"{path} has the column '{''.join(twice[:1])}' twice", "give each a name of its own"
   )
+  require(len(frame) > 0, f"{path} holds no samples", "remove it, or record it again")
   numbers = frame.apply(pd.to_numeric, errors="coerce").to_numpy(np.float64)
   wrong = np.argwhere(np.isnan(numbers) & frame.notna().to_numpy())
   row, column = wrong[0] if len(wrong) else (0, 0)

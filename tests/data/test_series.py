@@ -374,3 +374,39 @@ def test_the_watch_data_have_the_windows_that_seglearn_counts(real_data):
   assert dataset.series is not None
   assert len(dataset.series.recording_names) == 140
   assert len(dataset.site_names) == 10
+
+
+def with_sessions(tmp_path):
+  """A manifest in which p1 and p2 share a session, and p3 and p4."""
+  rows = (series_folder(tmp_path) / "manifest.csv").read_text(encoding="utf-8").splitlines()
+  session = {"p1": "a", "p2": "A", "p3": "b", "p4": "b"}
+  lines = [f"{row},{session[row.rpartition(',')[2]]}" for row in rows[1:]]
+  path = tmp_path / "sessions.csv"
+  path.write_text("\n".join(["path,label,patient,session", *lines]) + "\n", encoding="utf-8")
+  return path
+
+
+def test_a_person_who_trains_in_the_group_of_another_is_not_said_to_be_in_test_only(tmp_path):
+  data = series_data(with_sessions(tmp_path), group_columns="session", test_fraction=0.5)
+  with pytest.raises(UserError, match=r"site 'p\d' has 0 training examples"):
+    hospitals_of(data)
+
+
+def test_named_people_take_their_whole_group_with_them(tmp_path):
+  path = with_sessions(tmp_path)
+  data = series_data(path, group_columns="session", test_persons="p1")
+  with pytest.raises(UserError, match=r"data.test_persons='p1' puts rows of one name of column"):
+    load_series(data)
+  load_series(series_data(path, group_columns="session", test_persons="p1+p2"))
+
+
+def test_a_header_alone_holds_no_samples_and_a_quoted_one_may_hold_commas(tmp_path):
+  path = tmp_path / "a.csv"
+  path.write_text("ax,ay\n")
+  with pytest.raises(UserError, match=r"a.csv holds no samples; remove it"):
+    read_samples(path)
+  path.write_text('"a, x","a, y"\n1,2\n')
+  assert read_samples(path).columns == ("a, x", "a, y")
+  np.save(tmp_path / "b.npy", np.zeros((3, 0)))
+  with pytest.raises(UserError, match=r"float64\[3, 0\], which is no recording"):
+    read_samples(tmp_path / "b.npy")
