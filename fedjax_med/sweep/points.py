@@ -251,12 +251,15 @@ def static_key(case: Case) -> str:
     del values["server.num_rounds"]
   steps = protection.steps
   dataset = case.hospitals.dataset
+  task = task_named(dataset.task)
   values["shapes"] = [
+    dataset.task,
+    [(str(leaf.dtype), list(leaf.shape[1:])) for leaf in array_leaves(task.targets(dataset))],
     len(case.names),
     # Without the number of examples: pools are filled up to the largest.
     [(str(leaf.dtype), list(leaf.shape[1:])) for leaf in array_leaves(dataset.inputs)],
     len(dataset.class_names),
-    task_named(dataset.task).columns(dataset),
+    task.columns(dataset),
     protection.rows_per_unit,
     protection.units is not None,
     cohort_cap(config, len(case.names)),

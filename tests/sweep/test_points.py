@@ -1,7 +1,9 @@
 """Points of a sweep: what they move, which share a program, which train together."""
 
+import dataclasses
 import math
 
+import numpy as np
 import pytest
 
 from fedjax_med.core.config import from_dict, init_seed, to_dict
@@ -14,6 +16,7 @@ from fedjax_med.sweep.points import (
   require_read,
   static_key,
 )
+from fedjax_med.tasks.task import Targets
 from tests.sweep.sweeping import AXES, base, plan
 
 
@@ -167,3 +170,13 @@ def test_an_axis_of_seeds_that_moves_nothing_is_refused():
   points = [{"seed": 0}, {"seed": 1}]
   with pytest.raises(UserError, match="axis seed is read at no point, because --seed"):
     require_read(base(), points, [configure(base(), p, ()) for p in points], ())
+
+
+def test_another_task_makes_another_program():
+  case = plan([{"seed": 0}])[0].case
+  dataset = case.hospitals.dataset
+  values = np.zeros((len(dataset.labels), len(dataset.class_names)), np.float32)
+  targets = Targets(values=values, names=tuple(map(str, dataset.class_names)))
+  other = dataclasses.replace(dataset, task="multilabel", targets=targets)
+  hospitals = dataclasses.replace(case.hospitals, dataset=other)
+  assert static_key(case._replace(hospitals=hospitals)) != static_key(case)
