@@ -64,11 +64,25 @@ def describe(trained: Trained, privacy: dict[str, Any]) -> dict[str, Any]:
     **({"hospital": encodable(trained.hospital)} if trained.hospital else {}),
     "network": trained.config.model.name,
     "norm": trained.config.model.norm,
-    "classes": [encodable(name) for name in trained.class_names],
+    **_outputs(trained),
     **({"positive_class": encodable(positive)} if positive else {}),
     **(_windows(trained) if trained.series else _pictures(trained)),
     "norm_epsilon": EPSILON,
     "privacy": guarantees or "none",
+  }
+
+
+def _outputs(trained: Trained) -> dict[str, Any]:
+  """Facts on the outputs in their order: classes, or what a task without classes predicts."""
+  if trained.predicts_classes or trained.targets is None:
+    return {"classes": [encodable(name) for name in trained.class_names]}
+  targets = trained.targets
+  return {
+    "task": trained.task.name,
+    "targets": [encodable(name) for name in targets.names],
+    **({"unit": encodable(targets.unit)} if targets.unit else {}),
+    # Such as the means and spreads that outputs in standard units are turned back with.
+    **{name: values.tolist() for name, values in targets.fitted.items()},
   }
 
 

@@ -11,6 +11,7 @@ import sys
 import types
 from typing import Any
 
+import numpy as np
 import pytest
 
 from fedjax_med.core.errors import UserError
@@ -22,6 +23,8 @@ from fedjax_med.report import reported_run as runs
 from fedjax_med.report import run_page
 from fedjax_med.run import console as terminal
 from fedjax_med.tasks.classification import CLASSIFICATION
+from fedjax_med.tasks.regression import REGRESSION
+from fedjax_med.tasks.task import Targets
 from fedjax_med.trained import loading
 from tests.running import smoke_config
 
@@ -165,3 +168,8 @@ def test_what_goes_with_an_exported_model_can_be_written_whatever_its_run_holds(
   text = json.dumps(about, ensure_ascii=False)
   assert text.encode("utf-8")
   assert (about["classes"], about["positive_class"]) == (["no", "\\x93"], "\\x93")
+  fitted = {"means": np.array([2.0]), "spreads": np.array([0.5])}
+  targets = Targets(values=np.zeros((0, 1)), names=("dose",), unit="mg", fitted=fitted)
+  about = describe(model._replace(task=REGRESSION, targets=targets), {})
+  assert (about["targets"], about["unit"], about["means"]) == (["dose"], "mg", [2.0])
+  assert "classes" not in about
