@@ -81,7 +81,10 @@ def survival_of(
       fitted=fitted,
     ),
     survival=Survival(
-      loss=data.survival, early=int(early.sum()), smallest=float(positive.min()), late=late
+      loss=data.survival,
+      early=int(early.sum()),
+      smallest=float(positive.min()) if early.any() else 0.0,  # told only where it is used
+      late=late,
     ),
   )
 

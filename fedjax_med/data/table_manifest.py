@@ -115,7 +115,7 @@ class Survival(NamedTuple):
   Attributes:
     loss: of data.survival.
     early: records with a time of 0 or less, which became the smallest positive one.
-    smallest: that time.
+    smallest: that time; 0 where there are no such records.
     late: records with an event after the horizon, which count as having had none.
   """
 

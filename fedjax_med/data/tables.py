@@ -39,6 +39,7 @@ from fedjax_med.tasks.task import Targets
 MOST_OUTSIDE = 0.05  # share of a column's values outside its range from which a strict run stops
 
 SCALING_RELEASE = "mean and deviation of each number column (data.scaling=federated)"
+EARLY_RELEASE = "smallest time above 0 (for records with a time of 0 or less)"
 NO_TARGET = "no value of any target"
 REQUIRED = "no value of the required column"  # begins the reason why a record is left out
 
@@ -153,6 +154,7 @@ def dataset_of(
     table=table,
     task=predicted.task,
     targets=predicted.targets,
+    released=(EARLY_RELEASE,) if predicted.survival and predicted.survival.early else (),
   )
 
 

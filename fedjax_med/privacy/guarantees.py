@@ -136,7 +136,7 @@ def statistics_gap(names: Sequence[str]) -> str:
     return ""
   told = " and ".join(names)
   return (
-    f"{told[0].upper()}{told[1:]}: exact sums over the training records leave every hospital, and"
+    f"{told[0].upper()}{told[1:]}: exact sums or values over the records leave every hospital, and"
     " no ε counts them. hospitals.json has what follows from them."
   )
 

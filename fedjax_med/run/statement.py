@@ -48,6 +48,8 @@ def statement_text(workdir: pathlib.Path) -> str:
   text = worded(text, modality_of(config))
   if "table" in held:
     text += f"\n{_table_sentences(held['table'], bool(record['guarantees']))}"
+  if "targets" in held:
+    text += f"\n{_target_sentences(held, bool(record['guarantees']))}"
   if "series" in held:
     text += f"\n{_series_sentences(held['series'], bool(record['guarantees']))}"
   if not record["guarantees"] and "released" in held:  # else privacy.json lists it
@@ -70,6 +72,19 @@ def _table_sentences(table: dict[str, Any], private: bool) -> str:
     "hospitals.json tells, exactly and without noise, which share of each column is missing at each"
     " hospital, how many values were outside their range or of no listed category, how many records"
     f" were left out and why, and how many are equal.{counted}\n"
+  )
+
+
+def _target_sentences(held: dict[str, Any], private: bool) -> str:
+  """What hospitals.json tells of numbers, labels or times to predict, as a section."""
+  counted = " ε counts none of it." if private else ""
+  times = ""
+  if held.get("table", {}).get("survival"):
+    times = ", and how many times were 0 or less and how many events after the horizon"
+  return (
+    "## What the preparation of the targets tells\n\n"
+    "hospitals.json tells, exactly and without noise, how many values are known, which share of"
+    f" them is missing at each hospital, and which targets are left out{times}.{counted}\n"
   )
 
 

@@ -87,7 +87,7 @@ def test_targets_are_scaled_by_the_training_values_of_all_hospitals(tmp_path):
   np.testing.assert_allclose(targets.fitted["means"], frame.mean(), rtol=1e-5)
   np.testing.assert_allclose(targets.fitted["spreads"], frame.std(ddof=0), rtol=1e-5)
   assert dealt.dataset.released == ("mean and spread of each target",)
-  assert texts(dealt)[-1].startswith("Mean and spread of each target: exact sums over the training")
+  assert texts(dealt)[-1].startswith("Mean and spread of each target: exact sums or values over")
 
 
 def test_a_drug_without_training_values_or_with_equal_ones_is_left_out_and_named(tmp_path):

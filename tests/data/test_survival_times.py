@@ -211,3 +211,15 @@ def test_lung_is_227_patients_with_164_deaths_at_ten_institutions():
   hospitals = load_hospitals(config)
   assert (len(hospitals.dataset.labels), hospitals.dataset.labels.sum()) == (227, 164)
   assert len(hospitals.names) == 10
+
+
+def test_the_smallest_time_is_told_only_where_it_is_used_and_then_it_is_a_release(tmp_path):
+  config = survival_data(tmp_path)
+  dataset = load_hospitals(config).dataset
+  assert dataset.table is not None
+  assert dataset.table.survival is not None
+  assert dataset.table.survival.smallest == 0
+  assert dataset.released == ()
+  replace(tmp_path, "0", "0,0,{rest}")
+  (told,) = load_hospitals(config).dataset.released
+  assert told.startswith("smallest time above 0")

@@ -125,7 +125,7 @@ def test_exact_sums_are_listed_once_and_in_the_ledger_where_there_is_one(ran):
   statement = (folder / "privacy_statement.md").read_text(encoding="utf-8")
   inputs = "mean and deviation of each number column (data.scaling=federated) and mean and spread"
   told = "Mean and spread of each target" if kind == "private" else inputs.capitalize()
-  assert statement.count("exact sums over the training records leave every hospital") == 1
+  assert statement.count("exact sums or values over the records leave every hospital") == 1
   assert (told if kind == "private" else "M" + inputs[1:]) in statement
   if kind == "private":
     book = ledger.read(folder)

@@ -106,7 +106,7 @@ def test_predictions_of_hazards_are_curves_that_fall(private, tmp_path):
 
 
 def test_quantiles_of_events_are_a_release_in_ledger_statement_and_report(private):
-  text = "Quantiles of the times of events (data.interval_bounds=quantiles): exact sums over the"
+  text = "Quantiles of the times of events (data.interval_bounds=quantiles): exact sums or values"
   record = json.loads((private[1] / "privacy.json").read_text())
   assert any(gap.startswith(text) for gap in record["not_covered"])
   assert text in (private[1] / "privacy_statement.md").read_text()

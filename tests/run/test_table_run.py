@@ -76,7 +76,7 @@ def test_hospitals_json_has_the_manifest_and_counts_of_what_was_met(ran):
 def test_the_statement_lists_the_sums_that_scale_as_a_release(ran):
   text = (ran[1] / "privacy_statement.md").read_text()
   assert "one training record of one hospital" in text
-  assert "exact sums over the training records leave every hospital, and no ε counts them" in text
+  assert "exact sums or values over the records leave every hospital, and no ε counts them" in text
   assert not re.search(r"\bimages?\b", text)
 
 
@@ -168,7 +168,9 @@ def test_all_records_of_a_patient_are_one_unit_and_equal_records_of_others_are_n
 
 def test_image_settings_have_no_effect_and_are_refused(tmp_path):
   for name, value in {"client__augmentation": "flip", "client__synthetic": "gan"}.items():
-    with pytest.raises(UserError, match=r"is read with a data.source of pictures (or series )?only"):
+    with pytest.raises(
+      UserError, match=r"is read with a data.source of pictures (or series )?only"
+    ):
       table_config(tmp_path, **{name: value})
 
 
