@@ -403,8 +403,8 @@ def _number(cell: str, where: str) -> float:
   except ValueError:
     value = math.inf
   require(
-    not math.isinf(value),
-    f"{where}: '{cell}' is no number",
+    not abs(value) > float(np.finfo(np.float32).max),
+    f"{where}: '{cell}' is no number that float32 holds",
     "write numbers, or 1 and 0 for labels, and leave unknown cells empty",
   )
   return value

@@ -159,6 +159,7 @@ def test_columns_of_1_and_0_are_labels_and_others_numbers(tmp_path):
     read(path, label_column="site")
   for cell, sentence in (
     ("old", r"column 'age', row 4 below the header: 'old' is no number"),
+    ("1e39", r"column 'age', row 4 below the header: '1e39' is no number that float32 holds"),
     ("", r"1 row without a value of any target \(row 4 below the header\)"),
   ):
     frame.loc[3, "age"] = cell
