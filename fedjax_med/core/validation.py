@@ -77,6 +77,7 @@ def validate(config: Config) -> None:
     "use at least two hospitals, or 1 for training on pooled data",
   )
   _validate_split(config)
+  _validate_scaling(config)
   _validate_central(config)
   _validate_layers(config)
   layout, chunk = config.execution.layout, config.execution.chunk_size
@@ -134,6 +135,17 @@ def _require_inside(path: str, value: float, bounds: Bounds) -> None:
 def _refuse(config: Config) -> None:
   for (path, value), (why, remedy) in REFUSED.items():
     require(get_field(config, path) != value, f"{path}='{value}' is refused: {why}", remedy)
+
+
+def _validate_scaling(config: Config) -> None:
+  scaling, mechanism = config.data.scaling, config.privacy.mechanism
+  require(
+    scaling != "hospital" or mechanism == "none",
+    f"data.scaling='hospital' with privacy.mechanism='{mechanism}': every input of a hospital"
+    " follows from all of its records, so that clipping the gradient of one does not bound its"
+    " influence",
+    "use data.scaling=ranges",
+  )
 
 
 def _validate_split(config: Config) -> None:

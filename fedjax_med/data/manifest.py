@@ -236,6 +236,13 @@ def columns_of(path: pathlib.Path, data: DataConfig) -> Columns:
     return tuple(name.strip() for name in names if name.strip())
 
   targets = several(data.target_columns, "targets")
+  others = [name for role, name in roles.items() if role != "label"]
+  twice = sorted({name for name in targets if targets.count(name) > 1 or name in others})
+  require(
+    not twice,
+    f"column {_shown(twice)} is named as a target and once more",
+    "name each column for one thing",
+  )
   if targets:
     usual_label = data.label_column == usual.label_column and "label" not in told
     require(

@@ -104,6 +104,13 @@ def _text(path: pathlib.Path) -> Samples:
     cells = [cell.strip().strip('"') for cell in split]
     comma = separator == ";" and plain == ";"
     header = not all(_is_number(cell, comma) for cell in cells)
+    named = [cell for cell in cells if cell]
+    require(
+      len(named) < 2 or named != [str(number) for number in range(len(named))],
+      f"the first line of {path} is {', '.join(named[:4])}, which may be the header that pandas"
+      " gives columns without names, or a sample",
+      "name the columns, or leave the header out; write 0.0 if it is a sample",
+    )
     with warnings.catch_warnings():
       warnings.simplefilter("error", pd.errors.ParserWarning)  # a cell too many is no index
       frame = pd.read_csv(

@@ -229,7 +229,7 @@ def parse_manifest(values: dict[str, Any], where: str) -> Manifest:
     patient=values.get("patient", ""),
     group=values.get("group", ""),
     sites={str(file): str(site) for file, site in values.get("sites", {}).items()},
-    join_sites_below=values.get("join_sites_below", 0),
+    join_sites_below=_count(values.get("join_sites_below", 0), f"{where}: join_sites_below"),
     site_required=values.get("site_required", False),
     time=values.get("time", ""),
     event=values.get("event", ""),
@@ -271,6 +271,11 @@ def _require_survival(where: str, values: dict[str, Any]) -> None:
     f"{where}: horizon={horizon} is no time above 0",
     "give the end of the last interval, in units of the time column",
   )
+
+
+def _count(value: int, where: str) -> int:
+  require(value >= 0, f"{where} = {value} is under 0", "give a number of records")
+  return value
 
 
 def _require_target(where: str, values: dict[str, Any]) -> None:

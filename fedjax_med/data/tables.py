@@ -274,9 +274,15 @@ def _predicted(files: Sequence[Cells], manifest: Manifest, data: DataConfig) -> 
     codes = _cells_of(files, manifest.event, manifest.missing)
     lines = [f"{cells.name}, line {line}" for cells in files for line in cells.lines]
     return survival_of(values[0], codes, lines, manifest, data)
-  targets = Targets(
-    values=np.stack(values, axis=1).astype(np.float32), names=names, unit=manifest.unit
+  held = np.stack(values, axis=1)
+  large = np.argwhere(np.abs(held) > np.finfo(np.float32).max)
+  require(
+    not len(large),
+    f"column '{''.join(names[place] for _, place in large[:1])}' holds a number that float32 does"
+    " not hold",
+    "give the targets in another unit",
   )
+  targets = Targets(values=held.astype(np.float32), names=names, unit=manifest.unit)
   labels = np.zeros(len(values[0]), np.int32)
   return Predicted(task="regression", labels=labels, class_names=("record",), targets=targets)
 

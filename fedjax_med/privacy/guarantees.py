@@ -137,7 +137,8 @@ def statistics_gap(names: Sequence[str]) -> str:
   told = " and ".join(names)
   return (
     f"{told[0].upper()}{told[1:]}: exact sums or values over the records leave every hospital, and"
-    " no ε counts them. hospitals.json has what follows from them."
+    " no ε counts them: it is that of a training in which they are public. hospitals.json has what"
+    " follows from them."
   )
 
 

@@ -27,6 +27,9 @@ def digest(dataset: Dataset) -> str:
   """
   sha, real = hashlib.sha256(), dataset.num_real
   words = [dataset.names[:real], dataset.class_names, dataset.site_names]
+  if dataset.targets is not None:
+    words += [dataset.task, dataset.targets.names]
+    words += [dataset.table.manifest.horizon] if dataset.table else []
   sha.update(json.dumps(words).encode())
   known = dataset.sites, dataset.patients, dataset.in_test
   # What scales inputs and targets follows from the split; the set is the same under all of them.

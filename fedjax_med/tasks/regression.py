@@ -205,7 +205,7 @@ def regression_metrics(predictions: np.ndarray, targets: dict[str, np.ndarray]) 
     "rmse_of_means": _rmse(means, true),
     "pearson_of_means": _pearson(means, true),
     "r2_of_means": _r2(means, true),
-    "loss": float((squares.sum(1) / np.maximum(known.sum(1), 1)).mean()),
+    "loss": float((squares.sum(1) / np.maximum(known.sum(1), 1))[known.any(1)].mean()),
   }
   return {**values, "n": n}
 

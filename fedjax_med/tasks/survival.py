@@ -68,6 +68,12 @@ def fitted_cut_points(time: np.ndarray, event: np.ndarray, intervals: int) -> np
     "data.interval_bounds='quantiles' finds no event in the training records",
     "use data.interval_bounds=equal",
   )
+  require(
+    len(times) >= intervals,
+    f"data.intervals={intervals} with data.interval_bounds='quantiles' and {len(times)} events in"
+    " the training records, whose very times the ends would be",
+    "use fewer intervals, or data.interval_bounds=equal",
+  )
   ends = np.quantile(times, np.arange(1, intervals + 1) / intervals)
   require(
     bool((np.diff(ends, prepend=0.0) > 0).all()),

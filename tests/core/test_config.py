@@ -106,6 +106,10 @@ def test_every_part_of_the_configuration_is_declared_in_its_order():
     ({"model.pretrained": "w", "model.norm": "frozen_batch"}, "no weights for model.name='se_res"),
     ({"model.pretrained": "w", "model.name": "se_resnext50_32x4d"}, "with model.norm='group'; use"),
     ({"data.fold": "6/5"}, "data.fold='6/5' is not K/F, part K of F from 1/F to F/F; use 1/5 to"),
+    (
+      {"data.source": "table", "data.path": "x", "data.scaling": "hospital"},
+      "data.scaling='hospital' with privacy.mechanism='dp_sgd': every input of a hospital follows",
+    ),
     ({"model.width": 0.0}, "model.width=0.0 must be above 0 and at most 16; use 1 for"),
     ({"privacy.unit": "patient", "data.split": "paper"}, "use data.split=grouped"),
     (

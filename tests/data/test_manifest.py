@@ -157,6 +157,8 @@ def test_columns_of_1_and_0_are_labels_and_others_numbers(tmp_path):
   np.testing.assert_array_equal(aged.targets.values[:, 0], frame["age"].astype(np.float32))
   with pytest.raises(UserError, match="column 'site' is named as the class, and age as targets"):
     read(path, label_column="site")
+  with pytest.raises(UserError, match=r"column age is named as a target and once more; name each"):
+    read(path, target_columns="age,age")
   for cell, sentence in (
     ("old", r"column 'age', row 4 below the header: 'old' is no number"),
     ("1e39", r"column 'age', row 4 below the header: '1e39' is no number that float32 holds"),

@@ -410,3 +410,13 @@ def test_a_header_alone_holds_no_samples_and_a_quoted_one_may_hold_commas(tmp_pa
   np.save(tmp_path / "b.npy", np.zeros((3, 0)))
   with pytest.raises(UserError, match=r"float64\[3, 0\], which is no recording"):
     read_samples(tmp_path / "b.npy")
+
+
+@pytest.mark.parametrize("first", ["0,1", ",0,1", "0;1;2"])
+def test_a_header_of_numbers_is_neither_taken_for_a_sample_nor_dropped(tmp_path, first):
+  path = tmp_path / "a.csv"
+  path.write_text(f"{first}\n0.5,1.5\n")
+  with pytest.raises(
+    UserError, match=r"the first line of .*a.csv is 0, 1.*, which may be the head"
+  ):
+    read_samples(path)

@@ -92,6 +92,7 @@ def test_a_manifest_of_targets_survives_the_trip_through_json(tmp_path):
     ('["dose", "days"]', '["dose", "age"]', r"'age' is an input, and target"),
     ('["dose", "days"]', '["dose", "hours"]', r"has no column 'hours', which the manifest names"),
     ('["dose", "days"]', '["remark"]', r"has no column 'remark'"),
+    ("[columns]", "join_sites_below = -5\n[columns]", r"join_sites_below = -5 is under 0"),
     ('missing = ["", "?"]', 'missing = [""]', r"column 'days' holds '\?', which is no finite num"),
   ],
 )

@@ -137,7 +137,8 @@ def test_loss_and_gradient_are_those_of_numpy_and_nothing_without_a_value():
   np.testing.assert_allclose(found, gradient, rtol=1e-4, atol=1e-6)
   assert expected[7] == 0
   assert not np.asarray(found)[7].any()
-  assert TASK.measure(predictions, targets)["loss"] == pytest.approx(expected.mean(), rel=1e-5)
+  others = np.delete(expected, 7).mean()
+  assert TASK.measure(predictions, targets)["loss"] == pytest.approx(others, rel=1e-5)
   scores = TASK.tally(jnp.asarray(predictions), targets)
   np.testing.assert_allclose(scores, 1 / (1 + expected), rtol=1e-5)
 

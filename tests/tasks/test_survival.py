@@ -226,8 +226,10 @@ def test_quantiles_of_events_are_fitted_on_training_rows_only_and_must_differ():
   fitted = survival.fit_ends(targets, [np.array([0, 1, 5]), np.array([2, 3])])
   assert fitted.fitted["ends"].tolist() == [2.5, 4]
   assert survival.fit_ends(fitted, [np.array([0])]) is fitted
-  with pytest.raises(UserError, match=r"data.intervals=2: the 1 events of the training records"):
+  with pytest.raises(UserError, match=r"data.intervals=2 with .* and 1 events in the training rec"):
     survival.fit_ends(targets, [np.array([0, 5])])
+  with pytest.raises(UserError, match=r"data.intervals=2: the 2 events of the training records"):
+    survival.fit_ends(targets, [np.array([0, 0])])
   with pytest.raises(UserError, match=r"finds no event in the training records; use data.interval"):
     survival.fit_ends(targets, [np.array([5])])
 
