@@ -30,17 +30,18 @@ def with_targets(
 
   Args:
     dataset: examples with any classes.
-    values: [M] float32 by name of the example, nan where missing.
+    values: [M] float32 by name of the example, nan where missing; of all that are listed.
     names: [M] of the columns.
     unit: of numbers.
   """
   held = np.stack([values[name] for name in dataset.names]).astype(np.float32)
+  several = are_labels(np.stack(list(values.values())))  # those of unreadable files too
   labels, class_names = np.zeros(len(held), np.int32), ("example",)
-  if are_labels(held):
+  if several:
     labels, class_names = groups_of(held)
   return dataclasses.replace(
     dataset,
-    task="multilabel" if are_labels(held) else "regression",
+    task="multilabel" if several else "regression",
     labels=labels,
     class_names=class_names,
     targets=Targets(values=held, names=tuple(names), unit=unit),
