@@ -7,7 +7,6 @@ without privacy; marks are means over runs, bars and bands reach from the lowest
 
 import json
 import pathlib
-import sys
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
@@ -15,6 +14,8 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
+from fedjax_med.core.errors import require
+from fedjax_med.flags import run_main
 from fedjax_med.report.figure_labels import labels
 from fedjax_med.report.figures import ALONE, GLOBAL, new_figure
 
@@ -217,8 +218,15 @@ def summary(rounds: pd.DataFrame, hospitals: pd.DataFrame) -> pd.DataFrame:
   return pd.DataFrame(rows)
 
 
-def main(runs: pathlib.Path, output: pathlib.Path) -> None:
-  """Reads ``runs``/KIND_ARM of every kind, writes tables and figures into ``output``."""
+def main(argv: list[str]) -> None:
+  """Reads argv[1]/KIND_ARM of every kind of data, writes tables and figures into argv[2]."""
+  require(
+    len(argv) == 3, "two arguments are read", "give the folder of the sweeps and that to write"
+  )
+  runs, output = map(pathlib.Path, argv[1:])
+  tables = [runs / f"{kind.name}_{arm}" / "results.csv" for kind in KINDS for arm in ARMS]
+  lacking = [str(table) for table in tables if not table.exists()]
+  require(not lacking, f"{''.join(lacking[:1])} is not there", "run figures.sh, which trains first")
   sweeps = {
     kind.name: {arm: pd.read_csv(runs / f"{kind.name}_{arm}" / "results.csv") for arm in ARMS}
     for kind in KINDS
@@ -237,4 +245,4 @@ def main(runs: pathlib.Path, output: pathlib.Path) -> None:
 
 
 if __name__ == "__main__":
-  main(*map(pathlib.Path, sys.argv[1:]))
+  run_main(main)
