@@ -40,7 +40,7 @@ def written(tmp_path_factory):
   for kind in figures.KINDS:
     for arm in figures.ARMS:
       write_sweep(folder, kind, arm, sources)
-  figures.main(folder, folder / "figures")
+  figures.main(["figures", str(folder), str(folder / "figures")])
   return folder / "figures"
 
 
