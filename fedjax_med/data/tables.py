@@ -352,6 +352,17 @@ def _groups(files: Sequence[Cells], manifest: Manifest) -> np.ndarray | None:
   return np.array([order[key] for key in named], np.int32)
 
 
+def features_of(manifest: Manifest) -> tuple[str, ...]:
+  """Name of each input that ``encode`` makes, in its order."""
+  features: list[str] = []
+  for column in manifest.inputs:
+    kinds = [f"={one}" for one in (*column.categories, OTHER)]
+    absent = f" {ABSENT}" if column.kind == "number" else f"={NO_VALUE}"
+    endings = [""] if column.kind == "number" else kinds
+    features += [column.name + end for end in (*endings, *([] if column.required else [absent]))]
+  return tuple(features)
+
+
 def encode(files: Sequence[Cells], manifest: Manifest, scaling: str) -> Encoded:
   """Encodes rows by a manifest; equal rows become equal inputs, whatever stands beside them.
 
@@ -362,7 +373,7 @@ def encode(files: Sequence[Cells], manifest: Manifest, scaling: str) -> Encoded:
   Raises:
     UserError: text in a number column, with file, line, column and value.
   """
-  inputs, features, absent, outside, unknown = [], [], [], {}, {}
+  inputs, absent, outside, unknown = [], [], {}, {}
   for column in manifest.inputs:
     if column.kind == "number":
       values = np.concatenate([numbers(cells, column) for cells in files])
@@ -375,7 +386,7 @@ def encode(files: Sequence[Cells], manifest: Manifest, scaling: str) -> Encoded:
         assert column.high is not None
         values = 2 * (values - column.low) / (column.high - column.low) - 1
         values = np.where(missing, 0, values)
-      names, parts = [column.name], [values]
+      parts = [values]
     else:
       found = [text for cells in files for text in _texts(cells, column)]
       missing = np.array([text == "" for text in found], bool)
@@ -383,17 +394,12 @@ def encode(files: Sequence[Cells], manifest: Manifest, scaling: str) -> Encoded:
       other = ~(missing | np.any(parts, axis=0))
       if other.any():
         unknown[column.name] = int(other.sum())
-      names = [f"{column.name}={one}" for one in column.categories]
-      names, parts = [*names, f"{column.name}={OTHER}"], [*parts, other]
-    if not column.required:
-      word = f" {ABSENT}" if column.kind == "number" else f"={NO_VALUE}"
-      names, parts = [*names, column.name + word], [*parts, missing]
-    inputs += parts
-    features += names
+      parts = [*parts, other]
+    inputs += parts if column.required else [*parts, missing]
     absent.append(missing)
   return Encoded(
     inputs=np.stack(inputs, axis=1).astype(np.float32),
-    features=tuple(features),
+    features=features_of(manifest),
     missing=np.stack(absent, axis=1),
     outside=outside,
     unknown=unknown,

@@ -12,6 +12,8 @@ from jax import export
 from fedjax_med.core.errors import require
 from fedjax_med.core.text import encodable
 from fedjax_med.data.modality import preparation
+from fedjax_med.data.table_manifest import parse_manifest
+from fedjax_med.data.tables import features_of
 from fedjax_med.folder.writing import write_text, write_whole
 from fedjax_med.models.networks.norms import EPSILON
 from fedjax_med.models.networks.pretrained import to_state_dict
@@ -26,7 +28,8 @@ def export_program(trained: Trained) -> bytes:
   """A serialised program of images [b, H, W, C] -> float32 probabilities [b, classes].
 
   Images are uint8, or uint16 for a run on pictures of more than 8 bits; windows [b, T, 1, C] of a
-  series are float32, nan where there is no value.
+  series are float32, nan where there is no value. Records [b, inputs] of a table are float32, as
+  the description says of their columns.
 
   Weights and normalisation are inside, b is any number, and it runs on each of ``PLATFORMS``:
   ``jax.export.deserialize(data).call(images)`` needs jax and nothing of this package. ``trained``
@@ -44,7 +47,8 @@ def export_program(trained: Trained) -> bytes:
 
 def input_dtype(trained: Trained) -> np.dtype:
   """Type of the numbers that the exported program takes."""
-  return np.dtype(np.float32 if trained.series else trained.grey.dtype)
+  numbers = trained.series or trained.table is not None
+  return np.dtype(np.float32 if numbers else trained.grey.dtype)
 
 
 def describe(trained: Trained, privacy: dict[str, Any]) -> dict[str, Any]:
@@ -66,7 +70,7 @@ def describe(trained: Trained, privacy: dict[str, Any]) -> dict[str, Any]:
     "norm": trained.config.model.norm,
     **_outputs(trained),
     **({"positive_class": encodable(positive)} if positive else {}),
-    **(_windows(trained) if trained.series else _pictures(trained)),
+    **_inputs(trained),
     "norm_epsilon": EPSILON,
     "privacy": guarantees or "none",
   }
@@ -83,6 +87,28 @@ def _outputs(trained: Trained) -> dict[str, Any]:
     **({"unit": encodable(targets.unit)} if targets.unit else {}),
     # Such as the means and spreads that outputs in standard units are turned back with.
     **{name: values.tolist() for name, values in targets.fitted.items()},
+  }
+
+
+def _inputs(trained: Trained) -> dict[str, Any]:
+  """Facts on what the model takes."""
+  if trained.table is not None:
+    return _columns(trained.table)
+  return _windows(trained) if trained.series else _pictures(trained)
+
+
+def _columns(table: dict[str, Any]) -> dict[str, Any]:
+  """Facts on the columns of a table that a run was trained on, and on how they are encoded."""
+  federated = table["scaling"] == "federated"
+  return {
+    "inputs": list(features_of(parse_manifest(table["manifest"], "the manifest of the run"))),
+    "columns": table["manifest"],
+    "scaling": table["scaling"],
+    **({"shift": table["shift"], "scale": table["scale"]} if federated else {}),
+    "normalisation": "before the program: low and high of a number become -1 and 1, a category is 1"
+    " of its inputs, a missing value the middle and 1 in the input that says so"
+    if not federated
+    else "before the program: numbers minus shift, divided by scale",
   }
 
 
@@ -128,9 +154,10 @@ def export_model(trained: Trained, how: str, output: pathlib.Path) -> str:
     UserError: privacy.json does not follow from the ledger.
   """
   require(
-    trained.table is None,
-    f"run {trained.run_id} was trained on a table, whose columns become inputs outside the network",
-    "use python -m fedjax_med.predict --table=FILE",
+    trained.table is None or trained.table["scaling"] != "hospital",
+    f"run {trained.run_id} scaled numbers by statistics of each hospital (data.scaling=hospital),"
+    " which stay there",
+    "train with data.scaling=ranges or federated",
   )
   about = describe(trained, claims.read(trained.folder))
   output.parent.mkdir(parents=True, exist_ok=True)

@@ -19,7 +19,6 @@ from fedjax_med.report import reported_run
 from fedjax_med.run.measure import evaluated
 from fedjax_med.run.single import train_rounds
 from fedjax_med.tasks.concordance import concordance
-from fedjax_med.trained import exporting
 from fedjax_med.trained.loading import load
 from fedjax_med.trained.table_predictions import predict_table
 from tests.data.survival_cases import SURVIVAL, survival_folder
@@ -139,7 +138,7 @@ def test_metrics_of_both_sides_are_in_the_files(cox):
   assert 0.5 < train[-1]["pairs in order"] <= 1
 
 
-def test_cox_is_refused_where_single_losses_are_needed_and_exports_and_attacks_too(cox, tmp_path):
+def test_cox_is_refused_where_single_losses_are_needed_and_attacks_too(cox, tmp_path):
   config = survival_config(tmp_path, **PRIVATE)
   with pytest.raises(UserError, match=r"the partial likelihood of a record is made of .*; use a l"):
     federation(config, load_hospitals(config))
@@ -149,8 +148,6 @@ def test_cox_is_refused_where_single_losses_are_needed_and_exports_and_attacks_t
   config = survival_config(tmp_path, client__label_smoothing=0.1)
   with pytest.raises(UserError, match=r"client.label_smoothing=0.1 is of classes"):
     build(config, load_hospitals(config))
-  with pytest.raises(UserError, match=r"trained on a table, whose columns become inputs outside"):
-    exporting.export_model(load(cox[1]), "jax", tmp_path / "model.bin")
   config = survival_config(tmp_path)
   with pytest.raises(UserError, match=r"attacks probabilities of classes, and the task is 'surviv"):
     shadow_models.prepare(config, load_hospitals(config), 4, 0)

@@ -7,6 +7,7 @@ import re
 
 import numpy as np
 import pytest
+from jax import export
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 
@@ -23,6 +24,7 @@ from fedjax_med.run.single import train_rounds
 from fedjax_med.run.summaries import hospital_record
 from fedjax_med.trained import exporting, heat_page
 from fedjax_med.trained.loading import load
+from fedjax_med.trained.predictions import make_probabilities
 from fedjax_med.trained.table_predictions import predict_table
 from tests.data.table_cases import MANIFEST, columns_file, hospitals_folder, table_file
 
@@ -122,15 +124,25 @@ def test_predictions_need_the_columns_and_required_values(ran, tmp_path):
     predict_table(alone, path, tmp_path / "out.csv")
 
 
-def test_maps_and_exports_of_a_run_on_a_table_are_refused(ran, tmp_path):
+def test_maps_of_a_run_on_a_table_are_refused_and_its_program_is_exported(ran, tmp_path):
   trained = load(ran[1])
   with pytest.raises(UserError, match=r"was trained on records, over which no map is drawn"):
     heat_page.explain(
       trained, images=tmp_path, num_images=1, target="predicted", layer_name="", data_path="",
       show_patients=False, tell=print,
     )  # fmt: skip
-  with pytest.raises(UserError, match=r"trained on a table, whose columns become inputs outside"):
-    exporting.export_model(trained, "safetensors", tmp_path / "model.safetensors")
+  said = exporting.export_model(trained, "jax", tmp_path / "model.bin")
+  dataset, made = load_hospitals(ran[0]).dataset, make_probabilities(trained)
+  assert f"a program of float32 records [b, {dataset.inputs.shape[1]}] to prob" in said
+  about = json.loads((tmp_path / "model.bin.json").read_text(encoding="utf-8"))
+  assert about["inputs"] == list(dataset.table.features)
+  assert about["columns"]["columns"]["age"]["low"] < about["columns"]["columns"]["age"]["high"]
+  program = export.deserialize(bytearray((tmp_path / "model.bin").read_bytes()))
+  np.testing.assert_allclose(program.call(dataset.inputs), made(dataset.inputs), atol=1e-6)
+  exporting.export_model(trained, "safetensors", tmp_path / "model.safetensors")
+  alone = trained._replace(table={**trained.table, "scaling": "hospital"})
+  with pytest.raises(UserError, match=r"scaled numbers by statistics of each hospital .*; train"):
+    exporting.export_model(alone, "jax", tmp_path / "other.bin")
 
 
 def test_a_network_for_pictures_is_refused_with_its_reason(tmp_path):
