@@ -135,12 +135,13 @@ def test_maps_of_a_run_on_a_table_are_refused_and_its_program_is_exported(ran, t
   dataset, made = load_hospitals(ran[0]).dataset, make_probabilities(trained)
   assert f"a program of float32 records [b, {dataset.inputs.shape[1]}] to prob" in said
   about = json.loads((tmp_path / "model.bin.json").read_text(encoding="utf-8"))
+  assert dataset.table is not None
   assert about["inputs"] == list(dataset.table.features)
   assert about["columns"]["columns"]["age"]["low"] < about["columns"]["columns"]["age"]["high"]
   program = export.deserialize(bytearray((tmp_path / "model.bin").read_bytes()))
   np.testing.assert_allclose(program.call(dataset.inputs), made(dataset.inputs), atol=1e-6)
   exporting.export_model(trained, "safetensors", tmp_path / "model.safetensors")
-  alone = trained._replace(table={**trained.table, "scaling": "hospital"})
+  alone = trained._replace(table={**(trained.table or {}), "scaling": "hospital"})
   with pytest.raises(UserError, match=r"scaled numbers by statistics of each hospital .*; train"):
     exporting.export_model(alone, "jax", tmp_path / "other.bin")
 
