@@ -15,6 +15,7 @@ from fedjax_med.data.files import (
   CONVERTIBLE,
   EXTENSIONS,
   REMEDY,
+  SYSTEM,
   SYSTEM_FILES,
   File,
   Tree,
@@ -74,6 +75,19 @@ class LeftOut(NamedTuple):
   name: str
   reason: str
   class_name: str
+
+
+def require_none_left_out(
+  root: pathlib.Path, left: Iterable[LeftOut], strict: bool, nouns: str = "files"
+) -> None:
+  """Raises UserError where ``data.strict`` and something is left out, files of the system aside."""
+  stopping = [item for item in left if item.reason != SYSTEM]
+  shown = "; ".join(f"'{item.name}': {item.reason}" for item in stopping[:3])
+  require(
+    not (strict and stopping),
+    f"data.strict: {len(stopping)} {nouns} of {root} are left out, such as {shown}",
+    "mend or remove them, or set data.strict=False to leave such ones out and count them",
+  )
 
 
 class Arrangement(NamedTuple):

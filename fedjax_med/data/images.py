@@ -9,10 +9,10 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from fedjax_med.core.config import DataConfig
-from fedjax_med.core.errors import UserError, require
+from fedjax_med.core.errors import require
 from fedjax_med.data.classes import order_classes, require_distinct
 from fedjax_med.data.dataset import Dataset
-from fedjax_med.data.files import SYSTEM, counted, walk
+from fedjax_med.data.files import counted, walk
 from fedjax_med.data.folder_patterns import (
   Arrangement,
   LeftOut,
@@ -20,6 +20,7 @@ from fedjax_med.data.folder_patterns import (
   arrange,
   matcher,
   pictures_remedy,
+  require_none_left_out,
 )
 from fedjax_med.data.grey import (
   Grey,
@@ -372,13 +373,7 @@ def _require_usable(
   root: pathlib.Path,
   strict: bool,
 ) -> None:
-  stopping = [file for file in lost if file.reason != SYSTEM]
-  if strict and stopping:
-    shown = "; ".join(f"'{file.name}': {file.reason}" for file in stopping[:3])
-    raise UserError(
-      f"data.strict: {len(stopping)} files of {root} are left out, such as {shown}; mend or remove"
-      " them, or set data.strict=False to leave such files out and count them"
-    )
+  require_none_left_out(root, lost, strict)
   usable = {placed.class_name for placed, _ in pictures}
   for class_name in class_names:
     files = [file for file in lost if file.class_name == class_name]

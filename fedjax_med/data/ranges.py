@@ -1,8 +1,28 @@
-"""Declared ranges of the channels of a series: ``data.ranges``."""
+"""Declared ranges: of the channels of a series (``data.ranges``), and what is outside of any."""
 
 import math
+from collections.abc import Mapping
 
 from fedjax_med.core.errors import UserError, require
+
+MOST_OUTSIDE = 0.05  # share of values outside a range from which a strict run stops
+
+
+def require_inside(outside: Mapping[str, int], total: int, strict: bool, where: str) -> None:
+  """Raises UserError where a strict run has more values outside a range than a few.
+
+  Args:
+    outside: values outside, by column or channel.
+    total: values of each.
+    strict: ``data.strict``.
+    where: what declares the ranges, for the remedy.
+  """
+  for name, count in outside.items():
+    require(
+      not strict or count <= MOST_OUTSIDE * total,
+      f"data.strict: {count} of {total} values of '{name}' are outside its range",
+      f"correct {where}, or set data.strict=False to cut and count them",
+    )
 
 
 def parse_ranges(text: str, channels: int) -> tuple[tuple[float, float], ...]:

@@ -15,11 +15,11 @@ from fedjax_med.core.errors import UserError, nearest, require
 from fedjax_med.data.classes import order_classes, require_distinct
 from fedjax_med.data.dataset import Dataset
 from fedjax_med.data.duplicates import join_groups
-from fedjax_med.data.files import SYSTEM, File
-from fedjax_med.data.folder_patterns import LeftOut
-from fedjax_med.data.manifest import columns_of, number_names, read_rows
+from fedjax_med.data.files import File
+from fedjax_med.data.folder_patterns import LeftOut, require_none_left_out
+from fedjax_med.data.manifest import ROLES, columns_of, number_names, read_rows
 from fedjax_med.data.patients import number_patients
-from fedjax_med.data.ranges import parse_ranges
+from fedjax_med.data.ranges import parse_ranges, require_inside
 from fedjax_med.data.recordings import Series, cut, window_starts
 from fedjax_med.data.series_files import (
   ENDINGS,
@@ -32,9 +32,7 @@ from fedjax_med.data.series_files import (
   resample,
 )
 
-MOST_OUTSIDE = 0.05  # share of a channel's values outside its range from which a strict run stops
 MOST_DRAWN_IN = 1000  # samples for each that was recorded: more is a time in other units
-MANIFEST_FIELDS = ("path", "label", "patient", "site", "split")
 
 
 class Listed(NamedTuple):
@@ -74,7 +72,7 @@ def load_series(data: DataConfig) -> Dataset:
   root = pathlib.Path(data.path).expanduser()
   require(root.exists(), f"data.path={root} does not exist", "point it at a folder or a manifest")
   listed = _below(root, data) if root.is_dir() else _of_manifest(root, data)
-  _require_strict(root, listed.left, data.strict)
+  require_none_left_out(root, listed.left, data.strict)
   class_names = order_classes(sorted(set(listed.labels)), data.positive)
   require(
     len(class_names) > 1,
@@ -130,7 +128,7 @@ def window_samples(data: DataConfig) -> tuple[int, int]:
 def _below(root: pathlib.Path, data: DataConfig) -> Listed:
   """The recordings of a folder: its first level is the persons, the folder of a file its class."""
   usual = DataConfig()
-  names = [f"{role}_column" for role in MANIFEST_FIELDS] + ["group_columns", "given_split"]
+  names = [f"{role}_column" for role in ROLES] + ["group_columns", "given_split"]
   told = [f"data.{n}={getattr(data, n)}" for n in names if getattr(data, n) != getattr(usual, n)]
   require(
     not told,
@@ -168,7 +166,13 @@ def _below(root: pathlib.Path, data: DataConfig) -> Listed:
 
 def _of_manifest(path: pathlib.Path, data: DataConfig) -> Listed:
   """The recordings that a table lists; see ``manifest.read_rows``."""
-  rows = read_rows(path, columns_of(path, data), data)
+  columns = columns_of(path, data)
+  require(
+    not columns.targets,
+    f"{path.with_suffix('.toml')} names targets, and of series a class is predicted",
+    "name the column of the class as label",
+  )
+  rows = read_rows(path, columns, data)
   people = rows.patients
   require(
     rows.sites is not None or (people is not None and all(people)),
@@ -197,16 +201,6 @@ def _of_manifest(path: pathlib.Path, data: DataConfig) -> Listed:
     groups={name: kept(keys) for name, keys in rows.groups.items()},
     left=left,
     source="the manifest",
-  )
-
-
-def _require_strict(root: pathlib.Path, left: Sequence[LeftOut], strict: bool) -> None:
-  stopping = [item for item in left if item.reason != SYSTEM]
-  shown = "; ".join(f"'{item.name}': {item.reason}" for item in stopping[:3])
-  require(
-    not strict or not stopping,
-    f"data.strict: {len(stopping)} files of {root} are left out, such as {shown}",
-    "mend or remove them, or set data.strict=False to leave such files out and count them",
   )
 
 
@@ -313,13 +307,7 @@ def _outside(inputs: np.ndarray, channels: Sequence[str], data: DataConfig) -> d
   ends = np.array(parse_ranges(data.ranges, len(channels)), np.float32)
   cut_off = (inputs < ends[:, 0]) | (inputs > ends[:, 1])  # False of nan
   counts = _by_channel(channels, cut_off.sum(axis=(0, 1, 2)))
-  total = inputs.shape[0] * inputs.shape[1]
-  for name, count in counts.items():
-    require(
-      not data.strict or count <= MOST_OUTSIDE * total,
-      f"data.strict: {count} of {total} values of channel '{name}' are outside its range",
-      "correct data.ranges, or set data.strict=False to cut and count them",
-    )
+  require_inside(counts, inputs.shape[0] * inputs.shape[1], data.strict, "data.ranges")
   return counts
 
 

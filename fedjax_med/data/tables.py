@@ -19,9 +19,9 @@ from fedjax_med.core.moments import moments, sums
 from fedjax_med.data.classes import order_classes, require_distinct
 from fedjax_med.data.dataset import Dataset, Hospitals, client_rows
 from fedjax_med.data.duplicates import contents, number_groups
-from fedjax_med.data.files import SYSTEM
-from fedjax_med.data.folder_patterns import LeftOut
+from fedjax_med.data.folder_patterns import LeftOut, require_none_left_out
 from fedjax_med.data.patients import number_patients
+from fedjax_med.data.ranges import require_inside
 from fedjax_med.data.survival_times import Predicted, survival_of
 from fedjax_med.data.table_files import Cells, read_cells, table_files
 from fedjax_med.data.table_manifest import (
@@ -35,8 +35,6 @@ from fedjax_med.data.table_manifest import (
   read_manifest,
 )
 from fedjax_med.tasks.task import Targets
-
-MOST_OUTSIDE = 0.05  # share of a column's values outside its range from which a strict run stops
 
 SCALING_RELEASE = "mean and deviation of each number column (data.scaling=federated)"
 EARLY_RELEASE = "smallest time above 0 (for records with a time of 0 or less)"
@@ -111,7 +109,8 @@ def dataset_of(
     f"no record of {root} is left: {left[-1].reason if left else 'there is none'}",
     "correct the manifest or the table",
   )
-  _require_strict(root, left, data.strict)
+  unexcused = [item for item in left if not item.reason.startswith(REQUIRED)]
+  require_none_left_out(root, unexcused, data.strict, "records or files")
   predicted = _predicted(files, manifest, data)
   encoded = encode(files, manifest, data.scaling)
   places = [cells.name for cells in files for _ in cells.rows]
@@ -138,7 +137,7 @@ def dataset_of(
     unlisted=_unlisted(files, manifest),
     survival=predicted.survival,
   )
-  _require_inside(table, len(predicted.labels), data.strict)
+  require_inside(table.outside, len(predicted.labels), data.strict, "low and high in the manifest")
   return Dataset(
     inputs=encoded.inputs,
     labels=predicted.labels,
@@ -219,26 +218,6 @@ def _kept_rows(cells: Cells, manifest: Manifest) -> tuple[Cells, list[LeftOut]]:
       rows.append(row)
       lines.append(line)
   return cells._replace(rows=rows, lines=lines), left
-
-
-def _require_strict(root: pathlib.Path, left: Sequence[LeftOut], strict: bool) -> None:
-  """Raises UserError where a strict run lacks a record that the manifest does not leave out."""
-  stopping = [item for item in left if not item.reason.startswith((SYSTEM, REQUIRED))]
-  if strict and stopping:
-    shown = "; ".join(f"'{item.name}': {item.reason}" for item in stopping[:3])
-    raise UserError(
-      f"data.strict: {len(stopping)} records or files of {root} are left out, such as {shown};"
-      " mend or remove them, or set data.strict=False to leave such ones out and count them"
-    )
-
-
-def _require_inside(table: Table, num_records: int, strict: bool) -> None:
-  for name, count in table.outside.items():
-    require(
-      not strict or count <= MOST_OUTSIDE * num_records,
-      f"data.strict: {count} of {num_records} values of '{name}' are outside its range",
-      "correct low and high in the manifest, or set data.strict=False to cut and count them",
-    )
 
 
 def _cells_of(files: Sequence[Cells], name: str, missing: Sequence[str]) -> list[str]:
@@ -437,7 +416,7 @@ def numbers(cells: Cells, column: Column) -> np.ndarray:
       values[index] = float(f"{whole}.{part}" if decimal else text)
     except ValueError:
       values[index] = math.inf
-    if math.isinf(values[index]) or math.isnan(values[index]):
+    if not math.isfinite(values[index]):
       raise UserError(
         f"{cells.name}, line {cells.lines[index]}: column '{column.name}' holds '{text}', which is"
         " no finite number; correct it, list it under 'missing' in the manifest, or use"

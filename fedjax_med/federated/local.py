@@ -408,8 +408,7 @@ def local_training(
     holding: how weights and optimiser state are held within a round; it moves no result. What
       arrives and leaves is a vector.
 
-  The FedProx term μ(w − w_round) is added after clipping and noise: it
-  depends on no example.
+  The FedProx term μ(w − w_round) is added after clipping and noise: it depends on no example.
   """
 
   def rate_of(hyper: Hyper, round: jax.Array) -> jax.Array:

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fedjax_med.core.errors import require
 from fedjax_med.tasks.classification import auroc_of, labels_of
 from fedjax_med.tasks.task import (
   EVERYWHERE,
@@ -22,6 +21,8 @@ from fedjax_med.tasks.task import (
   PredictionTable,
   Targets,
   Task,
+  fault_of_columns,
+  required_targets,
 )
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ SHOWN = (
   Metric(name="brier", label="Brier score", better="lower", bounds=SHARE, places=frozenset()),
 )
 NAMES = tuple(metric.name for metric in SHOWN)
+COLUMNS = ("n", "auroc", "f1")  # of each label in summary.json
 GROUPS = ("no label", "some label")
 
 
@@ -63,13 +65,7 @@ def groups_of(values: np.ndarray) -> tuple[np.ndarray, tuple[str, ...]]:
 
 def targets_of(dataset: Labelled) -> np.ndarray:
   """Returns the labels, [N, M] float32: 1, 0, or nan where nobody knows."""
-  require(
-    dataset.targets is not None,
-    "the task is 'multilabel' and the dataset has no targets",
-    "give Dataset.targets",
-  )
-  assert dataset.targets is not None
-  return dataset.targets.values
+  return required_targets(dataset).values
 
 
 def num_labels(dataset: Labelled) -> int:
@@ -166,23 +162,13 @@ def details(probabilities: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
   return {"label": {"n": present, **_each(probabilities, labels)}}
 
 
-def problem(summary: dict[str, Any], class_names: Sequence[str]) -> str:
-  """Returns what is wrong with the values of labels in summary.json; empty if nothing is."""
-  held = summary.get("label", {})
-  columns = [held.get(name, []) for name in ("n", "auroc", "f1")] if held else []
-  if not all(isinstance(column, list) and len(column) == len(columns[0]) for column in columns):
-    return "the columns of label are not of one length"
-  usable = all(cell is None or isinstance(cell, int | float) for one in columns for cell in one)
-  return "" if usable else "label holds something that is no number"
-
-
 def pool(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
   """Averages the values of each label over runs."""
 
   def averaged(name: str) -> list[float | None]:
     return [_mean(cells) for cells in zip(*(run["label"][name] for run in runs), strict=True)]
 
-  return {"label": {name: averaged(name) for name in ("n", "auroc", "f1")}}
+  return {"label": {name: averaged(name) for name in COLUMNS}}
 
 
 def draw_labels(axis: Any, details: dict[str, Any], names: Sequence[str], crowded: bool) -> None:
@@ -213,11 +199,6 @@ def table(probabilities: np.ndarray, targets: Targets) -> PredictionTable:
   )
 
 
-def no_class(class_names: Sequence[str]) -> str:
-  """Returns "": no metric is of one class."""
-  return ""
-
-
 def about(positives: Sequence[str]) -> str:
   """Says below a table what is averaged."""
   return "AUROC and F1 are means over the labels for which they are defined."
@@ -243,7 +224,7 @@ MULTILABEL = Task(
   tallied="accuracy",
   metrics=multilabel_metrics,
   details=details,
-  problem=problem,
+  problem=lambda summary, class_names: fault_of_columns(summary, "label", COLUMNS),
   shown=SHOWN,
   strata=labels_of,
   figures=(
@@ -259,7 +240,6 @@ MULTILABEL = Task(
       of_classes=False,
     ),
   ),
-  positive=no_class,
   about=about,
   explained=explained,
   has_classes=False,

@@ -25,6 +25,9 @@ from fedjax_med.tasks.task import (
   PredictionTable,
   Targets,
   Task,
+  fault_of_columns,
+  require_no_smoothing,
+  required_targets,
 )
 
 if TYPE_CHECKING:
@@ -59,6 +62,7 @@ SHOWN = (
   Metric(name="loss", label="loss", better="lower", places=frozenset({Place.CURVES})),
 )
 NAMES = tuple(metric.name for metric in SHOWN)
+COLUMNS = ("n", "r", "rmse", "rmse_of_means")  # of each target in summary.json
 
 
 def fitted(targets: Targets, rows: Sequence[np.ndarray]) -> Targets:
@@ -99,7 +103,7 @@ def targets_of(dataset: Labelled) -> dict[str, np.ndarray]:
   They stand beside every value, so that runs with other training sides can share a program. Values
   of targets that are left out are nan.
   """
-  targets = _targets(dataset)
+  targets = required_targets(dataset)
   shape = targets.values.shape
   means = targets.fitted.get("means", np.zeros(shape[1], np.float32))
   spreads = targets.fitted.get("spreads", np.ones(shape[1], np.float32))
@@ -112,19 +116,9 @@ def targets_of(dataset: Labelled) -> dict[str, np.ndarray]:
   }
 
 
-def _targets(dataset: Labelled) -> Targets:
-  require(
-    dataset.targets is not None,
-    "the task is 'regression' and the dataset has no targets",
-    "give Dataset.targets, or name targets in the manifest of the table",
-  )
-  assert dataset.targets is not None
-  return dataset.targets
-
-
 def num_targets(dataset: Labelled) -> int:
   """Returns the number of targets: each has an output of the network."""
-  return len(_targets(dataset).names)
+  return len(required_targets(dataset).names)
 
 
 def squared_error(label_smoothing: float) -> Loss:
@@ -138,11 +132,7 @@ def squared_error(label_smoothing: float) -> Loss:
   import jax
   import jax.numpy as jnp
 
-  require(
-    label_smoothing == 0,
-    f"client.label_smoothing={label_smoothing:g} is of classes, and regression has none",
-    "leave client.label_smoothing at 0",
-  )
+  require_no_smoothing(label_smoothing, "regression")
 
   def loss(outputs: jax.Array, targets: Any) -> jax.Array:
     known = ~jnp.isnan(targets["values"])
@@ -275,21 +265,9 @@ def table(predictions: np.ndarray, targets: Targets) -> PredictionTable:
   )
 
 
-def problem(summary: dict[str, Any], class_names: Sequence[str]) -> str:
-  """Returns what is wrong with the values of targets in summary.json; empty if nothing is."""
-  held = summary.get("target", {})
-  columns = [held.get(name, []) for name in ("n", "r", "rmse", "rmse_of_means")] if held else []
-  if not all(isinstance(column, list) and len(column) == len(columns[0]) for column in columns):
-    return "the columns of target are not of one length"
-  cells = [cell for column in columns for cell in column]
-  usable = all(cell is None or isinstance(cell, int | float) for cell in cells)
-  return "" if usable else "target holds something that is no number"
-
-
 def pool(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
   """Puts the targets of runs side by side."""
-  names = ("n", "r", "rmse", "rmse_of_means")
-  return {"target": {name: [v for run in runs for v in run["target"][name]] for name in names}}
+  return {"target": {name: [v for run in runs for v in run["target"][name]] for name in COLUMNS}}
 
 
 def draw_targets(axis: Any, details: dict[str, Any], names: Sequence[str], crowded: bool) -> None:
@@ -304,11 +282,6 @@ def draw_targets(axis: Any, details: dict[str, Any], names: Sequence[str], crowd
   axis.set_xlim(min([-0.2, *known]) - 0.05, 1.0)
   if not crowded:
     axis.set(xlabel="r of predicted and true values", ylabel="targets")
-
-
-def no_class(class_names: Sequence[str]) -> str:
-  """Returns "": no metric is of a class."""
-  return ""
 
 
 def about(positives: Sequence[str]) -> str:
@@ -341,7 +314,7 @@ REGRESSION = Task(
   tallied="closeness",
   metrics=regression_metrics,
   details=details,
-  problem=problem,
+  problem=lambda summary, class_names: fault_of_columns(summary, "target", COLUMNS),
   shown=SHOWN,
   strata=labels_of,
   figures=(
@@ -359,7 +332,6 @@ REGRESSION = Task(
       of_classes=False,
     ),
   ),
-  positive=no_class,
   about=about,
   explained=explained,
   has_classes=False,

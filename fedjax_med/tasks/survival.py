@@ -25,6 +25,8 @@ from fedjax_med.tasks.task import (
   PredictionTable,
   Targets,
   Task,
+  require_no_smoothing,
+  required_targets,
 )
 
 if TYPE_CHECKING:
@@ -101,14 +103,13 @@ def interval_targets(time: np.ndarray, event: np.ndarray, ends: np.ndarray) -> n
 
 def times_and_events(dataset: Labelled) -> np.ndarray:
   """Returns [N, 2] float32: time, and event, 0 or 1."""
-  assert dataset.targets is not None
-  return dataset.targets.values
+  return required_targets(dataset).values
 
 
 def with_intervals(dataset: Labelled) -> np.ndarray:
   """Returns [N, 2 + 2 J] float32: time, event, and the columns of ``interval_targets``."""
-  assert dataset.targets is not None
-  values, ends = dataset.targets.values, dataset.targets.fitted["ends"]
+  targets = required_targets(dataset)
+  values, ends = targets.values, targets.fitted["ends"]
   return np.concatenate(
     [values, interval_targets(values[:, TIME], values[:, EVENT] > 0.5, ends)], axis=1
   )
@@ -121,8 +122,7 @@ def one_risk(dataset: Labelled) -> int:
 
 def num_intervals(dataset: Labelled) -> int:
   """Returns the number of intervals: each has an output, the logit of its hazard."""
-  assert dataset.targets is not None
-  return len(dataset.targets.fitted["ends"])
+  return len(required_targets(dataset).fitted["ends"])
 
 
 def fit_ends(targets: Targets, rows: Sequence[np.ndarray]) -> Targets:
@@ -150,7 +150,7 @@ def partial_likelihood(label_smoothing: float) -> Loss:
   import jax
   import jax.numpy as jnp
 
-  require_plain_labels(label_smoothing)
+  require_no_smoothing(label_smoothing, "survival")
 
   def loss(outputs: jax.Array, targets: jax.Array) -> jax.Array:
     risk, mask = outputs[:, 0].astype(jnp.float32), ~jnp.isnan(targets[:, TIME])
@@ -172,7 +172,7 @@ def interval_likelihood(label_smoothing: float) -> Loss:
   import jax
   import jax.numpy as jnp
 
-  require_plain_labels(label_smoothing)
+  require_no_smoothing(label_smoothing, "survival")
 
   def loss(outputs: jax.Array, targets: jax.Array) -> jax.Array:
     survived, ended = jnp.split(targets[:, FIXED:], 2, axis=1)
@@ -384,12 +384,6 @@ def draw_curves(axis: Any, details: dict[str, Any], names: Sequence[str], crowde
     axis.set(xlabel="time", ylabel="probability of no event")
 
 
-def no_class(class_names: Sequence[str]) -> str:
-  """Returns "": no metric is of a class."""
-  del class_names
-  return ""
-
-
 def about(positives: Sequence[str]) -> str:
   """Returns the sentence below a table that says what C is."""
   return "C is the share of comparable pairs in which the higher risk had the event first."
@@ -403,15 +397,6 @@ def explained(class_names: Sequence[str]) -> str:
     " within hospitals compares records of the same hospital only. Under a Cox model each hospital"
     " has a baseline of its own, so that risks of two hospitals are compared with care. A dash"
     " stands for a value that is not defined, such as C of a hospital without a comparable pair."
-  )
-
-
-def require_plain_labels(label_smoothing: float) -> None:
-  """Raises UserError where labels are to be smoothed: times are no classes."""
-  require(
-    label_smoothing == 0,
-    f"client.label_smoothing={label_smoothing:g} is of classes, and survival has none",
-    "leave client.label_smoothing at 0",
   )
 
 
@@ -444,7 +429,6 @@ SURVIVAL_COX = Task(
   shown=SHOWN,
   strata=labels_of,
   figures=(CURVES,),
-  positive=no_class,
   about=about,
   explained=explained,
   has_classes=False,

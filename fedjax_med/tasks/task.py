@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 
+from fedjax_med.core.errors import UserError, require
+
 if TYPE_CHECKING:
   import jax
 
@@ -157,6 +159,38 @@ class Figure(NamedTuple):
   of_classes: bool = True
 
 
+def no_class(class_names: Sequence[str]) -> str:
+  """Returns "": no metric of the task is of one class."""
+  del class_names
+  return ""
+
+
+def required_targets(dataset: Labelled) -> Targets:
+  """The targets of a dataset; raises UserError where it has none."""
+  if dataset.targets is None:
+    raise UserError("the task predicts numbers, and the dataset has none; give Dataset.targets")
+  return dataset.targets
+
+
+def require_no_smoothing(label_smoothing: float, task: str) -> None:
+  """Raises UserError where labels are to be smoothed, and the task has no labels."""
+  require(
+    label_smoothing == 0,
+    f"client.label_smoothing={label_smoothing:g} is of classes, and {task} has none",
+    "leave client.label_smoothing at 0",
+  )
+
+
+def fault_of_columns(summary: dict[str, Any], entry: str, names: Sequence[str]) -> str:
+  """The fault of lists of numbers of one length in an entry of summary.json; empty if none."""
+  held = summary.get(entry, {})
+  columns = [held.get(name, []) for name in names] if held else []
+  if not all(isinstance(column, list) and len(column) == len(columns[0]) for column in columns):
+    return f"the columns of {entry} are not of one length"
+  usable = all(cell is None or isinstance(cell, int | float) for one in columns for cell in one)
+  return "" if usable else f"{entry} holds something that is no number"
+
+
 class Task(NamedTuple):
   """A kind of prediction.
 
@@ -178,9 +212,9 @@ class Task(NamedTuple):
     strata: dataset -> [N] int numbers, as many as class_names, of groups of like examples, which
       the split keeps in proportion, the partition deals by, and hospitals.json counts.
     figures: drawn from the details.
-    positive: (class names) -> name of the class that some metrics are of; empty without one.
     about: (positive classes of the runs of a table) -> text that must stand under its metrics.
     explained: (class names) -> sentences that explain the metrics of a report.
+    positive: (class names) -> name of the class that some metrics are of; empty without one.
     has_classes: whether ``class_names`` are what is predicted; else they only name the strata.
     fit: (targets, training rows of each hospital) -> the same targets with what follows from the
       training side, such as means; None where nothing does.
@@ -208,9 +242,9 @@ class Task(NamedTuple):
   shown: tuple[Metric, ...]
   strata: Callable[[Labelled], np.ndarray]
   figures: tuple[Figure, ...]
-  positive: Callable[[Sequence[str]], str]
   about: Callable[[Sequence[str]], str]
   explained: Callable[[Sequence[str]], str]
+  positive: Callable[[Sequence[str]], str] = no_class
   has_classes: bool = True
   fit: Callable[[Targets, Sequence[np.ndarray]], Targets] | None = None
   releases: str = ""

@@ -247,7 +247,7 @@ def test_declared_ranges_count_what_they_cut(root):
   assert dataset.series is not None
   outside = int((np.abs(dataset.inputs[..., 0]) > 0.5).sum())
   assert dataset.series.outside == {"ax": outside}
-  with pytest.raises(UserError, match=r"data.strict: \d+ of \d+ values of channel 'ax' are outsi"):
+  with pytest.raises(UserError, match=r"data.strict: \d+ of \d+ values of 'ax' are outside its"):
     load_series(series_data(root / "people", ranges="-0.5,0.5", strict=True))
 
 
