@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fedjax_med.core.config import Config, set_field
+from fedjax_med.core.config import Config
 from fedjax_med.core.errors import UserError
-from fedjax_med.core.validation import validate
 from fedjax_med.data.hospitals import load_hospitals
 from fedjax_med.prepare.synthetic_images import reserve_synthetic
 from fedjax_med.report import reported_run
 from fedjax_med.run.console import make_console
 from fedjax_med.trained.loading import load
 from fedjax_med.trained.predictions import choose_layer, predict_files
+from tests.running import AT_SITES, config_of
 
 SIDE = 12
 
@@ -32,9 +32,8 @@ def arrays(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
   return images.astype(np.uint8), labels.astype(np.uint8)
 
 
-def config(path, **changes) -> Config:
-  made = Config()
-  base = {
+def config(path, changes=None) -> Config:
+  fields = AT_SITES | {
     "data.source": "npz",
     "data.path": str(path),
     "data.image_size": SIDE,
@@ -49,13 +48,8 @@ def config(path, **changes) -> Config:
     "server.num_rounds": 6,
     "privacy.mechanism": "dp_sgd",
     "privacy.target_epsilon": 50.0,
-    "execution.devices": 1,
-    "execution.compilation_cache": "",
   }
-  for field, value in (base | changes).items():
-    set_field(made, field, value)
-  validate(made)
-  return made
+  return config_of(fields | (changes or {}))
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +107,7 @@ def test_what_needs_one_class_is_refused(ran):
   with pytest.raises(UserError, match="has the task 'multilabel', and a map is made for a class"):
     choose_layer(load(folder))
   changes = {"client.synthetic": "gan", "privacy.mechanism": "none", "privacy.target_epsilon": 0.0}
-  made = config(folder.parent / "set.npz", **changes)
+  made = config(folder.parent / "set.npz", changes)
   hospitals = load_hospitals(made)
   with pytest.raises(UserError, match="makes images of a class, and the task is 'multilabel'"):
     reserve_synthetic(made, hospitals)

@@ -12,9 +12,8 @@ from sklearn.metrics import root_mean_squared_error
 from fedjax_med import study
 from fedjax_med.api import simulate, simulate_grid
 from fedjax_med.audit import shadow_models
-from fedjax_med.core.config import Config, set_field
+from fedjax_med.core.config import Config
 from fedjax_med.core.errors import UserError
-from fedjax_med.core.validation import validate
 from fedjax_med.data.gdsc import METHYLATION
 from fedjax_med.data.hospitals import load_hospitals
 from fedjax_med.prepare.experiment import build
@@ -28,6 +27,7 @@ from fedjax_med.trained.loading import load
 from fedjax_med.trained.table_predictions import predict_table
 from tests.data.lines import make_gdsc
 from tests.data.table_cases import TARGETS, columns_file, target_folder
+from tests.running import AT_SITES, config_of
 
 OWN = {"server.algorithm": "fedper", "server.personal_layers": "head/bias"}
 PRIVATE = {
@@ -38,26 +38,16 @@ PRIVATE = {
 
 
 def config(folder, **changes) -> Config:
-  made = Config()
-  base = {
+  fields = AT_SITES | {
     "data.source": "gdsc",
     "data.path": str(folder),
     "data.scaling": "federated",
-    "partition.scheme": "site",
-    "partition.num_clients": 0,
-    "model.name": "linear",
     "client.learning_rate": 0.3,
     "client.batch_size": 8,
-    "client.num_local_steps": 4,
     "server.num_rounds": 6,
     "eval.every": 3,
-    "execution.devices": 1,
-    "execution.compilation_cache": "",
   }
-  for path, value in (base | changes).items():
-    set_field(made, path, value)
-  validate(made)
-  return made
+  return config_of(fields | changes)
 
 
 @pytest.fixture(scope="module")

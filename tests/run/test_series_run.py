@@ -13,7 +13,6 @@ from sklearn.metrics import roc_auc_score
 
 from fedjax_med.core.config import Config
 from fedjax_med.core.errors import UserError
-from fedjax_med.core.validation import validate
 from fedjax_med.data.hospitals import load_hospitals
 from fedjax_med.folder.data_notes import data_notes
 from fedjax_med.prepare.case import federation
@@ -24,26 +23,28 @@ from fedjax_med.trained import exporting, heat_page
 from fedjax_med.trained.loading import load
 from fedjax_med.trained.series_predictions import predict_series, windows_output
 from tests.data.series_cases import RATE, samples, series_folder, write
+from tests.running import AT_SITES, config_of
 
 
 def series_config(folder, **changes) -> Config:
   """A narrow cnn1d on four small people, changed as by ``server__num_rounds=4``."""
-  config = Config()
-  data = config.data
-  data.source, data.path = "series", str(series_folder(folder / "series") / "people")
-  data.rate, data.window_seconds, data.hop_seconds, data.signals = RATE, 2.0, 1.0, "ax,ay"
-  data.ranges, data.test_persons = "-2,2", "p3"
-  config.partition.scheme, config.partition.num_clients = "site", 0
-  config.model.name, config.model.width = "cnn1d", 0.25
-  config.client.batch_size, config.client.num_local_steps = 8, 2
-  config.client.learning_rate, config.server.num_rounds = 0.1, 2
-  config.eval.every, config.execution.devices = 2, 1
-  config.execution.compilation_cache = ""
-  for path, value in changes.items():
-    section, _, name = path.partition("__")
-    setattr(getattr(config, section), name, value)
-  validate(config)
-  return config
+  fields = {
+    "data.source": "series",
+    "data.path": str(series_folder(folder / "series") / "people"),
+    "data.rate": RATE,
+    "data.window_seconds": 2.0,
+    "data.hop_seconds": 1.0,
+    "data.signals": "ax,ay",
+    "data.ranges": "-2,2",
+    "data.test_persons": "p3",
+    "model.name": "cnn1d",
+    "model.width": 0.25,
+    "client.batch_size": 8,
+    "client.num_local_steps": 2,
+    "client.learning_rate": 0.1,
+    "server.num_rounds": 2,
+  }
+  return config_of(AT_SITES | fields, **changes)
 
 
 @pytest.fixture(scope="module")

@@ -23,6 +23,7 @@ from fedjax_med.trained.loading import load
 from fedjax_med.trained.table_predictions import predict_table
 from tests.data.survival_cases import SURVIVAL, survival_folder
 from tests.data.table_cases import columns_file
+from tests.running import AT_SITES, config_of
 from tests.sweep.sweeping import sweep
 from tests.tasks.test_survival import covariates, newton
 
@@ -32,20 +33,12 @@ HAZARDS = {"data__survival": "hazards", "data__intervals": 4}
 
 def survival_config(folder, manifest=SURVIVAL, **changes) -> Config:
   """Three small hospitals with a linear network, changed as by ``server__num_rounds=4``."""
-  config = Config()
-  config.data.source, config.data.path = "table", str(survival_folder(folder / "tables"))
-  config.data.columns = columns_file(folder, manifest)
-  config.partition.scheme, config.partition.num_clients = "site", 0
-  config.model.name = "linear"
-  config.client.batch_size, config.client.num_local_steps = 64, 4
-  config.client.learning_rate, config.server.num_rounds = 0.5, 4
-  config.eval.every, config.execution.devices = 2, 1
-  config.execution.compilation_cache = ""
-  for path, value in changes.items():
-    section, _, name = path.partition("__")
-    setattr(getattr(config, section), name, value)
-  validate(config)
-  return config
+  data = {
+    "data.source": "table",
+    "data.path": str(survival_folder(folder / "tables")),
+    "data.columns": columns_file(folder, manifest),
+  }
+  return config_of(AT_SITES | data, **changes)
 
 
 @pytest.fixture(scope="module")

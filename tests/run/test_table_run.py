@@ -27,24 +27,17 @@ from fedjax_med.trained.loading import load
 from fedjax_med.trained.predictions import make_probabilities
 from fedjax_med.trained.table_predictions import predict_table
 from tests.data.table_cases import MANIFEST, columns_file, hospitals_folder, table_file
+from tests.running import AT_SITES, config_of
 
 
 def table_config(folder, manifest=MANIFEST, **changes) -> Config:
   """Logistic regression on three small hospitals, changed as by ``server__num_rounds=4``."""
-  config = Config()
-  config.data.source, config.data.path = "table", str(hospitals_folder(folder / "tables"))
-  config.data.columns = columns_file(folder, manifest)
-  config.partition.scheme, config.partition.num_clients = "site", 0
-  config.model.name = "linear"
-  config.client.batch_size, config.client.num_local_steps = 64, 4
-  config.client.learning_rate, config.server.num_rounds = 0.5, 4
-  config.eval.every, config.execution.devices = 2, 1
-  config.execution.compilation_cache = ""
-  for path, value in changes.items():
-    section, _, name = path.partition("__")
-    setattr(getattr(config, section), name, value)
-  validate(config)
-  return config
+  data = {
+    "data.source": "table",
+    "data.path": str(hospitals_folder(folder / "tables")),
+    "data.columns": columns_file(folder, manifest),
+  }
+  return config_of(AT_SITES | data, **changes)
 
 
 @pytest.fixture(scope="module")
