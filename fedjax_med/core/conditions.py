@@ -7,7 +7,12 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from fedjax_med.core.fields import Condition, one_of
-from fedjax_med.core.source_facts import AUGMENTATIONS, SOURCE_FACTS, SourceFacts
+from fedjax_med.core.source_facts import (
+  AUGMENTATIONS,
+  DRAWN_SPLITS,
+  SOURCE_FACTS,
+  SourceFacts,
+)
 
 if TYPE_CHECKING:
   from fedjax_med.core.config import Config
@@ -117,7 +122,7 @@ MANIFEST = one_of("data.source", "manifest")
 LISTED = one_of("data.source", "manifest", "series")
 GIVES_SIDES = one_of("data.source", "manifest", "npz", "series")
 HAS_COLOURS = one_of("data.source", "folder", "manifest", "npz")
-DEALT = one_of("data.split", "grouped", "paper", "recording")
+DEALT = one_of("data.split", *DRAWN_SPLITS)
 NO_FOLD = Condition(
   wording="an empty data.fold",
   holds=lambda config: config.data.fold == "",

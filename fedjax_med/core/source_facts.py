@@ -12,6 +12,9 @@ AUGMENTATIONS = {
   "series": ("none", "jitter", "scale", "time_shift", "jitter_scale_shift"),
 }
 
+# Values of data.split that are drawn of any examples; others a source draws itself.
+DRAWN_SPLITS = ("grouped", "recording", "paper")
+
 
 class SourceFacts(NamedTuple):
   """Facts about a source.
@@ -20,7 +23,7 @@ class SourceFacts(NamedTuple):
     reads_files: whether data.path is read, and files under data.min_size are left out.
     modality: name of what its examples are, of ``data.modality.MODALITIES``.
     own_split: whether data.split=paper is a split of its own, which nothing else decides.
-    splits: values of data.split. Others than grouped and paper are drawn by the source itself.
+    splits: values of data.split.
     task: name of what is predicted, of ``tasks.registry.TASKS``; a manifest may say another one.
     has_sites: whether it always says which hospital, scanner or person each example comes from.
   """

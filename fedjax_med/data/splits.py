@@ -6,9 +6,8 @@ A unit is kept on one side: a near-duplicate group, a patient, or both joined.
 import numpy as np
 
 from fedjax_med.core.errors import require, require_choice
+from fedjax_med.core.source_facts import DRAWN_SPLITS
 from fedjax_med.core.validation import parse_fold
-
-SCHEMES = ("grouped", "recording", "paper")
 
 
 def unit_classes(labels: np.ndarray, units: np.ndarray, num_classes: int) -> np.ndarray:
@@ -75,7 +74,7 @@ def split_dataset(
   Raises:
     UserError: a class would be missing on one side.
   """
-  require_choice("data.split", scheme, SCHEMES)
+  require_choice("data.split", scheme, DRAWN_SPLITS)
   part, parts = parse_fold(fold)
   require(
     0 < test_fraction < 1,

@@ -4,15 +4,16 @@ Where several processes share a run, all can read the folder and the first one w
 """
 
 import contextlib
+import csv
 import json
 import os
 import pathlib
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from fedjax_med.core.errors import UserError, require
-from fedjax_med.core.text import encodable
+from fedjax_med.core.text import REPLACING, encodable
 from fedjax_med.simulation.processes import is_first
 
 SUMMARY, REPORT, STATEMENT = "summary.json", "report.html", "privacy_statement.md"
@@ -115,6 +116,19 @@ def write_whole(path: pathlib.Path, write: Callable[[pathlib.Path], Any]) -> Non
     os.replace(temporary, path)
   finally:
     temporary.unlink(missing_ok=True)
+
+
+def write_csv(path: pathlib.Path, titles: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+  """Writes a table as a whole; its folder is made. What UTF-8 has not becomes a mark."""
+
+  def write(place: pathlib.Path) -> None:
+    with place.open("w", newline="", encoding="utf-8", errors=REPLACING) as file:
+      table = csv.writer(file, lineterminator="\n")
+      table.writerow(titles)
+      table.writerows(rows)
+
+  path.parent.mkdir(parents=True, exist_ok=True)
+  write_whole(path, write)
 
 
 def read_metrics(workdir: pathlib.Path) -> list[dict[str, Any]]:

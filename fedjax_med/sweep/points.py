@@ -20,6 +20,7 @@ from fedjax_med.core.config import (
   to_dict,
 )
 from fedjax_med.core.errors import UserError, require, require_choice
+from fedjax_med.core.source_facts import DRAWN_SPLITS
 from fedjax_med.core.unread import changed, default_of, drop_unread, state, unmet
 from fedjax_med.core.unread import shown as shown_value
 from fedjax_med.core.validation import validate
@@ -182,7 +183,7 @@ def image_fields(data: DataConfig) -> dict[str, Any]:
   seed = [] if source.seeded else ["seed"]
   # Published splits may leave out examples.
   split = [] if source.facts.own_split else ["split"]
-  drawn = {"grouped", "paper"}.issuperset(source.facts.splits)  # and not by the source itself
+  drawn = set(DRAWN_SPLITS).issuperset(source.facts.splits)  # and not by the source itself
   others = (*split, "test_fraction", "fold", *seed) if drawn else ()
   return {k: v for k, v in dataclasses.asdict(data).items() if k not in others}
 

@@ -105,10 +105,9 @@ def _columns(table: dict[str, Any]) -> dict[str, Any]:
     "columns": table["manifest"],
     "scaling": table["scaling"],
     **({"shift": table["shift"], "scale": table["scale"]} if federated else {}),
-    "normalisation": "before the program: low and high of a number become -1 and 1, a category is 1"
-    " of its inputs, a missing value the middle and 1 in the input that says so"
-    if not federated
-    else "before the program: numbers minus shift, divided by scale",
+    "normalisation": "before the program: "
+    + ("a number minus shift over scale" if federated else "low to high of a number become -1 to 1")
+    + ", 0 where it is missing; 1 in the input of a category, and in that of a missing value",
   }
 
 

@@ -1,7 +1,6 @@
 """Predictions of a trained model on pictures of any kind, as a table and as overlays."""
 
 import concurrent.futures
-import csv
 import hashlib
 import os
 import pathlib
@@ -14,13 +13,13 @@ import numpy as np
 from PIL import Image
 
 from fedjax_med.core.errors import UserError, require
-from fedjax_med.core.text import REPLACING, readable
+from fedjax_med.core.text import readable
 from fedjax_med.data.files import DICOM, EXTENSIONS, NIFTI, SYSTEM, File, counted, kind_of, walk
 from fedjax_med.data.grey import to_eight_bits, without_channel
 from fedjax_med.data.modality import preparation
 from fedjax_med.data.sources import shown_as
 from fedjax_med.data.volumes import read_examples
-from fedjax_med.folder.writing import write_whole
+from fedjax_med.folder.writing import write_csv, write_whole
 from fedjax_med.models import grad_cam
 from fedjax_med.simulation.evaluation import make_classify
 from fedjax_med.tasks.task import PredictionTable
@@ -289,14 +288,7 @@ def predict_files(
     if len(files) > size:
       tell(f"{start} of {len(files)} files")
 
-  def write(place: pathlib.Path) -> None:
-    with place.open("w", newline="", encoding="utf-8", errors=REPLACING) as file:
-      table = csv.writer(file, lineterminator="\n")
-      table.writerow(["file", *titles, *["map"] * bool(layer), "error"])
-      table.writerows(rows)
-
-  output.parent.mkdir(parents=True, exist_ok=True)
-  write_whole(output, write)
+  write_csv(output, ["file", *titles, *["map"] * bool(layer), "error"], rows)
   return Counts(num_read, errors)
 
 

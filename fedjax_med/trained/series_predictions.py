@@ -1,6 +1,5 @@
 """Predictions of a trained model on recordings: a table of recordings, and one of their windows."""
 
-import csv
 import pathlib
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -8,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from fedjax_med.core.errors import UserError, require
-from fedjax_med.core.text import REPLACING, readable
+from fedjax_med.core.text import readable
 from fedjax_med.data.files import SYSTEM, File
 from fedjax_med.data.recordings import cut, of_recordings, window_starts
 from fedjax_med.data.series import sample_times, window_samples
@@ -19,9 +18,9 @@ from fedjax_med.data.series_files import (
   recordings_below,
   resample,
 )
-from fedjax_med.folder.writing import write_whole
+from fedjax_med.folder.writing import write_csv
 from fedjax_med.trained.loading import Trained
-from fedjax_med.trained.predictions import make_probabilities
+from fedjax_med.trained.predictions import make_probabilities, table_of
 
 
 class Counts(NamedTuple):
@@ -43,7 +42,7 @@ def predict_series(trained: Trained, place: pathlib.Path, output: pathlib.Path) 
   Recordings are read, resampled and cut as those of the run. Columns of recordings: file, windows,
   predicted, the mean over its windows of each class under 'probability of CLASS', error. Columns of
   windows: file, start in seconds, predicted, the same probabilities. Of a task that predicts no
-  classes the numbers are called 'prediction', of several 'prediction 1' and so on.
+  classes the columns are those of ``Task.table``.
 
   Args:
     trained: the model.
@@ -71,29 +70,23 @@ def predict_series(trained: Trained, place: pathlib.Path, output: pathlib.Path) 
   read = [file.name for file in files if file.name not in dict(errors)]
   rows = np.repeat(np.arange(len(read)), [len(each) for each in windows])
   found = _predicted(trained, windows)
-  means = of_recordings(found, rows)[0]
-  titles = ["predicted", *(f"probability of {name}" for name in trained.class_names)]
-  if not trained.predicts_classes:
-    count = found.shape[1]
-    titles = ["prediction"] if count == 1 else [f"prediction {k + 1}" for k in range(count)]
-
-  def shown(values: np.ndarray) -> list[str]:
-    best = [trained.class_names[int(values.argmax())]] if trained.predicts_classes else []
-    return [*best, *(f"{value:.7g}" for value in values)]
-
+  told = table_of(trained, found)
+  whole = table_of(trained, of_recordings(found, rows)[0])
   counts = np.bincount(rows, minlength=len(read))
   table = [
-    [name, str(count), *shown(mean), ""]
-    for name, count, mean in zip(read, counts, means, strict=True)
+    [name, str(count), *cells, ""]
+    for name, count, own in zip(read, counts, whole.rows, strict=True)
+    for cells in own
   ]
-  table += [[name, "", *[""] * len(titles), error] for name, error in errors]
-  output.parent.mkdir(parents=True, exist_ok=True)
-  _write(output, ["file", "windows", *titles, "error"], sorted(table))
+  table += [[name, "", *[""] * len(told.heading), error] for name, error in errors]
+  write_csv(output, ["file", "windows", *told.heading, "error"], sorted(table))
   each = [
-    [name, f"{time:g}", *shown(values)] for (name, time), values in zip(starts, found, strict=True)
+    [name, f"{time:g}", *cells]
+    for (name, time), own in zip(starts, told.rows, strict=True)
+    for cells in own
   ]
-  _write(windows_output(output), ["file", "start", *titles], each)
-  return Counts(recordings=len(read), windows=len(each), errors=errors)
+  write_csv(windows_output(output), ["file", "start", *told.heading], each)
+  return Counts(recordings=len(read), windows=len(found), errors=errors)
 
 
 def _files(place: pathlib.Path) -> list[File]:
@@ -134,13 +127,3 @@ def _predicted(trained: Trained, windows: Sequence[np.ndarray]) -> np.ndarray:
     batch[: len(some)] = some
     parts.append(predict(batch)[: len(some)])
   return np.concatenate(parts)
-
-
-def _write(output: pathlib.Path, titles: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-  def write(place: pathlib.Path) -> None:
-    with place.open("w", newline="", encoding="utf-8", errors=REPLACING) as file:
-      table = csv.writer(file, lineterminator="\n")
-      table.writerow(titles)
-      table.writerows(rows)
-
-  write_whole(output, write)

@@ -1,17 +1,15 @@
 """Predictions of a trained model on the records of a table: CSV or Parquet in, CSV out."""
 
-import csv
 import pathlib
 from collections.abc import Sequence
 
 import numpy as np
 
 from fedjax_med.core.errors import require
-from fedjax_med.core.text import REPLACING
 from fedjax_med.data.table_files import Cells, read_cells, table_files
 from fedjax_med.data.table_manifest import Manifest, parse_manifest
 from fedjax_med.data.tables import encode, scaled
-from fedjax_med.folder.writing import write_whole
+from fedjax_med.folder.writing import write_csv
 from fedjax_med.trained.loading import Trained
 from fedjax_med.trained.predictions import make_probabilities, table_of
 
@@ -76,17 +74,9 @@ def predict_table(trained: Trained, place: pathlib.Path, output: pathlib.Path) -
   first, places = ["file", "line"], [[name, str(line)] for name, line in lines]
   if not trained.predicts_classes:
     first, places = ["record"], [[name] for name in _records(files, manifest)]
-  heading = [*first, *told.heading]
   rows = [[*place, *cells] for place, own in zip(places, told.rows, strict=True) for cells in own]
 
-  def write(path: pathlib.Path) -> None:
-    with path.open("w", newline="", encoding="utf-8", errors=REPLACING) as file:
-      writer = csv.writer(file, lineterminator="\n")
-      writer.writerow(heading)
-      writer.writerows(rows)
-
-  output.parent.mkdir(parents=True, exist_ok=True)
-  write_whole(output, write)
+  write_csv(output, [*first, *told.heading], rows)
   met = [f"{count} values of '{name}' outside its range" for name, count in encoded.outside.items()]
   met += [f"{count} unknown categories of '{name}'" for name, count in encoded.unknown.items()]
   return len(lines), "; ".join(met)

@@ -33,7 +33,10 @@ def test_a_new_source_is_one_entry(monkeypatch):
   monkeypatch.setitem(SOURCES, "mine", Source(load=lambda data: few, seeded=True))
   assert load_dataset(DataConfig(source="mine")).notes == ("Made up.",)
   assert "seed" in image_fields(DataConfig(source="mine"))
-  assert "seed" not in image_fields(DataConfig(source="folder"))
+  for source in ("folder", "table", "series"):  # one set of examples, however it is split
+    fields = image_fields(DataConfig(source=source))
+    assert not {"split", "test_fraction", "fold", "seed"} & set(fields)
+  assert {"split", "fold", "seed"} <= set(image_fields(DataConfig(source="gdsc")))
 
 
 def test_a_run_of_an_older_version_is_of_pictures():
