@@ -88,11 +88,12 @@ def modality_of(record: dict[str, Any]) -> Modality:
 def worded(text: str, modality: Modality) -> str:
   """The text with the modality's own words for image and images; HTML and paths stay.
 
-  >>> worded("one image of 5 images, data:image/png", TABLE)
-  'one record of 5 records, data:image/png'
+  >>> worded("Images: one image of 5 images, data:image/png", TABLE)
+  'Records: one record of 5 records, data:image/png'
   """
   words = {"image": modality.noun, "images": modality.nouns}
-  return re.sub(r"(?<![:/\w.-])images?(?![\w/-])", lambda found: words[found[0]], text)
+  words |= {name.capitalize(): word.capitalize() for name, word in words.items()}
+  return re.sub(r"(?<![:/\w.-])[Ii]mages?(?![\w/-])", lambda found: words[found[0]], text)
 
 
 def preparation(modality: Modality, data: DataConfig) -> Callable[[Any], "jax.Array"]:

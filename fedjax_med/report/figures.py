@@ -249,12 +249,20 @@ def draw_hospitals(
         axis.axvline(overall, color=GLOBAL, linestyle="--", linewidth=1.2, zorder=0.5,
                      label=f"{who}, all test {nouns}")  # fmt: skip
       reach = (low, low + 1.13 * (high - low))
-      axis.set(title=metric.axis, xlim=reach, xticks=np.linspace(low, high, 6))
+      axis.set(title=metric.axis, xlim=reach, xticks=_round_ticks(low, high))
       axis.grid(visible=False, axis="y")
     names = labels([client["name"] for client in clients], "hospital")
     axes[0].set_yticks(range(len(clients)), names)
     axes[0].invert_yaxis()
     add_legend(figure, axes[0])
+
+
+def _round_ticks(low: float, high: float) -> np.ndarray:
+  """A few round numbers from ``low`` to ``high``, whose labels are short."""
+  from matplotlib.ticker import MaxNLocator
+
+  ticks = MaxNLocator(5).tick_values(low, high)
+  return ticks[(ticks >= low) & (ticks <= high)]
 
 
 def _bar_range(metric: Metric, rows: Sequence[dict[str, Any]]) -> tuple[float, float]:
