@@ -261,7 +261,7 @@ def _round_ticks(low: float, high: float) -> np.ndarray:
   """A few round numbers from ``low`` to ``high``, whose labels are short."""
   from matplotlib.ticker import MaxNLocator
 
-  ticks = MaxNLocator(5).tick_values(low, high)
+  ticks = np.asarray(MaxNLocator(5).tick_values(low, high))
   return ticks[(ticks >= low) & (ticks <= high)]
 
 
