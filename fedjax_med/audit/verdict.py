@@ -182,7 +182,7 @@ def _central(
   number = wanted_trials(epsilon, level, max_trials)
   places = thresholds_of(epsilon, delta)
   hyper, key = jax.device_get(experiment.hyper), key_of(_on_host(experiment.key), 3, seed)
-  exchange = make_exchange(experiment.config)
+  exchange = make_exchange(experiment.config, len(experiment.names))
 
   def bound(hyper: Hyper) -> float:
     return best_threshold(

@@ -173,6 +173,8 @@ GIVEN_ROUNDS, GIVEN_BATCH_SIZE = _not_solved("rounds"), _not_solved("batch_size"
 GIVEN_CLIP_NORM = _not_solved("clip_norm")
 DP_FEDAVG = one_of("client_privacy.mechanism", "dp_fedavg")
 ADAPTIVE = one_of("client_privacy.clipping", "adaptive")
+ON_GRID = one_of("secure.protocol", "grid", "masking", "ckks")
+SENDS_MORE = one_of("server.algorithm", "scaffold", "fednova", "performance")
 CHUNKS = one_of("execution.layout", "chunk")
 CHUNK_OPEN = one_of("execution.layout", "auto")
 

@@ -24,7 +24,10 @@ class Stream(enum.IntEnum):
   CLIENT_NOISE = 6  # Gaussian noise of a round, at the server
   AUGMENT = 7  # which rows of a patient, and how an image is changed
   SYNTHETIC = 8  # the GAN of a hospital, and what it makes
-  EXCHANGE = 9  # draws of transforms: 0, client and round at a client, 1 and round at the server
+  # Draws of the exchange: 0, client and round for transforms at a client; then the use and the
+  # round: 1 transforms at the server, 2 transforms at all sides, 3 and client lost messages, 4 the
+  # aggregator, 5 the attack, 6 the way down.
+  EXCHANGE = 9
 
 
 def base_key(seed: int | jax.Array) -> jax.Array:

@@ -1,5 +1,7 @@
 """Client-level privacy (DP-FedAvg): each update clipped at its client, their sum noised once."""
 
+import math
+
 import jax.numpy as jnp
 
 from fedjax_med.exchange.transform import Transform
@@ -7,7 +9,7 @@ from fedjax_med.federated.algorithm import ClientDelta
 from fedjax_med.privacy.client_level import clip_update, noisy_mean
 
 
-def clip_and_noise(clip_norm: float) -> Transform:
+def clip_and_noise(clip_norm: float, step: float = 0.0) -> Transform:
   """Clips an update to l2 norm C and noises the sum of all, by ``hyper.client_level``.
 
   The aggregate is the sum in which each client counts 1; ``decode`` releases a noisy mean of it.
@@ -16,10 +18,13 @@ def clip_and_noise(clip_norm: float) -> Transform:
 
   Args:
     clip_norm: C of the first round; a later one may follow a quantile of the updates' norms.
+    step: of the grid that updates are rounded to after the clip. Rounding moves each number by less
+      than a step, so that updates are clipped to C less sqrt(P) steps, and are within C after it.
   """
 
   def encode(message, kept, bound, sender):
-    update, within = clip_update(message.params, bound)
+    room = math.sqrt(message.params.size) * step
+    update, within = clip_update(message.params, jnp.maximum(bound - room, 0) if step else bound)
     return message._replace(params=update), kept, within - 0.5
 
   def decode(total, bound, tally, receiver):

@@ -4,13 +4,17 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from fedjax_med.core.config import Config
 from fedjax_med.core.errors import require, require_choice
 from fedjax_med.core.registered import add_name
 from fedjax_med.core.sources import read_again, source_digest
 from fedjax_med.exchange.aggregator import Aggregator, equal_sum, mean
+from fedjax_med.exchange.attack import Attack
 from fedjax_med.exchange.clip_and_noise import clip_and_noise
+from fedjax_med.exchange.download import Download
+from fedjax_med.exchange.fixed_point import choose_grid, fixed_point, modular_sum
 from fedjax_med.exchange.transform import SUM, Transform, chain
 
 TRANSFORMS: dict[str, Callable[[], Transform]] = {"identity": chain}
@@ -18,15 +22,28 @@ AGGREGATORS: dict[str, Callable[[], Aggregator]] = {"mean": mean}
 
 
 class Exchange(NamedTuple):
-  """The way of an update from clients to the server.
+  """The way of an update from clients to the server, and of the model to clients.
 
   Attributes:
     transform: chain of all transforms.
     aggregator: rule that makes one update of those of all clients.
+    attack: what hostile clients do with their messages; None if nobody is hostile.
+    download: how the model travels to clients; None if it does as it is.
+    loss: probability that a message is lost after its client has made it.
+    least: messages that a round needs to change anything; 0 if one is enough.
   """
 
   transform: Transform
   aggregator: Aggregator
+  attack: Attack | None = None
+  download: Download | None = None
+  loss: float = 0.0
+  least: int = 0
+
+  @property
+  def goes_on(self) -> bool:
+    """Whether a message that is not finite is left out, and the run goes on."""
+    return self.aggregator.tolerant or self.attack is not None
 
 
 def register_transform(name: str, make: Callable[[], Transform]) -> None:
@@ -65,38 +82,37 @@ def exchange_code(config: Config) -> list[str]:
   return [source_digest(make, what) for what, make in parts]
 
 
-def make_exchange(config: Config) -> Exchange:
-  """The exchange of a run.
+def require_parts(config: Config) -> None:
+  """Raises UserError where a name is unknown, or parts go together with no hospitals."""
+  for name in transform_names(config):
+    require_choice("server.transforms", name, TRANSFORMS)
+  require_choice("server.aggregator", config.server.aggregator, AGGREGATORS)
+  if config.client_privacy.mechanism != "none":
+    _require_private(config)
+  if config.secure.protocol != "none":
+    _require_sums(config)
+
+
+def make_exchange(config: Config, num_clients: int) -> Exchange:
+  """The exchange of a run of K clients.
 
   Raises:
     UserError: a name is unknown, or the parts do not go together.
   """
-  for name in transform_names(config):
-    require_choice("server.transforms", name, TRANSFORMS)
-  require_choice("server.aggregator", config.server.aggregator, AGGREGATORS)
-  transforms = [TRANSFORMS[name]() for name in transform_names(config)]
+  require_parts(config)
+  private, grid = config.client_privacy.mechanism != "none", None
+  if config.secure.protocol != "none":
+    grid = choose_grid(config, num_clients)
+  parts = [TRANSFORMS[name]() for name in transform_names(config)]
   aggregator = AGGREGATORS[config.server.aggregator]()
-  if config.client_privacy.mechanism != "none":
-    require(
-      config.server.aggregator == "mean",
-      f"server.aggregator='{config.server.aggregator}' with client_privacy.mechanism='dp_fedavg':"
-      " its sensitivity to one hospital's update is not known",
-      "use server.aggregator=mean",
-    )
-    open_ones = [
-      name
-      for name, transform in zip(transform_names(config), transforms, strict=True)
-      if not transform.clients
-    ]
-    require(
-      not open_ones,
-      f"server.transforms='{config.server.transforms}': {', '.join(open_ones)} is not declared"
-      " private for hospitals: what it counts at the server may be read off single updates, without"
-      " noise",
-      "leave it out, or use client_privacy.mechanism=none",
-    )
-    return private_exchange(config.client_privacy.clip_norm, *transforms)
-  transform = chain(*transforms)
+  if private:
+    step = 1 / grid.scale if grid else 0.0
+    clip = clip_and_noise(config.client_privacy.clip_norm, step)
+    parts, aggregator = [*map(_without_side_channels, parts), clip], equal_sum()
+  if grid is not None:
+    parts.append(fixed_point(grid, weighted=not private, counted=not private))
+    aggregator = modular_sum(grid.bits, equal=private)
+  transform = chain(*parts)
   require(
     aggregator.linear or transform.trust != SUM,
     f"server.aggregator='{config.server.aggregator}' needs every update, and with"
@@ -104,6 +120,35 @@ def make_exchange(config: Config) -> Exchange:
     "use server.aggregator=mean, or leave out the transform that hides single updates",
   )
   return Exchange(transform=transform, aggregator=aggregator)
+
+
+def _require_private(config: Config) -> None:
+  """Raises UserError where a part does not go with DP-FedAvg."""
+  require(
+    config.server.aggregator == "mean",
+    f"server.aggregator='{config.server.aggregator}' with client_privacy.mechanism='dp_fedavg':"
+    " its sensitivity to one hospital's update is not known",
+    "use server.aggregator=mean",
+  )
+  open_ones = [name for name in transform_names(config) if not TRANSFORMS[name]().clients]
+  require(
+    not open_ones,
+    f"server.transforms='{config.server.transforms}': {', '.join(open_ones)} is not declared"
+    " private for hospitals: what it counts at the server may be read off single updates, without"
+    " noise",
+    "leave it out, or use client_privacy.mechanism=none",
+  )
+
+
+def _require_sums(config: Config) -> None:
+  """Raises UserError where updates are to be whole numbers, whose sum is not what is asked for."""
+  require(
+    config.server.aggregator == "mean",
+    f"server.aggregator='{config.server.aggregator}' with"
+    f" secure.protocol='{config.secure.protocol}': a rule that looks at single updates needs what"
+    " the protocol hides",
+    "use server.aggregator=mean, or secure.protocol=none",
+  )
 
 
 def plain_exchange() -> Exchange:
@@ -140,7 +185,10 @@ def _without_side_channels(transform: Transform) -> Transform:
     level = receiver.hyper.client_level
     assert level is not None
     # Neither how many took part nor the key of the noise, which could be taken off again.
-    blind = receiver._replace(weight=level.expected_cohort, run_key=receiver.key)
+    everyone = jnp.ones_like(receiver.seated)
+    blind = receiver._replace(
+      weight=level.expected_cohort, run_key=receiver.key, seated=everyone, arrived=everyone
+    )
     return transform.decode(aggregate, state, tally, blind)
 
   return transform._replace(encode=encode, decode=decode)

@@ -21,12 +21,16 @@ class Sender(NamedTuple):
     client: the client.
     hyper: traced hyperparameters.
     key: key of this transform's draws, for this client and round.
+    common_key: key of this transform's draws that all clients and the server share in this round.
+    seated: [K] bool, the clients that take part in the round.
     round: [] int32.
   """
 
   client: Client
   hyper: Hyper
   key: jax.Array
+  common_key: jax.Array
+  seated: jax.Array
   round: jax.Array
 
 
@@ -34,10 +38,13 @@ class Receiver(NamedTuple):
   """Values that a transform may read at the server.
 
   Attributes:
-    weight: [] float32 total weight of the clients that took part; under DP-FedAvg the expected
-      one.
+    weight: [] float32 total weight of the clients whose messages arrived; under DP-FedAvg the
+      expected one.
     hyper: traced hyperparameters.
     key: key of this transform's draws, for this round.
+    common_key: as that of ``Sender``.
+    seated: [K] bool, the clients that took part; under DP-FedAvg all of them.
+    arrived: [K] bool, those of them whose messages arrived; under DP-FedAvg all of them.
     run_key: base key of the run, of which the accounted noise is drawn; under DP-FedAvg only the
       transform that draws it gets this key.
     round: [] int32.
@@ -46,6 +53,9 @@ class Receiver(NamedTuple):
   weight: jax.Array
   hyper: Hyper
   key: jax.Array
+  common_key: jax.Array
+  seated: jax.Array
+  arrived: jax.Array
   run_key: jax.Array
   round: jax.Array
 
@@ -58,17 +68,19 @@ class Wire(NamedTuple):
     sent: numbers of it that the message holds.
     value_bits: bits of a number.
     index_bits: bits that say which number it is; 0 where all are sent.
+    beside: bytes besides the numbers, such as scales, seeds and keys.
   """
 
   dense: int
   sent: int
   value_bits: int = 32
   index_bits: int = 0
+  beside: int = 0
 
   @property
   def size(self) -> int:
-    """Bytes."""
-    return -(-self.sent * (self.value_bits + self.index_bits) // 8)
+    """Bytes of the packed message."""
+    return -(-self.sent * (self.value_bits + self.index_bits) // 8) + self.beside
 
 
 def _same(value: Any) -> Any:
@@ -77,6 +89,10 @@ def _same(value: Any) -> Any:
 
 def _nothing(message: ClientDelta) -> Tree:
   return ()
+
+
+def _no_facts(state: Tree) -> dict[str, Any]:
+  return {}
 
 
 class Transform(NamedTuple):
@@ -90,6 +106,8 @@ class Transform(NamedTuple):
     init_server: message -> the server's state of the transform; () for most.
     wire: Wire -> Wire after ``encode``: its bytes are counted.
     trust: EACH or SUM, the messages that the server sees if this transform is the last.
+    facts: server's state of the transform, on the host -> what it counted so far, by name, for
+      summary.json.
     answers_nobody: whether a round in which nobody takes part moves the model, as noise does.
     clients: whether DP-FedAvg covers it: ``decode`` reads nothing of the clients but what was
       noised, and its tally is empty.
@@ -101,6 +119,7 @@ class Transform(NamedTuple):
   init_server: Callable[[ClientDelta], Tree] = _nothing
   wire: Callable[[Wire], Wire] = _same
   trust: str = EACH
+  facts: Callable[[Tree], dict[str, Any]] = _no_facts
   answers_nobody: bool = False
   clients: bool = False
 
@@ -114,7 +133,7 @@ def chain(*transforms: Transform) -> Transform:
   def encode(message, kept, state, sender):
     after, tallies = [], []
     for place, (transform, own, shared) in enumerate(zip(transforms, kept, state, strict=True)):
-      draws = sender._replace(key=jax.random.fold_in(sender.key, place))
+      draws = _at(sender, place)
       message, own, tally = transform.encode(message, own, shared, draws)
       after.append(own)
       tallies.append(tally)
@@ -124,7 +143,7 @@ def chain(*transforms: Transform) -> Transform:
     after = []
     steps = list(enumerate(zip(transforms, state, tally, strict=True)))
     for place, (transform, shared, total) in reversed(steps):
-      draws = receiver._replace(key=jax.random.fold_in(receiver.key, place))
+      draws = _at(receiver, place)
       aggregate, shared = transform.decode(aggregate, shared, total, draws)
       after.append(shared)
     return aggregate, tuple(reversed(after))
@@ -134,6 +153,12 @@ def chain(*transforms: Transform) -> Transform:
       message = transform.wire(message)
     return message
 
+  def facts(state):
+    found: dict[str, Any] = {}
+    for transform, own in zip(transforms, state, strict=True):
+      found |= transform.facts(own)
+    return found
+
   return Transform(
     encode=encode,
     decode=decode,
@@ -141,6 +166,13 @@ def chain(*transforms: Transform) -> Transform:
     init_server=lambda message: tuple(each.init_server(message) for each in transforms),
     wire=wire,
     trust=SUM if any(transform.trust == SUM for transform in transforms) else EACH,
+    facts=facts,
     answers_nobody=any(transform.answers_nobody for transform in transforms),
     clients=all(transform.clients for transform in transforms),
   )
+
+
+def _at(side: Any, place: int) -> Any:
+  """A Sender or a Receiver with the keys of the transform at this place of a chain."""
+  fold = jax.random.fold_in
+  return side._replace(key=fold(side.key, place), common_key=fold(side.common_key, place))

@@ -52,6 +52,7 @@ class Client(NamedTuple):
     units: rows that are sampled and clipped as a whole; None if every example is a unit.
     coefficients: [b] float32 strategy of correlated noise; None if steps' noise is independent.
     batch_cap: int32 units a Poisson batch is cut to; None if to as many slots as a batch has.
+    hostile: bool, whether its messages are forged; None if nobody's are.
   """
 
   number: jax.Array
@@ -65,6 +66,7 @@ class Client(NamedTuple):
   units: Units | None = None
   coefficients: jax.Array | None = None
   batch_cap: jax.Array | None = None
+  hostile: jax.Array | None = None
 
 
 class Hyper(NamedTuple):
@@ -79,6 +81,7 @@ class Hyper(NamedTuple):
     participation_rate: probability that a client takes part in a round.
     algorithm: options of the algorithm in use that are traced, by name: Ditto's personal_weight.
     client_level: settings of client-level privacy, or None without it.
+    exchange: numbers of the exchange that are traced, by name; {} for most.
   """
 
   client_learning_rate: jax.Array
@@ -89,6 +92,7 @@ class Hyper(NamedTuple):
   participation_rate: jax.Array
   algorithm: Mapping[str, jax.Array]
   client_level: ClientLevel | None = None
+  exchange: Mapping[str, jax.Array] = {}
 
 
 def plain_hyper() -> Hyper:

@@ -7,6 +7,7 @@ import numpy as np
 
 from fedjax_med.core.config import ClientPrivacyConfig, Config
 from fedjax_med.core.errors import require
+from fedjax_med.core.exchange_sections import SecureConfig
 from fedjax_med.data.dataset import (
   ClientTable,
   Hospitals,
@@ -73,7 +74,7 @@ def federation(config: Config, hospitals: Hospitals, secret: bytes | None = None
     UserError: patients are to be protected and a file's name does not say its patient.
   """
   require_rules(config)
-  make_exchange(config)
+  make_exchange(config, len(hospitals.names))
   _require_single_losses(config, task_named(hospitals.dataset.task))
   modality = modality_named(hospitals.dataset.modality)
   require(
@@ -222,5 +223,9 @@ def with_plain_server(config: Config) -> Config:
   )
   measured = dataclasses.replace(config.eval, local_baselines=False)
   return dataclasses.replace(
-    config, server=server, eval=measured, client_privacy=ClientPrivacyConfig()
+    config,
+    server=server,
+    eval=measured,
+    client_privacy=ClientPrivacyConfig(),
+    secure=SecureConfig(),
   )

@@ -16,6 +16,7 @@ from fedjax_med.data.dataset import (
   Hospitals,
   real_counts,
 )
+from fedjax_med.exchange.registry import make_exchange
 from fedjax_med.federated.algorithm import Client, Hyper, Pool, Units
 from fedjax_med.prepare.accounted_arrays import differences, require_accounted
 from fedjax_med.prepare.case import Case, baselines, federation
@@ -79,6 +80,12 @@ class Experiment(NamedTuple):
   def central(self) -> Guarantee | None:
     """Guarantee of a client as a whole, or None."""
     return self.case.protection.central
+
+  @property
+  def goes_on(self) -> bool:
+    """Whether the run goes on after a message that is not finite, which then counts nothing."""
+    exchange = make_exchange(self.config, len(self.names))
+    return self.central is not None or exchange.goes_on
 
   @property
   def run_id(self) -> str:

@@ -113,7 +113,7 @@ class Recipe(NamedTuple):
   @property
   def exchange(self) -> Exchange:
     """Transforms and aggregator of updates."""
-    return make_exchange(self.config)
+    return make_exchange(self.config, self.num_clients)
 
   @property
   def client_level(self) -> bool:
@@ -244,7 +244,8 @@ def make_rounds(recipe: Recipe, choice: Choice, mesh: Mesh | None) -> Callable[.
     mesh=mesh,
     exchange=recipe.exchange,
   )
-  return make_block(run_round, recipe.num_clients, recipe.client_level)
+  goes_on = recipe.client_level or recipe.exchange.goes_on
+  return make_block(run_round, recipe.num_clients, goes_on)
 
 
 def make_initial(recipe: Recipe, choice: Choice) -> Callable[..., SimulationState]:
@@ -266,12 +267,19 @@ def make_initial(recipe: Recipe, choice: Choice) -> Callable[..., SimulationStat
 def message_bytes(
   recipe: Recipe, algorithm: FederatedAlgorithm, server: ServerState
 ) -> tuple[int, int]:
-  """Bytes that a client gets and sends in a round; non-trained state is not counted."""
+  """Bytes of the packed messages that a client gets and sends in a round."""
 
   def size(tree: Any) -> int:
     return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(tree))
 
-  sent = jax.eval_shape(algorithm.blank_delta, server)
-  numbers = size(sent.params) + size(sent.extra)
-  up = recipe.exchange.transform.wire(Wire(dense=numbers, sent=numbers))
-  return 4 * (size(sent.params) + size(server.extra)), up.size
+  def wire(tree: Any) -> Wire:
+    numbers = size(tree)
+    return Wire(dense=numbers, sent=numbers)
+
+  exchange, sent = recipe.exchange, jax.eval_shape(algorithm.blank_delta, server)
+  up = exchange.transform.wire(wire(sent)).size
+  # What stays at a hospital is not sent down either.
+  weights, rest = wire(sent.params), wire((sent.state, server.extra))
+  if exchange.download is not None:
+    weights = exchange.download.wire(weights)
+  return weights.size + rest.size, up

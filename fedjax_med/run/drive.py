@@ -100,10 +100,10 @@ def drive(
 def has_diverged(run: Experiment, reached: Reached) -> bool:
   """Whether a weight that a client sent, or a prediction, is not finite.
 
-  Under DP-FedAvg such an update counts 0, and the run goes on.
+  Under DP-FedAvg, and where the aggregator leaves such an update out, the run goes on.
   """
   metrics, probabilities = reached.metrics, reached.probabilities
-  sent = metrics is not None and not run.central and (metrics.bad_round != NEVER).any()
+  sent = metrics is not None and not run.goes_on and (metrics.bad_round != NEVER).any()
   return bool(sent or (probabilities is not None and not np.isfinite(probabilities).all()))
 
 

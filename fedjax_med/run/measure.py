@@ -137,8 +137,8 @@ def log_lines(
 def train_line(experiment: Experiment, metrics: BlockMetrics) -> dict[str, Any]:
   """Means over a block's local steps; null for a client that took no part.
 
-  Means are over all clients together if participation is to stay secret. Under client-level privacy
-  the line also counts hospitals that sent an update that counted 0, as it was not finite.
+  Means are over all clients together if participation is to stay secret. Where the run
+  goes on without them, the line also counts hospitals that sent an update that was not finite.
   """
   sums = jax.device_get(metrics.clients)
   tallied = task_named(experiment.hospitals.dataset.task).tallied
@@ -165,6 +165,6 @@ def train_line(experiment: Experiment, metrics: BlockMetrics) -> dict[str, Any]:
   line = {**means(total), "clients": clients}
   if hides_who_takes_part(experiment):
     del line["clients"], line["steps"]
-  if experiment.central:  # the run goes on without them
+  if experiment.goes_on:
     line["hospitals_not_finite"] = int((np.asarray(metrics.bad_round) != NEVER).sum())
   return line

@@ -166,7 +166,7 @@ def _restored(
 def _divergence(experiment: Experiment, reached: Reached, saved: int | None) -> UserError:
   """The sentence of a run whose loss or predictions are not finite."""
   config, metrics = experiment.config, reached.metrics
-  if metrics is None or experiment.central or (metrics.bad_round == NEVER).all():
+  if metrics is None or experiment.goes_on or (metrics.bad_round == NEVER).all():
     return UserError(
       f"round {reached.rounds}: the predictions of the model are not finite; lower"
       f" client.learning_rate={config.client.learning_rate:g}"

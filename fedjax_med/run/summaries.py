@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from fedjax_med import __version__
-from fedjax_med.core.config import Config, to_dict
+from fedjax_med.core.config import to_dict
 from fedjax_med.data.dataset import Hospitals, array_leaves, client_rows
 from fedjax_med.data.recordings import Series, overlapping
 from fedjax_med.data.table_manifest import Table, manifest_record
@@ -70,18 +70,21 @@ def config_record(experiment: Experiment, command: str) -> dict[str, Any]:
     "versions": versions,
     "notes": notes,
     "network": network_record(experiment.config.model, num_columns),
-    "exchange": exchange_record(experiment.config),
+    "exchange": exchange_record(experiment),
     "config": to_dict(experiment.config),
   }
 
 
-def exchange_record(config: Config) -> dict[str, Any]:
+def exchange_record(experiment: Experiment) -> dict[str, Any]:
   """Transforms and aggregator of updates, and the messages that the server sees."""
+  config = experiment.config
+  exchange = make_exchange(config, len(experiment.names))
   summed = config.client_privacy.mechanism != "none"
   return {
     "transforms": transform_names(config),
     "aggregator": "a sum in which each counts 1" if summed else config.server.aggregator,
-    "server_sees": make_exchange(config).transform.trust,
+    "server_sees": exchange.transform.trust,
+    "protocol": config.secure.protocol,
   }
 
 
@@ -219,11 +222,26 @@ def _without_detail(reason: str) -> str:
 
 
 def _cost(experiment: Experiment, outcome: Outcome) -> dict[str, Any]:
-  """Local steps of all hospitals, and megabytes of float32 values that would have been sent."""
-  steps = np.asarray(outcome.state.steps)
-  visits = (steps // experiment.steps).sum()
-  size = sum(experiment.program.parts.message)
-  return {"steps": int(steps.sum()), "megabytes": round(float(visits * size) / 1e6, 6)}
+  """Local steps of all hospitals, bytes of packed messages, and what became of messages."""
+  steps, traffic = np.asarray(outcome.state.steps), jax.device_get(outcome.state.traffic)
+  visits = steps // experiment.steps
+  down, up = experiment.program.parts.message
+  lost, refused = int(traffic.lost.sum()), traffic.refused
+  size = int(visits.sum()) * (down + up) - lost * up
+  exchange = make_exchange(experiment.config, len(experiment.names))
+  facts = exchange.transform.facts(jax.device_get(outcome.state.exchange))
+  if exchange.loss:
+    facts |= {"lost": lost, "failed_rounds": int(traffic.failed)}
+  if exchange.goes_on:
+    names = zip(experiment.names, refused.tolist(), strict=True)
+    facts["left_out"] = {name: count for name, count in names if count}
+  return {
+    "steps": int(steps.sum()),
+    "megabytes": round(size / 1e6, 6),
+    "bytes_up": up,
+    "bytes_down": down,
+    **({"exchange": facts} if facts else {}),
+  }
 
 
 def summary_record(experiment: Experiment, outcome: Outcome, name: str) -> dict[str, Any]:

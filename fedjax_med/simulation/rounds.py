@@ -9,6 +9,7 @@ import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
 from fedjax_med.core.keys import Stream, key_for
+from fedjax_med.exchange.aggregator import Joint
 from fedjax_med.exchange.registry import Exchange, plain_exchange
 from fedjax_med.exchange.transform import Receiver, Sender
 from fedjax_med.federated.algorithm import (
@@ -24,6 +25,7 @@ from fedjax_med.federated.algorithm import (
 )
 from fedjax_med.privacy.sampling import poisson_batch
 from fedjax_med.simulation.cohort import deal
+from fedjax_med.simulation.gathering import Gathered, Traffic, join, no_traffic, sent_down
 from fedjax_med.simulation.mesh import CLIENTS, replicated
 
 NEVER = jnp.iinfo(jnp.int32).max
@@ -38,6 +40,7 @@ class SimulationState(NamedTuple):
     steps: [K] int32 local steps executed so far by each client: the privacy ledger's counts.
     exchange: the server's state of the transforms, such as the bound of clipped updates.
     transform_states: each client's state of the transforms, leading axis K; () for most.
+    traffic: counts of messages, and memories of the way.
   """
 
   server: ServerState
@@ -45,6 +48,7 @@ class SimulationState(NamedTuple):
   steps: jax.Array
   exchange: Tree
   transform_states: Tree
+  traffic: Traffic
 
 
 class BlockMetrics(NamedTuple):
@@ -95,12 +99,31 @@ class Setup(NamedTuple):
     """Whether a slot may have no client."""
     return self.cohort_cap is not None or self.seats.size > self.num_clients
 
+  @property
+  def gathers(self) -> bool:
+    """Whether all messages are in memory at once."""
+    return not self.exchange.aggregator.linear or self.exchange.attack is not None
+
+
+class Cohort(NamedTuple):
+  """Clients of a round.
+
+  Attributes:
+    numbers: [devices · chunks, chunk] client numbers, K in empty slots.
+    seated: [K] bool, clients that train.
+    arrived: [K] bool, those of them whose messages arrive.
+  """
+
+  numbers: jax.Array
+  seated: jax.Array
+  arrived: jax.Array
+
 
 class Sent(NamedTuple):
   """Messages of the clients of some chunks, as sums over the clients that took part.
 
   Attributes:
-    partial: partial result of the aggregator, or the blank one where it is not linear.
+    partial: partial result of the aggregator, or a blank one where messages are gathered.
     weight: [] total weight.
     tally: of the transforms.
   """
@@ -146,7 +169,8 @@ def init_state(
     num_clients: K.
     exchange: transforms and aggregator of updates; None leaves updates as they are.
   """
-  transform = (exchange or plain_exchange()).transform
+  exchange = exchange or plain_exchange()
+  transform = exchange.transform
   server = algorithm.init_server(params, state)
   blank = algorithm.blank_delta(server)
 
@@ -159,6 +183,7 @@ def init_state(
     steps=jnp.zeros((num_clients,), jnp.int32),
     exchange=transform.init_server(blank),
     transform_states=for_all(transform.init_client(blank)),
+    traffic=no_traffic(exchange, num_clients, blank, params),
   )
 
 
@@ -183,7 +208,7 @@ def make_round(
     mesh=mesh,
     exchange=exchange or plain_exchange(),
   )
-  transform, aggregator = setup.exchange
+  transform, aggregator = setup.exchange.transform, setup.exchange.aggregator
 
   def train_chunks(*arguments):
     return _train_chunks(setup, *arguments)
@@ -191,47 +216,93 @@ def make_round(
   train = train_chunks if mesh is None else _over_devices(train_chunks, mesh)
 
   def run_round(state: SimulationState, clients: Client, pool: Pool, hyper: Hyper, key: jax.Array):
-    server = state.server
-    numbers = _seat(setup, clients, key, server.round, hyper.participation_rate)
-    sent, left = train(state, clients, pool, hyper, key, numbers)
+    server, traffic = state.server, state.traffic
+    cohort = _seat(setup, clients, key, server.round, hyper.participation_rate)
+    broadcast, held = sent_down(setup.exchange, server, traffic.held, key)
+    begun = state._replace(server=broadcast)
+    sent, left = train(begun, clients, pool, hyper, key, cohort, cohort.numbers)
+    arrived, bad = cohort.arrived, jnp.zeros((num_clients,), bool)
+    if setup.gathers:
+      messages, weights = jax.tree.map(_joined, left.messages)
+      gathered = Gathered(messages=messages, weights=weights, numbers=cohort.numbers.reshape(-1))
+      partial, weight, bad = join(
+        setup.exchange, gathered, traffic.rule, clients, hyper, key, server.round
+      )
+      sent, arrived = sent._replace(partial=partial, weight=weight), arrived & ~bad
+    receiver = Receiver(
+      weight=sent.weight,
+      hyper=hyper,
+      key=key_for(key, Stream.EXCHANGE, 1, server.round),
+      common_key=key_for(key, Stream.EXCHANGE, 2, server.round),
+      seated=cohort.seated,
+      arrived=arrived,
+      run_key=key,
+      round=server.round,
+    )
+    joined = aggregator.finish(sent.partial, sent.weight)
+    aggregate, shared = transform.decode(joined, state.exchange, sent.tally, receiver)
+    share = aggregator.share(sent.weight, num_clients)
 
     def scatter(old, new):
-      return old.at[numbers].set(new, mode="drop")
+      return old.at[cohort.numbers].set(new, mode="drop")
 
     metrics = jax.tree.map(scatter, no_metrics((num_clients,)), left.metrics)
-    partial = sent.partial
-    if not aggregator.linear:
-      partial = aggregator.combine(*jax.tree.map(_joined, left.messages))
-    draws = key_for(key, Stream.EXCHANGE, 1, server.round)
-    receiver = Receiver(weight=sent.weight, hyper=hyper, key=draws, run_key=key, round=server.round)
-    aggregate, shared = transform.decode(
-      aggregator.finish(partial, sent.weight), state.exchange, sent.tally, receiver
-    )
-    share = aggregator.share(sent.weight, num_clients)
-    updated = algorithm.server_update(server, aggregate, share, hyper)
-    if cohort_cap is not None and not transform.answers_nobody:
-      # An empty cohort leaves all but the round's number as it was.
-      absent = server._replace(round=updated.round), state.exchange
-      someone = sent.weight > 0
-      updated, shared = jax.tree.map(
-        lambda new, old: jnp.where(someone, new, old), (updated, shared), absent
-      )
+    counted = state.steps + metrics.steps
     after = SimulationState(
-      server=updated,
+      server=algorithm.server_update(server, aggregate, share, hyper),
       client_states=jax.tree.map(scatter, state.client_states, left.client_states),
-      steps=state.steps + metrics.steps,
+      steps=counted,
       exchange=shared,
       transform_states=jax.tree.map(scatter, state.transform_states, left.transform_states),
+      traffic=traffic._replace(
+        lost=traffic.lost + (cohort.seated & ~cohort.arrived).astype(jnp.int32),
+        refused=traffic.refused + bad.astype(jnp.int32),
+        rule=aggregator.remember(joined, traffic.rule),
+        held=held,
+      ),
     )
-    return after, metrics
+    return _unless_void(setup, state, after, arrived, sent.weight), metrics
 
   return run_round
 
 
+def _unless_void(
+  setup: Setup,
+  before: SimulationState,
+  after: SimulationState,
+  arrived: jax.Array,
+  weight: jax.Array,
+) -> SimulationState:
+  """``after``, or in a round whose messages are too few ``before`` but for what was executed.
+
+  That is the number of the round, local steps, and counts of messages.
+  """
+  exchange = setup.exchange
+  may_be_void = setup.cohort_cap is not None or exchange.loss > 0 or setup.gathers
+  if exchange.least:
+    whole = arrived.sum() >= exchange.least
+  elif may_be_void and not exchange.transform.answers_nobody:
+    whole = weight > 0
+  else:
+    return after
+  void = after._replace(
+    server=before.server._replace(round=after.server.round),
+    exchange=before.exchange,
+    traffic=after.traffic._replace(
+      failed=before.traffic.failed + int(exchange.least > 0), rule=before.traffic.rule
+    ),
+  )
+  if exchange.least:  # some have trained, and go on as if the round had not been
+    void = void._replace(
+      client_states=before.client_states, transform_states=before.transform_states
+    )
+  return jax.tree.map(lambda new, old: jnp.where(whole, new, old), after, void)
+
+
 def _seat(
   setup: Setup, clients: Client, key: jax.Array, round: jax.Array, rate: jax.Array
-) -> jax.Array:
-  """[devices · chunks, chunk] client numbers of the round's cohort, K in empty slots."""
+) -> Cohort:
+  """The round's cohort."""
   num_clients, seats = setup.num_clients, setup.seats
   numbers, present = jnp.arange(num_clients), jnp.ones((num_clients,), bool)
   if setup.cohort_cap is not None:
@@ -249,7 +320,12 @@ def _seat(
   if seats.size > len(seats) or (setup.mesh is not None and setup.mesh.size > 1):
     steps = jnp.take(clients.num_steps, numbers, mode="fill", fill_value=-1)
     numbers = numbers[jnp.argsort(-steps, stable=True)]
-  return numbers[seats]
+  seated = jnp.zeros((num_clients,), bool).at[numbers].set(True, mode="drop")
+  arrived = seated
+  if setup.exchange.loss > 0:
+    draws = key_for(key, Stream.EXCHANGE, 3, round)
+    arrived = seated & ~jax.random.bernoulli(draws, setup.exchange.loss, (num_clients,))
+  return Cohort(numbers=numbers[seats], seated=seated, arrived=arrived)
 
 
 def _train_chunks(
@@ -259,14 +335,22 @@ def _train_chunks(
   pool: Pool,
   hyper: Hyper,
   key: jax.Array,
+  cohort: Cohort,
   numbers: jax.Array,
 ) -> tuple[Sent, Chunk]:
   """Trains a device's chunks [chunks, chunk]; returns sums over all, and results of each."""
-  (transform, aggregator), server = setup.exchange, state.server
+  transform, aggregator, server = setup.exchange.transform, setup.exchange.aggregator, state.server
+  joint = Joint(key=key_for(key, Stream.EXCHANGE, 4, server.round), last=state.traffic.rule)
 
   def sender_of(client):
-    draws = key_for(key, Stream.EXCHANGE, 0, client.number, server.round)
-    return Sender(client=client, hyper=hyper, key=draws, round=server.round)
+    return Sender(
+      client=client,
+      hyper=hyper,
+      key=key_for(key, Stream.EXCHANGE, 0, client.number, server.round),
+      common_key=key_for(key, Stream.EXCHANGE, 2, server.round),
+      seated=cohort.seated,
+      round=server.round,
+    )
 
   def update(client_state, kept, client):
     delta, client_state, metrics = setup.algorithm.client_update(
@@ -292,25 +376,32 @@ def _train_chunks(
     else:
       result = jax.vmap(update)(client_state, kept, client)
     message, client_state, kept, metrics, tally = result
+    if setup.exchange.loss > 0:  # whose message is lost goes on as if the round had not been
+      arrives = jnp.take(cohort.arrived, numbers, mode="fill", fill_value=False)
+      client_state, kept = _where(arrives, (client_state, kept), take(numbers)[:2])
+      present = present & arrives
     weights = jnp.where(present, aggregator.weigh(client.weight), 0)
-    if aggregator.linear:
-      total = jax.tree.map(jnp.add, total, aggregator.combine(message, weights))
+    if not setup.gathers:
+      total = jax.tree.map(jnp.add, total, aggregator.combine(message, weights, joint))
     chunk = Chunk(
       client_states=client_state,
       transform_states=kept,
       metrics=metrics,
       weight=weights.sum(),
       tally=_total(present, tally),
-      messages=() if aggregator.linear else (message, weights),
+      messages=(message, weights) if setup.gathers else (),
     )
     return total, chunk
 
+  def sent_shapes(kept, client):
+    first = jax.tree.map(lambda leaf: leaf[0], (kept, client))
+    blank, sender = setup.algorithm.blank_delta(server), sender_of(first[1])
+    message, _, tally = jax.eval_shape(transform.encode, blank, first[0], state.exchange, sender)
+    return message, tally
+
   def skip_chunk(total, numbers):
     client_state, kept, client = take(numbers)
-    blank = setup.algorithm.blank_delta(server)
-    first = jax.tree.map(lambda leaf: leaf[0], (kept, client))
-    sender = sender_of(first[1])
-    message, _, tally = jax.eval_shape(transform.encode, blank, first[0], state.exchange, sender)
+    message, tally = sent_shapes(kept, client)
     weights = jnp.zeros((setup.chunk,), jnp.float32)
     chunk = Chunk(
       client_states=client_state,
@@ -318,7 +409,7 @@ def _train_chunks(
       metrics=no_metrics((setup.chunk,)),
       weight=weights.sum(),
       tally=_zeros(tally),
-      messages=() if aggregator.linear else (_zeros(message, setup.chunk), weights),
+      messages=(_zeros(message, setup.chunk), weights) if setup.gathers else (),
     )
     return total, chunk
 
@@ -326,7 +417,13 @@ def _train_chunks(
     return jax.lax.cond(numbers[0] < setup.num_clients, run_chunk, skip_chunk, total, numbers)
 
   body = run_if_any if setup.may_be_empty else run_chunk
-  partial, left = jax.lax.scan(body, setup.algorithm.blank_delta(server), numbers)
+  blank: Tree = ()
+  if not setup.gathers:
+    _, kept, client = take(numbers[0])
+    message, _ = sent_shapes(kept, client)
+    some = _zeros(message, setup.chunk), jnp.zeros((setup.chunk,), jnp.float32)
+    blank = _zeros(jax.eval_shape(aggregator.combine, *some, joint))
+  partial, left = jax.lax.scan(body, blank, numbers)
   tally = jax.tree.map(lambda leaf: leaf.sum(0), left.tally)
   return Sent(partial=partial, weight=left.weight.sum(), tally=tally), left
 
@@ -338,6 +435,13 @@ def _joined(leaf: jax.Array) -> jax.Array:
 
 def _zeros(shapes: Tree, *leading: int) -> Tree:
   return jax.tree.map(lambda leaf: jnp.zeros((*leading, *leaf.shape), leaf.dtype), shapes)
+
+
+def _where(marks: jax.Array, new: Tree, old: Tree) -> Tree:
+  """Rows of ``new`` where marked [n], else of ``old``."""
+  return jax.tree.map(
+    lambda one, other: jnp.where(marks.reshape((-1,) + (1,) * (one.ndim - 1)), one, other), new, old
+  )
 
 
 def _total(present: jax.Array, tally: Tree) -> Tree:
@@ -361,7 +465,7 @@ def _over_devices(train: Callable, mesh: Mesh) -> Callable:
   sharded = jax.shard_map(
     share,
     mesh=mesh,
-    in_specs=(whole,) * 5 + (dealt,),
+    in_specs=(whole,) * 6 + (dealt,),
     out_specs=(whole, dealt),
     check_vma=False,  # else each loop of a model would have to say what differs between devices
   )

@@ -31,7 +31,7 @@ def halved() -> Transform:
 def middle() -> Aggregator:
   """The median of every number over the clients that take part."""
 
-  def combine(messages, weights):
+  def combine(messages, weights, joint):
     def median(leaf):
       present = (weights > 0).reshape((-1,) + (1,) * (leaf.ndim - 1))
       found = jnp.nanmedian(jnp.where(present, leaf, jnp.nan), axis=0)

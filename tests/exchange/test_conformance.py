@@ -6,9 +6,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fedjax_med.core.config import Config
+from fedjax_med.core.config import Config, set_field
 from fedjax_med.core.errors import UserError
 from fedjax_med.core.keys import Stream, key_for
+from fedjax_med.exchange.aggregator import Joint
 from fedjax_med.exchange.registry import (
   AGGREGATORS,
   TRANSFORMS,
@@ -32,6 +33,21 @@ EXCHANGES = {
   # A rule that needs every update does not go with sums alone.
   if AGGREGATORS[aggregator]().linear or TRANSFORMS[transform]().trust == EACH
 }
+
+
+def built(**changes):
+  """The exchange of the toy federation's three clients, as a config has it."""
+  config = Config()
+  for path, value in changes.items():
+    set_field(config, path.replace("__", "."), value)
+  return make_exchange(config, 3)
+
+
+# What sections of the config build.
+EXCHANGES |= {
+  "grid": built(secure__protocol="grid"),
+  "grid-16": built(secure__protocol="grid", secure__bits=16),
+}
 every = pytest.mark.parametrize("name", EXCHANGES)
 
 
@@ -46,10 +62,17 @@ def messages(seed=0, clients=5):
   return values, jnp.asarray(weights / weights.sum(), jnp.float32)
 
 
+def joint_of(name, values):
+  first = jax.tree.map(lambda leaf: leaf[0], values)
+  return Joint(key=KEY, last=AGGREGATORS[name]().init(first))
+
+
 def joined(name, values, weights):
   aggregator = AGGREGATORS[name]()
   weights = jnp.where(weights > 0, aggregator.weigh(weights), 0)
-  return aggregator.finish(aggregator.combine(values, weights), weights.sum())
+  return aggregator.finish(
+    aggregator.combine(values, weights, joint_of(name, values)), weights.sum()
+  )
 
 
 def check_resumed_rounds(exchange):
@@ -126,10 +149,14 @@ def test_the_order_of_clients_does_not_matter_and_equal_updates_are_their_own_ag
 def test_parts_of_a_linear_aggregator_add_up(name):
   aggregator, (values, weights) = AGGREGATORS[name](), messages()
   parts = [
-    aggregator.combine(jax.tree.map(lambda leaf, part=part: leaf[part], values), weights[part])
+    aggregator.combine(
+      jax.tree.map(lambda leaf, part=part: leaf[part], values),
+      weights[part],
+      joint_of(name, values),
+    )
     for part in (slice(0, 2), slice(2, 5))
   ]
-  whole = aggregator.combine(values, weights)
+  whole = aggregator.combine(values, weights, joint_of(name, values))
   chex.assert_trees_all_close(jax.tree.map(jnp.add, *parts), whole, rtol=1e-6, atol=1e-6)
 
 
@@ -160,30 +187,30 @@ def test_names_are_read_with_commas_and_unknown_ones_are_refused_with_the_neares
   with pytest.raises(
     UserError, match=r"server.transforms='halfed' is unknown; did you mean 'halved'"
   ):
-    make_exchange(config(transforms="halfed"))
+    make_exchange(config(transforms="halfed"), 3)
   with pytest.raises(UserError, match=r"server.aggregator='men' is unknown; did you mean 'mean'"):
-    make_exchange(config(aggregator="men"))
+    make_exchange(config(aggregator="men"), 3)
   with pytest.raises(UserError, match="'identity' is registered already"):
     register_transform("identity", halved)
 
 
 def test_sums_alone_do_not_go_with_a_rule_that_needs_every_update():
   with pytest.raises(UserError, match=r"needs every update, and with .* the server sees sums only"):
-    make_exchange(config(transforms="halved", aggregator="middle"))
+    make_exchange(config(transforms="halved", aggregator="middle"), 3)
 
 
 def test_client_level_privacy_takes_the_mean_alone_and_clips_after_every_transform():
   private = config(aggregator="middle")
   private.client_privacy.mechanism = "dp_fedavg"
   with pytest.raises(UserError, match=r"'middle' with client_privacy.* is not known; use .*=mean"):
-    make_exchange(private)
+    make_exchange(private, 3)
   private.server.aggregator, private.server.transforms = "mean", "halved"
   with pytest.raises(
     UserError, match=r"halved is not declared private for hospitals.*; leave it out"
   ):
-    make_exchange(private)
+    make_exchange(private, 3)
   private.server.transforms = "identity"
-  exchange = make_exchange(private)
+  exchange = make_exchange(private, 3)
   assert exchange.transform.answers_nobody
   assert middle().linear is False
 
