@@ -175,6 +175,18 @@ DP_FEDAVG = one_of("client_privacy.mechanism", "dp_fedavg")
 ADAPTIVE = one_of("client_privacy.clipping", "adaptive")
 ON_GRID = one_of("secure.protocol", "grid", "masking", "ckks")
 SENDS_MORE = one_of("server.algorithm", "scaffold", "fednova", "performance")
+LINKS = Condition(
+  wording="links between hospitals and server",
+  holds=lambda config: config.cost.uplink_mbps != "",
+  fields=("cost.uplink_mbps",),
+  remedy="use --config.cost.uplink_mbps=50",
+)
+DEADLINE = Condition(
+  wording="a deadline of rounds",
+  holds=lambda config: config.cost.deadline_s > 0,
+  fields=("cost.deadline_s",),
+  remedy="use --config.cost.deadline_s=600",
+)
 CHUNKS = one_of("execution.layout", "chunk")
 CHUNK_OPEN = one_of("execution.layout", "auto")
 

@@ -3,7 +3,7 @@
 import dataclasses
 
 from fedjax_med.core import conditions as when
-from fedjax_med.core.fields import above, field, least
+from fedjax_med.core.fields import above, field, least, never
 
 
 @dataclasses.dataclass
@@ -41,4 +41,65 @@ class SecureConfig:
     doc="bits of a number as it travels; sums are taken modulo 2^bits.",
     bounds=least(8, 32, remedy="use 32, or 16 for half the bytes"),
     read=(when.ON_GRID,),
+  )
+
+
+@dataclasses.dataclass
+class CostConfig:
+  """What the rounds would cost hospitals that are not in one computer: time, bytes and money."""
+
+  uplink_mbps: str = field(
+    "",
+    doc=(
+      "megabits a second from a hospital to the server: a number, or one for each hospital with"
+      " commas between. With it, deployment.json and the report say hours and gigabytes. Empty is"
+      " off."
+    ),
+    shapes_run=when.DEADLINE.holds,
+  )
+  downlink_mbps: str = field(
+    "",
+    doc="the same from the server to a hospital; empty is uplink_mbps.",
+    read=(when.LINKS,),
+    shapes_run=when.DEADLINE.holds,
+  )
+  latency_ms: float = field(
+    50.0,
+    doc="milliseconds that a message is under way, whatever its size.",
+    bounds=least(0, 1e6, remedy="use 20 to 100"),
+    read=(when.LINKS,),
+    shapes_run=when.DEADLINE.holds,
+  )
+  client_speed: str = field(
+    "1",
+    doc=(
+      "speed of a hospital's computer, 1 being that of step_seconds: a number, or one for each"
+      " hospital with commas between."
+    ),
+    read=(when.LINKS,),
+    shapes_run=when.DEADLINE.holds,
+  )
+  step_seconds: float = field(
+    0.0,
+    doc="seconds of a local step; 0 takes the mean of this training on this machine.",
+    bounds=least(0, 1e6, remedy="use 0 to have it measured"),
+    read=(when.LINKS,),
+    shapes_run=when.DEADLINE.holds,
+  )
+  price_gb: float = field(
+    0.0,
+    doc="price of a gigabyte that is sent either way, in any currency.",
+    bounds=least(0, 1e6, remedy="use 0 for none"),
+    read=(when.LINKS,),
+    shapes_run=never,
+  )
+  deadline_s: float = field(
+    0.0,
+    doc=(
+      "seconds of a round after which the server goes on without the hospitals that are late; 0"
+      " waits for all. Needs step_seconds, since a training that followed this machine's speed"
+      " could not be repeated."
+    ),
+    bounds=least(0, 1e9, remedy="use 0 to wait for all"),
+    read=(when.LINKS,),
   )

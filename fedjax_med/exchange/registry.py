@@ -30,6 +30,7 @@ class Exchange(NamedTuple):
     attack: what hostile clients do with their messages; None if nobody is hostile.
     download: how the model travels to clients; None if it does as it is.
     loss: probability that a message is lost after its client has made it.
+    deadline: whether the server goes on without the clients that are late (``Client.late``).
     least: messages that a round needs to change anything; 0 if one is enough.
   """
 
@@ -38,7 +39,13 @@ class Exchange(NamedTuple):
   attack: Attack | None = None
   download: Download | None = None
   loss: float = 0.0
+  deadline: bool = False
   least: int = 0
+
+  @property
+  def may_lose(self) -> bool:
+    """Whether a message may not arrive."""
+    return self.loss > 0 or self.deadline
 
   @property
   def goes_on(self) -> bool:
@@ -91,6 +98,12 @@ def require_parts(config: Config) -> None:
     _require_private(config)
   if config.secure.protocol != "none":
     _require_sums(config)
+  require(
+    config.privacy.bands == 1 or config.cost.deadline_s == 0,
+    f"cost.deadline_s={config.cost.deadline_s:g} with privacy.bands={config.privacy.bands}: noise"
+    " that later steps take back may have been on an update that did not arrive",
+    "use privacy.bands=1, or cost.deadline_s=0",
+  )
 
 
 def make_exchange(config: Config, num_clients: int) -> Exchange:
@@ -119,7 +132,7 @@ def make_exchange(config: Config, num_clients: int) -> Exchange:
     f" server.transforms='{config.server.transforms}' the server sees sums only",
     "use server.aggregator=mean, or leave out the transform that hides single updates",
   )
-  return Exchange(transform=transform, aggregator=aggregator)
+  return Exchange(transform=transform, aggregator=aggregator, deadline=config.cost.deadline_s > 0)
 
 
 def _require_private(config: Config) -> None:

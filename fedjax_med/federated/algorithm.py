@@ -53,6 +53,7 @@ class Client(NamedTuple):
     coefficients: [b] float32 strategy of correlated noise; None if steps' noise is independent.
     batch_cap: int32 units a Poisson batch is cut to; None if to as many slots as a batch has.
     hostile: bool, whether its messages are forged; None if nobody's are.
+    late: bool, whether its messages come after the deadline; None without one.
   """
 
   number: jax.Array
@@ -67,6 +68,7 @@ class Client(NamedTuple):
   coefficients: jax.Array | None = None
   batch_cap: jax.Array | None = None
   hostile: jax.Array | None = None
+  late: jax.Array | None = None
 
 
 class Hyper(NamedTuple):

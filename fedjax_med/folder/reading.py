@@ -5,6 +5,7 @@ import pathlib
 from typing import Any
 
 from fedjax_med.core.errors import UserError, require
+from fedjax_med.folder.writing import DEPLOYMENT
 from fedjax_med.privacy import claims
 from fedjax_med.tasks.registry import task_of
 from fedjax_med.tasks.task import Task
@@ -73,6 +74,14 @@ EXPLANATION = {
 }  # fmt: skip
 
 
+DEPLOYED = {
+  "rounds": int, "step_seconds": NUMBER, "step_seconds_from": str, "bytes_down": int,
+  "bytes_up": int, "round_seconds": NUMBER, "waits_for": str, "hours": NUMBER,
+  "gigabytes": NUMBER, "price": NUMBER,
+  "hospitals": [{"name": str, "seconds": NUMBER, "late": bool}],
+}  # fmt: skip
+
+
 RESTORE = "restore it or run the experiment again"
 
 
@@ -112,6 +121,11 @@ def read_run(workdir: pathlib.Path) -> dict[str, Any]:
     baselines = read_json(workdir / "baselines.json")
     require_shape(baselines, BASELINES, workdir / "baselines.json")
 
+  deployment = None
+  if (workdir / DEPLOYMENT).exists():
+    deployment = read_json(workdir / DEPLOYMENT)
+    require_shape(deployment, DEPLOYED, workdir / DEPLOYMENT)
+
   held, path = run["hospitals"], workdir / "hospitals.json"
   counts = [hospital[side] for hospital in held["hospitals"] for side in ("train", "test")]
   require(
@@ -137,7 +151,7 @@ def read_run(workdir: pathlib.Path) -> dict[str, Any]:
     _same_hospitals(names, baselines["alone"], workdir / "baselines.json")
     curves = [row["curve"] for row in (baselines["pooled"], *baselines["alone"])]
     require(all(curves), f"{workdir / 'baselines.json'} has curves that are empty", RESTORE)
-  return {**run, "log": log, "baselines": baselines}
+  return {**run, "log": log, "baselines": baselines, "deployment": deployment}
 
 
 def _fill_metrics(

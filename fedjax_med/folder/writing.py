@@ -17,6 +17,7 @@ from fedjax_med.core.text import REPLACING, encodable
 from fedjax_med.simulation.processes import is_first
 
 SUMMARY, REPORT, STATEMENT = "summary.json", "report.html", "privacy_statement.md"
+DEPLOYMENT = "deployment.json"
 
 
 def require_outside(workdir: pathlib.Path, data_path: str) -> None:
@@ -60,7 +61,7 @@ def require_text(workdir: pathlib.Path) -> None:
 
 def withdraw(folder: pathlib.Path) -> None:
   """Removes what is said of a run that has ended, the summary first: the run goes on."""
-  for name in (SUMMARY, REPORT, STATEMENT):
+  for name in (SUMMARY, REPORT, STATEMENT, DEPLOYMENT):
     (folder / name).unlink(missing_ok=True)
 
 

@@ -7,7 +7,7 @@ import numpy as np
 
 from fedjax_med.core.config import ClientPrivacyConfig, Config
 from fedjax_med.core.errors import require
-from fedjax_med.core.exchange_sections import SecureConfig
+from fedjax_med.core.exchange_sections import CostConfig, SecureConfig
 from fedjax_med.data.dataset import (
   ClientTable,
   Hospitals,
@@ -20,6 +20,7 @@ from fedjax_med.data.patients import described
 from fedjax_med.exchange.registry import make_exchange
 from fedjax_med.federated.registry import require_rules
 from fedjax_med.folder import secret as secrets
+from fedjax_med.prepare.deployment import links_of
 from fedjax_med.prepare.protection import Protection, protect
 from fedjax_med.prepare.run_id import Identity, identify
 from fedjax_med.privacy.guarantees import Guarantee
@@ -75,6 +76,7 @@ def federation(config: Config, hospitals: Hospitals, secret: bytes | None = None
   """
   require_rules(config)
   make_exchange(config, len(hospitals.names))
+  links_of(config, len(hospitals.names))
   _require_single_losses(config, task_named(hospitals.dataset.task))
   modality = modality_named(hospitals.dataset.modality)
   require(
@@ -228,4 +230,5 @@ def with_plain_server(config: Config) -> Config:
     eval=measured,
     client_privacy=ClientPrivacyConfig(),
     secure=SecureConfig(),
+    cost=CostConfig(),
   )

@@ -20,6 +20,7 @@ from fedjax_med.exchange.registry import make_exchange
 from fedjax_med.federated.algorithm import Client, Hyper, Pool, Units
 from fedjax_med.prepare.accounted_arrays import differences, require_accounted
 from fedjax_med.prepare.case import Case, baselines, federation
+from fedjax_med.prepare.deployment import late
 from fedjax_med.prepare.program import Program, make_program
 from fedjax_med.prepare.protection import Protection, cohort_cap, require_a_round
 from fedjax_med.prepare.recipe import Shapes
@@ -206,6 +207,9 @@ def make_experiment(
   Its images begin at row ``start`` of the pool.
   """
   clients, hyper = _stack_clients(case, shapes), _hyper(case.config, case.protection)
+  behind = late(case.config, case.names, program.parts.message, case.protection.steps)
+  if behind is not None:
+    clients = clients._replace(late=jnp.asarray(behind))
   require_accounted(differences(case.protection, case.numbers, case.rows, clients, hyper))
   return Experiment(
     case=case,

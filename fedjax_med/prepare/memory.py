@@ -191,6 +191,8 @@ def block_arguments(
     clients = clients._replace(batch_cap=number)
   if recipe.bands > 1:
     clients = clients._replace(coefficients=shape((recipe.num_clients, recipe.bands), jnp.float32))
+  if recipe.exchange.deadline:
+    clients = clients._replace(late=shape((recipe.num_clients,), bool))
   level, options = None, algorithm_options(recipe.config, traced=True)
   if recipe.client_level:
     level = ClientLevel(

@@ -169,6 +169,25 @@ def draw_rounds(
     add_legend(figure, fullest)
 
 
+def draw_deployment(
+  path: pathlib.Path, log: list[dict[str, Any]], deployment: dict[str, Any], metric: Metric
+) -> None:
+  """Draws the headline metric of all test examples against gigabytes sent, and against hours."""
+  test = [line for line in log if line["split"] == "test"]
+  rounds, values = _curve(test, metric.name)
+  share = rounds / max(deployment["rounds"], 1)
+  panels = (
+    (share * deployment["gigabytes"], "gigabytes sent by all hospitals and the server"),
+    (share * deployment["hours"], "hours of a deployment"),
+  )
+  with new_figure(path, (WIDTH, 3.6), f"{metric.heading} against what it costs") as figure:
+    axes = figure.subplots(1, 2, sharey=True)
+    for axis, (x, name) in zip(axes, panels, strict=True):
+      axis.plot(x, values, color=GLOBAL, linewidth=2.2, marker=_marker(test), markersize=4)
+      axis.set(xlabel=name, xlim=(0, None))
+    axes[0].set(ylabel=metric.axis)
+
+
 def _draw_hospital_lines(axis: Any, test: list[dict[str, Any]], key: str, nouns: str) -> None:
   """A thin line for each hospital, or for many the band that holds their middle 80%."""
   rounds = [line["round"] for line in test]

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
   import jinja2
 
 END_OF_PRIVACY = "<h2>Files left out</h2>"  # of the report
+FIGURES = ("partition", "rounds", "hospitals", "deployment")
 STOPPED = {
   "completed": "all rounds were run",
   "budget": "stopped before the next rounds would have exceeded the privacy budget",
@@ -171,7 +172,7 @@ def _draw(workdir: pathlib.Path, run: dict[str, Any]) -> dict[str, dict[str, Any
   folder = workdir / "figures"
   _draw_all(folder, run, ".png")
   of_task = [drawn.name for drawn in task_of(run["config"]).figures]
-  return embedded(folder, ("partition", "rounds", "hospitals", *of_task, "examples", "synthetic"))
+  return embedded(folder, (*FIGURES, *of_task, "examples", "synthetic"))
 
 
 def _draw_all(folder: pathlib.Path, run: dict[str, Any], suffix: str) -> None:
@@ -188,6 +189,9 @@ def _draw_all(folder: pathlib.Path, run: dict[str, Any], suffix: str) -> None:
     nouns=modality_of(run["config"]).nouns,
   )
   figures.draw_hospitals(folder / f"hospitals{suffix}", summary, hospitals, baselines, task)
+  if run["deployment"] is not None:
+    path = folder / f"deployment{suffix}"
+    figures.draw_deployment(path, run["log"], run["deployment"], task.headline)
   for drawn in task.figures:
     if drawn.name in summary:
       figures.draw_details(folder / f"{drawn.name}{suffix}", drawn, summary, hospitals)

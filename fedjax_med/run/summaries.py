@@ -17,6 +17,7 @@ from fedjax_med.exchange.registry import make_exchange, transform_names
 from fedjax_med.folder import writing as files
 from fedjax_med.folder.secret import is_private
 from fedjax_med.models.registry import network_record
+from fedjax_med.prepare.deployment import deployment_record
 from fedjax_med.prepare.experiment import Experiment
 from fedjax_med.prepare.program import Parts
 from fedjax_med.prepare.synthetic_images import digest as synthetic_digest
@@ -230,8 +231,11 @@ def _cost(experiment: Experiment, outcome: Outcome) -> dict[str, Any]:
   size = int(visits.sum()) * (down + up) - lost * up
   exchange = make_exchange(experiment.config, len(experiment.names))
   facts = exchange.transform.facts(jax.device_get(outcome.state.exchange))
-  if exchange.loss:
-    facts |= {"lost": lost, "failed_rounds": int(traffic.failed)}
+  if exchange.may_lose:
+    names = zip(experiment.names, traffic.lost.tolist(), strict=True)
+    facts |= {"lost": {name: count for name, count in names if count}}
+  if exchange.least:
+    facts |= {"failed_rounds": int(traffic.failed)}
   if exchange.goes_on:
     names = zip(experiment.names, refused.tolist(), strict=True)
     facts["left_out"] = {name: count for name, count in names if count}
@@ -242,6 +246,19 @@ def _cost(experiment: Experiment, outcome: Outcome) -> dict[str, Any]:
     "bytes_down": down,
     **({"exchange": facts} if facts else {}),
   }
+
+
+def deployment_of(experiment: Experiment, outcome: Outcome) -> dict[str, Any] | None:
+  """deployment.json of a run that has ended; None without links between hospitals and server."""
+  done = int(np.asarray(outcome.state.steps).sum())
+  return deployment_record(
+    experiment.config,
+    experiment.names,
+    experiment.program.parts.message,
+    experiment.steps,
+    outcome.last.rounds,
+    outcome.seconds["train"] / max(done, 1),
+  )
 
 
 def summary_record(experiment: Experiment, outcome: Outcome, name: str) -> dict[str, Any]:

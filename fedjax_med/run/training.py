@@ -24,7 +24,7 @@ from fedjax_med.run.budget import planned
 from fedjax_med.run.drive import Outcome
 from fedjax_med.run.measure import LogPoint, evaluated, test_line
 from fedjax_med.run.single import start_compiling, train_rounds
-from fedjax_med.run.summaries import num_parameters, summary_record
+from fedjax_med.run.summaries import deployment_of, num_parameters, summary_record
 from fedjax_med.run.trackers import require_installed, track
 from fedjax_med.simulation.evaluation import EvaluatedModel
 from fedjax_med.simulation.processes import is_first, require_same_run
@@ -198,6 +198,8 @@ def _train_in_folder(
     baselines = run_baselines(experiment, folder, start.name, start.command, console)
   if folder is not None:
     summary = summary_record(experiment, outcome, start.name)
-    writer.finish(folder, summary, seconds, experiment.case if baselines else None)
+    federation = experiment.case if baselines else None
+    deployment = deployment_of(experiment, outcome)
+    writer.finish(folder, summary, seconds, federation, deployment)
   terminal.results(console, experiment, outcome)
   return RunResult(experiment=experiment, outcome=outcome, curve=curve, baselines=baselines)

@@ -198,6 +198,7 @@ def finish(
   summary: dict[str, Any],
   seconds: dict[str, float],
   federation: Case | None = None,
+  deployment: dict[str, Any] | None = None,
 ) -> None:
   """Writes the end of a run.
 
@@ -207,10 +208,13 @@ def finish(
     seconds: of timing.json.
     federation: the run, where its baselines have ended too and join its results; None leaves them
       out.
+    deployment: of deployment.json; None without links between hospitals and server.
   """
   rounded = {name: round(value, 3) for name, value in seconds.items()}
   files.write_json(folder / "timing.json", rounded)
   if is_first():
+    if deployment is not None:  # times of this machine are no results, so it stands apart
+      files.write_json(folder / files.DEPLOYMENT, deployment)
     baselines = None if federation is None else _read_baselines(federation, folder)
     _publish(folder, summary, baselines)
 

@@ -278,7 +278,7 @@ def _unless_void(
   That is the number of the round, local steps, and counts of messages.
   """
   exchange = setup.exchange
-  may_be_void = setup.cohort_cap is not None or exchange.loss > 0 or setup.gathers
+  may_be_void = setup.cohort_cap is not None or exchange.may_lose or setup.gathers
   if exchange.least:
     whole = arrived.sum() >= exchange.least
   elif may_be_void and not exchange.transform.answers_nobody:
@@ -325,6 +325,9 @@ def _seat(
   if setup.exchange.loss > 0:
     draws = key_for(key, Stream.EXCHANGE, 3, round)
     arrived = seated & ~jax.random.bernoulli(draws, setup.exchange.loss, (num_clients,))
+  if setup.exchange.deadline:
+    assert clients.late is not None
+    arrived = arrived & ~clients.late
   return Cohort(numbers=numbers[seats], seated=seated, arrived=arrived)
 
 
@@ -376,7 +379,7 @@ def _train_chunks(
     else:
       result = jax.vmap(update)(client_state, kept, client)
     message, client_state, kept, metrics, tally = result
-    if setup.exchange.loss > 0:  # whose message is lost goes on as if the round had not been
+    if setup.exchange.may_lose:  # whose message is lost goes on as if the round had not been
       arrives = jnp.take(cohort.arrived, numbers, mode="fill", fill_value=False)
       client_state, kept = _where(arrives, (client_state, kept), take(numbers)[:2])
       present = present & arrives

@@ -17,7 +17,7 @@ from fedjax_med.prepare.synthetic_images import image_keeper
 from fedjax_med.run import writer
 from fedjax_med.run.drive import Outcome, Reached, drive
 from fedjax_med.run.measure import LogPoint, log_lines
-from fedjax_med.run.summaries import summary_record
+from fedjax_med.run.summaries import deployment_of, summary_record
 from fedjax_med.run.trackers import require_installed, track
 from fedjax_med.sweep.points import Key, Planned, groups, images_of, shown
 from fedjax_med.sweep.programs import (
@@ -255,4 +255,4 @@ def write_point(
     f"sweep: up to {placement.size} runs in one program, {placement.at_once} side by side on each"
     f" of {placement.mesh.size if placement.mesh else 1} devices"
   )
-  writer.finish(folder, summary, outcome.seconds)
+  writer.finish(folder, summary, outcome.seconds, deployment=deployment_of(experiment, outcome))

@@ -58,6 +58,7 @@ def test_every_number_has_a_range_and_every_name_its_choices_unless_a_registry_h
   free |= {"data.fold", "data.target_columns", "data.signals", "data.time_column", "data.ranges"}
   free |= {"data.test_persons"}
   free |= {"execution.compilation_cache", "model.pretrained", "data.source"}
+  free |= {"cost.uplink_mbps", "cost.downlink_mbps", "cost.client_speed"}
   free |= {"server.aggregator", "server.transforms", "data.group_columns", "data.slices"}
   free |= {f"data.{name}" for name in ("time_column", "signals", "ranges", "test_persons")}
   free |= {f"data.{role}_column" for role in ("path", "label", "patient", "site", "split")}

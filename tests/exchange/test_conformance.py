@@ -304,3 +304,44 @@ def test_draws_differ_between_transforms_of_a_chain_clients_rounds_and_the_serve
     for counters in ((), (0,), (1,), (0, 0), (0, 1), (1, 0), (0, 0, 0)):
       data = np.asarray(jax.random.key_data(key_for(KEY, stream, *counters)))
       assert tuple(data.tolist()) not in words
+
+
+def only(k):
+  """Clients of whom the k-th alone has a weight."""
+  clients = make_clients()
+  return clients._replace(weight=jnp.zeros(3).at[k].set(1))
+
+
+def test_a_hospital_that_is_late_in_every_round_trains_and_counts_nothing():
+  exchange = Exchange(chain(), AGGREGATORS["mean"](), deadline=True)
+  late = make_clients()._replace(late=jnp.asarray([False, True, False]))
+  federation = make_federation("scaffold", exchange=exchange)
+  found, _ = rounds(federation, 3, clients=late)
+  assert found.steps.tolist() == [6, 6, 6]
+  assert found.traffic.lost.tolist() == [0, 3, 0]
+  own = np.asarray(found.client_states[1])
+  assert (own[1] == 0).all()  # its control variate is that of before the first round
+  assert (own[0] != 0).any()
+  plain = make_federation(exchange=exchange)
+  some, _ = rounds(plain, 1, clients=late)
+  # FedAvg of the two others by themselves: their weights are shares of those who arrive.
+  alone = [rounds(make_federation(), 1, clients=only(k))[0].server.params for k in (0, 2)]
+  weights = np.asarray(late.weight)[[0, 2]]
+  expected = np.average(np.asarray(alone), axis=0, weights=weights)
+  np.testing.assert_allclose(np.asarray(some.server.params), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_round_with_fewer_messages_than_due_changes_nothing_but_what_was_executed():
+  exchange = Exchange(chain(halved()), AGGREGATORS["mean"](), deadline=True, least=2)
+  late = make_clients()._replace(late=jnp.asarray([True, True, False]))
+  federation = make_federation("scaffold", exchange=exchange)
+  start = federation[0]()
+  before = jax.device_get(start)
+  after, _ = rounds(federation, 2, state=start, clients=late)
+  assert after.traffic.failed == 2
+  assert after.server.round == 2
+  assert after.steps.tolist() == [4, 4, 4]
+  server = after.server._replace(round=before.server.round)
+  chex.assert_trees_all_equal(jax.device_get(server), before.server)
+  for name in ("client_states", "exchange", "transform_states"):
+    chex.assert_trees_all_equal(jax.device_get(getattr(after, name)), getattr(before, name))

@@ -169,6 +169,8 @@ BATCHES = {**PRIVATE, **TARGET, "privacy.solve_for": "batch_size", "client.batch
 PATIENTS = {**PRIVATE, "privacy.unit": "group"}
 UNIFORM = {"client_privacy.mechanism": "dp_fedavg", "server.weighting": "uniform"}
 CENTRAL = {**UNIFORM, "client_privacy.noise_multiplier": 1.0}
+GRID = {"secure.protocol": "grid"}
+LINKED = {"cost.uplink_mbps": "10", "cost.step_seconds": 0.5}
 ADAPTIVE = {**CENTRAL, "client_privacy.clipping": "adaptive"}
 ONE = {"partition.num_clients": 1}
 FIVE = {"partition.num_clients": 5, "partition.min_client_size": 8}
@@ -314,6 +316,18 @@ CASES: dict[str, Case] = {
   "client_privacy.quantile": Case(0.3, "traced", ADAPTIVE, ({}, CENTRAL)),
   "client_privacy.clip_learning_rate": Case(0.5, "traced", ADAPTIVE, ({}, CENTRAL)),
   "client_privacy.count_noise": Case(4.0, "plan", ADAPTIVE, ({}, CENTRAL)),
+  "secure.protocol": Case("grid", "program"),
+  "secure.range": Case(2.0, "program", GRID, ({},)),
+  "secure.extra_range": Case(8.0, "program", {**GRID, "server.algorithm": "scaffold"}, (GRID, {})),
+  "secure.scale": Case(1024.0, "program", GRID, ({},)),
+  "secure.bits": Case(16, "program", GRID, ({},)),
+  "cost.uplink_mbps": Case("20", "deployment", LINKED),
+  "cost.downlink_mbps": Case("20", "deployment", LINKED, ({},)),
+  "cost.latency_ms": Case(100.0, "deployment", LINKED, ({},)),
+  "cost.client_speed": Case("2", "deployment", LINKED, ({},)),
+  "cost.step_seconds": Case(0.7, "deployment", LINKED, ({},)),
+  "cost.price_gb": Case(0.1, "deployment", LINKED, ({},)),
+  "cost.deadline_s": Case(1.5, "program", {**LINKED, "cost.client_speed": "1,1,0.5"}, ({},)),
   "execution.layout": Case("vmap", "layout", why=LAYOUT),
   "execution.chunk_size": Case(
     2, "layout", {"execution.layout": "chunk", "execution.chunk_size": 1}, ({},), why=LAYOUT

@@ -15,6 +15,7 @@ from fedjax_med.data.hospitals import load_hospitals
 from fedjax_med.federated.algorithm import Pool
 from fedjax_med.models.networks.pretrained import overlay
 from fedjax_med.prepare.case import federation
+from fedjax_med.prepare.deployment import deployment_record
 from fedjax_med.prepare.experiment import Experiment, build, make_experiment, make_shared_program
 from fedjax_med.prepare.probe import wants_probe
 from fedjax_med.prepare.synthetic_images import make_images, reserve_synthetic
@@ -143,6 +144,13 @@ def results(config: Config) -> str:
   start = experiment.program.initial()
   state, _ = experiment.program.block(start, *block_arguments(experiment, rounds))
   return digest(evaluated(experiment.program.parts, state))
+
+
+def deployment(one: Config, other: Config) -> bool:
+  """What the rounds would cost, beside a measured time of a local step."""
+  steps, names = np.full(3, 2), ("A", "B", "C")
+  records = [deployment_record(c, names, (1000, 2000), steps, 5, 0.1) for c in (one, other)]
+  return records[0] != records[1]
 
 
 def layout(one: Config, other: Config) -> bool:
