@@ -102,7 +102,7 @@ def join(
     out, since a number was not finite.
   """
   aggregator, attack = exchange.aggregator, exchange.attack
-  messages, weights, numbers = gathered
+  messages, weights, numbers = gathered.messages, gathered.weights, gathered.numbers
   joint = Joint(key=key_for(key, Stream.EXCHANGE, 4, round), last=memory)
   if attack is not None:
     assert clients.hostile is not None

@@ -1,5 +1,6 @@
 """The compiled program: a block of federated rounds, clients on one axis, in chunks."""
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -345,15 +346,7 @@ def _train_chunks(
   transform, aggregator, server = setup.exchange.transform, setup.exchange.aggregator, state.server
   joint = Joint(key=key_for(key, Stream.EXCHANGE, 4, server.round), last=state.traffic.rule)
 
-  def sender_of(client):
-    return Sender(
-      client=client,
-      hyper=hyper,
-      key=key_for(key, Stream.EXCHANGE, 0, client.number, server.round),
-      common_key=key_for(key, Stream.EXCHANGE, 2, server.round),
-      seated=cohort.seated,
-      round=server.round,
-    )
+  sender_of = functools.partial(_sender, hyper, key, cohort.seated, server.round)
 
   def update(client_state, kept, client):
     delta, client_state, metrics = setup.algorithm.client_update(
@@ -368,6 +361,12 @@ def _train_chunks(
       lambda leaf: jnp.take(leaf, numbers, axis=0, mode="clip"),
       (state.client_states, state.transform_states, clients),
     )
+
+  def shapes(numbers):
+    first = jax.tree.map(lambda leaf: leaf[0], take(numbers)[1:])
+    blank, sender = setup.algorithm.blank_delta(server), sender_of(first[1])
+    message, _, tally = jax.eval_shape(transform.encode, blank, first[0], state.exchange, sender)
+    return message, tally
 
   def run_chunk(total, numbers):
     client_state, kept, client = take(numbers)
@@ -396,25 +395,9 @@ def _train_chunks(
     )
     return total, chunk
 
-  def sent_shapes(kept, client):
-    first = jax.tree.map(lambda leaf: leaf[0], (kept, client))
-    blank, sender = setup.algorithm.blank_delta(server), sender_of(first[1])
-    message, _, tally = jax.eval_shape(transform.encode, blank, first[0], state.exchange, sender)
-    return message, tally
-
   def skip_chunk(total, numbers):
-    client_state, kept, client = take(numbers)
-    message, tally = sent_shapes(kept, client)
-    weights = jnp.zeros((setup.chunk,), jnp.float32)
-    chunk = Chunk(
-      client_states=client_state,
-      transform_states=kept,
-      metrics=no_metrics((setup.chunk,)),
-      weight=weights.sum(),
-      tally=_zeros(tally),
-      messages=(_zeros(message, setup.chunk), weights) if setup.gathers else (),
-    )
-    return total, chunk
+    client_state, kept, _ = take(numbers)
+    return total, _skipped(setup, client_state, kept, *shapes(numbers))
 
   def run_if_any(total, numbers):  # clients come before empty slots
     return jax.lax.cond(numbers[0] < setup.num_clients, run_chunk, skip_chunk, total, numbers)
@@ -422,13 +405,39 @@ def _train_chunks(
   body = run_if_any if setup.may_be_empty else run_chunk
   blank: Tree = ()
   if not setup.gathers:
-    _, kept, client = take(numbers[0])
-    message, _ = sent_shapes(kept, client)
-    some = _zeros(message, setup.chunk), jnp.zeros((setup.chunk,), jnp.float32)
+    some = _zeros(shapes(numbers[0])[0], setup.chunk), jnp.zeros((setup.chunk,), jnp.float32)
     blank = _zeros(jax.eval_shape(aggregator.combine, *some, joint))
   partial, left = jax.lax.scan(body, blank, numbers)
   tally = jax.tree.map(lambda leaf: leaf.sum(0), left.tally)
   return Sent(partial=partial, weight=left.weight.sum(), tally=tally), left
+
+
+def _sender(
+  hyper: Hyper, key: jax.Array, seated: jax.Array, round: jax.Array, client: Client
+) -> Sender:
+  return Sender(
+    client=client,
+    hyper=hyper,
+    key=key_for(key, Stream.EXCHANGE, 0, client.number, round),
+    common_key=key_for(key, Stream.EXCHANGE, 2, round),
+    seated=seated,
+    round=round,
+  )
+
+
+def _skipped(
+  setup: Setup, client_states: Tree, transform_states: Tree, message: Tree, tally: Tree
+) -> Chunk:
+  """A chunk of empty slots, whose states stay as they are; ``message`` and ``tally`` are shapes."""
+  weights = jnp.zeros((setup.chunk,), jnp.float32)
+  return Chunk(
+    client_states=client_states,
+    transform_states=transform_states,
+    metrics=no_metrics((setup.chunk,)),
+    weight=weights.sum(),
+    tally=_zeros(tally),
+    messages=(_zeros(message, setup.chunk), weights) if setup.gathers else (),
+  )
 
 
 def _joined(leaf: jax.Array) -> jax.Array:

@@ -12,6 +12,12 @@ from fedjax_med.prepare.deployment import client_seconds, deployment_record, lat
 NAMES = ("A", "B", "C")
 
 
+def known(value):
+  """The value, which is not None."""
+  assert value is not None
+  return value
+
+
 def config(**changes):
   made = Config()
   for name, value in {"uplink_mbps": "10", **changes}.items():
@@ -21,7 +27,7 @@ def config(**changes):
 
 def test_a_round_takes_as_long_as_the_slowest_hospital_by_hand():
   made = config(uplink_mbps="8,16,4", downlink_mbps="80", latency_ms=100.0, client_speed="1,2,1")
-  links = links_of(made, 3)
+  links = known(links_of(made, 3))
   steps = np.array([10, 10, 20])
   # 1 MB down at 80 Mbit/s 0.1 s, 2 MB up at 8, 16, 4 Mbit/s 2, 1, 4 s, twice 0.1 s on the way,
   # steps of 0.3 s: 3, 1.5, 6 s.
@@ -31,7 +37,7 @@ def test_a_round_takes_as_long_as_the_slowest_hospital_by_hand():
   more = client_seconds(links, (1_000_000, 2_000_000), steps, 0.3, more=1.0)
   np.testing.assert_allclose(more - found, [1, 0.5, 1], rtol=1e-12)
   made.cost.price_gb = 0.5
-  record = deployment_record(made, NAMES, (1_000_000, 2_000_000), steps, 100, 0.3)
+  record = known(deployment_record(made, NAMES, (1_000_000, 2_000_000), steps, 100, 0.3))
   assert record["round_seconds"] == pytest.approx(10.3)
   assert record["waits_for"] == "C"
   assert record["hours"] == pytest.approx(1030 / 3600)
@@ -44,8 +50,8 @@ def test_a_deadline_bounds_the_round_and_leaves_out_the_bytes_of_who_is_late():
   made = config(uplink_mbps="8", latency_ms=0.0, client_speed="1,1,0.1", step_seconds=1.0)
   made.cost.deadline_s = 5.0
   steps, message = np.full(3, 2), (0, 1_000_000)  # 3, 3 and 21 s
-  assert late(made, NAMES, message, steps).tolist() == [False, False, True]
-  record = deployment_record(made, NAMES, message, steps, 10, 99.0)
+  assert known(late(made, NAMES, message, steps)).tolist() == [False, False, True]
+  record = known(deployment_record(made, NAMES, message, steps, 10, 99.0))
   assert record["round_seconds"] == 5
   assert record["gigabytes"] == pytest.approx(10 * 2e6 / 1e9)
   assert [row["late"] for row in record["hospitals"]] == [False, False, True]
