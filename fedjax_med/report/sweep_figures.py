@@ -147,6 +147,29 @@ def draw_curves(
     add_legend(figure, axis)
 
 
+def draw_traffic(
+  path: pathlib.Path,
+  # label, megabytes [n], values [points, n]
+  curves: Sequence[tuple[str, np.ndarray, np.ndarray]],
+  y_name: str,
+) -> None:
+  """Draws a metric against the megabytes that all hospitals and the server have sent by then."""
+  with new_figure(
+    path, (WIDTH, 4.6), f"{y_name} on all test images against what was sent"
+  ) as figure:
+    axis = figure.subplots()
+    for (label, megabytes, values), colour in zip(curves, PALETTE, strict=False):
+      sent = megabytes > 0  # the start has no place on a logarithmic axis
+      mean = values.mean(0)[sent]
+      axis.plot(megabytes[sent], mean, color=colour, marker="o", markersize=3,
+                label=texts.drawable(label))  # fmt: skip
+      if len(values) > 1:
+        low, high = values.min(0)[sent], values.max(0)[sent]
+        axis.fill_between(megabytes[sent], low, high, color=colour, alpha=0.12, linewidth=0)
+    axis.set(xlabel="megabytes sent by all hospitals and the server", ylabel=y_name, xscale="log")
+    add_legend(figure, axis)
+
+
 def draw_details(
   path: pathlib.Path,
   drawn: Figure,

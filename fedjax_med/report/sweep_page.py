@@ -132,7 +132,7 @@ def write(runs: ComparedRuns, target: pathlib.Path) -> pathlib.Path:
   folder.mkdir(parents=True, exist_ok=True)
   _draw(runs, axes, arms, folder)
   of_task = [f"{drawn.name}s" for drawn in task.figures]
-  names = ("frontier", "spread", "curves", *of_task, "partition")
+  names = ("frontier", "spread", "curves", "traffic", *of_task, "partition")
   shown = _table(arms, axes, task.metrics_in(Place.SWEEP))
   write_whole(target / "table.csv", lambda place: shown.to_csv(place, index=False))
   write_text(target / "table.tex", latex.table_of(shown, axes, runs.task))
@@ -265,6 +265,7 @@ def _draw(
     (arm["short"], *_curve([by_point[number] for number in arm["points"]], headline.name))
     for arm in arms[:MOST_LINES]
   ]
+  traffic = _traffic(arms[:MOST_LINES], curves)
   details = [(drawn, _pooled(drawn, arms[:MOST_LINES], by_point)) for drawn in runs.task.figures]
   hospitals = _holdings(runs.folders[0])
   for suffix in (".png", ".pdf"):
@@ -273,11 +274,26 @@ def _draw(
       sweep_figures.draw_frontier(folder / f"frontier{suffix}", panels, name, headline.label, log)
     sweep_figures.draw_spread(folder / f"spread{suffix}", labels, values, headline)
     sweep_figures.draw_curves(folder / f"curves{suffix}", curves, headline.label)
+    if traffic:
+      sweep_figures.draw_traffic(folder / f"traffic{suffix}", traffic, headline.label)
     for drawn, pooled in details:
       if pooled:
         path = folder / f"{drawn.name}s{suffix}"
         sweep_figures.draw_details(path, drawn, pooled)
     draw_partition(folder / f"partition{suffix}", hospitals)
+
+
+def _traffic(
+  arms: Sequence[dict[str, Any]], curves: Sequence[tuple[str, np.ndarray, np.ndarray]]
+) -> list[tuple[str, np.ndarray, np.ndarray]]:
+  """Curves over megabytes in place of rounds; none where all arms send as much in a round."""
+  per_round = [arm["megabytes"] / max(arm["rounds"], 1) for arm in arms]
+  if max(per_round) <= 1.001 * min(per_round):
+    return []
+  return [
+    (label, rounds * each, values)
+    for (label, rounds, values), each in zip(curves, per_round, strict=True)
+  ]
 
 
 def _pooled(
