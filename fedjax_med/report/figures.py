@@ -176,15 +176,19 @@ def draw_deployment(
   test = [line for line in log if line["split"] == "test"]
   rounds, values = _curve(test, metric.name)
   share = rounds / max(deployment["rounds"], 1)
+  sent, hours = deployment["gigabytes"], deployment["hours"]
+  bytes_in = (1, "gigabytes") if sent >= 1 else (1000, "megabytes")
+  time_in = (1, "hours") if hours >= 1 else (60, "minutes")
   panels = (
-    (share * deployment["gigabytes"], "gigabytes sent by all hospitals and the server"),
-    (share * deployment["hours"], "hours of a deployment"),
+    (share * sent * bytes_in[0], f"{bytes_in[1]} sent by all hospitals and the server"),
+    (share * hours * time_in[0], f"{time_in[1]} of a deployment"),
   )
   with new_figure(path, (WIDTH, 3.6), f"{metric.heading} against what it costs") as figure:
     axes = figure.subplots(1, 2, sharey=True)
     for axis, (x, name) in zip(axes, panels, strict=True):
       axis.plot(x, values, color=GLOBAL, linewidth=2.2, marker=_marker(test), markersize=4)
       axis.set(xlabel=name, xlim=(0, None))
+      axis.locator_params(axis="x", nbins=5)
     axes[0].set(ylabel=metric.axis)
 
 

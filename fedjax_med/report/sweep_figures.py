@@ -167,6 +167,8 @@ def draw_traffic(
         low, high = values.min(0)[sent], values.max(0)[sent]
         axis.fill_between(megabytes[sent], low, high, color=colour, alpha=0.12, linewidth=0)
     axis.set(xlabel="megabytes sent by all hospitals and the server", ylabel=y_name, xscale="log")
+    for ticks in (axis.xaxis.set_major_formatter, axis.xaxis.set_minor_formatter):
+      ticks(lambda value, _: f"{value:g}")
     add_legend(figure, axis)
 
 
