@@ -11,6 +11,7 @@ import pytest
 
 from fedjax_med.core import config as config_lib
 from fedjax_med.core.errors import UserError
+from fedjax_med.prepare.deployment import deployment_record
 from fedjax_med.privacy import claims, ledger
 from fedjax_med.privacy.guarantees import Guarantee
 from fedjax_med.privacy.mechanism import PoissonGaussian
@@ -340,6 +341,43 @@ def test_a_bad_workdir_is_one_sentence_with_the_file_and_a_remedy(tmp_path, name
   assert name in str(caught.value)
   assert "; " in str(caught.value)
   assert not (tmp_path / "report.html").exists()
+
+
+def with_deployment(path):
+  """A plausible run with links: hospital B is late in each of its rounds."""
+  made = fake_workdir(path, num_log_points=2, private=False, baselines=False)
+  more = {"bytes_up": 306_000, "bytes_down": 1_200_000, "megabytes": 28.9}
+  facts = {"saturated": 0.25, "lost": {"Hospital B": 4}, "left_out": {}}
+  (path / "summary.json").write_text(json.dumps({**made["summary"], **more, "exchange": facts}))
+  names, config = [row["name"] for row in made["hospitals"]["hospitals"]], config_lib.Config()
+  cost = config.cost
+  cost.uplink_mbps, cost.deadline_s, cost.step_seconds = "20", 60.0, 1.0
+  cost.client_speed, cost.price_gb = "1,0.1,1,1,1", 2.0
+  found = deployment_record(config, names, (1_200_000, 306_000), np.full(5, 20), 4, 0.0)
+  (path / "deployment.json").write_text(json.dumps(found))
+  return found
+
+
+def test_the_page_says_what_travels_and_what_a_deployment_would_cost(tmp_path):
+  found = with_deployment(tmp_path)
+  page = write_report(tmp_path).read_text()
+  text = " ".join(" ".join(outline(page).text).split())
+  for said in ("gets 1.200 MB", "sends 0.306 MB", "moved 28.9 MB", "saturated 0.25"):
+    assert said in text
+  assert "Hospital B: 4" in text
+  assert found["round_seconds"] == 60  # 4 rounds of 60 s
+  assert "4 rounds would take 4 min 0 s and move" in text
+  assert "at a price of 0.06" in text  # 2 for each GB, of 28.9 MB
+  assert "are left out: Hospital B." in text
+  assert (tmp_path / "figures" / "deployment.png").exists()
+
+
+def test_a_deployment_that_lacks_a_number_is_refused(tmp_path):
+  found = with_deployment(tmp_path)
+  del found["hours"]
+  (tmp_path / "deployment.json").write_text(json.dumps(found))
+  with pytest.raises(UserError, match=r"deployment.json lacks 'hours'; "):
+    write_report(tmp_path)
 
 
 @pytest.mark.parametrize(
