@@ -55,11 +55,13 @@ class CostConfig:
       " commas between. With it, deployment.json and the report say hours and gigabytes. Empty is"
       " off."
     ),
+    traced=True,
     shapes_run=when.DEADLINE.holds,
   )
   downlink_mbps: str = field(
     "",
     doc="the same from the server to a hospital; empty is uplink_mbps.",
+    traced=True,
     read=(when.LINKS,),
     shapes_run=when.DEADLINE.holds,
   )
@@ -67,6 +69,7 @@ class CostConfig:
     50.0,
     doc="milliseconds that a message is under way, whatever its size.",
     bounds=least(0, 1e6, remedy="use 20 to 100"),
+    traced=True,
     read=(when.LINKS,),
     shapes_run=when.DEADLINE.holds,
   )
@@ -76,6 +79,7 @@ class CostConfig:
       "speed of a hospital's computer, 1 being that of step_seconds: a number, or one for each"
       " hospital with commas between."
     ),
+    traced=True,
     read=(when.LINKS,),
     shapes_run=when.DEADLINE.holds,
   )
@@ -83,6 +87,7 @@ class CostConfig:
     0.0,
     doc="seconds of a local step; 0 takes the mean of this training on this machine.",
     bounds=least(0, 1e6, remedy="use 0 to have it measured"),
+    traced=True,
     read=(when.LINKS,),
     shapes_run=when.DEADLINE.holds,
   )
@@ -90,6 +95,7 @@ class CostConfig:
     0.0,
     doc="price of a gigabyte that is sent either way, in any currency.",
     bounds=least(0, 1e6, remedy="use 0 for none"),
+    traced=True,
     read=(when.LINKS,),
     shapes_run=never,
   )
