@@ -183,8 +183,8 @@ LINKS = Condition(
 )
 DEADLINE = Condition(
   wording="a deadline of rounds",
-  holds=lambda config: config.cost.deadline_s > 0,
-  fields=("cost.deadline_s",),
+  holds=lambda config: config.cost.deadline_s > 0 and config.cost.uplink_mbps != "",
+  fields=("cost.deadline_s", "cost.uplink_mbps"),
   remedy="use --config.cost.deadline_s=600",
 )
 CHUNKS = one_of("execution.layout", "chunk")

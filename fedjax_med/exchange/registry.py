@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from fedjax_med.core.conditions import DEADLINE
 from fedjax_med.core.config import Config
 from fedjax_med.core.errors import require, require_choice
 from fedjax_med.core.registered import add_name
