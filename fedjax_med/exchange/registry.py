@@ -133,7 +133,7 @@ def make_exchange(config: Config, num_clients: int) -> Exchange:
     f" server.transforms='{config.server.transforms}' the server sees sums only",
     "use server.aggregator=mean, or leave out the transform that hides single updates",
   )
-  return Exchange(transform=transform, aggregator=aggregator, deadline=config.cost.deadline_s > 0)
+  return Exchange(transform=transform, aggregator=aggregator, deadline=DEADLINE.holds(config))
 
 
 def _require_private(config: Config) -> None:
