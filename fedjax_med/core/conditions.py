@@ -174,7 +174,22 @@ GIVEN_CLIP_NORM = _not_solved("clip_norm")
 DP_FEDAVG = one_of("client_privacy.mechanism", "dp_fedavg")
 ADAPTIVE = one_of("client_privacy.clipping", "adaptive")
 ON_GRID = one_of("secure.protocol", "grid", "masking", "ckks")
-SENDS_MORE = one_of("server.algorithm", "scaffold", "fednova", "performance")
+MASKING = one_of("secure.protocol", "masking")
+MAY_MISS = Condition(
+  wording="messages that may be missing (secure.dropout above 0, or server.participation=poisson)",
+  holds=lambda config: config.secure.dropout > 0 or config.server.participation == "poisson",
+  fields=("secure.dropout", "server.participation"),
+  remedy="raise secure.dropout",
+)
+# An algorithm that a user registers may send more.
+SENDS_MORE = Condition(
+  wording="a server.algorithm that sends more than weights, such as scaffold or fednova",
+  holds=lambda config: (
+    config.server.algorithm not in ("fedavg", "fedbn", "fedper", "finetune", "ditto")
+  ),
+  fields=("server.algorithm",),
+  remedy="use one of those",
+)
 CHUNKS = one_of("execution.layout", "chunk")
 CHUNK_OPEN = one_of("execution.layout", "auto")
 

@@ -15,6 +15,13 @@ from fedjax_med.exchange.attack import Attack
 from fedjax_med.exchange.clip_and_noise import clip_and_noise
 from fedjax_med.exchange.download import Download
 from fedjax_med.exchange.fixed_point import choose_grid, fixed_point, modular_sum
+from fedjax_med.exchange.masks import (
+  expected_clients,
+  fewest_answers,
+  masks,
+  may_miss,
+  require_masking,
+)
 from fedjax_med.exchange.transform import SUM, Transform, chain
 
 TRANSFORMS: dict[str, Callable[[], Transform]] = {"identity": chain}
@@ -31,6 +38,7 @@ class Exchange(NamedTuple):
     download: how the model travels to clients; None if it does as it is.
     loss: probability that a message is lost after its client has made it.
     least: messages that a round needs to change anything; 0 if one is enough.
+    clip_place: place in the chain of the transform whose state is DP-FedAvg's clip norm.
   """
 
   transform: Transform
@@ -39,6 +47,7 @@ class Exchange(NamedTuple):
   download: Download | None = None
   loss: float = 0.0
   least: int = 0
+  clip_place: int = -1
 
   @property
   def goes_on(self) -> bool:
@@ -109,9 +118,12 @@ def make_exchange(config: Config, num_clients: int) -> Exchange:
     step = 1 / grid.scale if grid else 0.0
     clip = clip_and_noise(config.client_privacy.clip_norm, step)
     parts, aggregator = [*map(_without_side_channels, parts), clip], equal_sum()
+  clip_place = len(parts) - 1
   if grid is not None:
     parts.append(fixed_point(grid, weighted=not private, counted=not private))
     aggregator = modular_sum(grid.bits, equal=private)
+  if config.secure.protocol == "masking":
+    parts.append(_masks(config, num_clients))
   transform = chain(*parts)
   require(
     aggregator.linear or transform.trust != SUM,
@@ -119,7 +131,31 @@ def make_exchange(config: Config, num_clients: int) -> Exchange:
     f" server.transforms='{config.server.transforms}' the server sees sums only",
     "use server.aggregator=mean, or leave out the transform that hides single updates",
   )
-  return Exchange(transform=transform, aggregator=aggregator)
+  return Exchange(
+    transform=transform,
+    aggregator=aggregator,
+    loss=config.secure.dropout,
+    least=least_messages(config, num_clients),
+    clip_place=clip_place,
+  )
+
+
+def _masks(config: Config, num_clients: int) -> Transform:
+  """The masks of a run; UserError where they would hide nothing."""
+  require_masking(config, num_clients)
+  return masks(
+    config.secure.bits,
+    num_clients,
+    cohort=expected_clients(config, num_clients),
+    executed=config.secure.masks == "executed",
+    lossy=config.secure.dropout > 0,
+  )
+
+
+def least_messages(config: Config, num_clients: int) -> int:
+  """Messages without which a round changes nothing; 0 if one is enough, or none can be missing."""
+  masked = config.secure.protocol == "masking" and may_miss(config)
+  return fewest_answers(config, num_clients) if masked else 0
 
 
 def _require_private(config: Config) -> None:
