@@ -179,7 +179,7 @@ MAY_MISS = Condition(
   wording="messages that may be missing (secure.dropout above 0, or server.participation=poisson)",
   holds=lambda config: config.secure.dropout > 0 or config.server.participation == "poisson",
   fields=("secure.dropout", "server.participation"),
-  remedy="raise secure.dropout",
+  remedy="use secure.dropout=0.1",
 )
 # An algorithm that a user registers may send more.
 SENDS_MORE = Condition(

@@ -47,8 +47,7 @@ def built(**changes):
 EXCHANGES |= {
   "grid": built(secure__protocol="grid"),
   "grid-16": built(secure__protocol="grid", secure__bits=16),
-  "masking": built(secure__protocol="masking"),
-  "masking-executed": built(
+  "masking": built(
     secure__protocol="masking", secure__masks="executed", secure__dropout=0.2, secure__bits=20
   ),
 }
