@@ -47,11 +47,15 @@ def built(**changes):
 EXCHANGES |= {
   "grid": built(secure__protocol="grid"),
   "grid-16": built(secure__protocol="grid", secure__bits=16),
-  "masking": built(
+  "masking": built(secure__protocol="masking", secure__dropout=0.2),
+  "masking-executed": built(
     secure__protocol="masking", secure__masks="executed", secure__dropout=0.2, secure__bits=20
   ),
 }
-every = pytest.mark.parametrize("name", EXCHANGES)
+SLOW = ("masking-executed",)  # its draws take long to compile
+every = pytest.mark.parametrize(
+  "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in EXCHANGES]
+)
 
 
 def messages(seed=0, clients=5):
