@@ -122,7 +122,8 @@ def make_exchange(config: Config, num_clients: int) -> Exchange:
   if grid is not None:
     parts.append(fixed_point(grid, weighted=not private, counted=not private))
     aggregator = modular_sum(grid.bits, equal=private)
-  if config.secure.protocol == "masking":
+  masked = config.secure.protocol == "masking"
+  if masked:
     parts.append(_masks(config, num_clients))
   transform = chain(*parts)
   require(
@@ -134,7 +135,7 @@ def make_exchange(config: Config, num_clients: int) -> Exchange:
   return Exchange(
     transform=transform,
     aggregator=aggregator,
-    loss=config.secure.dropout,
+    loss=config.secure.dropout if masked else 0.0,
     least=least_messages(config, num_clients),
     clip_place=clip_place,
   )
