@@ -77,11 +77,7 @@ def choose_grid(config: Config, num_clients: int) -> Grid:
   least = LEAST_STEPS / secure.range
   if largest < least:
     enough = next(
-      (
-        b
-        for b in range(8, 33)
-        if largest_scale(b, secure.range, num_clients, total) >= least
-      ),
+      (b for b in range(8, 33) if largest_scale(b, secure.range, num_clients, total) >= least),
       0,
     )
     require(
@@ -162,7 +158,11 @@ def fixed_point(grid: Grid, *, weighted: bool = True, counted: bool = True) -> T
   def encode(message, kept, state, sender):
     weight = sender.client.weight if weighted else 1.0
     leaves, structure, kinds = settings(message)
-    numbers, cut, held = [], dict.fromkeys(nothing_cut(message), jnp.int32(0)), collections.Counter()
+    numbers, cut, held = (
+      [],
+      dict.fromkeys(nothing_cut(message), jnp.int32(0)),
+      collections.Counter(),
+    )
     for place, (leaf, (range, scale, name)) in enumerate(zip(leaves, kinds, strict=True)):
       draws = jax.random.fold_in(sender.key, place)
       inside = jnp.clip(leaf, -range, range)

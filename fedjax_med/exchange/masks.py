@@ -161,9 +161,7 @@ def _drawn(key: jax.Array, like: ClientDelta) -> ClientDelta:
   """uint32 words of a seed, in the shapes of a message."""
   leaves, structure = jax.tree.flatten(like)
   words = [
-    jax.random.bits(jax.random.fold_in(key, place), leaf.shape, jnp.uint32)
-    if leaf.size
-    else leaf
+    jax.random.bits(jax.random.fold_in(key, place), leaf.shape, jnp.uint32) if leaf.size else leaf
     for place, leaf in enumerate(leaves)
   ]
   return structure.unflatten(words)
@@ -183,9 +181,7 @@ def _plus(
   )
 
 
-def _unmasked(
-  total: ClientDelta, seeds: jax.Array, receiver: Receiver, lossy: bool
-) -> ClientDelta:
+def _unmasked(total: ClientDelta, seeds: jax.Array, receiver: Receiver, lossy: bool) -> ClientDelta:
   """The sum without the masks that do not cancel in it.
 
   These are their own of clients that arrived, by ``seeds`` [K, 2], and those that clients which

@@ -1,5 +1,6 @@
 """The privacy statement of a run, written from the files of its workdir."""
 
+import math
 import pathlib
 from typing import Any
 
@@ -123,7 +124,7 @@ def _grid_sentences(exchange: dict[str, Any]) -> str:
     return ""
   return (
     f"\nEvery number of an update is cut to ±{grid['range']:g}, weighed and rounded by chance to"
-    f" a multiple of 1/{grid['scale']:.10g}; sums are taken modulo 2^{grid['bits']} and cannot"
+    f" a multiple of 2^{-math.log2(grid['scale']):g}; sums are taken modulo 2^{grid['bits']} and cannot"
     " wrap.\n"
   )
 

@@ -186,7 +186,9 @@ def rounded_norm(shrunk: bool, monkeypatch) -> float:
   plain = chain(clip_and_noise(1.0), fixed_point(grid, weighted=False))
   monkeypatch.setattr(jax.random, "uniform", lambda key, shape: jnp.zeros(shape))
   values = np.random.default_rng(0).uniform(0.5, 100, (3, 400))
-  numbers = encoded(exchange.transform if shrunk else plain, deltas_of(values), [1 / 3] * 3)[0].params
+  numbers = encoded(exchange.transform if shrunk else plain, deltas_of(values), [1 / 3] * 3)[
+    0
+  ].params
   return float(np.linalg.norm(np.asarray(numbers).astype(np.float64) / 64, axis=-1).max())
 
 

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from fedjax_med.audit.planted_hospital import hospital_trials
 from fedjax_med.core.errors import UserError
-from fedjax_med.core.keys import Stream, key_for
+from fedjax_med.core.keys import Stream, base_key, key_for
 from fedjax_med.exchange.fixed_point import choose_grid, fixed_point
 from fedjax_med.exchange.masks import _drawn, _pair_key, expected_clients, fewest_answers, masks
 from fedjax_med.exchange.transform import SUM, Wire, chain
@@ -23,6 +24,7 @@ from fedjax_med.federated.algorithm import (
 from fedjax_med.federated.registry import ALGORITHMS
 from fedjax_med.simulation.mesh import client_mesh
 from fedjax_med.simulation.rounds import init_state, jit_block, make_block, make_round
+from tests.audit.test_planted_hospital import FULL, hyper_of, settings
 from tests.exchange import parts, protocol  # noqa: F401  (parts registers an aggregator)
 from tests.exchange.sent import (
   clients_of,
@@ -30,6 +32,7 @@ from tests.exchange.sent import (
   deltas_of,
   encoded,
   exchange_of,
+  first_of,
   received,
   signed_sum,
 )
@@ -39,6 +42,9 @@ from tests.federated.toy import KEY, make_federation, make_hyper, make_pool
 MASKED = {"secure__protocol": "masking"}
 EXECUTED = {**MASKED, "secure__masks": "executed"}
 LENGTH = 40
+DRAWN = {"server__participation": "poisson", "server__participation_rate": 0.5}
+CENTRAL = {"client_privacy__mechanism": "dp_fedavg", "server__weighting": "uniform"}
+LOSSY = {"secure__dropout": 0.1}
 
 
 def updates(clients, length=LENGTH, seed=0):
@@ -57,8 +63,8 @@ def survivors_of(six, fewest):
 @pytest.mark.parametrize("bits", [32, 20])
 def test_for_every_subset_that_may_be_lost_program_and_reference_give_the_survivors_sum(bits):
   deltas, weights = updates(6)
-  settings = {"secure__bits": bits, "secure__dropout": 0.2, "secure__threshold": 4}
-  program = exchange_of(6, **EXECUTED, **settings)
+  lossy = {"secure__bits": bits, "secure__dropout": 0.2, "secure__threshold": 4}
+  program = exchange_of(6, **EXECUTED, **lossy)
   assert program.least == 4
   plain = exchange_of(6, secure__protocol="grid", secure__bits=bits)
   numbers = np.asarray(encoded(plain.transform, deltas, weights)[0].params)
@@ -289,10 +295,7 @@ def test_scaffolds_variate_stays_the_mean_of_the_clients_where_messages_are_lost
 
 @pytest.mark.parametrize(
   "name",
-  [
-    pytest.param(name, marks=[pytest.mark.slow] * (name != "performance"))
-    for name in ALGORITHMS
-  ],
+  [pytest.param(name, marks=[pytest.mark.slow] * (name != "performance")) for name in ALGORITHMS],
 )
 def test_every_algorithm_of_linear_updates_is_the_same_under_masks_up_to_the_grid(name):
   masked = exchange_of(3, **MASKED, server__algorithm=name)
@@ -310,6 +313,19 @@ def test_every_algorithm_of_linear_updates_is_the_same_under_masks_up_to_the_gri
   assert facts.get("extra_saturated", 0) == 0
 
 
+def test_the_audit_of_a_hospital_sees_through_masks_what_it_sees_without_them():
+  masked = exchange_of(6, **EXECUTED, **CENTRAL, client_privacy__clip_norm=0.3)
+  assert masked.clip_place == 0
+  assert len(masked.transform.init_server(first_of(deltas_of(np.zeros((1, 4)))))) == 3
+  hyper = hyper_of(FULL, settings(FULL, 2.5))
+  found, expected = (
+    hospital_trials(FULL, hyper, 2, 100, base_key(0), exchange) for exchange in (masked, None)
+  )
+  for share, pair in expected.items():
+    for one, other in zip(found[share], pair, strict=True):
+      np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-3)
+
+
 def test_bytes_are_those_of_the_protocol_by_stage():
   for hospitals in (3, 5, 64):
     wire = exchange_of(hospitals, **MASKED, secure__bits=20).transform.wire
@@ -324,16 +340,9 @@ def test_the_threshold_is_of_all_hospitals_or_of_the_cohort_that_is_expected():
   lossy = configured(**MASKED, secure__dropout=0.1)
   assert [fewest_answers(lossy, k) for k in (3, 4, 5, 6, 64)] == [2, 3, 3, 4, 33]
   assert fewest_answers(configured(**MASKED), 5) == 5
-  drawn = configured(
-    **MASKED, server__participation="poisson", server__participation_rate=0.3
-  )
+  drawn = configured(**MASKED, server__participation="poisson", server__participation_rate=0.3)
   assert [expected_clients(drawn, k) for k in (10, 20, 21)] == [3, 6, 7]
   assert [fewest_answers(drawn, k) for k in (10, 20, 21)] == [2, 4, 4]
-
-
-DRAWN = {"server__participation": "poisson", "server__participation_rate": 0.5}
-CENTRAL = {"client_privacy__mechanism": "dp_fedavg", "server__weighting": "uniform"}
-LOSSY = {"secure__dropout": 0.1}
 
 
 @pytest.mark.parametrize(

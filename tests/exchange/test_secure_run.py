@@ -52,7 +52,7 @@ def test_config_and_statement_say_who_sees_what(masked):
   assert record["grid"]["rounding_error_bound"] == 3 / 2**20
   text = (folder / "privacy_statement.md").read_text()
   assert "learns sums over at least 2 of 3 hospitals" in text
-  assert "rounded by chance to a multiple of 1/1048576" in text
+  assert "rounded by chance to a multiple of 2^-20" in text
   assert "(threefry) is not certified" in text
   assert "they know the last one's" in text
 
@@ -68,7 +68,7 @@ def test_executed_masks_end_in_the_same_digest_of_weights(masked, tmp_path):
 def test_the_console_tells_the_scale_and_why_no_sum_wraps(tmp_path, capsys):
   reported_run.run(smoke_config(**{**SECURE, "server__num_rounds": 1}), tmp_path, "smoke", "test")
   told = " ".join(capsys.readouterr().out.split())
-  assert "by protocol masking as whole numbers of 24 bits: ±4, 1.04858e+06 steps to 1" in told
+  assert "by protocol masking as whole numbers of 24 bits: ±4, 2^20 steps to 1" in told
   assert "a sum of 3 is at most 4194307, under 2^23, so that it cannot wrap" in told
   assert "masks elided, a round needs 2 answers" in told
 

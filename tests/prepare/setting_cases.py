@@ -317,9 +317,7 @@ CASES: dict[str, Case] = {
   "client_privacy.count_noise": Case(4.0, "plan", ADAPTIVE, ({}, CENTRAL)),
   "secure.protocol": Case("grid", "program"),
   "secure.range": Case(1.0, "program", GRID, ({},)),
-  "secure.extra_range": Case(
-    16.0, "program", {**GRID, "server.algorithm": "scaffold"}, ({}, GRID)
-  ),
+  "secure.extra_range": Case(16.0, "program", {**GRID, "server.algorithm": "scaffold"}, ({}, GRID)),
   "secure.scale": Case(1024.0, "program", GRID, ({},)),
   "secure.bits": Case(16, "program", GRID, ({},)),
   "secure.masks": Case(
