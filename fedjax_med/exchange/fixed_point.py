@@ -158,11 +158,8 @@ def fixed_point(grid: Grid, *, weighted: bool = True, counted: bool = True) -> T
   def encode(message, kept, state, sender):
     weight = sender.client.weight if weighted else 1.0
     leaves, structure, kinds = settings(message)
-    numbers, cut, held = (
-      [],
-      dict.fromkeys(nothing_cut(message), jnp.int32(0)),
-      collections.Counter(),
-    )
+    numbers, held = [], collections.Counter()
+    cut = dict.fromkeys(nothing_cut(message), jnp.int32(0))
     for place, (leaf, (range, scale, name)) in enumerate(zip(leaves, kinds, strict=True)):
       draws = jax.random.fold_in(sender.key, place)
       inside = jnp.clip(leaf, -range, range)

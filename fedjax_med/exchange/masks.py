@@ -65,21 +65,21 @@ def require_masking(config: Config, num_clients: int) -> None:
   require(
     not drawn or config.client_privacy.mechanism == "none",
     "secure.protocol='masking' with server.participation='poisson' and"
-    f" client_privacy.mechanism='{config.client_privacy.mechanism}': hospitals that share masks know"
-    " who takes part, and its ε counts on that being secret",
+    f" client_privacy.mechanism='{config.client_privacy.mechanism}': hospitals that share masks"
+    " know who takes part, and its ε counts on that being secret",
     "use server.participation=full",
   )
   require(
     secure.dropout == 0 or config.privacy.bands == 1,
-    f"secure.dropout={secure.dropout:g} with privacy.bands={config.privacy.bands}: later noise would"
-    " take back noise that a lost message never carried",
+    f"secure.dropout={secure.dropout:g} with privacy.bands={config.privacy.bands}: later noise"
+    " would take back noise that a lost message never carried",
     "use privacy.bands=1, or secure.dropout=0",
   )
   fewest = fewest_answers(config, num_clients)
   require(
     expected < 2 * fewest and fewest <= expected,
-    f"secure.threshold={secure.threshold} is not above half of the {expected} hospitals that a round"
-    " expects and at most all of them: with half, two groups could unmask an update",
+    f"secure.threshold={secure.threshold} is not above half of the {expected} hospitals that a"
+    " round expects and at most all of them: with half, two groups could unmask an update",
     f"use {expected // 2 + 1} to {expected}, or 0 for {expected // 2 + 1}",
   )
 

@@ -151,8 +151,8 @@ def _secure_line(config: Config, num_clients: int) -> str:
   largest = (num_clients if equal else 1) * grid.range * grid.scale + num_clients
   text = (
     f"updates travel by protocol {config.secure.protocol} as whole numbers of {grid.bits} bits:"
-    f" ±{grid.range:g}, 2^{math.log2(grid.scale):g} steps to 1; a sum of {num_clients} is at most {largest:.10g},"
-    f" under 2^{grid.bits - 1}, so that it cannot wrap"
+    f" ±{grid.range:g}, 2^{math.log2(grid.scale):g} steps to 1; a sum of {num_clients} is"
+    f" at most {largest:.10g}, under 2^{grid.bits - 1}, so that it cannot wrap"
   )
   if config.secure.protocol == "masking":
     fewest = fewest_answers(config, num_clients)

@@ -124,8 +124,8 @@ def _grid_sentences(exchange: dict[str, Any]) -> str:
     return ""
   return (
     f"\nEvery number of an update is cut to ±{grid['range']:g}, weighed and rounded by chance to"
-    f" a multiple of 2^{-math.log2(grid['scale']):g}; sums are taken modulo 2^{grid['bits']} and cannot"
-    " wrap.\n"
+    f" a multiple of 2^{-math.log2(grid['scale']):g}; sums are taken modulo 2^{grid['bits']} and"
+    " cannot wrap.\n"
   )
 
 

@@ -16,7 +16,7 @@ GENERATOR = 3
 
 
 def split(secret: int, shares: int, threshold: int) -> dict[int, int]:
-  """Shamir: points 1 … shares of a polynomial of degree threshold - 1 whose value at 0 is secret."""
+  """Shamir: points 1, 2, ... of a polynomial of degree threshold - 1 that is ``secret`` at 0."""
   factors = [secret, *(secrets.randbelow(PRIME) for _ in range(threshold - 1))]
   points = range(1, shares + 1)
   return {x: sum(f * pow(x, n, PRIME) for n, f in enumerate(factors)) % PRIME for x in points}
@@ -56,7 +56,7 @@ class Hospital:
 
 
 def pair_mask(secret_key: int, me: int, other: int, public_key: int, length: int) -> np.ndarray:
-  """Words that ``me`` adds: those of the agreed seed, or modulo 2^32 their negative if me > other."""
+  """Words that ``me`` adds: those of the agreed seed, or their negatives if me > other."""
   agreed = words(pow(public_key, secret_key, PRIME), length)
   return agreed if me < other else (0 - agreed).astype(np.uint32)
 

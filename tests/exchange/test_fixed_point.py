@@ -115,7 +115,10 @@ def test_rounding_is_unbiased_and_moves_less_than_a_step():
 def test_large_numbers_are_exact_up_to_the_last_bit_of_float32():
   scale, random = 2.0**28, np.random.default_rng(3)
   values = np.concatenate(
-    [np.nextafter(np.float32(4), np.float32(0)) * np.float32([1, -1]), [3.9999, -2.0, 1 / 3]]
+    [
+      np.nextafter(np.float32(4), np.float32(0)) * np.array([1, -1], np.float32),
+      [3.9999, -2.0, 1 / 3],
+    ]
   )
   values = np.concatenate([values, random.uniform(-4, 4, 500)]).astype(np.float32)
   numbers = np.asarray(to_grid(jnp.asarray(values), 4.0, scale, KEY))
@@ -158,7 +161,7 @@ def test_what_is_no_number_counts_nothing_and_is_counted_beside_numbers_that_are
   exchange = exchange_of(3, secure__protocol="grid", server__algorithm="scaffold")
   deltas = deltas_of(values)
   extra = jnp.asarray(np.where(values == 4.5, 2000, values), jnp.float32)
-  joined, update, state = received(exchange, deltas._replace(extra=extra), [0.5, 0.25, 0.25])
+  _, update, state = received(exchange, deltas._replace(extra=extra), [0.5, 0.25, 0.25])
   np.testing.assert_allclose(update.params, [0.5, 2.5, -1.5, 2.5, 1, 1, 1, 1], atol=1e-6)
   np.testing.assert_allclose(update.extra, [0.5, 512.5, -511.5, 512.5, 1, 1, 1, 1], atol=1e-4)
   facts = exchange.transform.facts(state)

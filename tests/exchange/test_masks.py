@@ -313,6 +313,7 @@ def test_every_algorithm_of_linear_updates_is_the_same_under_masks_up_to_the_gri
   assert facts.get("extra_saturated", 0) == 0
 
 
+@pytest.mark.slow
 def test_the_audit_of_a_hospital_sees_through_masks_what_it_sees_without_them():
   masked = exchange_of(6, **EXECUTED, **CENTRAL, client_privacy__clip_norm=0.3)
   assert masked.clip_place == 0
