@@ -159,7 +159,7 @@ def fixed_point(grid: Grid, *, weighted: bool = True, counted: bool = True) -> T
     weight = sender.client.weight if weighted else 1.0
     leaves, structure, kinds = settings(message)
     numbers, held = [], collections.Counter()
-    cut = dict.fromkeys(nothing_cut(message), jnp.int32(0))
+    cut = {name: jnp.int32(0) for name in nothing_cut(message)}
     for place, (leaf, (range, scale, name)) in enumerate(zip(leaves, kinds, strict=True)):
       draws = jax.random.fold_in(sender.key, place)
       inside = jnp.clip(leaf, -range, range)

@@ -96,7 +96,7 @@ def unmasked_sum(
   def recovered(kind: str, owner: int) -> int:
     return combine({number + 1: group[number].held[kind, owner] for number in answering})
 
-  total = np.sum(list(sent.values()), axis=0, dtype=np.uint32)
+  total = np.stack(list(sent.values())).sum(0, dtype=np.uint32)
   for number in sent:
     total = total - words(recovered("own", number), len(total))
   for lost in group:
