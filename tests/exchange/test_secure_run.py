@@ -1,5 +1,7 @@
 """Runs under secure aggregation: what console, files and statement say of it."""
 
+import contextlib
+import io
 import json
 
 import pytest
@@ -19,13 +21,15 @@ SECURE = {
 
 @pytest.fixture(scope="module")
 def masked(tmp_path_factory):
-  """(folder, summary) of a run in which messages are lost."""
-  folder = tmp_path_factory.mktemp("masked")
-  return folder, run(folder, **SECURE)
+  """(folder, summary, what the terminal showed) of a run in which messages are lost."""
+  folder, told = tmp_path_factory.mktemp("masked"), io.StringIO()
+  with contextlib.redirect_stdout(told):
+    summary = run(folder, **SECURE)
+  return folder, summary, " ".join(told.getvalue().split())
 
 
 def test_the_summary_counts_messages_rounds_cut_numbers_and_bytes(masked):
-  _, summary = masked
+  _, summary, _ = masked
   facts = summary["exchange"]
   assert facts["bits"] == 24
   assert facts["scale"] == 2.0**20  # ±4 and 3 roundings under 2^23
@@ -43,7 +47,7 @@ def test_the_summary_counts_messages_rounds_cut_numbers_and_bytes(masked):
 
 
 def test_config_and_statement_say_who_sees_what(masked):
-  folder, _ = masked
+  folder, _, _ = masked
   record = json.loads((folder / "config.json").read_text())["exchange"]
   assert record["protocol"] == "masking"
   assert record["server_sees"] == "sums of updates only"
@@ -57,17 +61,17 @@ def test_config_and_statement_say_who_sees_what(masked):
   assert "they know the last one's" in text
 
 
+@pytest.mark.slow
 def test_executed_masks_end_in_the_same_digest_of_weights(masked, tmp_path):
-  _, summary = masked
+  _, summary, _ = masked
   executed = run(tmp_path, **SECURE, secure__masks="executed")
   assert executed["run_id"] == summary["run_id"]  # masks move no result
   assert executed["weights_sha256"] == summary["weights_sha256"]
   assert executed["exchange"] == summary["exchange"]
 
 
-def test_the_console_tells_the_scale_and_why_no_sum_wraps(tmp_path, capsys):
-  reported_run.run(smoke_config(**{**SECURE, "server__num_rounds": 1}), tmp_path, "smoke", "test")
-  told = " ".join(capsys.readouterr().out.split())
+def test_the_console_tells_the_scale_and_why_no_sum_wraps(masked):
+  _, _, told = masked
   assert "by protocol masking as whole numbers of 24 bits: ±4, 2^20 steps to 1" in told
   assert "a sum of 3 is at most 4194307, under 2^23, so that it cannot wrap" in told
   assert "masks elided, a round needs 2 answers" in told
