@@ -72,7 +72,7 @@ def hospital_trials(
     rounds: rounds of a run.
     number: runs without the hospital; a tenth as many are run with it.
     key: key of the trials.
-    exchange: the run's exchange, whose last transform clips; None for clip and noise alone.
+    exchange: the run's exchange, in which a transform clips; None for clip and noise alone.
   """
   num_clients, q = mechanism.num_units, mechanism.sampling_probability
   algorithm = _algorithm(mechanism.clip_norm)
@@ -109,7 +109,7 @@ def hospital_trials(
       state, scores = carry
       after, _ = run_round(state, clients, pool, hyper, key)
       moved = (after.server.params - state.server.params)[0]
-      seen = moved * expected / state.exchange[-1]
+      seen = moved * expected / state.exchange[exchange.clip_place]
       return after, scores + ratio(seen, q, sigma)
 
     start = (state, jnp.zeros(len(ATTACKS), jnp.float32))

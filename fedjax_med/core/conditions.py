@@ -174,7 +174,6 @@ GIVEN_CLIP_NORM = _not_solved("clip_norm")
 DP_FEDAVG = one_of("client_privacy.mechanism", "dp_fedavg")
 ADAPTIVE = one_of("client_privacy.clipping", "adaptive")
 ON_GRID = one_of("secure.protocol", "grid", "masking", "ckks")
-SENDS_MORE = one_of("server.algorithm", "scaffold", "fednova", "performance")
 LINKS = Condition(
   wording="links between hospitals and server",
   holds=lambda config: config.cost.uplink_mbps != "",
@@ -186,6 +185,25 @@ DEADLINE = Condition(
   holds=lambda config: config.cost.deadline_s > 0 and config.cost.uplink_mbps != "",
   fields=("cost.deadline_s", "cost.uplink_mbps"),
   remedy="use --config.cost.deadline_s=600",
+)
+MASKING = one_of("secure.protocol", "masking")
+MAY_MISS = Condition(
+  wording="messages that may be missing (secure.dropout above 0, server.participation=poisson or"
+  " cost.deadline_s)",
+  holds=lambda config: (
+    config.secure.dropout > 0 or config.server.participation == "poisson" or DEADLINE.holds(config)
+  ),
+  fields=("secure.dropout", "server.participation", "cost.deadline_s"),
+  remedy="use secure.dropout=0.1",
+)
+# An algorithm that a user registers may send more.
+SENDS_MORE = Condition(
+  wording="a server.algorithm that sends more than weights, such as scaffold or fednova",
+  holds=lambda config: (
+    config.server.algorithm not in ("fedavg", "fedbn", "fedper", "finetune", "ditto")
+  ),
+  fields=("server.algorithm",),
+  remedy="use one of those",
 )
 CHUNKS = one_of("execution.layout", "chunk")
 CHUNK_OPEN = one_of("execution.layout", "auto")

@@ -3,7 +3,7 @@
 import dataclasses
 
 from fedjax_med.core import conditions as when
-from fedjax_med.core.fields import above, field, least, never
+from fedjax_med.core.fields import field, least, never
 
 
 @dataclasses.dataclass
@@ -16,18 +16,18 @@ class SecureConfig:
       "none, or updates as whole numbers on a grid: grid (as they are, to compare with), masking"
       " (secure aggregation: masks that cancel in the sum)."
     ),
-    choices=("none", "grid"),
+    choices=("none", "grid", "masking"),
   )
   range: float = field(
     4.0,
     doc="largest absolute value of a number of an update; larger ones are cut and counted.",
-    bounds=above(0, 1e6, remedy="use 1 to 8"),
+    bounds=least(1e-6, 1e6, remedy="use 1 to 8"),
     read=(when.ON_GRID,),
   )
   extra_range: float = field(
     1024.0,
     doc="the same for what an algorithm sends besides (control variates, numbers of steps).",
-    bounds=above(0, 1e6, remedy="use the most local steps a round"),
+    bounds=least(1e-6, 1e6, remedy="use the most local steps a round"),
     read=(when.ON_GRID, when.SENDS_MORE),
   )
   scale: float = field(
@@ -41,6 +41,28 @@ class SecureConfig:
     doc="bits of a number as it travels; sums are taken modulo 2^bits.",
     bounds=least(8, 32, remedy="use 32, or 16 for half the bytes"),
     read=(when.ON_GRID,),
+  )
+  masks: str = field(
+    "elided",
+    doc=(
+      "elided (masks cancel exactly in the sum, so that they are left out: same results at no"
+      " cost), or executed (drawn, added and taken off again)."
+    ),
+    choices=("elided", "executed"),
+    read=(when.MASKING,),
+    shapes_run=never,  # results are equal bit for bit
+  )
+  dropout: float = field(
+    0.0,
+    doc="probability that a hospital's masked update is lost; the sum of the others is recovered.",
+    bounds=least(0, 0.9, remedy="use 0.1"),
+    read=(when.MASKING,),
+  )
+  threshold: int = field(
+    0,
+    doc="fewest answers of a round that counts; 0 is more than half of the expected hospitals.",
+    bounds=least(0, 1e6, remedy="use 0 to let it be chosen"),
+    read=(when.MASKING, when.MAY_MISS),
   )
 
 

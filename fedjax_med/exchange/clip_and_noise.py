@@ -4,6 +4,7 @@ import math
 
 import jax.numpy as jnp
 
+from fedjax_med.core.errors import require
 from fedjax_med.exchange.transform import Transform
 from fedjax_med.federated.algorithm import ClientDelta
 from fedjax_med.privacy.client_level import clip_update, noisy_mean
@@ -20,10 +21,18 @@ def clip_and_noise(clip_norm: float, step: float = 0.0) -> Transform:
     clip_norm: C of the first round; a later one may follow a quantile of the updates' norms.
     step: of the grid that updates are rounded to after the clip. Rounding moves each number by less
       than a step, so that updates are clipped to C less sqrt(P) steps, and are within C after it.
+      Tracing ``encode`` raises UserError where nothing of C would be left.
   """
 
   def encode(message, kept, bound, sender):
     room = math.sqrt(message.params.size) * step
+    require(
+      room < clip_norm,
+      f"client_privacy.clip_norm={clip_norm:g} leaves nothing of an update of"
+      f" {message.params.size:,} weights that is rounded to steps of {step:g}: rounding alone may"
+      f" have the norm {room:g}",
+      "raise client_privacy.clip_norm or secure.bits, or lower secure.range",
+    )
     update, within = clip_update(message.params, jnp.maximum(bound - room, 0) if step else bound)
     return message._replace(params=update), kept, within - 0.5
 

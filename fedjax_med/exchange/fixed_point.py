@@ -3,10 +3,14 @@
 A client clips every number of its update to the range, weighs it, multiplies it by the scale and
 rounds it by chance, without bias. The server adds modulo 2^bits, takes the representative with a
 sign, and divides. The sum of all clients cannot wrap: see ``largest_scale``.
+
+Floats are float32, as everywhere: weight · number is rounded to 24 bits before it is put on the
+grid, and the decoded sum after it. What lies between is exact, since scales are powers of two.
 """
 
+import collections
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +23,8 @@ from fedjax_med.federated.algorithm import ClientDelta
 
 # Weights are float32 shares of 1, whose sum may exceed 1 by rounding.
 SUM_SLACK = 1e-5
+# Fewer from 0 to the range would be rounding noise alone.
+LEAST_STEPS = 8
 
 
 class Grid(NamedTuple):
@@ -30,6 +36,7 @@ class Grid(NamedTuple):
     scale: whole numbers to 1 of these.
     extra_range: as ``range``, of what an algorithm sends besides.
     extra_scale: as ``scale``, of that.
+    num_clients: most clients whose numbers are added.
   """
 
   bits: int
@@ -37,6 +44,12 @@ class Grid(NamedTuple):
   scale: float
   extra_range: float
   extra_scale: float
+  num_clients: int
+
+  @property
+  def rounding_error_bound(self) -> float:
+    """Most that rounding moves a number of the sum of all clients: less than a step for each."""
+    return self.num_clients / self.scale
 
 
 def largest_scale(bits: int, range: float, num_clients: int, total_weight: float) -> float:
@@ -55,25 +68,23 @@ def choose_grid(config: Config, num_clients: int) -> Grid:
   """The grid of a run.
 
   Raises:
-    UserError: a sum could wrap, or the grid would have no steps within the range.
+    UserError: a sum could wrap, the grid would have no steps within the range, or the scale is no
+      power of two.
   """
   secure, equal = config.secure, config.client_privacy.mechanism != "none"
   total = float(num_clients if equal else 1)
   largest = largest_scale(secure.bits, secure.range, num_clients, total)
-  if largest * secure.range < 8:
+  least = LEAST_STEPS / secure.range
+  if largest < least:
     enough = next(
-      (
-        b
-        for b in range(8, 33)
-        if largest_scale(b, secure.range, num_clients, total) >= 8 / secure.range
-      ),
+      (b for b in range(8, 33) if largest_scale(b, secure.range, num_clients, total) >= least),
       0,
     )
     require(
       False,
-      f"secure.bits={secure.bits} leaves fewer than 8 steps from 0 to secure.range="
+      f"secure.bits={secure.bits} leaves fewer than {LEAST_STEPS} steps from 0 to secure.range="
       f"{secure.range:g} for the sum of {num_clients} hospitals",
-      f"use secure.bits={enough} or more" if enough else "lower secure.range",
+      f"use secure.bits={enough} or more" if enough else "use fewer hospitals",
     )
   require(
     secure.scale <= largest,
@@ -81,12 +92,25 @@ def choose_grid(config: Config, num_clients: int) -> Grid:
     f" 2^{secure.bits} above {largest:g}",
     f"use 0 or at most {largest:g}",
   )
+  require(
+    secure.scale == 0 or secure.scale >= least,
+    f"secure.scale={secure.scale:g} leaves fewer than {LEAST_STEPS} steps from 0 to secure.range="
+    f"{secure.range:g}",
+    f"use 0 or at least {least:g}",
+  )
+  power = 2.0 ** math.floor(math.log2(secure.scale or 1))
+  require(
+    secure.scale in (0, power),
+    f"secure.scale={secure.scale:g} is no power of two, so that numbers would be rounded twice",
+    f"use 0 or {power:g}",
+  )
   return Grid(
     bits=secure.bits,
     range=secure.range,
     scale=secure.scale or largest,
     extra_range=secure.extra_range,
     extra_scale=largest_scale(secure.bits, secure.extra_range, num_clients, total),
+    num_clients=num_clients,
   )
 
 
@@ -98,7 +122,7 @@ def to_grid(values: jax.Array, range: float, scale: float, key: jax.Array) -> ja
   Args:
     values: float32 of any shape, at most ``range`` but for those that are cut by it.
     range: largest absolute value.
-    scale: whole numbers to 1.
+    scale: whole numbers to 1, a power of two.
     key: of the draws.
   """
   bounded = jnp.clip(jnp.where(jnp.isfinite(values), values, 0), -range, range)
@@ -117,45 +141,60 @@ def fixed_point(grid: Grid, *, weighted: bool = True, counted: bool = True) -> T
     counted: whether clients tell how many of their numbers were cut.
   """
 
-  def scales(message: ClientDelta) -> ClientDelta:
-    extra = jax.tree.map(lambda _: (grid.extra_range, grid.extra_scale), message.extra)
-    plain = (grid.range, grid.scale)
-    return message._replace(params=plain, state=plain, extra=extra)
+  def settings(message: ClientDelta) -> tuple[list, Any, list[tuple[float, float, str]]]:
+    """Leaves, their structure, and the range, the scale and the count of cut numbers of each."""
+    plain = (grid.range, grid.scale, "saturated")
+    extra = jax.tree.map(
+      lambda _: (grid.extra_range, grid.extra_scale, "extra_saturated"), message.extra
+    )
+    leaves, structure = jax.tree.flatten(message)
+    kinds = structure.flatten_up_to(message._replace(params=plain, state=plain, extra=extra))
+    return leaves, structure, kinds
+
+  def nothing_cut(message: ClientDelta) -> dict[str, jax.Array]:
+    _, _, kinds = settings(message)
+    return {name: jnp.zeros(()) for name in (*(name for _, _, name in kinds), "messages")}
 
   def encode(message, kept, state, sender):
     weight = sender.client.weight if weighted else 1.0
-    leaves, structure = jax.tree.flatten(message)
-    pairs = structure.flatten_up_to(scales(message))
-    numbers, cut, held = [], 0.0, 0
-    for place, (leaf, (range, scale)) in enumerate(zip(leaves, pairs, strict=True)):
+    leaves, structure, kinds = settings(message)
+    numbers, held = [], collections.Counter()
+    cut = {name: jnp.int32(0) for name in nothing_cut(message)}
+    for place, (leaf, (range, scale, name)) in enumerate(zip(leaves, kinds, strict=True)):
       draws = jax.random.fold_in(sender.key, place)
       inside = jnp.clip(leaf, -range, range)
       numbers.append(to_grid(inside * weight, range, scale, draws))
-      cut, held = cut + (jnp.abs(leaf) > range).sum().astype(jnp.float32), held + leaf.size
-    tally = (cut / held, jnp.ones(())) if counted else ()
-    return structure.unflatten(numbers), kept, tally
+      outside = ~(jnp.abs(leaf) <= range)  # what is not a number among them
+      cut[name] += outside.sum(dtype=jnp.int32)
+      held[name] += leaf.size
+    tally = {n: cut[n].astype(jnp.float32) / max(held[n], 1) for n in cut}
+    tally["messages"] = jnp.ones(())
+    return structure.unflatten(numbers), kept, tally if counted else ()
 
   def decode(total, state, tally, receiver):
-    leaves, structure = jax.tree.flatten(total)
-    pairs = structure.flatten_up_to(scales(total))
+    leaves, structure, kinds = settings(total)
     weight = jnp.where(receiver.weight > 0, receiver.weight, 1) if weighted else 1.0
     numbers = [
       leaf.astype(jnp.float32) / (scale * weight)
-      for leaf, (_, scale) in zip(leaves, pairs, strict=True)
+      for leaf, (_, scale, _) in zip(leaves, kinds, strict=True)
     ]
-    state = jax.tree.map(jnp.add, state, tally) if counted else state
-    return structure.unflatten(numbers), state
+    return structure.unflatten(numbers), jax.tree.map(jnp.add, state, tally)
 
   def facts(state):
-    if not counted:
-      return {}
-    cut, messages = (float(value) for value in state)
-    return {"saturated": cut / max(messages, 1.0)}
+    found = {
+      "bits": grid.bits,
+      "scale": grid.scale,
+      "rounding_error_bound": grid.rounding_error_bound,
+    }
+    if counted:
+      messages = max(float(state["messages"]), 1.0)
+      found |= {name: float(cut) / messages for name, cut in state.items() if name != "messages"}
+    return found
 
   return Transform(
     encode=encode,
     decode=decode,
-    init_server=lambda message: (jnp.zeros(()), jnp.zeros(())) if counted else (),
+    init_server=lambda message: nothing_cut(message) if counted else (),
     wire=lambda wire: wire._replace(value_bits=grid.bits),
     facts=facts,
     clients=True,

@@ -16,6 +16,13 @@ from fedjax_med.exchange.attack import Attack
 from fedjax_med.exchange.clip_and_noise import clip_and_noise
 from fedjax_med.exchange.download import Download
 from fedjax_med.exchange.fixed_point import choose_grid, fixed_point, modular_sum
+from fedjax_med.exchange.masks import (
+  expected_clients,
+  fewest_answers,
+  masks,
+  may_miss,
+  require_masking,
+)
 from fedjax_med.exchange.transform import SUM, Transform, chain
 
 TRANSFORMS: dict[str, Callable[[], Transform]] = {"identity": chain}
@@ -33,6 +40,7 @@ class Exchange(NamedTuple):
     loss: probability that a message is lost after its client has made it.
     deadline: whether the server goes on without the clients that are late (``Client.late``).
     least: messages that a round needs to change anything; 0 if one is enough.
+    clip_place: place in the chain of the transform whose state is DP-FedAvg's clip norm.
   """
 
   transform: Transform
@@ -42,6 +50,7 @@ class Exchange(NamedTuple):
   loss: float = 0.0
   deadline: bool = False
   least: int = 0
+  clip_place: int = -1
 
   @property
   def may_lose(self) -> bool:
@@ -123,9 +132,13 @@ def make_exchange(config: Config, num_clients: int) -> Exchange:
     step = 1 / grid.scale if grid else 0.0
     clip = clip_and_noise(config.client_privacy.clip_norm, step)
     parts, aggregator = [*map(_without_side_channels, parts), clip], equal_sum()
+  clip_place = len(parts) - 1
   if grid is not None:
     parts.append(fixed_point(grid, weighted=not private, counted=not private))
     aggregator = modular_sum(grid.bits, equal=private)
+  masked = config.secure.protocol == "masking"
+  if masked:
+    parts.append(_masks(config, num_clients))
   transform = chain(*parts)
   require(
     aggregator.linear or transform.trust != SUM,
@@ -133,7 +146,32 @@ def make_exchange(config: Config, num_clients: int) -> Exchange:
     f" server.transforms='{config.server.transforms}' the server sees sums only",
     "use server.aggregator=mean, or leave out the transform that hides single updates",
   )
-  return Exchange(transform=transform, aggregator=aggregator, deadline=DEADLINE.holds(config))
+  return Exchange(
+    transform=transform,
+    aggregator=aggregator,
+    loss=config.secure.dropout if masked else 0.0,
+    deadline=DEADLINE.holds(config),
+    least=least_messages(config, num_clients),
+    clip_place=clip_place,
+  )
+
+
+def _masks(config: Config, num_clients: int) -> Transform:
+  """The masks of a run; UserError where they would hide nothing."""
+  require_masking(config, num_clients)
+  return masks(
+    config.secure.bits,
+    num_clients,
+    cohort=expected_clients(config, num_clients),
+    executed=config.secure.masks == "executed",
+    lossy=config.secure.dropout > 0 or DEADLINE.holds(config),
+  )
+
+
+def least_messages(config: Config, num_clients: int) -> int:
+  """Messages without which a round changes nothing; 0 if one is enough, or none can be missing."""
+  masked = config.secure.protocol == "masking" and may_miss(config)
+  return fewest_answers(config, num_clients) if masked else 0
 
 
 def _require_private(config: Config) -> None:

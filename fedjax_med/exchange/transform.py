@@ -69,6 +69,7 @@ class Wire(NamedTuple):
     value_bits: bits of a number.
     index_bits: bits that say which number it is; 0 where all are sent.
     beside: bytes besides the numbers, such as scales, seeds and keys.
+    answer: bytes that the client gets for the message to be made, such as keys of other clients.
   """
 
   dense: int
@@ -76,6 +77,7 @@ class Wire(NamedTuple):
   value_bits: int = 32
   index_bits: int = 0
   beside: int = 0
+  answer: int = 0
 
   @property
   def size(self) -> int:

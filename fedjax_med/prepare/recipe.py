@@ -277,9 +277,9 @@ def message_bytes(
     return Wire(dense=numbers, sent=numbers)
 
   exchange, sent = recipe.exchange, jax.eval_shape(algorithm.blank_delta, server)
-  up = exchange.transform.wire(wire(sent)).size
+  up = exchange.transform.wire(wire(sent))
   # What stays at a hospital is not sent down either.
   weights, rest = wire(sent.params), wire((sent.state, server.extra))
   if exchange.download is not None:
     weights = exchange.download.wire(weights)
-  return weights.size + rest.size, up
+  return weights.size + rest.size + up.answer, up.size

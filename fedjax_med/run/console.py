@@ -1,6 +1,7 @@
 """Terminal output of a run: its plan, live progress, the results of each hospital."""
 
 import contextlib
+import math
 import pathlib
 import time
 from collections.abc import Iterator
@@ -19,8 +20,11 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
+from fedjax_med.core.config import Config
 from fedjax_med.core.text import encodable, visible
 from fedjax_med.data.modality import modality_named, worded
+from fedjax_med.exchange.fixed_point import choose_grid
+from fedjax_med.exchange.masks import fewest_answers
 from fedjax_med.folder.data_notes import data_notes
 from fedjax_med.folder.secret import is_private
 from fedjax_med.prepare.experiment import Experiment
@@ -116,6 +120,8 @@ def describe(
   )
   if experiment.program.origin:
     console.print(f"  starts from {escape(experiment.program.origin)}")
+  if config.secure.protocol != "none":
+    console.print(f"  {_secure_line(config, len(experiment.names))}")
   for reason in experiment.program.plan.reasons:
     console.print(f"  plan: {escape(reason)}")
   console.print(_hospital_table(experiment, planned))
@@ -137,6 +143,21 @@ def describe(
     )
   if not experiment.guarantees:
     console.print("Privacy: none (privacy.mechanism=none)")
+
+
+def _secure_line(config: Config, num_clients: int) -> str:
+  """The grid of whole numbers that updates are sent as, and why no sum of them wraps."""
+  grid, equal = choose_grid(config, num_clients), config.client_privacy.mechanism != "none"
+  largest = (num_clients if equal else 1) * grid.range * grid.scale + num_clients
+  text = (
+    f"updates travel by protocol {config.secure.protocol} as whole numbers of {grid.bits} bits:"
+    f" ±{grid.range:g}, 2^{math.log2(grid.scale):g} steps to 1; a sum of {num_clients} is"
+    f" at most {largest:.10g}, under 2^{grid.bits - 1}, so that it cannot wrap"
+  )
+  if config.secure.protocol == "masking":
+    fewest = fewest_answers(config, num_clients)
+    text += f"; masks {config.secure.masks}, a round needs {fewest} answers"
+  return text
 
 
 def _hospital_table(experiment: Experiment, planned: tuple[float, ...]) -> Table:

@@ -1,5 +1,6 @@
 """The privacy statement of a run, written from the files of its workdir."""
 
+import math
 import pathlib
 from typing import Any
 
@@ -112,4 +113,40 @@ def _exchange_sentences(exchange: dict[str, Any]) -> str:
   return (
     "## What the server sees\n\n"
     f"{how}The server sees {exchange['server_sees']} and joins them by {exchange['aggregator']}.\n"
+    f"{_grid_sentences(exchange)}{_mask_sentences(exchange)}"
+  )
+
+
+def _grid_sentences(exchange: dict[str, Any]) -> str:
+  """How updates became whole numbers, if they did."""
+  grid = exchange.get("grid")
+  if grid is None:
+    return ""
+  return (
+    f"\nEvery number of an update is cut to ±{grid['range']:g}, weighed and rounded by chance to"
+    f" a multiple of 2^{-math.log2(grid['scale']):g}; sums are taken modulo 2^{grid['bits']} and"
+    " cannot wrap.\n"
+  )
+
+
+def _mask_sentences(exchange: dict[str, Any]) -> str:
+  """Who sees what under secure aggregation."""
+  if exchange["protocol"] != "masking":
+    return ""
+  fewest, hospitals = exchange["fewest"], exchange["grid"]["num_clients"]
+  drawn = (
+    "The run drew them, added them and took them off again."
+    if exchange["masks"] == "executed"
+    else "The run left them out, since they cancel exactly in the sum."
+  )
+  return (
+    "\nMasks hide each update (secure aggregation, Bonawitz et al. 2017). The server, and whoever"
+    f" reads its messages, learns sums over at least {fewest} of {hospitals} hospitals. It also"
+    " learns which hospitals took part and the weight of each, and of all together how many numbers"
+    " were cut. If all hospitals of a sum but one put their updates together, they know the last"
+    " one's. The sum is exact: it may tell of a patient what any model tells, and only noise"
+    " bounds that.\n"
+    f"\nThe masks are those of a simulation. {drawn} Their generator (threefry) is not certified"
+    " for secrecy, the process that simulates the hospitals has all updates, and the server is"
+    " taken to follow the protocol.\n"
   )

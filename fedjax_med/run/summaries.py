@@ -9,10 +9,12 @@ import jax
 import numpy as np
 
 from fedjax_med import __version__
-from fedjax_med.core.config import to_dict
+from fedjax_med.core.config import Config, to_dict
 from fedjax_med.data.dataset import Hospitals, array_leaves, client_rows
 from fedjax_med.data.recordings import Series, overlapping
 from fedjax_med.data.table_manifest import Table, manifest_record
+from fedjax_med.exchange.fixed_point import choose_grid
+from fedjax_med.exchange.masks import fewest_answers
 from fedjax_med.exchange.registry import make_exchange, transform_names
 from fedjax_med.folder import writing as files
 from fedjax_med.folder.secret import is_private
@@ -86,7 +88,25 @@ def exchange_record(experiment: Experiment) -> dict[str, Any]:
     "aggregator": "a sum in which each counts 1" if summed else config.server.aggregator,
     "server_sees": exchange.transform.trust,
     "protocol": config.secure.protocol,
+    **_secure_record(config, len(experiment.names)),
   }
+
+
+def _secure_record(config: Config, num_clients: int) -> dict[str, Any]:
+  """The grid of whole numbers, and how their masks work, where there are any."""
+  if config.secure.protocol == "none":
+    return {}
+  grid = choose_grid(config, num_clients)
+  record: dict[str, Any] = {
+    "grid": {**grid._asdict(), "rounding_error_bound": grid.rounding_error_bound}
+  }
+  if config.secure.protocol == "masking":
+    record |= {
+      "masks": config.secure.masks,
+      "dropout": config.secure.dropout,
+      "fewest": fewest_answers(config, num_clients),
+    }
+  return record
 
 
 def write_hospitals(folder: pathlib.Path, experiment: Experiment) -> None:

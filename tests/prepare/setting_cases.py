@@ -175,6 +175,7 @@ ADAPTIVE = {**CENTRAL, "client_privacy.clipping": "adaptive"}
 ONE = {"partition.num_clients": 1}
 FIVE = {"partition.num_clients": 5, "partition.min_client_size": 8}
 CNN = {"model.name": "cnn_small"}
+GRID, MASKED = {"secure.protocol": "grid"}, {"secure.protocol": "masking"}
 MLP = {"model.name": "mlp"}
 
 CASES: dict[str, Case] = {
@@ -317,10 +318,15 @@ CASES: dict[str, Case] = {
   "client_privacy.clip_learning_rate": Case(0.5, "traced", ADAPTIVE, ({}, CENTRAL)),
   "client_privacy.count_noise": Case(4.0, "plan", ADAPTIVE, ({}, CENTRAL)),
   "secure.protocol": Case("grid", "program"),
-  "secure.range": Case(2.0, "program", GRID, ({},)),
-  "secure.extra_range": Case(8.0, "program", {**GRID, "server.algorithm": "scaffold"}, (GRID, {})),
+  "secure.range": Case(1.0, "program", GRID, ({},)),
+  "secure.extra_range": Case(16.0, "program", {**GRID, "server.algorithm": "scaffold"}, ({}, GRID)),
   "secure.scale": Case(1024.0, "program", GRID, ({},)),
   "secure.bits": Case(16, "program", GRID, ({},)),
+  "secure.masks": Case(
+    "executed", "masked", MASKED, ({}, GRID), why="masks cancel: results are equal bit for bit"
+  ),
+  "secure.dropout": Case(0.5, "program", MASKED, ({},)),
+  "secure.threshold": Case(3, "program", {**MASKED, "secure.dropout": 0.3}, ({}, MASKED)),
   "cost.uplink_mbps": Case("20", "deployment", LINKED),
   "cost.downlink_mbps": Case("20", "deployment", LINKED, ({},)),
   "cost.latency_ms": Case(100.0, "deployment", LINKED, ({},)),

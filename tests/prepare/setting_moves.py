@@ -107,6 +107,11 @@ def program(one: Config, other: Config) -> bool:
   return text_of(one) != text_of(other)
 
 
+def masked(one: Config, other: Config) -> bool:
+  """The training program (tests/exchange/test_masks.py shows that weights do not move)."""
+  return text_of(one) != text_of(other)
+
+
 def traced(one: Config, other: Config) -> bool:
   """Numbers that one program gets as data."""
   assert text_of(one) == text_of(other)
