@@ -13,6 +13,11 @@ from fedjax_med.core.sources import read_again, source_digest
 from fedjax_med.exchange.aggregator import Aggregator, equal_sum, mean
 from fedjax_med.exchange.attack import Attack
 from fedjax_med.exchange.clip_and_noise import clip_and_noise
+from fedjax_med.exchange.compression.registry import (
+  compression_parts,
+  download_of,
+  require_compression,
+)
 from fedjax_med.exchange.download import Download
 from fedjax_med.exchange.fixed_point import choose_grid, fixed_point, modular_sum
 from fedjax_med.exchange.transform import SUM, Transform, chain
@@ -91,6 +96,7 @@ def require_parts(config: Config) -> None:
     _require_private(config)
   if config.secure.protocol != "none":
     _require_sums(config)
+  require_compression(config)
 
 
 def make_exchange(config: Config, num_clients: int) -> Exchange:
@@ -104,6 +110,7 @@ def make_exchange(config: Config, num_clients: int) -> Exchange:
   if config.secure.protocol != "none":
     grid = choose_grid(config, num_clients)
   parts = [TRANSFORMS[name]() for name in transform_names(config)]
+  parts += compression_parts(config.compression, counted=not private)
   aggregator = AGGREGATORS[config.server.aggregator]()
   if private:
     step = 1 / grid.scale if grid else 0.0
@@ -119,7 +126,15 @@ def make_exchange(config: Config, num_clients: int) -> Exchange:
     f" server.transforms='{config.server.transforms}' the server sees sums only",
     "use server.aggregator=mean, or leave out the transform that hides single updates",
   )
-  return Exchange(transform=transform, aggregator=aggregator)
+  require(
+    aggregator.linear or config.compression.kind != "sketch",
+    f"server.aggregator='{config.server.aggregator}' with compression.kind='sketch': the server gets"
+    " tables, which stand for updates in their sum only",
+    "use server.aggregator=mean, or another compression.kind",
+  )
+  return Exchange(
+    transform=transform, aggregator=aggregator, download=download_of(config.compression)
+  )
 
 
 def _require_private(config: Config) -> None:

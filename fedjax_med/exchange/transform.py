@@ -69,6 +69,8 @@ class Wire(NamedTuple):
     value_bits: bits of a number.
     index_bits: bits that say which number it is; 0 where all are sent.
     beside: bytes besides the numbers, such as scales, seeds and keys.
+    apart: numbers of ``dense`` that are no weights: non-trained state, and what an algorithm sends
+      besides.
   """
 
   dense: int
@@ -76,6 +78,7 @@ class Wire(NamedTuple):
   value_bits: int = 32
   index_bits: int = 0
   beside: int = 0
+  apart: int = 0
 
   @property
   def size(self) -> int:

@@ -109,6 +109,11 @@ def _exchange_sentences(exchange: dict[str, Any]) -> str:
   """The section on transforms of updates and on the messages that the server sees."""
   changed = ", ".join(exchange["transforms"])
   how = f"Updates pass through {changed} on their way. " if changed else ""
+  packed = exchange.get("compression", {})  # older folders do not say
+  if "up" in packed:
+    how += f"Updates are compressed by sending {packed['up']}. "
+  if "down" in packed:
+    how += f"Hospitals get the model as {packed['down']}. "
   return (
     "## What the server sees\n\n"
     f"{how}The server sees {exchange['server_sees']} and joins them by {exchange['aggregator']}.\n"

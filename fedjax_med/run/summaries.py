@@ -13,6 +13,7 @@ from fedjax_med.core.config import to_dict
 from fedjax_med.data.dataset import Hospitals, array_leaves, client_rows
 from fedjax_med.data.recordings import Series, overlapping
 from fedjax_med.data.table_manifest import Table, manifest_record
+from fedjax_med.exchange.compression.registry import compression_notes, compression_words
 from fedjax_med.exchange.registry import make_exchange, transform_names
 from fedjax_med.folder import writing as files
 from fedjax_med.folder.secret import is_private
@@ -59,6 +60,7 @@ def config_record(experiment: Experiment, command: str) -> dict[str, Any]:
       f"Training starts from {experiment.program.origin}: what those weights were trained on is"
       " outside the privacy statement."
     )
+  notes += compression_notes(experiment.config.compression)
   return {
     "run_id": experiment.run_id,
     "command": command,
@@ -85,6 +87,7 @@ def exchange_record(experiment: Experiment) -> dict[str, Any]:
     "aggregator": "a sum in which each counts 1" if summed else config.server.aggregator,
     "server_sees": exchange.transform.trust,
     "protocol": config.secure.protocol,
+    "compression": compression_words(config.compression),
   }
 
 
