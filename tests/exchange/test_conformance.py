@@ -47,6 +47,21 @@ def built(**changes):
 EXCHANGES |= {
   "grid": built(secure__protocol="grid"),
   "grid-16": built(secure__protocol="grid", secure__bits=16),
+  "int": built(compression__kind="int"),
+  "topk-ef": built(
+    compression__kind="topk", compression__share=0.1, compression__error_feedback="ef"
+  ),
+  "sign-ef21": built(compression__kind="sign", compression__error_feedback="ef21"),
+  "randk-ef": built(
+    compression__kind="randk", compression__share=0.2, compression__error_feedback="ef"
+  ),
+  "sketch-ef": built(
+    compression__kind="sketch",
+    compression__rows=3,
+    compression__columns=9,
+    compression__share=0.2,
+    compression__error_feedback="ef",
+  ),
 }
 every = pytest.mark.parametrize("name", EXCHANGES)
 

@@ -173,6 +173,8 @@ ADAPTIVE = {**CENTRAL, "client_privacy.clipping": "adaptive"}
 ONE = {"partition.num_clients": 1}
 FIVE = {"partition.num_clients": 5, "partition.min_client_size": 8}
 CNN = {"model.name": "cnn_small"}
+TOPK = {"compression.kind": "topk"}
+SKETCH = {"compression.kind": "sketch", "compression.columns": 10}
 MLP = {"model.name": "mlp"}
 
 CASES: dict[str, Case] = {
@@ -314,6 +316,14 @@ CASES: dict[str, Case] = {
   "client_privacy.quantile": Case(0.3, "traced", ADAPTIVE, ({}, CENTRAL)),
   "client_privacy.clip_learning_rate": Case(0.5, "traced", ADAPTIVE, ({}, CENTRAL)),
   "client_privacy.count_noise": Case(4.0, "plan", ADAPTIVE, ({}, CENTRAL)),
+  "compression.kind": Case("int", "program"),
+  "compression.bits": Case(4, "program", {"compression.kind": "int"}, ({},)),
+  "compression.share": Case(0.1, "program", TOPK, ({},)),
+  "compression.value_bits": Case(32, "program", TOPK, ({},)),
+  "compression.rows": Case(3, "program", SKETCH, ({}, TOPK)),
+  "compression.columns": Case(12, "program", SKETCH, ({}, TOPK)),
+  "compression.error_feedback": Case("ef", "program", TOPK, ({},)),
+  "compression.download": Case("int", "program"),
   "execution.layout": Case("vmap", "layout", why=LAYOUT),
   "execution.chunk_size": Case(
     2, "layout", {"execution.layout": "chunk", "execution.chunk_size": 1}, ({},), why=LAYOUT

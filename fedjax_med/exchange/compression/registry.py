@@ -26,7 +26,11 @@ KINDS: dict[str, Callable[[CompressionConfig, bool], Compressor]] = {
   "sketch": lambda section, feedback: sketch(section.rows, section.columns, section.share),
 }
 
-FEEDBACK = {"none": "", "ef": ", with error feedback", "ef21": ", as differences to the last (EF21)"}
+FEEDBACK = {
+  "none": "",
+  "ef": ", with error feedback",
+  "ef21": ", as differences to the last (EF21)",
+}
 STAYS_AT_HOME = ("fedbn", "fedper", "finetune")  # algorithms that send a part of the weights
 
 

@@ -16,7 +16,9 @@ def sign() -> Compressor:
   def encode(vector, key):
     size = vector.shape[0]
     blocks = jnp.pad(jnp.abs(vector), (0, -size % BLOCK)).reshape(-1, BLOCK)
-    held = jnp.full((len(blocks),), float(BLOCK)).at[-1].set(float(size - BLOCK * (len(blocks) - 1)))
+    held = (
+      jnp.full((len(blocks),), float(BLOCK)).at[-1].set(float(size - BLOCK * (len(blocks) - 1)))
+    )
     return (vector >= 0).astype(jnp.uint8), blocks.sum(1) / held
 
   def decode(message, size, key):
