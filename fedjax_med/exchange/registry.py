@@ -128,8 +128,8 @@ def make_exchange(config: Config, num_clients: int) -> Exchange:
   )
   require(
     aggregator.linear or config.compression.kind != "sketch",
-    f"server.aggregator='{config.server.aggregator}' with compression.kind='sketch': the server gets"
-    " tables, which stand for updates in their sum only",
+    f"server.aggregator='{config.server.aggregator}' with compression.kind='sketch': the server"
+    " gets tables, which stand for updates in their sum only",
     "use server.aggregator=mean, or another compression.kind",
   )
   return Exchange(

@@ -439,7 +439,7 @@ def test_under_client_level_privacy_the_clip_comes_last_and_nothing_is_counted(k
   hyper = make_hyper()._replace(client_level=level())
   after, _ = block(start, make_clients(), make_pool(), hyper, base_key(7), jnp.asarray(1))
   moved = np.asarray(after.server.params) - before
-  assert 0 < np.linalg.norm(moved)
+  assert np.linalg.norm(moved) > 0
   if kind == "topk":  # the mean of three updates of norm C at most
     assert np.linalg.norm(moved) <= 1e-3 * (1 + 1e-5)
   assert exchange.transform.facts(jax.device_get(after.exchange)) == {}
@@ -447,7 +447,7 @@ def test_under_client_level_privacy_the_clip_comes_last_and_nothing_is_counted(k
 
 SKETCH = {"compression__kind": "sketch", "compression__columns": 8}
 REFUSED = [
-  ({"compression__kind": "int", "compression__bits": 1}, r"bits=1 must be at least 2 and at most 16"),
+  ({"compression__kind": "int", "compression__bits": 1}, r"bits=1 must be at least 2 and at most"),
   ({"compression__kind": "int", "compression__bits": 17}, r"bits=17 must be at least 2"),
   ({"compression__kind": "topk", "compression__share": 0.0}, r"share=0.0 must be above 0"),
   ({"compression__kind": "topk", "compression__share": 1.1}, r"share=1.1 must be above 0"),

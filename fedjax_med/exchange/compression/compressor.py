@@ -21,8 +21,8 @@ class Compressor(NamedTuple):
 
   Attributes:
     encode: (vector [d], key) -> message.
-    decode: (message, d, key) -> vector [d]. ``key`` is that of ``encode`` for a kind whose draws are
-      shared by all clients and the server; others do not read it.
+    decode: (message, d, key) -> vector [d]. ``key`` is that of ``encode`` for a linear kind, whose
+      draws all clients and the server share; others do not read it.
     fields: d -> Field of each array of the message, in order.
     wire: d -> Wire of the message.
     unbiased: whether the mean of decoded vectors over draws is the vector.

@@ -28,10 +28,7 @@ def compressed(compressor: Compressor, feedback: str, *, counted: bool = True) -
 
   def encode(message, kept, state, sender):
     update = message.params
-    if feedback == "none":
-      due = update
-    else:
-      due = update + kept if feedback == "ef" else update - kept
+    due = update if feedback == "none" else update + kept if feedback == "ef" else update - kept
     sent = _through(compressor, due, sender.key)
     tally = _error(due, sent) if counted else ()
     if feedback != "none":

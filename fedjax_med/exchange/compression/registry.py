@@ -29,7 +29,7 @@ KINDS: dict[str, Callable[[CompressionConfig, bool], Compressor]] = {
 FEEDBACK = {
   "none": "",
   "ef": ", with error feedback",
-  "ef21": ", as differences to the last (EF21)",
+  "ef21": ", of differences (EF21)",
 }
 STAYS_AT_HOME = ("fedbn", "fedper", "finetune")  # algorithms that send a part of the weights
 
@@ -62,7 +62,7 @@ def download_of(section: CompressionConfig) -> Download | None:
 
 
 def require_compression(config: Config) -> None:
-  """Raises UserError where compression does not go with other parts, as far as no size is needed."""
+  """Raises UserError where compression does not go with other parts, whatever the size."""
   section, protocol = config.compression, config.secure.protocol
   compressor = upward(section)
   require(

@@ -1,6 +1,7 @@
 """Signs alone, one bit a number, times the mean absolute value of their block."""
 
 import jax.numpy as jnp
+import numpy as np
 
 from fedjax_med.exchange.compression.compressor import BLOCK, Compressor, num_blocks
 from fedjax_med.exchange.compression.packing import Field
@@ -16,9 +17,7 @@ def sign() -> Compressor:
   def encode(vector, key):
     size = vector.shape[0]
     blocks = jnp.pad(jnp.abs(vector), (0, -size % BLOCK)).reshape(-1, BLOCK)
-    held = (
-      jnp.full((len(blocks),), float(BLOCK)).at[-1].set(float(size - BLOCK * (len(blocks) - 1)))
-    )
+    held = np.minimum(BLOCK, size - BLOCK * np.arange(len(blocks))).astype(np.float32)
     return (vector >= 0).astype(jnp.uint8), blocks.sum(1) / held
 
   def decode(message, size, key):

@@ -27,8 +27,8 @@ class Places(NamedTuple):
 def sketch(rows: int, columns: int, share: float) -> Compressor:
   """Adds each number with a drawn sign to a drawn column in each row (FetchSGD, Rothchild 2020).
 
-  ``decode`` takes the median over rows and keeps the k largest. It is biased, and a contraction only
-  where the vector has few large numbers; the table itself is linear.
+  ``decode`` takes the median over rows and keeps the k largest. It is biased, and a contraction
+  only where the vector has few large numbers; the table itself is linear.
 
   Args:
     rows: of the table, whose medians are taken.
