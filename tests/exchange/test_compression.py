@@ -214,7 +214,7 @@ def test_eight_bits_take_at_most_1_01_bytes_a_number_and_topk_60_times_less_than
 
 
 def test_packing_refuses_what_does_not_fit():
-  fields = (Field(count=3, bits=2, dtype="uint8"),)
+  fields = (Field(length=3, bits=2, dtype="uint8"),)
   with pytest.raises(UserError, match="needs more than 2 bits"):
     pack((np.array([1, 2, 4], np.uint8),), fields)
   with pytest.raises(UserError, match="2 numbers where 3 are due"):

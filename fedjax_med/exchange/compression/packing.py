@@ -12,13 +12,13 @@ class Field(NamedTuple):
   """One array of a message.
 
   Attributes:
-    count: its numbers.
+    length: how many numbers it has.
     bits: bits of a number as it travels, at most those of ``dtype``.
     dtype: of the array; floats travel as they are.
     beside: whether it stands after the packed numbers, in whole bytes, as scales and seeds do.
   """
 
-  count: int
+  length: int
   bits: int
   dtype: str
   beside: bool = False
@@ -34,8 +34,8 @@ def pack(message: Sequence[Any], fields: Sequence[Field]) -> bytes:
   for array, field in zip(message, fields, strict=True):
     values = np.asarray(array, field.dtype).reshape(-1)
     require(
-      len(values) == field.count,
-      f"a message of {len(values)} numbers where {field.count} are due",
+      len(values) == field.length,
+      f"a message of {len(values)} numbers where {field.length} are due",
       "pack it with the fields of its own length",
     )
     if field.beside:
@@ -55,9 +55,9 @@ def pack(message: Sequence[Any], fields: Sequence[Field]) -> bytes:
 
 def unpack(data: bytes, fields: Sequence[Field]) -> tuple[np.ndarray, ...]:
   """Inverse of ``pack``; UserError if the bytes are not as many as the fields say."""
-  packed = sum(field.count * field.bits for field in fields if not field.beside)
+  packed = sum(field.length * field.bits for field in fields if not field.beside)
   start = -(-packed // 8)
-  sizes = [field.count * np.dtype(field.dtype).itemsize for field in fields if field.beside]
+  sizes = [field.length * np.dtype(field.dtype).itemsize for field in fields if field.beside]
   require(
     len(data) == start + sum(sizes),
     f"a packed message has {len(data)} bytes where {start + sum(sizes)} are due",
@@ -68,13 +68,13 @@ def unpack(data: bytes, fields: Sequence[Field]) -> tuple[np.ndarray, ...]:
   for field in fields:
     dtype = np.dtype(field.dtype)
     if field.beside:
-      raw = np.frombuffer(data, dtype.newbyteorder("<"), field.count, start)
+      raw = np.frombuffer(data, dtype.newbyteorder("<"), field.length, start)
       arrays.append(raw.astype(dtype))
-      start += field.count * dtype.itemsize
+      start += field.length * dtype.itemsize
       continue
-    own = bits[place : place + field.count * field.bits].reshape(field.count, field.bits)
+    own = bits[place : place + field.length * field.bits].reshape(field.length, field.bits)
     place += own.size
-    words = np.zeros(field.count, _unsigned(field.dtype))
+    words = np.zeros(field.length, _unsigned(field.dtype))
     for column in own.T:
       words = (words << 1) | column
     arrays.append(words.astype(_unsigned(field.dtype)).view(dtype))

@@ -43,8 +43,8 @@ def quantise(bits: int, nearest: bool = False) -> Compressor:
 
   def fields(size):
     return (
-      Field(count=size, bits=bits, dtype="uint16"),
-      Field(count=num_blocks(size), bits=32, dtype="float32", beside=True),
+      Field(length=size, bits=bits, dtype="uint16"),
+      Field(length=num_blocks(size), bits=32, dtype="float32", beside=True),
     )
 
   def wire(size):

@@ -38,8 +38,8 @@ def randk(share: float, unscaled: bool = False) -> Compressor:
 
   def fields(size):
     return (
-      Field(count=kept(share, size), bits=32, dtype="float32"),
-      Field(count=2, bits=32, dtype="uint32", beside=True),
+      Field(length=kept(share, size), bits=32, dtype="float32"),
+      Field(length=2, bits=32, dtype="uint32", beside=True),
     )
 
   how = "as they are" if unscaled else "scaled to be without bias"

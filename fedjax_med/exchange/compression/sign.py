@@ -26,8 +26,8 @@ def sign() -> Compressor:
 
   def fields(size):
     return (
-      Field(count=size, bits=1, dtype="uint8"),
-      Field(count=num_blocks(size), bits=32, dtype="float32", beside=True),
+      Field(length=size, bits=1, dtype="uint8"),
+      Field(length=num_blocks(size), bits=32, dtype="float32", beside=True),
     )
 
   def wire(size):

@@ -62,7 +62,7 @@ def sketch(rows: int, columns: int, share: float) -> Compressor:
   return Compressor(
     encode=encode,
     decode=decode,
-    fields=lambda size: (Field(count=rows * columns, bits=32, dtype="float32"),),
+    fields=lambda size: (Field(length=rows * columns, bits=32, dtype="float32"),),
     wire=lambda size: Wire(dense=rows * columns, sent=rows * columns),
     unbiased=False,
     contraction=False,

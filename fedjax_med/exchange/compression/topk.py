@@ -37,10 +37,10 @@ def topk(share: float, value_bits: int) -> Compressor:
 
   def fields(size):
     count = kept(share, size)
-    scale = (Field(count=1, bits=32, dtype="float32", beside=True),) if half else ()
+    scale = (Field(length=1, bits=32, dtype="float32", beside=True),) if half else ()
     return (
-      Field(count=count, bits=value_bits, dtype=f"float{value_bits}"),
-      Field(count=count, bits=index_bits(size), dtype="uint32"),
+      Field(length=count, bits=value_bits, dtype=f"float{value_bits}"),
+      Field(length=count, bits=index_bits(size), dtype="uint32"),
       *scale,
     )
 
