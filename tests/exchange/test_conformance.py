@@ -63,7 +63,11 @@ EXCHANGES |= {
     compression__error_feedback="ef",
   ),
 }
-every = pytest.mark.parametrize("name", EXCHANGES)
+SLOW = {"sign-ef21", "randk-ef", "sketch-ef"}  # as int and topk-ef are, of other kinds
+every = pytest.mark.parametrize(
+  "name",
+  [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in EXCHANGES],
+)
 
 
 def messages(seed=0, clients=5):
