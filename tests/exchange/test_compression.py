@@ -38,6 +38,7 @@ from tests.exchange.make_fedjax_golden import BITS, GOLDEN, golden_vector
 from tests.federated.test_conformance import rounds
 from tests.federated.toy import make_clients, make_federation, make_hyper, make_pool
 from tests.privacy.test_client_level import level
+from tests.running import run
 
 KEY = base_key(3)
 UNBIASED = {"int 2": quantise(2), "int 3": quantise(3), "int 8": quantise(8), "randk": randk(0.25)}
@@ -517,3 +518,24 @@ def test_signs_without_feedback_and_the_variants_that_feedback_takes_are_said():
   words = compression_words(CompressionConfig(kind="int", error_feedback="ef21", download="sign"))
   assert "rounded to the nearest level" in words["up"]
   assert "signs" in words["down"]
+
+
+def test_a_run_writes_its_bytes_its_error_what_was_done_and_the_warning(tmp_path):
+  section = CompressionConfig(kind="sign", download="int")
+  summary = run(tmp_path, compression=section, server__num_rounds=2, execution__devices=1)
+  size = summary["num_parameters"]
+  assert summary["bytes_up"] == sign().wire(size).size
+  assert summary["bytes_down"] == quantise(8).wire(size).size
+  both = summary["bytes_up"] + summary["bytes_down"]
+  assert summary["megabytes"] == pytest.approx(2 * 3 * both / 1e6, abs=1e-6)
+  assert 0 < summary["exchange"]["compression_error"] < 1
+  config = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
+  assert config["exchange"]["compression"] == compression_words(section)
+  assert compression_notes(section)[0] in config["notes"]
+  statement = (tmp_path / "privacy_statement.md").read_text(encoding="utf-8")
+  for sentence in (
+    "Updates are compressed by sending signs, times the mean absolute value of each block. ",
+    "Hospitals get the model as differences to what hospitals hold: whole numbers of 8 bits",
+    "ε is the same as without compression",
+  ):
+    assert sentence in statement

@@ -319,7 +319,7 @@ CASES: dict[str, Case] = {
   "compression.kind": Case("int", "program"),
   "compression.bits": Case(4, "program", {"compression.kind": "int"}, ({},)),
   "compression.share": Case(0.1, "program", TOPK, ({},)),
-  "compression.value_bits": Case(32, "program", TOPK, ({},)),
+  "compression.value_bits": Case(32, "program", {**TOPK, "compression.share": 0.1}, ({},)),
   "compression.rows": Case(3, "program", SKETCH, ({}, TOPK)),
   "compression.columns": Case(12, "program", SKETCH, ({}, TOPK)),
   "compression.error_feedback": Case("ef", "program", TOPK, ({},)),
