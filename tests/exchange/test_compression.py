@@ -65,6 +65,7 @@ def vectors(count, size, seed=0):
   return values.astype(np.float32)
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def through(compressor, vector, key):
   return compressor.decode(compressor.encode(vector, key), vector.shape[0], key)
 
@@ -133,7 +134,7 @@ def test_a_contraction_takes_off_its_part_of_any_vector(name, size):
   compressor = CONTRACTIONS[name] if size > 1 or "topk" not in name else topk(1.0, int(name[5:]))
   assert compressor.contraction
   share = max(1, int(0.1 * size)) / size if "topk" in name else 1 / size
-  decode = jax.jit(functools.partial(through, compressor))
+  decode = functools.partial(through, compressor)
   one = np.zeros((1, size), np.float32)
   one[0, -1] = -3.0
   for vector in (*vectors(5, size), *one, np.ones(size, np.float32)):
@@ -156,14 +157,15 @@ def test_unscaled_randk_contracts_in_the_mean_over_draws():
 @pytest.mark.parametrize("bits", [16, 32])
 def test_topk_keeps_exactly_k_of_ties_the_first_as_a_stable_sort_does(bits):
   random = np.random.default_rng(1)
+  encode = jax.jit(topk(0.2, bits).encode)
   for trial in range(20):
     vector = random.integers(-3, 4, 50).astype(np.float32)
     vector[trial] = 0
-    values, indices, *_ = topk(0.2, bits).encode(jnp.asarray(vector), KEY)
+    values, indices, *_ = encode(jnp.asarray(vector), KEY)
     expected = np.argsort(-np.abs(vector), kind="stable")[:10]
     assert sorted(np.asarray(indices).tolist()) == sorted(expected.tolist())
     assert len(values) == 10
-  zeros = np.asarray(topk(0.2, bits).encode(jnp.zeros(50), KEY)[1])
+  zeros = np.asarray(encode(jnp.zeros(50), KEY)[1])
   assert sorted(zeros.tolist()) == list(range(10))
 
 
@@ -304,7 +306,7 @@ def test_without_feedback_nothing_is_kept_and_what_is_left_out_is_lost():
   transform = compressed(topk(0.1, 32), "none")
   assert transform.init_client(update_of(np.ones(60))) == ()
   updates = vectors(2, 60)
-  message, _, _ = transform.encode(update_of(updates[1]), (), (), sender())
+  message, _, _ = jax.jit(transform.encode)(update_of(updates[1]), (), (), sender())
   np.testing.assert_array_equal(message.params, numpy_topk(updates[1], 6))
 
 
@@ -320,13 +322,13 @@ def test_an_update_that_is_not_finite_is_sent_as_such_and_leaves_the_memory_as_i
 
 def test_the_error_of_messages_is_their_mean_share_of_the_square():
   transform, updates = compressed(topk(0.1, 32), "none"), vectors(3, 60)
-  state = transform.init_server(update_of(updates[0]))
+  state, encode = transform.init_server(update_of(updates[0])), jax.jit(transform.encode)
   for update in updates:
-    _, _, tally = transform.encode(update_of(update), (), state, sender())
+    _, _, tally = encode(update_of(update), (), state, sender())
     _, state = transform.decode(update_of(update), state, tally, receiver())
   shares = [np.square(u - numpy_topk(u, 6)).sum() / np.square(u).sum() for u in updates]
   assert transform.facts(state)["compression_error"] == pytest.approx(np.mean(shares), rel=1e-5)
-  zero = transform.encode(update_of(np.zeros(60, np.float32)), (), state, sender())[2]
+  zero = encode(update_of(np.zeros(60, np.float32)), (), state, sender())[2]
   assert [float(value) for value in zero] == [0, 1]
 
 
@@ -349,8 +351,7 @@ def test_a_sketch_finds_the_large_numbers_of_a_mean_by_the_median_of_its_rows():
   vector = vectors(1, 2000)[0] * 0.01
   large = [3, 700, 701, 1999]
   vector[large] = [5, -4, 3, -6]
-  decode = jax.jit(functools.partial(through, sketch(5, 200, 4 / 2000)))
-  found = np.asarray(decode(jnp.asarray(vector), KEY))
+  found = np.asarray(through(sketch(5, 200, 4 / 2000), jnp.asarray(vector), KEY))
   assert np.flatnonzero(found).tolist() == large
   np.testing.assert_allclose(found[large], vector[large], atol=0.5)
 
@@ -380,15 +381,15 @@ def test_the_server_of_a_sketch_feeds_back_what_it_has_not_decoded():
 
 def test_the_way_down_sends_differences_as_its_numpy_loop_does():
   down, weights = differences(topk(0.1, 32)), vectors(30, 60).cumsum(0)
-  held = down.init(jnp.asarray(weights[0]))
+  held, send = down.init(jnp.asarray(weights[0])), jax.jit(down.send)
   expected = weights[0]
   for params in weights:
-    got, held = jax.jit(down.send)(jnp.asarray(params), held, KEY)
+    got, held = send(jnp.asarray(params), held, KEY)
     expected = expected + numpy_topk(params - expected, 6)
     np.testing.assert_array_equal(got, expected)
     np.testing.assert_array_equal(held, expected)
   for _ in range(10):  # the model stands still, and clients catch up
-    got, held = down.send(jnp.asarray(weights[-1]), held, KEY)
+    got, held = send(jnp.asarray(weights[-1]), held, KEY)
   np.testing.assert_allclose(got, weights[-1], rtol=1e-5)
   assert down.wire(Wire(dense=60, sent=60)).size == topk(0.1, 32).wire(60).size
 
@@ -520,6 +521,7 @@ def test_signs_without_feedback_and_the_variants_that_feedback_takes_are_said():
   assert "signs" in words["down"]
 
 
+@pytest.mark.slow
 def test_a_run_writes_its_bytes_its_error_what_was_done_and_the_warning(tmp_path):
   section = CompressionConfig(kind="sign", download="int")
   summary = run(tmp_path, compression=section, server__num_rounds=2, execution__devices=1)
