@@ -63,6 +63,17 @@ def _modality(name: str) -> Callable[[Config], bool]:
   return lambda config: _facts(config).modality == name
 
 
+def _compresses(*kinds: str) -> Condition:
+  """The condition that updates or the model are compressed by one of these kinds."""
+  names = " or ".join(kinds)
+  return Condition(
+    wording=f"compression.kind or compression.download={names}",
+    holds=lambda config: config.compression.kind in kinds or config.compression.download in kinds,
+    fields=("compression.kind", "compression.download"),
+    remedy="use one of those" if len(kinds) > 1 else f"use --config.compression.kind={names}",
+  )
+
+
 def _drawn_side(config: Config) -> bool:
   return not (_facts(config).own_split and config.data.split == "paper")
 
@@ -173,6 +184,9 @@ GIVEN_ROUNDS, GIVEN_BATCH_SIZE = _not_solved("rounds"), _not_solved("batch_size"
 GIVEN_CLIP_NORM = _not_solved("clip_norm")
 DP_FEDAVG = one_of("client_privacy.mechanism", "dp_fedavg")
 ADAPTIVE = one_of("client_privacy.clipping", "adaptive")
+WHOLE_NUMBERS, SPARSE = _compresses("int"), _compresses("topk", "randk", "sketch")
+TOPK, SKETCH = _compresses("topk"), one_of("compression.kind", "sketch")
+COMPRESSED = one_of("compression.kind", "int", "sign", "topk", "randk", "sketch")
 ON_GRID = one_of("secure.protocol", "grid", "masking", "ckks")
 LINKS = Condition(
   wording="links between hospitals and server",

@@ -15,7 +15,7 @@ import types
 from typing import Any
 
 from fedjax_med.core.errors import require
-from fedjax_med.core.exchange_sections import CostConfig, SecureConfig
+from fedjax_med.core.exchange_sections import CompressionConfig, CostConfig, SecureConfig
 from fedjax_med.core.execution_sections import EvalConfig, ExecutionConfig
 from fedjax_med.core.fields import Field, always, field, fields_of, least, never, one_of, undeclared
 from fedjax_med.core.privacy_sections import ClientPrivacyConfig, PrivacyConfig
@@ -79,6 +79,7 @@ class Config:
   server: ServerConfig = dataclasses.field(default_factory=ServerConfig)
   privacy: PrivacyConfig = dataclasses.field(default_factory=PrivacyConfig)
   client_privacy: ClientPrivacyConfig = dataclasses.field(default_factory=ClientPrivacyConfig)
+  compression: CompressionConfig = dataclasses.field(default_factory=CompressionConfig)
   secure: SecureConfig = dataclasses.field(default_factory=SecureConfig)
   cost: CostConfig = dataclasses.field(default_factory=CostConfig)
   execution: ExecutionConfig = dataclasses.field(default_factory=ExecutionConfig)

@@ -3,7 +3,68 @@
 import dataclasses
 
 from fedjax_med.core import conditions as when
-from fedjax_med.core.fields import field, least, never
+from fedjax_med.core.fields import above, field, least, never
+
+
+@dataclasses.dataclass
+class CompressionConfig:
+  """How many bytes updates and the model take on their way."""
+
+  kind: str = field(
+    "none",
+    doc=(
+      "of updates: none, int (whole numbers of a few bits), sign, topk (the largest numbers), randk"
+      " (numbers drawn by chance) or sketch (a small table that adds up over hospitals)."
+    ),
+    choices=("none", "int", "sign", "topk", "randk", "sketch"),
+  )
+  bits: int = field(
+    8,
+    doc="bits of a number of int.",
+    bounds=least(2, 16, remedy="use 8, or 4 for half the bytes"),
+    read=(when.WHOLE_NUMBERS,),
+  )
+  share: float = field(
+    0.01,
+    doc="part of the numbers that topk and randk send, and that a sketch is decoded to.",
+    bounds=above(0, 1, remedy="use 0.01 to 0.1"),
+    read=(when.SPARSE,),
+  )
+  value_bits: int = field(
+    16,
+    doc="bits of a number of topk, 16 or 32; which number it is takes further bits.",
+    bounds=least(16, 32, remedy="use 16 or 32"),
+    read=(when.TOPK,),
+  )
+  rows: int = field(
+    5,
+    doc="rows of a sketch, whose median is taken.",
+    bounds=least(1, 15, remedy="use 3 or 5"),
+    read=(when.SKETCH,),
+  )
+  columns: int = field(
+    1000,
+    doc="columns of a sketch.",
+    bounds=least(1, 2**24, remedy="use a fiftieth of the weights"),
+    read=(when.SKETCH,),
+  )
+  error_feedback: str = field(
+    "none",
+    doc=(
+      "what a message leaves out: none (it is lost), ef (the next one adds it; of a sketch the"
+      " server does), ef21 (messages are differences to what was sent so far)."
+    ),
+    choices=("none", "ef", "ef21"),
+    read=(when.COMPRESSED,),
+  )
+  download: str = field(
+    "none",
+    doc=(
+      "of the model: none, or differences to what hospitals hold, as int, sign, topk or randk with"
+      " the numbers above; what one leaves out is in the next."
+    ),
+    choices=("none", "int", "sign", "topk", "randk"),
+  )
 
 
 @dataclasses.dataclass

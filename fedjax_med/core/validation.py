@@ -105,6 +105,12 @@ def validate(config: Config) -> None:
     " the published width",
     "use model.width=1, or leave model.pretrained empty",
   )
+  value_bits = config.compression.value_bits
+  require(
+    value_bits in (16, 32),
+    f"compression.value_bits={value_bits} is the width of no floating-point number here",
+    "use 16 or 32",
+  )
   _validate_synthetic(config)
   _validate_privacy(config)
   _validate_client_privacy(config)

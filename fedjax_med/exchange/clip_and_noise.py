@@ -46,6 +46,8 @@ def clip_and_noise(clip_norm: float, step: float = 0.0) -> Transform:
     encode=encode,
     decode=decode,
     init_server=lambda message: jnp.asarray(clip_norm, jnp.float32),
+    # Numbers that were packed stay so, and the factor of the clip travels beside them.
+    wire=lambda wire: wire if wire.value_bits == 32 else wire._replace(beside=wire.beside + 4),
     answers_nobody=True,
     clients=True,
   )

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from fedjax_med.core.config import Config
 from fedjax_med.core.errors import require
 from fedjax_med.exchange.aggregator import Aggregator
-from fedjax_med.exchange.transform import Transform
+from fedjax_med.exchange.transform import Transform, Wire
 from fedjax_med.federated.algorithm import ClientDelta
 
 # Weights are float32 shares of 1, whose sum may exceed 1 by rounding.
@@ -195,7 +195,10 @@ def fixed_point(grid: Grid, *, weighted: bool = True, counted: bool = True) -> T
     encode=encode,
     decode=decode,
     init_server=lambda message: nothing_cut(message) if counted else (),
-    wire=lambda wire: wire._replace(value_bits=grid.bits),
+    # All numbers, whatever was left out before: none can be left out of a sum.
+    wire=lambda wire: Wire(
+      dense=wire.dense, sent=wire.dense, value_bits=grid.bits, apart=wire.apart
+    ),
     facts=facts,
     clients=True,
   )

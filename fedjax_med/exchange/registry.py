@@ -14,6 +14,11 @@ from fedjax_med.core.sources import read_again, source_digest
 from fedjax_med.exchange.aggregator import Aggregator, equal_sum, mean
 from fedjax_med.exchange.attack import Attack
 from fedjax_med.exchange.clip_and_noise import clip_and_noise
+from fedjax_med.exchange.compression.registry import (
+  compression_parts,
+  download_of,
+  require_compression,
+)
 from fedjax_med.exchange.download import Download
 from fedjax_med.exchange.fixed_point import choose_grid, fixed_point, modular_sum
 from fedjax_med.exchange.masks import (
@@ -114,6 +119,7 @@ def require_parts(config: Config) -> None:
     " that later steps take back may have been on an update that did not arrive",
     "use privacy.bands=1, or cost.deadline_s=0",
   )
+  require_compression(config)
 
 
 def make_exchange(config: Config, num_clients: int) -> Exchange:
@@ -127,6 +133,7 @@ def make_exchange(config: Config, num_clients: int) -> Exchange:
   if config.secure.protocol != "none":
     grid = choose_grid(config, num_clients)
   parts = [TRANSFORMS[name]() for name in transform_names(config)]
+  parts += compression_parts(config.compression, counted=not private)
   aggregator = AGGREGATORS[config.server.aggregator]()
   if private:
     step = 1 / grid.scale if grid else 0.0
@@ -146,9 +153,16 @@ def make_exchange(config: Config, num_clients: int) -> Exchange:
     f" server.transforms='{config.server.transforms}' the server sees sums only",
     "use server.aggregator=mean, or leave out the transform that hides single updates",
   )
+  require(
+    aggregator.linear or config.compression.kind != "sketch",
+    f"server.aggregator='{config.server.aggregator}' with compression.kind='sketch': the server"
+    " gets tables, which stand for updates in their sum only",
+    "use server.aggregator=mean, or another compression.kind",
+  )
   return Exchange(
     transform=transform,
     aggregator=aggregator,
+    download=download_of(config.compression),
     loss=config.secure.dropout if masked else 0.0,
     deadline=DEADLINE.holds(config),
     least=least_messages(config, num_clients),

@@ -70,6 +70,8 @@ class Wire(NamedTuple):
     index_bits: bits that say which number it is; 0 where all are sent.
     beside: bytes besides the numbers, such as scales, seeds and keys.
     answer: bytes that the client gets for the message to be made, such as keys of other clients.
+    apart: numbers of ``dense`` that are no weights: non-trained state, and what an algorithm sends
+      besides.
   """
 
   dense: int
@@ -78,6 +80,7 @@ class Wire(NamedTuple):
   index_bits: int = 0
   beside: int = 0
   answer: int = 0
+  apart: int = 0
 
   @property
   def size(self) -> int:

@@ -7,7 +7,7 @@ import numpy as np
 
 from fedjax_med.core.config import ClientPrivacyConfig, Config
 from fedjax_med.core.errors import require
-from fedjax_med.core.exchange_sections import CostConfig, SecureConfig
+from fedjax_med.core.exchange_sections import CompressionConfig, CostConfig, SecureConfig
 from fedjax_med.data.dataset import (
   ClientTable,
   Hospitals,
@@ -229,6 +229,7 @@ def with_plain_server(config: Config) -> Config:
     server=server,
     eval=measured,
     client_privacy=ClientPrivacyConfig(),
+    compression=CompressionConfig(),
     secure=SecureConfig(),
     cost=CostConfig(),
   )

@@ -184,8 +184,9 @@ def _needs(problem: PlanProblem, choice: Choice) -> float:
   """Upper estimate from shapes of the memory of one device, bytes."""
   arguments, num_clients = problem.arguments, len(problem.steps)
   data = tree_bytes(arguments.pool) + 4 * arguments.clients.indices.size
-  client_state = tree_bytes(arguments.state.client_states) // num_clients
-  return rough_bytes(choice, problem.model, num_clients, data, client_state)
+  state = arguments.state
+  kept = tree_bytes((state.client_states, state.transform_states)) // num_clients
+  return rough_bytes(choice, problem.model, num_clients, data, kept)
 
 
 def _estimate(problem: PlanProblem, choice: Choice) -> float:

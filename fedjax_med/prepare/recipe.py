@@ -18,6 +18,7 @@ from fedjax_med.core.errors import require
 from fedjax_med.core.keys import Stream, base_key, key_for
 from fedjax_med.data.dataset import Dataset
 from fedjax_med.data.modality import Modality, modality_named, scaling_of
+from fedjax_med.exchange.compression.registry import require_size
 from fedjax_med.exchange.registry import Exchange, make_exchange
 from fedjax_med.exchange.transform import Wire
 from fedjax_med.federated.algorithm import FederatedAlgorithm, ServerState
@@ -152,6 +153,8 @@ def make_recipe(config: Config, dataset: Dataset, shapes: Shapes) -> Recipe:
 
   image = jax.ShapeDtypeStruct((1, *dataset.inputs.shape[1:]), jnp.float32)
   fresh = jax.eval_shape(create_model(config.model, num_columns).init, base_key(0), image)
+  spec = network_spec(*fresh)
+  require_size(config.compression, spec.params.size)
   return Recipe(
     config=config,
     shapes=shapes,
@@ -162,7 +165,7 @@ def make_recipe(config: Config, dataset: Dataset, shapes: Shapes) -> Recipe:
     cohort_cap=cap,
     cores=cores,
     network=network,
-    spec=network_spec(*fresh),
+    spec=spec,
   )
 
 
@@ -272,12 +275,12 @@ def message_bytes(
   def size(tree: Any) -> int:
     return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(tree))
 
-  def wire(tree: Any) -> Wire:
+  def wire(tree: Any, apart: int = 0) -> Wire:
     numbers = size(tree)
-    return Wire(dense=numbers, sent=numbers)
+    return Wire(dense=numbers, sent=numbers, apart=apart)
 
   exchange, sent = recipe.exchange, jax.eval_shape(algorithm.blank_delta, server)
-  up = exchange.transform.wire(wire(sent))
+  up = exchange.transform.wire(wire(sent, size((sent.state, sent.extra))))
   # What stays at a hospital is not sent down either.
   weights, rest = wire(sent.params), wire((sent.state, server.extra))
   if exchange.download is not None:

@@ -23,6 +23,7 @@ from rich.text import Text
 from fedjax_med.core.config import Config
 from fedjax_med.core.text import encodable, visible
 from fedjax_med.data.modality import modality_named, worded
+from fedjax_med.exchange.compression.registry import compression_notes
 from fedjax_med.exchange.fixed_point import choose_grid
 from fedjax_med.exchange.masks import fewest_answers
 from fedjax_med.folder.data_notes import data_notes
@@ -118,6 +119,8 @@ def describe(
     f"Model {config.model.name} (norm {config.model.norm}, {num_parameters:,} parameters);"
     f" {config.server.num_rounds} rounds of {config.server.algorithm}"
   )
+  for note in compression_notes(config.compression):
+    console.print(f"[yellow]{escape(note)}[/]")
   if experiment.program.origin:
     console.print(f"  starts from {escape(experiment.program.origin)}")
   if config.secure.protocol != "none":

@@ -56,7 +56,11 @@ def statement_text(workdir: pathlib.Path) -> str:
   if not record["guarantees"] and "released" in held:  # else privacy.json lists it
     text += f"\n## What hospitals tell besides\n\n{statistics_gap(held['released'])}\n"
   exchange = config.get("exchange")  # folders of versions up to 0.2.0 do not say
-  return text if exchange is None else f"{text}\n{_exchange_sentences(exchange)}"
+  return (
+    text
+    if exchange is None
+    else f"{text}\n{_exchange_sentences(exchange, bool(record['guarantees']))}"
+  )
 
 
 def _table_sentences(table: dict[str, Any], private: bool) -> str:
@@ -106,10 +110,20 @@ def _series_sentences(series: dict[str, Any], private: bool) -> str:
   )
 
 
-def _exchange_sentences(exchange: dict[str, Any]) -> str:
+def _exchange_sentences(exchange: dict[str, Any], private: bool) -> str:
   """The section on transforms of updates and on the messages that the server sees."""
   changed = ", ".join(exchange["transforms"])
   how = f"Updates pass through {changed} on their way. " if changed else ""
+  packed = exchange.get("compression", {})  # older folders do not say
+  if "up" in packed:
+    how += f"Updates are compressed by sending {packed['up']}. "
+  if "down" in packed:
+    how += f"Hospitals get the model as {packed['down']}. "
+  if packed and private:
+    how += (
+      "ε is the same as without compression: records are noised before it, and updates of whole"
+      " hospitals are clipped and noised after it. "
+    )
   return (
     "## What the server sees\n\n"
     f"{how}The server sees {exchange['server_sees']} and joins them by {exchange['aggregator']}.\n"

@@ -13,6 +13,7 @@ from fedjax_med.core.config import Config, to_dict
 from fedjax_med.data.dataset import Hospitals, array_leaves, client_rows
 from fedjax_med.data.recordings import Series, overlapping
 from fedjax_med.data.table_manifest import Table, manifest_record
+from fedjax_med.exchange.compression.registry import compression_notes, compression_words
 from fedjax_med.exchange.fixed_point import choose_grid
 from fedjax_med.exchange.masks import fewest_answers
 from fedjax_med.exchange.registry import make_exchange, transform_names
@@ -62,6 +63,7 @@ def config_record(experiment: Experiment, command: str) -> dict[str, Any]:
       f"Training starts from {experiment.program.origin}: what those weights were trained on is"
       " outside the privacy statement."
     )
+  notes += compression_notes(experiment.config.compression)
   return {
     "run_id": experiment.run_id,
     "command": command,
@@ -89,6 +91,7 @@ def exchange_record(experiment: Experiment) -> dict[str, Any]:
     "server_sees": exchange.transform.trust,
     "protocol": config.secure.protocol,
     **_secure_record(config, len(experiment.names)),
+    "compression": compression_words(config.compression),
   }
 
 

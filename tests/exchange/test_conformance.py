@@ -51,10 +51,27 @@ EXCHANGES |= {
   "masking-executed": built(
     secure__protocol="masking", secure__masks="executed", secure__dropout=0.2, secure__bits=20
   ),
+  "int": built(compression__kind="int"),
+  "topk-ef": built(
+    compression__kind="topk", compression__share=0.1, compression__error_feedback="ef"
+  ),
+  "sign-ef21": built(compression__kind="sign", compression__error_feedback="ef21"),
+  "randk-ef": built(
+    compression__kind="randk", compression__share=0.2, compression__error_feedback="ef"
+  ),
+  "sketch-ef": built(
+    compression__kind="sketch",
+    compression__rows=3,
+    compression__columns=9,
+    compression__share=0.2,
+    compression__error_feedback="ef",
+  ),
 }
-SLOW = ("masking-executed",)  # its draws take long to compile
+# Draws of masks take long to compile; the other kinds are as int and topk-ef are.
+SLOW = {"masking-executed", "sign-ef21", "randk-ef", "sketch-ef"}
 every = pytest.mark.parametrize(
-  "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in EXCHANGES]
+  "name",
+  [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in EXCHANGES],
 )
 
 

@@ -176,6 +176,8 @@ ONE = {"partition.num_clients": 1}
 FIVE = {"partition.num_clients": 5, "partition.min_client_size": 8}
 CNN = {"model.name": "cnn_small"}
 GRID, MASKED = {"secure.protocol": "grid"}, {"secure.protocol": "masking"}
+TOPK = {"compression.kind": "topk"}
+SKETCH = {"compression.kind": "sketch", "compression.columns": 10}
 MLP = {"model.name": "mlp"}
 
 CASES: dict[str, Case] = {
@@ -334,6 +336,14 @@ CASES: dict[str, Case] = {
   "cost.step_seconds": Case(0.7, "deployment", LINKED, ({},)),
   "cost.price_gb": Case(0.1, "deployment", LINKED, ({},)),
   "cost.deadline_s": Case(1.5, "program", {**LINKED, "cost.client_speed": "1,1,0.5"}, ({},)),
+  "compression.kind": Case("int", "program"),
+  "compression.bits": Case(4, "program", {"compression.kind": "int"}, ({},)),
+  "compression.share": Case(0.1, "program", TOPK, ({},)),
+  "compression.value_bits": Case(32, "program", {**TOPK, "compression.share": 0.1}, ({},)),
+  "compression.rows": Case(3, "program", SKETCH, ({}, TOPK)),
+  "compression.columns": Case(12, "program", SKETCH, ({}, TOPK)),
+  "compression.error_feedback": Case("ef", "program", TOPK, ({},)),
+  "compression.download": Case("int", "program"),
   "execution.layout": Case("vmap", "layout", why=LAYOUT),
   "execution.chunk_size": Case(
     2, "layout", {"execution.layout": "chunk", "execution.chunk_size": 1}, ({},), why=LAYOUT
