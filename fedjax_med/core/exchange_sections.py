@@ -14,9 +14,10 @@ class SecureConfig:
     "none",
     doc=(
       "none, or updates as whole numbers on a grid: grid (as they are, to compare with), masking"
-      " (secure aggregation: masks that cancel in the sum)."
+      " (secure aggregation: masks that cancel in the sum), ckks (homomorphic encryption: the server"
+      " adds ciphertexts)."
     ),
-    choices=("none", "grid"),
+    choices=("none", "grid", "ckks"),
   )
   range: float = field(
     4.0,
@@ -41,4 +42,31 @@ class SecureConfig:
     doc="bits of a number as it travels; sums are taken modulo 2^bits.",
     bounds=least(8, 32, remedy="use 32, or 16 for half the bytes"),
     read=(when.ON_GRID,),
+  )
+  he_preset: str = field(
+    "sum",
+    doc=(
+      "parameters of CKKS: sum (degree 4096, primes of 54 and 54 bits: all that sums need), or"
+      " nvflare (degree 8192, 60, 40 and 40 bits: NVFlare's)."
+    ),
+    choices=("sum", "nvflare"),
+    read=(when.ENCRYPTED,),
+  )
+  he: str = field(
+    "run",
+    doc=(
+      "run encrypts (needs the extra he); model only adds the whole numbers, which gives the same"
+      " bits, and counts bytes of ciphertexts. A sweep needs model."
+    ),
+    choices=("run", "model"),
+    read=(when.ENCRYPTED,),
+  )
+  encrypt_every: int = field(
+    1,
+    doc=(
+      "rounds from one that encrypts to the next; between them sums are modelled, to save time."
+      " Bytes are counted as if every round encrypted."
+    ),
+    bounds=least(1, 1_000_000, remedy="use 1"),
+    read=(when.ENCRYPTED, when.ENCRYPTS),
   )

@@ -12,6 +12,7 @@ from fedjax_med.core.registered import add_name
 from fedjax_med.core.sources import read_again, source_digest
 from fedjax_med.exchange.aggregator import Aggregator, equal_sum, mean
 from fedjax_med.exchange.attack import Attack
+from fedjax_med.exchange.ckks import PRESETS, ciphertexts, encrypted_sum, require_ckks
 from fedjax_med.exchange.clip_and_noise import clip_and_noise
 from fedjax_med.exchange.download import Download
 from fedjax_med.exchange.fixed_point import choose_grid, fixed_point, modular_sum
@@ -112,14 +113,28 @@ def make_exchange(config: Config, num_clients: int) -> Exchange:
   if grid is not None:
     parts.append(fixed_point(grid, weighted=not private, counted=not private))
     aggregator = modular_sum(grid.bits, equal=private)
+  if config.secure.protocol == "ckks":
+    require_ckks(config, num_clients)
+    parts.append(ciphertexts(config.secure.he_preset, config))
+    aggregator = _ckks_sum(config, aggregator, private)
   transform = chain(*parts)
+  # The rule that is asked for: the host that encrypts needs every message, and its server none.
   require(
-    aggregator.linear or transform.trust != SUM,
+    AGGREGATORS[config.server.aggregator]().linear or transform.trust != SUM,
     f"server.aggregator='{config.server.aggregator}' needs every update, and with"
     f" server.transforms='{config.server.transforms}' the server sees sums only",
     "use server.aggregator=mean, or leave out the transform that hides single updates",
   )
   return Exchange(transform=transform, aggregator=aggregator)
+
+
+def _ckks_sum(config: Config, modelled: Aggregator, equal: bool) -> Aggregator:
+  """The sum of ciphertexts, or the sum that it equals where encryption is modelled."""
+  secure = config.secure
+  if secure.he == "model":
+    return modelled
+  preset = PRESETS[secure.he_preset]
+  return encrypted_sum(preset, secure.bits, every=secure.encrypt_every, equal=equal)
 
 
 def _require_private(config: Config) -> None:

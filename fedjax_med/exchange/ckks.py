@@ -1,0 +1,419 @@
+"""CKKS: hospitals encrypt the whole numbers of their updates, and the server adds ciphertexts.
+
+The scheme (Cheon et al. 2017) computes with approximate real numbers. A whole number n of the grid
+(exchange/fixed_point.py) travels as n · gain, and the decrypted sum over gain is rounded to whole
+numbers again. The gain makes the largest sum of the grid as large as the preset can hold, whatever
+the scale of the grid, so that the error of decryption is far below half a step: 0.004 to 0.006
+steps of a grid of 32 bits under the preset sum, below 0.0001 under nvflare (``python -m
+benchmarks.ckks``). Rounding then takes all of it away. The encrypted sum is the plain one on the
+grid bit for bit, a resumed run repeats itself although encryption is random, and ``secure.he=model``
+needs no model of the error: it is exactly 0.
+
+Hospitals encrypt with the public key. The server has no other key; a third party, the key holder,
+decrypts the sum. The library is TenSEAL, the extra ``he``.
+"""
+
+import functools
+import importlib
+import importlib.util
+import math
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fedjax_med.core.config import Config
+from fedjax_med.core.errors import require
+from fedjax_med.exchange.aggregator import Aggregator
+from fedjax_med.exchange.fixed_point import modular_sum
+from fedjax_med.exchange.transform import SUM, Transform
+
+SCALE = 2.0**40  # of CKKS: steps to 1 of its own numbers
+# A sum is rounded right if its error is below half a step; half of that is left as a margin.
+MOST_ERROR = 0.25
+DEVIATIONS = 8.0  # of the error, that must lie within MOST_ERROR: 1e-15 a number
+
+
+class Preset(NamedTuple):
+  """Parameters of CKKS at 128-bit security, and their measured costs.
+
+  Attributes:
+    degree: N of the ring; a ciphertext holds N/2 numbers.
+    primes: bits of the primes; the last one is for keys alone.
+    room: largest absolute value of a sum of numbers in a ciphertext; 2^40 · room stays under half of
+      the modulus.
+    deviation: standard deviation of the error of a number that one hospital encrypted.
+    ciphertext_bytes: bytes of a serialised ciphertext.
+    seal_seconds: to encrypt and serialise a million numbers, on one core.
+    add_seconds: to read and add them at the server.
+    open_seconds: to decrypt a million numbers of the sum.
+  """
+
+  degree: int
+  primes: tuple[int, ...]
+  room: float
+  deviation: float
+  ciphertext_bytes: int
+  seal_seconds: float
+  add_seconds: float
+  open_seconds: float
+
+  @property
+  def slots(self) -> int:
+    """Numbers of a ciphertext."""
+    return self.degree // 2
+
+
+# Measured by python -m benchmarks.ckks --out benchmarks/results/ckks-cpu.json
+PRESETS = {
+  "sum": Preset(
+    degree=4096,
+    primes=(54, 54),
+    room=2.0**12,
+    deviation=1.0e-9,
+    ciphertext_bytes=61_730,
+    seal_seconds=1.0,
+    add_seconds=0.1,
+    open_seconds=0.2,
+  ),
+  "nvflare": Preset(
+    degree=8192,
+    primes=(60, 40, 40),
+    room=2.0**22,
+    deviation=2.0e-9,
+    ciphertext_bytes=235_110,
+    seal_seconds=1.2,
+    add_seconds=0.2,
+    open_seconds=0.3,
+  ),
+}
+
+
+class EncryptedRound(NamedTuple):
+  """Measurements of one encrypted round.
+
+  Attributes:
+    messages: hospitals that took part.
+    numbers: numbers of each message.
+    bytes: of all their ciphertexts.
+    encrypt: seconds of all hospitals together.
+    serialise: seconds to write and read all ciphertexts.
+    add: seconds of the server.
+    decrypt: seconds of the key holder.
+    error: largest distance of a decrypted sum from the true one, in steps of the grid.
+  """
+
+  messages: int
+  numbers: int
+  bytes: int
+  encrypt: float
+  serialise: float
+  add: float
+  decrypt: float
+  error: float
+
+
+class Keys(NamedTuple):
+  """One key pair.
+
+  Attributes:
+    public: TenSEAL's context without the secret key, for hospitals and server.
+    secret: TenSEAL's secret key, for the key holder.
+    slots: numbers of a ciphertext.
+  """
+
+  public: Any
+  secret: Any
+  slots: int
+
+
+_measured: list[EncryptedRound] = []  # of this process
+
+
+def measured() -> tuple[EncryptedRound, ...]:
+  """Every encrypted round of this process, in order; those of a run come after those before it."""
+  return tuple(_measured)
+
+
+def totals(rounds: Sequence[EncryptedRound]) -> dict[str, Any]:
+  """Sums over rounds for timing.json; {} of none. Times and random bytes are no results."""
+  if not rounds:
+    return {}
+  sums = {
+    name: round(sum(getattr(one, name) for one in rounds), 3)
+    for name in ("messages", "bytes", "encrypt", "serialise", "add", "decrypt")
+  }
+  return {"rounds": len(rounds), **sums, "max_error": max(one.error for one in rounds)}
+
+
+def require_tenseal() -> None:
+  """Raises UserError where TenSEAL is not installed."""
+  require(
+    importlib.util.find_spec("tenseal") is not None,
+    "secure.protocol='ckks' needs the package tenseal",
+    "run python -m pip install -e '.[he]', or set --config.secure.he=model, which counts the bytes"
+    " and takes the same sums without encrypting",
+  )
+
+
+def require_ckks(config: Config, num_clients: int) -> None:
+  """Raises UserError where K hospitals cannot encrypt as configured."""
+  secure, preset = config.secure, PRESETS[config.secure.he_preset]
+  require(
+    num_clients >= 2,
+    f"secure.protocol='ckks' with {num_clients} hospital: the sum would be its update",
+    "use at least two, or secure.protocol=none",
+  )
+  most = most_hospitals(preset, secure.bits)
+  require(
+    num_clients <= most,
+    f"secure.protocol='ckks': the errors of {num_clients} ciphertexts add up to more than"
+    f" {MOST_ERROR:g} steps of the grid with secure.he_preset='{secure.he_preset}', which holds for"
+    f" at most {most} hospitals",
+    "use secure.he_preset=nvflare, or lower secure.bits",
+  )
+  if secure.he == "model":
+    return
+  require_tenseal()
+  require(
+    jax.process_count() == 1,
+    f"secure.he='run' in {jax.process_count()} processes: one process has to see every ciphertext",
+    "use one process, or secure.he=model",
+  )
+
+
+def gain_of(preset: Preset, bits: int) -> float:
+  """Number of CKKS to 1 of the grid, a power of two: sums under 2^(bits - 1) fill the room."""
+  return preset.room / 2.0 ** (bits - 1)
+
+
+def most_hospitals(preset: Preset, bits: int) -> int:
+  """The most hospitals whose errors stay within ``MOST_ERROR``; they grow as the root of K."""
+  return math.floor((MOST_ERROR * gain_of(preset, bits) / (DEVIATIONS * preset.deviation)) ** 2)
+
+
+def make_keys(preset: Preset, *, symmetric: bool = False) -> Keys:
+  """A new key pair.
+
+  Args:
+    preset: parameters.
+    symmetric: whether hospitals encrypt with the secret key, as NVFlare's do. Its error is smaller,
+      and any hospital can then open the messages of all others.
+  """
+  tenseal = importlib.import_module("tenseal")
+  kinds = tenseal.ENCRYPTION_TYPE
+  context = tenseal.context(
+    tenseal.SCHEME_TYPE.CKKS,
+    preset.degree,
+    coeff_mod_bit_sizes=list(preset.primes),
+    encryption_type=kinds.SYMMETRIC if symmetric else kinds.ASYMMETRIC,
+  )
+  context.global_scale = SCALE
+  public = context
+  if not symmetric:
+    written = context.serialize(
+      save_public_key=True, save_secret_key=False, save_galois_keys=False, save_relin_keys=False
+    )
+    public = tenseal.context_from(written)
+  return Keys(public=public, secret=context.secret_key(), slots=preset.slots)
+
+
+class Clock:
+  """Seconds by kind of work."""
+
+  def __init__(self) -> None:
+    self.seconds = {"encrypt": 0.0, "serialise": 0.0, "add": 0.0, "decrypt": 0.0}
+
+  def time(self, name: str, work: Callable[[], Any]) -> Any:
+    """Result of ``work``, whose seconds count as ``name``."""
+    begun = time.perf_counter()
+    result = work()
+    self.seconds[name] += time.perf_counter() - begun
+    return result
+
+
+def add_encrypted(
+  messages: Sequence[Sequence[np.ndarray]], keys: Keys, gain: float
+) -> tuple[np.ndarray, EncryptedRound]:
+  """The sum of whole numbers by way of ciphertexts, of which two are in memory at a time.
+
+  Args:
+    messages: of each hospital int32 vectors, which travel one after another.
+    keys: the key pair.
+    gain: number of CKKS to 1 of the grid.
+
+  Returns:
+    int64 sums [D], and measurements.
+
+  Raises:
+    RuntimeError: a decrypted sum is not the sum, which no input can bring about that keeps to the
+      grid.
+  """
+  tenseal = importlib.import_module("tenseal")
+  numbers = sum(leaf.size for leaf in messages[0])
+  sums, clock, size, error = np.empty(numbers, np.int64), Clock(), 0, 0.0
+  for start in range(0, numbers, keys.slots):
+    part = slice(start, min(start + keys.slots, numbers))
+    total, truth = None, np.zeros(part.stop - part.start, np.int64)
+    for message in messages:
+      whole = _piece(message, part)
+      truth += whole
+      values = whole * gain
+      sealed = clock.time("encrypt", functools.partial(tenseal.ckks_vector, keys.public, values))
+      sent = clock.time("serialise", sealed.serialize)
+      size += len(sent)
+      # The server's copy, made of bytes alone.
+      arrived = clock.time(
+        "serialise", functools.partial(tenseal.ckks_vector_from, keys.public, sent)
+      )
+      if total is None:
+        total = arrived
+      else:
+        clock.time("add", functools.partial(total.add_, arrived))
+    assert total is not None
+    opened = clock.time("decrypt", functools.partial(total.decrypt, keys.secret))
+    found = np.asarray(opened) / gain
+    error = max(error, float(np.abs(found - truth).max()))
+    sums[part] = np.rint(found).astype(np.int64)
+  if not error < 0.5:
+    raise RuntimeError(f"CKKS: a decrypted sum is {error:g} steps of the grid off the true one")
+  record = EncryptedRound(
+    messages=len(messages), numbers=numbers, bytes=size, error=error, **clock.seconds
+  )
+  return sums, record
+
+
+def _piece(vectors: Sequence[np.ndarray], part: slice) -> np.ndarray:
+  """Numbers of a part of the vectors as one, without copying the rest."""
+  pieces, begin = [], 0
+  for vector in vectors:
+    low, high = max(part.start - begin, 0), min(part.stop - begin, vector.size)
+    if low < high:
+      pieces.append(vector[low:high])
+    begin += vector.size
+  return np.concatenate(pieces)
+
+
+def encrypted_sum(preset: Preset, bits: int, *, every: int = 1, equal: bool = False) -> Aggregator:
+  """The sum of ``modular_sum``, made by encrypting each message on the host.
+
+  The host is called once a round, or more often under vmap, outside of all devices' work: its
+  result is a function of the messages alone, so that a second call does no harm. Keys are made at
+  the first call, and are those of this aggregator.
+
+  Args:
+    preset: parameters.
+    bits: of the modulus of the grid.
+    every: rounds from one that encrypts to the next; the aggregator's memory counts them.
+    equal: as that of ``modular_sum``.
+  """
+  plain, gain = modular_sum(bits, equal=equal), gain_of(preset, bits)
+  keys = functools.cache(lambda: make_keys(preset))
+
+  def add(weights, *leaves):
+    present = np.flatnonzero(np.asarray(weights) > 0)
+    rows = [np.asarray(leaf).reshape(len(weights), -1) for leaf in leaves]
+    if not present.size:
+      return np.zeros(sum(row.shape[1] for row in rows), np.uint32)
+    sums, record = add_encrypted([[row[k] for row in rows] for k in present], keys(), gain)
+    _measured.append(record)
+    return sums.astype(np.uint32)  # modulo 2^32
+
+  def combine(messages, weights, joint):
+    leaves, structure = jax.tree.flatten(messages)
+    sizes = [math.prod(leaf.shape[1:]) for leaf in leaves]
+
+    def encrypted():
+      shape = jax.ShapeDtypeStruct((sum(sizes),), jnp.uint32)
+      total = jax.pure_callback(add, shape, weights, *leaves, vmap_method="sequential")
+      parts = jnp.split(total, np.cumsum(sizes)[:-1])
+      return structure.unflatten(
+        [part.reshape(leaf.shape[1:]) for part, leaf in zip(parts, leaves, strict=True)]
+      )
+
+    if every == 1:
+      return encrypted()
+    due = joint.last % every == 0
+    return jax.lax.cond(due, encrypted, lambda: plain.combine(messages, weights, joint))
+
+  counts = every > 1
+  return plain._replace(
+    combine=combine,
+    linear=False,
+    init=(lambda blank: jnp.zeros((), jnp.int32)) if counts else plain.init,
+    remember=(lambda aggregate, last: last + 1) if counts else plain.remember,
+  )
+
+
+def ciphertexts(name: str, config: Config) -> Transform:
+  """Counts bytes of ciphertexts, and says that the server sees sums only; numbers stay as they are.
+
+  Args:
+    name: of the preset.
+    config: validated config.
+  """
+  secure = config.secure
+
+  def facts(state):
+    return {
+      "he_preset": name,
+      "he": secure.he,
+      **({"encrypt_every": secure.encrypt_every} if secure.he == "run" else {}),
+    }
+
+  return Transform(
+    encode=lambda message, kept, state, sender: (message, kept, ()),
+    decode=lambda aggregate, state, tally, receiver: (aggregate, state),
+    # Of a ciphertext no number has bits of its own.
+    wire=lambda wire: wire._replace(
+      value_bits=0, index_bits=0, beside=wire.beside + message_size(PRESETS[name], wire.sent)
+    ),
+    trust=SUM,
+    facts=facts,
+    clients=True,
+  )
+
+
+def message_size(preset: Preset, numbers: int) -> int:
+  """Bytes of a message of so many numbers, to 1 in 1,000: serialised ciphertexts are compressed."""
+  return -(-numbers // preset.slots) * preset.ciphertext_bytes
+
+
+class Cost(NamedTuple):
+  """Estimated cost of a run's encryption.
+
+  Attributes:
+    message: bytes a hospital and round.
+    total: bytes of all hospitals and rounds.
+    hospital: seconds of a hospital a round, to encrypt.
+    host: seconds of the simulation, which does the work of all.
+  """
+
+  message: int
+  total: int
+  hospital: float
+  host: float
+
+
+def estimate(config: Config, numbers: int, senders: float) -> Cost:
+  """Estimates a run's encryption from the measured constants of its preset.
+
+  Args:
+    config: validated config.
+    numbers: of a message.
+    senders: hospitals of a round, expected.
+  """
+  secure, preset = config.secure, PRESETS[config.secure.he_preset]
+  rounds, size = config.server.num_rounds, message_size(preset, numbers)
+  executed = math.ceil(rounds / secure.encrypt_every) if secure.he == "run" else 0
+  millions = numbers / 1e6
+  a_round = millions * (senders * (preset.seal_seconds + preset.add_seconds) + preset.open_seconds)
+  return Cost(
+    message=size,
+    total=round(size * senders * rounds),
+    hospital=millions * preset.seal_seconds,
+    host=a_round * executed,
+  )
