@@ -9,10 +9,11 @@ import jax
 import numpy as np
 
 from fedjax_med import __version__
-from fedjax_med.core.config import to_dict
+from fedjax_med.core.config import Config, to_dict
 from fedjax_med.data.dataset import Hospitals, array_leaves, client_rows
 from fedjax_med.data.recordings import Series, overlapping
 from fedjax_med.data.table_manifest import Table, manifest_record
+from fedjax_med.exchange.ckks import PRESETS
 from fedjax_med.exchange.registry import make_exchange, transform_names
 from fedjax_med.folder import writing as files
 from fedjax_med.folder.secret import is_private
@@ -85,6 +86,24 @@ def exchange_record(experiment: Experiment) -> dict[str, Any]:
     "aggregator": "a sum in which each counts 1" if summed else config.server.aggregator,
     "server_sees": exchange.transform.trust,
     "protocol": config.secure.protocol,
+    **_encryption(config),
+  }
+
+
+def _encryption(config: Config) -> dict[str, Any]:
+  """What the statement says of CKKS; {} without it."""
+  if config.secure.protocol != "ckks":
+    return {}
+  preset = PRESETS[config.secure.he_preset]
+  drawn = config.server.participation == "poisson"
+  return {
+    "ckks": {
+      "degree": preset.degree,
+      "primes": list(preset.primes),
+      "executed": config.secure.he == "run",
+      "may_be_one": drawn,
+      "noise": config.client_privacy.mechanism != "none",
+    }
   }
 
 

@@ -196,7 +196,7 @@ def log(
 def finish(
   folder: pathlib.Path,
   summary: dict[str, Any],
-  seconds: dict[str, float],
+  seconds: dict[str, Any],
   federation: Case | None = None,
 ) -> None:
   """Writes the end of a run.
@@ -204,11 +204,13 @@ def finish(
   Args:
     folder: the workdir.
     summary: from ``summaries.summary_record``.
-    seconds: of timing.json.
+    seconds: of timing.json; measurements of encryption are a dictionary of their own.
     federation: the run, where its baselines have ended too and join its results; None leaves them
       out.
   """
-  rounded = {name: round(value, 3) for name, value in seconds.items()}
+  rounded = {
+    name: value if isinstance(value, dict) else round(value, 3) for name, value in seconds.items()
+  }
   files.write_json(folder / "timing.json", rounded)
   if is_first():
     baselines = None if federation is None else _read_baselines(federation, folder)
