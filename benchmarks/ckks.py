@@ -1,7 +1,7 @@
 """What CKKS costs: bytes, seconds and error of encrypted sums, by preset and kind of key.
 
-Three hospitals send 75,000 whole numbers of a grid of 32 bits. The constants of
-``fedjax_med.exchange.ckks.PRESETS`` are those of the public keys, which runs use; symmetric ones are
+Three hospitals send 75,000 whole numbers of a grid of 32 bits. Runs use public keys,
+whose figures are the constants of ``fedjax_med.exchange.ckks.PRESETS``; symmetric ones are
 NVFlare's. Needs the extra he.
 
 Example: taskset -c 0 python -m benchmarks.ckks --json --out benchmarks/results/ckks-cpu.json

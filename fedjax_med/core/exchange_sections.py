@@ -14,8 +14,7 @@ class SecureConfig:
     "none",
     doc=(
       "none, or updates as whole numbers on a grid: grid (as they are, to compare with), masking"
-      " (secure aggregation: masks that cancel in the sum), ckks (homomorphic encryption: the server"
-      " adds ciphertexts)."
+      " (secure aggregation: masks that cancel in the sum), ckks (the server adds ciphertexts)."
     ),
     choices=("none", "grid", "ckks"),
   )

@@ -3,11 +3,11 @@
 The scheme (Cheon et al. 2017) computes with approximate real numbers. A whole number n of the grid
 (exchange/fixed_point.py) travels as n · gain, and the decrypted sum over gain is rounded to whole
 numbers again. The gain makes the largest sum of the grid as large as the preset can hold, whatever
-the scale of the grid, so that the error of decryption is far below half a step: at most 0.0053
-steps of a grid of 32 bits under the preset sum, and 0.00001 under nvflare, for three hospitals of
-75,000 numbers (``python -m benchmarks.ckks``). Rounding then takes all of it away. The encrypted sum is the plain one on the
-grid bit for bit, a resumed run repeats itself although encryption is random, and ``secure.he=model``
-needs no model of the error: it is exactly 0.
+the scale of the grid. The error of decryption is then far below half a step: at most 0.0053 steps
+of a grid of 32 bits under the preset sum, and 0.00001 under nvflare, for three hospitals of 75,000
+numbers (``python -m benchmarks.ckks``). Rounding takes all of it away. The encrypted sum is the
+plain one on the grid bit for bit, a resumed run repeats itself although encryption is random, and
+``secure.he=model`` needs no model of the error: after rounding it is 0.
 
 Hospitals encrypt with the public key. The server has no other key; a third party, the key holder,
 decrypts the sum. The library is TenSEAL, the extra ``he``.
@@ -48,8 +48,8 @@ class Preset(NamedTuple):
   Attributes:
     degree: N of the ring; a ciphertext holds N/2 numbers.
     primes: bits of the primes; the last one is for keys alone.
-    room: largest absolute value of a sum of numbers in a ciphertext; 2^40 · room stays under half of
-      the modulus.
+    room: largest absolute value of a sum of numbers in a ciphertext; 2^40 · room stays under half
+      of the modulus.
     deviation: standard deviation of the error of a number that one hospital encrypted.
     ciphertext_bytes: bytes of a serialised ciphertext.
     seal_seconds: to encrypt a million numbers, to write the ciphertexts and to read them again, on

@@ -1,5 +1,7 @@
 """What every transform and every aggregator promises, checked for each name of the registries."""
 
+import importlib.util
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -47,7 +49,10 @@ def built(**changes):
 EXCHANGES |= {
   "grid": built(secure__protocol="grid"),
   "grid-16": built(secure__protocol="grid", secure__bits=16),
+  "ckks-modelled": built(secure__protocol="ckks", secure__he="model"),
 }
+if importlib.util.find_spec("tenseal"):
+  EXCHANGES["ckks"] = built(secure__protocol="ckks")
 every = pytest.mark.parametrize("name", EXCHANGES)
 
 
