@@ -49,7 +49,6 @@ def built(**changes):
 EXCHANGES |= {
   "grid": built(secure__protocol="grid"),
   "grid-16": built(secure__protocol="grid", secure__bits=16),
-  "ckks-modelled": built(secure__protocol="ckks", secure__he="model"),
 }
 if importlib.util.find_spec("tenseal"):
   EXCHANGES["ckks"] = built(secure__protocol="ckks")
