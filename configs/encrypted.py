@@ -26,8 +26,8 @@ def get_config() -> Config:
     data=DataConfig(source="phantoms", image_size=32, num_examples=2000),
     partition=PartitionConfig(scheme="auto", num_clients=5),
     model=ModelConfig(name="cnn_small"),
-    client=ClientConfig(optimizer="momentum", learning_rate=0.1, batch_size=32, num_local_steps=8),
-    server=ServerConfig(num_rounds=10),
+    client=ClientConfig(optimizer="momentum", learning_rate=0.02, batch_size=32, num_local_steps=8),
+    server=ServerConfig(num_rounds=16),
     secure=SecureConfig(protocol="ckks", he_preset="sum"),
     eval=EvalConfig(every=2),
   )

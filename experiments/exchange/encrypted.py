@@ -25,7 +25,7 @@ def row_of(folder: pathlib.Path) -> dict[str, Any]:
     "auroc": summary["test"]["auroc"],
     "accuracy": summary["test"]["accuracy"],
     "bytes_up": summary["bytes_up"],
-    "bytes_measured": spent and spent["bytes"] / spent["messages"] or None,
+    "bytes_measured": spent["bytes"] / spent["messages"] if spent else None,
     "times_float32": round(summary["bytes_up"] / (4 * summary["num_parameters"]), 2),
     "train_s": timing["train"],
     **seconds,

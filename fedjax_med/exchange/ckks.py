@@ -204,7 +204,7 @@ def require_modelled(config: Config) -> None:
 
 
 def modelled(config: Config) -> Config:
-  """The config without encryption on the host, for audits, which take thousands of the same sums."""
+  """The config without encryption on the host, for audits, which make thousands of sums."""
   if config.secure.protocol != "ckks":
     return config
   secure = dataclasses.replace(config.secure, he="model", encrypt_every=1)
