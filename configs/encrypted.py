@@ -2,11 +2,13 @@
 
     python -m fedjax_med.train --config=configs/encrypted.py --workdir=runs/encrypted
 
-Needs the extra: pip install -e '.[he]'. Hospitals encrypt whole numbers of their updates with one
-public key, the server adds ciphertexts, and the key holder decrypts the sum. The model is bit for
-bit that of --config.secure.protocol=grid; --config.secure.he=model counts the same bytes without
-encrypting. What it costs is at the end of the log, in timing.json (seconds) and in summary.json
-(bytes). EXPECTED
+To expect on two CPU cores: 1 minute (101 s measured on a busy core of which 3 s encrypt), test
+AUROC 0.90 (0.898), no ε. Needs the extra: python -m pip install -e '.[he]'.
+
+Hospitals encrypt whole numbers of their updates with one public key, the server adds ciphertexts,
+and the key holder decrypts the sum. The model is bit for bit that of
+--config.secure.protocol=grid; --config.secure.he=model counts the same bytes without encrypting.
+What encryption cost is at the end of the log, in timing.json (seconds) and summary.json (bytes).
 """
 
 from fedjax_med.core.config import (
