@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# What encryption costs: one run of phantoms, plain, on the grid, and under both presets of CKKS; two
-# minutes on one core. Needs the extra he. Keeps finished runs; writes a CSV beside itself.
+# What encryption costs: one run of phantoms, plain, on the grid, and under both presets of CKKS; six
+# minutes on a busy core. Needs the extra he. Keeps finished runs; writes a CSV beside itself.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 python=${PYTHON:-python}

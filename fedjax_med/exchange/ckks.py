@@ -435,13 +435,17 @@ def ciphertexts(name: str, config: Config) -> Transform:
       **({"encrypt_every": secure.encrypt_every} if secure.he == "run" else {}),
     }
 
+  def wire(message):
+    # Sums need every number in its place: a message that names some of them is whole again.
+    numbers = message.dense if message.index_bits else message.sent
+    size = message_size(PRESETS[name], numbers)
+    # In a ciphertext no number has bits of its own.
+    return message._replace(sent=numbers, value_bits=0, index_bits=0, beside=message.beside + size)
+
   return Transform(
     encode=lambda message, kept, state, sender: (message, kept, ()),
     decode=lambda aggregate, state, tally, receiver: (aggregate, state),
-    # Of a ciphertext no number has bits of its own.
-    wire=lambda wire: wire._replace(
-      value_bits=0, index_bits=0, beside=wire.beside + message_size(PRESETS[name], wire.sent)
-    ),
+    wire=wire,
     trust=SUM,
     facts=facts,
     clients=True,

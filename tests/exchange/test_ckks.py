@@ -189,6 +189,8 @@ def test_a_modelled_sum_is_that_of_the_grid_and_says_what_it_would_send():
   )
   assert modelled.transform.trust == SUM
   assert modelled.transform.wire(Wire(dense=4097, sent=4097)).size == 3 * 61_741
+  sparse = Wire(dense=4097, sent=5, index_bits=13)
+  assert modelled.transform.wire(sparse).size == 3 * 61_741  # every number is in its place
   large = make_exchange(config_of(secure__he="model", secure__he_preset="nvflare"), 3)
   assert large.transform.wire(Wire(dense=4097, sent=4097, beside=8)).size == 2 * 235_078 + 8
 
