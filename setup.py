@@ -53,6 +53,8 @@ PEERS = [
 SUBMIT = ["submitit>=1.5,<2"]
 DICOM = ["pydicom>=3.0,<4"]
 NIFTI = ["nibabel>=5.2,<6"]
+# Homomorphic encryption; a wheel of 5 MB for Python 3.11 to 3.14. A ciphertext's size is tested.
+HE = ["tenseal>=0.3.18,<0.4"]
 TENSORBOARD = ["tensorboardX>=2.6,<3"]
 TEST = [
   "hypothesis>=6.100,<7",
@@ -62,6 +64,7 @@ TEST = [
   "scikit-image>=0.25,<0.27",  # what texture features are compared with
   "scikit-learn>=1.5,<2",
   *DICOM,
+  *HE,
   *NIFTI,
   *SUBMIT,
   *TENSORBOARD,
@@ -92,6 +95,7 @@ setup(
     "peers": PEERS,
     "torch": TORCH,
     "dicom": DICOM,
+    "he": HE,
     "nifti": NIFTI,
     "submit": SUBMIT,
     "tensorboard": TENSORBOARD,

@@ -12,6 +12,7 @@ from fedjax_med.core.config import Config
 from fedjax_med.core.errors import UserError, require
 from fedjax_med.core.keys import base_key
 from fedjax_med.data.dataset import Hospitals, client_rows, client_table
+from fedjax_med.exchange.ckks import modelled
 from fedjax_med.prepare.experiment import Experiment, build
 from fedjax_med.run.replicas import Replicas, train_replicas
 from fedjax_med.tasks.registry import task_named
@@ -58,7 +59,7 @@ def prepare(config: Config, hospitals: Hospitals, runs: int, seed: int) -> Shado
   halves = [_halves(hospitals, seed, run) for run in range(runs)]
   half = dataclasses.replace(hospitals, train=client_table(halves[0]))
   try:
-    experiment = build(config, half)
+    experiment = build(modelled(config), half)
   except UserError as error:
     raise UserError(f"--shadow_runs={runs} trains on halves of the data: {error}") from error
   require(

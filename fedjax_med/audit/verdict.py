@@ -24,6 +24,7 @@ from fedjax_med.audit.planted_records import (
   single_canaries,
 )
 from fedjax_med.audit.replay import replay_checks
+from fedjax_med.exchange.ckks import modelled
 from fedjax_med.exchange.registry import make_exchange
 from fedjax_med.federated.algorithm import Hyper
 from fedjax_med.prepare.accounted_arrays import differences
@@ -182,7 +183,7 @@ def _central(
   number = wanted_trials(epsilon, level, max_trials)
   places = thresholds_of(epsilon, delta)
   hyper, key = jax.device_get(experiment.hyper), key_of(_on_host(experiment.key), 3, seed)
-  exchange = make_exchange(experiment.config, len(experiment.names))
+  exchange = make_exchange(modelled(experiment.config), len(experiment.names))
 
   def bound(hyper: Hyper) -> float:
     return best_threshold(

@@ -219,6 +219,8 @@ SENDS_MORE = Condition(
   fields=("server.algorithm",),
   remedy="use one of those",
 )
+ENCRYPTED = one_of("secure.protocol", "ckks")
+ENCRYPTS = one_of("secure.he", "run")
 CHUNKS = one_of("execution.layout", "chunk")
 CHUNK_OPEN = one_of("execution.layout", "auto")
 

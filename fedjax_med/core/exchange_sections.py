@@ -75,9 +75,9 @@ class SecureConfig:
     "none",
     doc=(
       "none, or updates as whole numbers on a grid: grid (as they are, to compare with), masking"
-      " (secure aggregation: masks that cancel in the sum)."
+      " (secure aggregation: masks that cancel in the sum), ckks (the server adds ciphertexts)."
     ),
-    choices=("none", "grid", "masking"),
+    choices=("none", "grid", "masking", "ckks"),
   )
   range: float = field(
     4.0,
@@ -124,6 +124,33 @@ class SecureConfig:
     doc="fewest answers of a round that counts; 0 is more than half of the expected hospitals.",
     bounds=least(0, 1e6, remedy="use 0 to let it be chosen"),
     read=(when.MASKING, when.MAY_MISS),
+  )
+  he_preset: str = field(
+    "sum",
+    doc=(
+      "parameters of CKKS: sum (degree 4096, primes of 54 and 54 bits: all that sums need), or"
+      " nvflare (degree 8192, 60, 40 and 40 bits: NVFlare's)."
+    ),
+    choices=("sum", "nvflare"),
+    read=(when.ENCRYPTED,),
+  )
+  he: str = field(
+    "run",
+    doc=(
+      "run encrypts (needs the extra he); model only adds the whole numbers, which gives the same"
+      " bits, and counts bytes of ciphertexts. A sweep needs model."
+    ),
+    choices=("run", "model"),
+    read=(when.ENCRYPTED,),
+  )
+  encrypt_every: int = field(
+    1,
+    doc=(
+      "rounds from one that encrypts to the next; between them sums are modelled, to save time."
+      " Bytes are counted as if every round encrypted."
+    ),
+    bounds=least(1, 1_000_000, remedy="use 1"),
+    read=(when.ENCRYPTED, when.ENCRYPTS),
   )
 
 

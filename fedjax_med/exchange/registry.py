@@ -13,6 +13,7 @@ from fedjax_med.core.registered import add_name
 from fedjax_med.core.sources import read_again, source_digest
 from fedjax_med.exchange.aggregator import Aggregator, equal_sum, mean
 from fedjax_med.exchange.attack import Attack
+from fedjax_med.exchange.ckks import PRESETS, ciphertexts, encrypted_sum, require_ckks
 from fedjax_med.exchange.clip_and_noise import clip_and_noise
 from fedjax_med.exchange.compression.registry import (
   compression_parts,
@@ -146,15 +147,20 @@ def make_exchange(config: Config, num_clients: int) -> Exchange:
   masked = config.secure.protocol == "masking"
   if masked:
     parts.append(_masks(config, num_clients))
+  if config.secure.protocol == "ckks":
+    require_ckks(config, num_clients)
+    parts.append(ciphertexts(config.secure.he_preset, config))
+    aggregator = _ckks_sum(config, aggregator, private)
   transform = chain(*parts)
+  # The rule that is asked for: the host that encrypts needs every message, and its server none.
   require(
-    aggregator.linear or transform.trust != SUM,
+    AGGREGATORS[config.server.aggregator]().linear or transform.trust != SUM,
     f"server.aggregator='{config.server.aggregator}' needs every update, and with"
     f" server.transforms='{config.server.transforms}' the server sees sums only",
     "use server.aggregator=mean, or leave out the transform that hides single updates",
   )
   require(
-    aggregator.linear or config.compression.kind != "sketch",
+    AGGREGATORS[config.server.aggregator]().linear or config.compression.kind != "sketch",
     f"server.aggregator='{config.server.aggregator}' with compression.kind='sketch': the server"
     " gets tables, which stand for updates in their sum only",
     "use server.aggregator=mean, or another compression.kind",
@@ -186,6 +192,15 @@ def least_messages(config: Config, num_clients: int) -> int:
   """Messages without which a round changes nothing; 0 if one is enough, or none can be missing."""
   masked = config.secure.protocol == "masking" and may_miss(config)
   return fewest_answers(config, num_clients) if masked else 0
+
+
+def _ckks_sum(config: Config, modelled: Aggregator, equal: bool) -> Aggregator:
+  """The sum of ciphertexts, or the sum that it equals where encryption is modelled."""
+  secure = config.secure
+  if secure.he == "model":
+    return modelled
+  preset = PRESETS[secure.he_preset]
+  return encrypted_sum(preset, secure.bits, every=secure.encrypt_every, equal=equal)
 
 
 def _require_private(config: Config) -> None:

@@ -23,6 +23,7 @@ from rich.text import Text
 from fedjax_med.core.config import Config
 from fedjax_med.core.text import encodable, visible
 from fedjax_med.data.modality import modality_named, worded
+from fedjax_med.exchange.ckks import estimate
 from fedjax_med.exchange.compression.registry import compression_notes
 from fedjax_med.exchange.fixed_point import choose_grid
 from fedjax_med.exchange.masks import fewest_answers
@@ -38,6 +39,7 @@ from fedjax_med.simulation.processes import is_first
 from fedjax_med.tasks.registry import task_named
 from fedjax_med.tasks.task import Place, Task
 
+MUCH_TRAFFIC, MUCH_TIME = 1e9, 600.0  # bytes and seconds that a dry run warns of
 MOST_ROWS = 20  # hospitals in a table on the terminal; files and report hold all of them
 
 
@@ -284,3 +286,39 @@ def results(console: Console, experiment: Experiment, outcome: Outcome) -> None:
     console.print(
       f"[yellow]Stopped after round {point.rounds}: the next round would cross {told}[/]"
     )
+
+
+def encryption_estimate(console: Console, experiment: Experiment) -> None:
+  """Prints bytes and seconds that CKKS will cost, as a warning where they are many."""
+  config = experiment.config
+  if config.secure.protocol != "ckks":
+    return
+  rate = config.server.participation_rate if config.server.participation == "poisson" else 1.0
+  cost = estimate(config, experiment.program.parts.message[1], rate * len(experiment.names))
+  much = cost.total > MUCH_TRAFFIC or cost.host > MUCH_TIME
+  advice = ""
+  if much and cost.host:
+    advice = "; secure.he=model takes the same sums and counts the same bytes, without encrypting"
+  elif cost.host == 0:
+    advice = "; secure.he=model encrypts nothing here"
+  text = (
+    f"CKKS ({config.secure.he_preset}): a hospital sends {_bytes(cost.message)} a round, which"
+    f" takes it {cost.hospital:,.1f} s to encrypt; {_bytes(cost.total)} in all, and"
+    f" {cost.host:,.0f} s of this simulation on one core{advice}"
+  )
+  console.print(f"[yellow]{text}[/]" if much else text)
+
+
+def encryption(console: Console, totals: dict[str, Any]) -> None:
+  """Prints what encryption has cost; nothing without it."""
+  if totals:
+    console.print(
+      f"Encryption of {totals['messages']} messages in {totals['rounds']} rounds:"
+      f" {_bytes(totals['bytes'])}; encrypt {totals['encrypt']:.1f} s, serialise"
+      f" {totals['serialise']:.1f} s, add {totals['add']:.2f} s, decrypt {totals['decrypt']:.1f} s;"
+      f" largest error {totals['max_error']:.1g} steps of the grid, which rounding removes"
+    )
+
+
+def _bytes(size: float) -> str:
+  return f"{size / 1e9:,.2f} GB" if size >= 1e9 else f"{size / 1e6:,.2f} MB"

@@ -127,7 +127,7 @@ def _exchange_sentences(exchange: dict[str, Any], private: bool) -> str:
   return (
     "## What the server sees\n\n"
     f"{how}The server sees {exchange['server_sees']} and joins them by {exchange['aggregator']}.\n"
-    f"{_grid_sentences(exchange)}{_mask_sentences(exchange)}"
+    f"{_grid_sentences(exchange)}{_mask_sentences(exchange)}{_ckks_sentences(exchange)}"
   )
 
 
@@ -164,3 +164,35 @@ def _mask_sentences(exchange: dict[str, Any]) -> str:
     " for secrecy, the process that simulates the hospitals has all updates, and the server is"
     " taken to follow the protocol.\n"
   )
+
+
+def _ckks_sentences(exchange: dict[str, Any]) -> str:
+  """What encryption hides, and from whom."""
+  if "ckks" not in exchange:
+    return ""
+  ckks = exchange["ckks"]
+  primes = ", ".join(map(str, ckks["primes"]))
+  sentences = [
+    f"Updates are encrypted by CKKS (degree {ckks['degree']}, primes of {primes} bits: 128-bit"
+    " security) with one public key, and the server adds ciphertexts. All CKKS keys are shared: one"
+    " secret key opens the sum and every single update alike. It is held by one party, the key"
+    " holder, who is neither the server nor a hospital, decrypts the sum of each round and gives it"
+    " to the server. Whoever has both the secret key and a hospital's ciphertext reads its update.",
+    "CKKS is approximate: its results differ from the true ones by an error that depends on the"
+    " secret key, and publishing them leaks noise of the key (Li and Micciancio 2021). Here the key"
+    " holder rounds each sum to the whole numbers that hospitals sent, which takes the error away,"
+    " before anybody sees it; the unrounded sum must not be published.",
+  ]
+  if ckks["may_be_one"]:
+    sentences.append(
+      "Hospitals take part at random: where only one does, the sum of the round is its update."
+    )
+  if ckks["noise"]:
+    sentences.append(
+      "The noise of DP-FedAvg is added to the decrypted sum. The key holder sees the sum without"
+      " noise, so it is the one whom the guarantee trusts, and has to add the noise before anybody"
+      " else sees the sum."
+    )
+  if not ckks["executed"]:
+    sentences.append("In this simulation encryption was modelled: nothing was encrypted.")
+  return "\n" + "\n\n".join(sentences) + "\n"

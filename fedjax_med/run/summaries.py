@@ -13,6 +13,7 @@ from fedjax_med.core.config import Config, to_dict
 from fedjax_med.data.dataset import Hospitals, array_leaves, client_rows
 from fedjax_med.data.recordings import Series, overlapping
 from fedjax_med.data.table_manifest import Table, manifest_record
+from fedjax_med.exchange.ckks import PRESETS
 from fedjax_med.exchange.compression.registry import compression_notes, compression_words
 from fedjax_med.exchange.fixed_point import choose_grid
 from fedjax_med.exchange.masks import fewest_answers
@@ -92,6 +93,24 @@ def exchange_record(experiment: Experiment) -> dict[str, Any]:
     "protocol": config.secure.protocol,
     **_secure_record(config, len(experiment.names)),
     "compression": compression_words(config.compression),
+    **_encryption(config),
+  }
+
+
+def _encryption(config: Config) -> dict[str, Any]:
+  """What the statement says of CKKS; {} without it."""
+  if config.secure.protocol != "ckks":
+    return {}
+  preset = PRESETS[config.secure.he_preset]
+  drawn = config.server.participation == "poisson"
+  return {
+    "ckks": {
+      "degree": preset.degree,
+      "primes": list(preset.primes),
+      "executed": config.secure.he == "run",
+      "may_be_one": drawn,
+      "noise": config.client_privacy.mechanism != "none",
+    }
   }
 
 
@@ -271,16 +290,27 @@ def _cost(experiment: Experiment, outcome: Outcome) -> dict[str, Any]:
   }
 
 
-def deployment_of(experiment: Experiment, outcome: Outcome) -> dict[str, Any] | None:
-  """deployment.json of a run that has ended; None without links between hospitals and server."""
-  done = int(np.asarray(outcome.state.steps).sum())
+def deployment_of(
+  experiment: Experiment, outcome: Outcome, encryption: dict[str, Any] | None = None
+) -> dict[str, Any] | None:
+  """deployment.json of a run that has ended; None without links between hospitals and server.
+
+  Args:
+    experiment: the run.
+    outcome: its end.
+    encryption: seconds of encryption that are part of the training's, as timing.json has them.
+  """
+  done, spent = int(np.asarray(outcome.state.steps).sum()), encryption or {}
+  at_hospitals = sum(spent.get(name, 0.0) for name in ("encrypt", "serialise"))
+  at_server = sum(spent.get(name, 0.0) for name in ("add", "decrypt"))
   return deployment_record(
     experiment.config,
     experiment.names,
     experiment.program.parts.message,
     experiment.steps,
     outcome.last.rounds,
-    outcome.seconds["train"] / max(done, 1),
+    max(outcome.seconds["train"] - at_hospitals - at_server, 0.0) / max(done, 1),
+    more=at_hospitals / max(spent.get("messages", 0), 1),
   )
 
 

@@ -12,6 +12,7 @@ from fedjax_med.core.config import Config, to_dict
 from fedjax_med.core.errors import require
 from fedjax_med.data.dataset import Hospitals
 from fedjax_med.data.hospitals import load_hospitals
+from fedjax_med.exchange.ckks import measured, totals
 from fedjax_med.folder import writing as files
 from fedjax_med.prepare import synthetic_images
 from fedjax_med.prepare.case import federation
@@ -88,6 +89,7 @@ def dry_run(config: Config, hospitals: Callable[[], Hospitals] | None = None) ->
     + (f"{budget.size / 2**20:,.0f} MiB" if budget.size else "unknown size")
     + f" ({budget.reason})"
   )
+  terminal.encryption_estimate(console, experiment)
 
 
 def run(
@@ -179,6 +181,7 @@ def _train_in_folder(
   curve: list[LogPoint] = []
   tracker = config.eval.tracker if is_first() else "none"
   task = task_named(experiment.hospitals.dataset.task)
+  encrypted_before = len(measured())
   with (
     terminal.progress(console, "federation", config.server.num_rounds, task) as listen,
     track(tracker, folder or pathlib.Path(), experiment.run_id, to_dict(config), task) as record,
@@ -193,13 +196,16 @@ def _train_in_folder(
       experiment, folder, log, compiling=compiling, command=start.command, tell=start.tell
     )
   seconds |= {**outcome.seconds, "total": time.monotonic() - begun}
+  encryption = totals(measured()[encrypted_before:])
   baselines = {}
   if config.eval.local_baselines:
     baselines = run_baselines(experiment, folder, start.name, start.command, console)
   if folder is not None:
     summary = summary_record(experiment, outcome, start.name)
     federation = experiment.case if baselines else None
-    deployment = deployment_of(experiment, outcome)
-    writer.finish(folder, summary, seconds, federation, deployment)
+    deployment = deployment_of(experiment, outcome, encryption)
+    times = {**seconds, **({"encryption": encryption} if encryption else {})}
+    writer.finish(folder, summary, times, federation, deployment)
   terminal.results(console, experiment, outcome)
+  terminal.encryption(console, encryption)
   return RunResult(experiment=experiment, outcome=outcome, curve=curve, baselines=baselines)

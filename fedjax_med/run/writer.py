@@ -196,7 +196,7 @@ def log(
 def finish(
   folder: pathlib.Path,
   summary: dict[str, Any],
-  seconds: dict[str, float],
+  seconds: dict[str, Any],
   federation: Case | None = None,
   deployment: dict[str, Any] | None = None,
 ) -> None:
@@ -205,12 +205,14 @@ def finish(
   Args:
     folder: the workdir.
     summary: from ``summaries.summary_record``.
-    seconds: of timing.json.
+    seconds: of timing.json; measurements of encryption are a dictionary of their own.
     federation: the run, where its baselines have ended too and join its results; None leaves them
       out.
     deployment: of deployment.json; None without links between hospitals and server.
   """
-  rounded = {name: round(value, 3) for name, value in seconds.items()}
+  rounded = {
+    name: value if isinstance(value, dict) else round(value, 3) for name, value in seconds.items()
+  }
   files.write_json(folder / "timing.json", rounded)
   if is_first():
     if deployment is not None:  # times of this machine are no results, so it stands apart

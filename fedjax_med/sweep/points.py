@@ -27,6 +27,7 @@ from fedjax_med.core.validation import validate
 from fedjax_med.data.dataset import Dataset, Hospitals, array_leaves, input_bytes
 from fedjax_med.data.hospitals import build_hospitals
 from fedjax_med.data.sources import load_dataset, source_named
+from fedjax_med.exchange.ckks import require_modelled
 from fedjax_med.exchange.registry import require_parts
 from fedjax_med.federated.registry import require_rules
 from fedjax_med.models import registry
@@ -93,6 +94,7 @@ def configure(base: Config, point: Point, seed_axes: Sequence[str]) -> Config:
     validate(config)
     require_rules(config)
     require_parts(config)
+    require_modelled(config)
     registry.require_read(config.model)
   except UserError as error:
     raise UserError(f"point {shown(point)}: {error}") from error

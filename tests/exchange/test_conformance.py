@@ -1,5 +1,7 @@
 """What every transform and every aggregator promises, checked for each name of the registries."""
 
+import importlib.util
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -67,6 +69,8 @@ EXCHANGES |= {
     compression__error_feedback="ef",
   ),
 }
+if importlib.util.find_spec("tenseal"):
+  EXCHANGES["ckks"] = built(secure__protocol="ckks")
 # Draws of masks take long to compile; the other kinds are as int and topk-ef are.
 SLOW = {"masking-executed", "sign-ef21", "randk-ef", "sketch-ef"}
 every = pytest.mark.parametrize(

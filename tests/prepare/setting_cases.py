@@ -117,6 +117,7 @@ def make_table(folder: pathlib.Path, which: str) -> str:
 
 
 LAYOUT = "execution.* lays the same arithmetic out otherwise: results are equal but for rounding"
+SAME_BITS = "decrypted sums are rounded to the whole numbers of the grid: only costs differ"
 ONE_VALUE = "a declaration with one value; every other one is refused with the reason"
 FOLDER = {"data.source": "folder", "data.path": FILES, "data.num_examples": 4000}
 GIVEN = {**FOLDER, "data.layout": "{class}/{site}_{split}_*"}
@@ -179,6 +180,8 @@ GRID, MASKED = {"secure.protocol": "grid"}, {"secure.protocol": "masking"}
 TOPK = {"compression.kind": "topk"}
 SKETCH = {"compression.kind": "sketch", "compression.columns": 10}
 MLP = {"model.name": "mlp"}
+
+MODELLED = {"secure.protocol": "ckks", "secure.he": "model"}
 
 CASES: dict[str, Case] = {
   "seed": Case(1, "weights"),
@@ -274,6 +277,11 @@ CASES: dict[str, Case] = {
   "client.gan_steps": Case(2, "images", {**GAN, "client.gan_steps": 1}, ({},)),
   "server.algorithm": Case("scaffold", "program"),
   "server.num_rounds": Case(4, "plan", TARGET, (ROUNDS,)),
+  "secure.he_preset": Case("nvflare", "encryption", MODELLED, ({},), why=SAME_BITS),
+  "secure.he": Case("model", "encryption", {"secure.protocol": "ckks"}, ({},), why=SAME_BITS),
+  "secure.encrypt_every": Case(
+    2, "encryption", {"secure.protocol": "ckks"}, ({}, MODELLED), why=SAME_BITS
+  ),
   "server.aggregator": Case("middle", "program"),
   "server.transforms": Case("halved", "program"),
   "server.optimizer": Case("adam", "program"),

@@ -5,6 +5,7 @@ import json
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -12,7 +13,11 @@ from fedjax_med.core.config import Config, init_seed, to_dict
 from fedjax_med.core.errors import UserError
 from fedjax_med.core.keys import base_key
 from fedjax_med.data.hospitals import load_hospitals
-from fedjax_med.federated.algorithm import Pool
+from fedjax_med.exchange import ckks
+from fedjax_med.exchange.aggregator import Joint
+from fedjax_med.exchange.registry import make_exchange
+from fedjax_med.exchange.transform import Wire
+from fedjax_med.federated.algorithm import ClientDelta, Pool
 from fedjax_med.models.networks.pretrained import overlay
 from fedjax_med.prepare.case import federation
 from fedjax_med.prepare.deployment import deployment_record
@@ -274,6 +279,31 @@ def compiled(one: Config, other: Config) -> bool:
     jax.config.update("jax_compilation_cache_dir", before)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", least)
   return seen[0] != seen[1]
+
+
+def encryption(one: Config, other: Config) -> bool:
+  """Bytes of a ciphertext, or how many messages are encrypted in four rounds of three hospitals."""
+
+  def seen(config: Config) -> list[int]:
+    calls = []
+
+    def add(messages, keys, gain):
+      calls.append(len(messages))
+      return np.zeros(1, np.int64), None
+
+    with pytest.MonkeyPatch.context() as patch:
+      patch.setattr(ckks, "require_tenseal", lambda: None)
+      patch.setattr(ckks, "make_keys", lambda preset: None)
+      patch.setattr(ckks, "add_encrypted", add)
+      patch.setattr(ckks, "_measured", [])
+      exchange = make_exchange(config, 3)
+      messages = ClientDelta(params=jnp.zeros((3, 1), jnp.int32), state=jnp.zeros((3, 0), int))
+      for number in range(4):
+        joint = Joint(key=base_key(0), last=jnp.int32(number))
+        jax.block_until_ready(exchange.aggregator.combine(messages, jnp.ones(3), joint))
+    return [exchange.transform.wire(Wire(dense=1, sent=1)).size, *calls]
+
+  return seen(one) != seen(other)
 
 
 def nothing(one: Config, other: Config) -> bool:
