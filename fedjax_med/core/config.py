@@ -15,7 +15,7 @@ import types
 from typing import Any
 
 from fedjax_med.core.errors import require
-from fedjax_med.core.exchange_sections import SecureConfig
+from fedjax_med.core.exchange_sections import AttackConfig, RobustConfig, SecureConfig
 from fedjax_med.core.execution_sections import EvalConfig, ExecutionConfig
 from fedjax_med.core.fields import Field, always, field, fields_of, least, never, one_of, undeclared
 from fedjax_med.core.privacy_sections import ClientPrivacyConfig, PrivacyConfig
@@ -80,6 +80,8 @@ class Config:
   privacy: PrivacyConfig = dataclasses.field(default_factory=PrivacyConfig)
   client_privacy: ClientPrivacyConfig = dataclasses.field(default_factory=ClientPrivacyConfig)
   secure: SecureConfig = dataclasses.field(default_factory=SecureConfig)
+  robust: RobustConfig = dataclasses.field(default_factory=RobustConfig)
+  attack: AttackConfig = dataclasses.field(default_factory=AttackConfig)
   execution: ExecutionConfig = dataclasses.field(default_factory=ExecutionConfig)
   eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
   options: Options = dataclasses.field(default_factory=Options)

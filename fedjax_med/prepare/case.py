@@ -7,7 +7,7 @@ import numpy as np
 
 from fedjax_med.core.config import ClientPrivacyConfig, Config
 from fedjax_med.core.errors import require
-from fedjax_med.core.exchange_sections import SecureConfig
+from fedjax_med.core.exchange_sections import AttackConfig, RobustConfig, SecureConfig
 from fedjax_med.data.dataset import (
   ClientTable,
   Hospitals,
@@ -228,4 +228,6 @@ def with_plain_server(config: Config) -> Config:
     eval=measured,
     client_privacy=ClientPrivacyConfig(),
     secure=SecureConfig(),
+    robust=RobustConfig(),
+    attack=AttackConfig(),
   )
