@@ -17,6 +17,7 @@ from fedjax_med.data.dataset import (
 )
 from fedjax_med.data.modality import modality_named
 from fedjax_med.data.patients import described
+from fedjax_med.data.poisoning import POISONS, hostile_hospitals
 from fedjax_med.exchange.registry import make_exchange
 from fedjax_med.federated.registry import require_rules
 from fedjax_med.folder import secret as secrets
@@ -75,6 +76,9 @@ def federation(config: Config, hospitals: Hospitals, secret: bytes | None = None
   """
   require_rules(config)
   make_exchange(config, len(hospitals.names))
+  hostile_hospitals(config, hospitals.names)  # raises UserError for a name that is unknown
+  # Data that another caller dealt must not pass for poisoned ones.
+  assert bool(hospitals.poisoned) == (config.attack.kind in POISONS)
   _require_single_losses(config, task_named(hospitals.dataset.task))
   modality = modality_named(hospitals.dataset.modality)
   require(

@@ -258,7 +258,7 @@ def _draw(
   labels = [arm["short"] for arm in some]
   by_point = {int(number): place for number, place in _places(runs).items()}
   values = [
-    runs.frame[runs.frame["point"].isin(arm["points"])][headline.name].to_numpy(float)
+    study.honest(runs.frame[runs.frame["point"].isin(arm["points"])])[headline.name].to_numpy(float)
     for arm in some
   ]
   curves = [

@@ -77,6 +77,16 @@ def sent_down(
   return server._replace(params=params), held
 
 
+def _in_order(gathered: Gathered, num_clients: int) -> Gathered:
+  """The same messages by client number, whatever the layout; empty slots come last.
+
+  Draws and ties of rules and attacks then do not depend on who trained beside whom.
+  """
+  order = jnp.argsort(gathered.numbers, stable=True)[:num_clients]
+  messages, weights, numbers = jax.tree.map(lambda leaf: jnp.take(leaf, order, axis=0), tuple(gathered))
+  return Gathered(messages=messages, weights=weights, numbers=numbers)
+
+
 def join(
   exchange: Exchange,
   gathered: Gathered,
@@ -102,7 +112,7 @@ def join(
     out, since a number was not finite.
   """
   aggregator, attack = exchange.aggregator, exchange.attack
-  messages, weights, numbers = gathered
+  messages, weights, numbers = _in_order(gathered, len(clients.number))
   joint = Joint(key=key_for(key, Stream.EXCHANGE, 4, round), last=memory)
   if attack is not None:
     assert clients.hostile is not None

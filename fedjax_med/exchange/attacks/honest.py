@@ -33,7 +33,7 @@ def honest_deviation(messages: ClientDelta, honest: jax.Array) -> ClientDelta:
   mean = honest_mean(messages, honest)
 
   def deviation(leaf: jax.Array, middle: jax.Array) -> jax.Array:
-    squares = jnp.where(_column(honest, leaf), jnp.square(leaf - middle), 0)
+    squares = jnp.where(_column(honest, leaf), jnp.square(leaf - middle[None]), 0)
     return jnp.sqrt(squares.sum(0) / freedom)
 
   return jax.tree.map(deviation, messages, mean)

@@ -14,7 +14,7 @@ def centered_clipping(radius: float) -> Rule:
   """
 
   def combine(vectors, present, f, memory):
-    differences = jnp.where(present[:, None], vectors - memory, 0)
+    differences = jnp.where(present[:, None], vectors - memory[None], 0)
     norms = norms_of(differences)
     limit = jnp.float32(radius)
     if radius == 0:

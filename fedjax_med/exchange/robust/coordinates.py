@@ -53,7 +53,7 @@ def meamed() -> Rule:
   def combine(vectors, present, f, memory):
     number, hostile = tolerated(present, f)
     ordered = _sorted(vectors, present)
-    far = jnp.abs(ordered - _middle(ordered, number))  # infinite of absent rows
+    far = jnp.abs(ordered - _middle(ordered, number)[None])  # infinite of absent rows
     rank = jnp.argsort(jnp.argsort(far, axis=0, stable=True), axis=0, stable=True)
     total = jnp.where(rank < number - hostile, ordered, 0).sum(0)
     total = jnp.where(number > 0, total, 0)

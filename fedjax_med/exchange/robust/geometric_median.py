@@ -11,7 +11,7 @@ from fedjax_med.exchange.robust.coordinates import coordinate_median
 from fedjax_med.exchange.robust.rule import Rule, near
 
 EQUIVARIANT, BYZFL = "equivariant", "byzfl"
-STARTS = (EQUIVARIANT, BYZFL)
+LEAST = 1e-30  # distance, where all updates are one point
 
 
 def geometric_median(smoothing: float, steps: int, start: str) -> Rule:
@@ -32,16 +32,16 @@ def geometric_median(smoothing: float, steps: int, start: str) -> Rule:
     inside = jnp.where(seen[:, None], vectors, 0)
 
     def distances(point: jax.Array) -> jax.Array:
-      return jnp.sqrt(jnp.square(inside - point).sum(1))
+      return jnp.sqrt(jnp.square(inside - point[None]).sum(1))
 
     point, least = jnp.zeros_like(vectors[0]), jnp.float32(smoothing)
     if start == EQUIVARIANT:
       point = coordinate_median(inside, seen)
       least = smoothing * coordinate_median(distances(point)[:, None], seen)[0]
-      least = jnp.maximum(least, jnp.finfo(jnp.float32).tiny)
+      least = jnp.maximum(least, LEAST)
     for _ in range(steps):
       weights = jnp.where(seen, 1 / jnp.maximum(distances(point), least), 0)
-      weights = weights / jnp.maximum(weights.sum(), jnp.finfo(jnp.float32).tiny)
+      weights = weights / jnp.maximum(weights.sum(), LEAST)
       point = jnp.matmul(weights, inside, precision=jax.lax.Precision.HIGHEST)
     return point
 

@@ -66,7 +66,7 @@ def squared_distances(vectors: jax.Array, present: jax.Array) -> jax.Array:
   squares = jnp.diagonal(gram)
   distances = jnp.maximum(squares[:, None] + squares[None] - 2 * gram, 0)
   distances = jnp.where(known[:, None] & known[None], distances, jnp.inf)
-  return jnp.where(jnp.eye(len(vectors), dtype=bool) & present, 0, distances)
+  return jnp.where(jnp.eye(len(vectors), dtype=bool) & present[None], 0, distances)
 
 
 def ranks(values: jax.Array) -> jax.Array:
