@@ -87,7 +87,7 @@ class RobustConfig:
   )
   smoothing: float = field(
     0.1,
-    doc="ν of the geometric median: smaller distances count as this large.",
+    doc="of the geometric median: smaller distances count as this large.",
     bounds=above(0, 1e6, remedy="use 0.1"),
     read=(when.WEISZFELD,),
   )

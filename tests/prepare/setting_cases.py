@@ -170,6 +170,9 @@ PATIENTS = {**PRIVATE, "privacy.unit": "group"}
 UNIFORM = {"client_privacy.mechanism": "dp_fedavg", "server.weighting": "uniform"}
 CENTRAL = {**UNIFORM, "client_privacy.noise_multiplier": 1.0}
 ADAPTIVE = {**CENTRAL, "client_privacy.clipping": "adaptive"}
+TRIMMED = {"server.aggregator": "trimmed_mean"}
+MEDIAN = {"server.aggregator": "geometric_median"}
+ATTACK = {"attack.kind": "ipm"}
 ONE = {"partition.num_clients": 1}
 FIVE = {"partition.num_clients": 5, "partition.min_client_size": 8}
 CNN = {"model.name": "cnn_small"}
@@ -314,6 +317,18 @@ CASES: dict[str, Case] = {
   "client_privacy.quantile": Case(0.3, "traced", ADAPTIVE, ({}, CENTRAL)),
   "client_privacy.clip_learning_rate": Case(0.5, "traced", ADAPTIVE, ({}, CENTRAL)),
   "client_privacy.count_noise": Case(4.0, "plan", ADAPTIVE, ({}, CENTRAL)),
+  "robust.pre": Case("nnm", "program"),
+  "robust.assumed_byzantine": Case(1, "program", TRIMMED, ({}, MEDIAN)),
+  "robust.bucket_size": Case(3, "program", {"robust.pre": "bucketing"}, ({},)),
+  "robust.max_norm": Case(1e-3, "program", {"robust.pre": "clipping"}, ({},)),
+  "robust.weiszfeld": Case("byzfl", "program", MEDIAN, ({},)),
+  "robust.smoothing": Case(0.5, "program", MEDIAN, ({},)),
+  "robust.weiszfeld_steps": Case(4, "program", MEDIAN, ({},)),
+  "robust.radius": Case(0.1, "program", {"server.aggregator": "centered_clipping"}, ({},)),
+  "attack.kind": Case("ipm", "program"),
+  "attack.hospitals": Case("hospital 2", "hostile", ATTACK, ({},)),
+  "attack.number": Case(2, "hostile", ATTACK, ({}, {**ATTACK, "attack.hospitals": "hospital 1"})),
+  "attack.strength": Case(3.0, "traced", ATTACK, ({}, {"attack.kind": "mimic"})),
   "execution.layout": Case("vmap", "layout", why=LAYOUT),
   "execution.chunk_size": Case(
     2, "layout", {"execution.layout": "chunk", "execution.chunk_size": 1}, ({},), why=LAYOUT
