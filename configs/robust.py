@@ -2,10 +2,11 @@
 
     python -m fedjax_med.train --config=configs/robust.py --workdir=runs/robust
 
-Hospital 1 sends minus ten times the mean update of the others. With --config.server.aggregator=mean
-the model learns nothing (AUROC 0.500). Scores are of the other four hospitals' test images; hospital
-1 stands apart in summary.json. One attack says little: the worst of several does, in the report of a
-sweep: --grid=attack.kind=ipm,alie,sign_flip,mimic --grid=server.aggregator=mean,geometric_median
+The first hospital sends minus ten times the mean update of the others. With
+--config.server.aggregator=mean the model learns nothing (AUROC 0.500). Scores are of the other four
+hospitals' test images; the attacker stands apart in summary.json. One attack says little; the report
+of a sweep over several has the worst: --grid=attack.kind=ipm,alie,sign_flip,mimic
+--grid=server.aggregator=mean,geometric_median
 
 To expect on two CPU cores: 1 minute (37 s measured on one), test AUROC 0.930, no ε.
 """

@@ -554,9 +554,8 @@ class ServerConfig:
     "mean",
     doc=(
       "how clients' updates become one: mean, or a robust rule, which ignores server.weighting:"
-      " median, trimmed_mean, geometric_median (smoothed, held under every attack in"
-      " docs/exchange.md), krum, multi_krum, centered_clipping or meamed; or a registered aggregator"
-      " (docs/extending.md)."
+      " median, trimmed_mean, geometric_median (to be preferred, docs/exchange.md), krum,"
+      " multi_krum, centered_clipping or meamed; or a registered aggregator (docs/extending.md)."
     ),
   )
   transforms: str = field(

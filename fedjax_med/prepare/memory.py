@@ -20,7 +20,6 @@ from fedjax_med.privacy.client_level import ClientLevel
 from fedjax_med.simulation.processes import least
 from fedjax_med.simulation.rounds import SimulationState
 
-
 # All messages of a round: as they came, in order, as vectors, and sorted or forged.
 GATHERED_COPIES = 4
 

@@ -208,8 +208,9 @@ def _require_room(problem: PlanProblem) -> None:
   require(
     size is None or needed <= size,
     f"server.aggregator='{problem.config.server.aggregator}' with"
-    f" attack.kind='{problem.config.attack.kind}' needs the updates of {problem.cohort} hospitals at"
-    f" once, {needed / 2**30:.3g} GiB, over the budget of {(size or 0) / 2**30:.3g} GiB of a device",
+    f" attack.kind='{problem.config.attack.kind}' needs the updates of {problem.cohort} hospitals"
+    f" at once, {needed / 2**30:.3g} GiB, over the budget of {(size or 0) / 2**30:.3g} GiB of a"
+    " device",
     "use server.aggregator=mean without robust.pre or attack, a smaller model, or raise"
     " execution.memory_gib",
   )

@@ -239,7 +239,11 @@ def results(console: Console, experiment: Experiment, outcome: Outcome) -> None:
 
   attacked = any("hostile" in line for line in point.clients)
   for k, line in enumerate(point.clients[:MOST_ROWS]):
-    add(f"{line['name']}{' (hostile)' if 'hostile' in line else ''}", line, point.epsilons[k] if point.epsilons else None)
+    add(
+      f"{line['name']}{' (hostile)' if 'hostile' in line else ''}",
+      line,
+      point.epsilons[k] if point.epsilons else None,
+    )
   table.add_section()
   add(
     "all honest" if attacked else "all",

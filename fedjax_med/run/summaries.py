@@ -12,9 +12,9 @@ from fedjax_med import __version__
 from fedjax_med.core.conditions import COUNTS_HOSTILE
 from fedjax_med.core.config import Config, to_dict
 from fedjax_med.data.dataset import Hospitals, array_leaves, client_rows
+from fedjax_med.data.poisoning import hostile_hospitals
 from fedjax_med.data.recordings import Series, overlapping
 from fedjax_med.data.table_manifest import Table, manifest_record
-from fedjax_med.data.poisoning import hostile_hospitals
 from fedjax_med.exchange.attacks.registry import STRENGTHS, attack_strength
 from fedjax_med.exchange.registry import make_exchange, transform_names
 from fedjax_med.exchange.robust.rules import is_robust

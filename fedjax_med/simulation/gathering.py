@@ -83,7 +83,9 @@ def _in_order(gathered: Gathered, num_clients: int) -> Gathered:
   Draws and ties of rules and attacks then do not depend on who trained beside whom.
   """
   order = jnp.argsort(gathered.numbers, stable=True)[:num_clients]
-  messages, weights, numbers = jax.tree.map(lambda leaf: jnp.take(leaf, order, axis=0), tuple(gathered))
+  messages, weights, numbers = jax.tree.map(
+    lambda leaf: jnp.take(leaf, order, axis=0), tuple(gathered)
+  )
   return Gathered(messages=messages, weights=weights, numbers=numbers)
 
 

@@ -89,7 +89,10 @@ def main():
     keep("mimic", attacks.Mimic()(honest))
     keep("alie", attacks.ALittleIsEnough(1.5)(honest))
     mean, trimmed = aggregators.Average(), aggregators.TrMean(f)
-    optimal = {"ipm": attacks.Optimal_InnerProductManipulation, "alie": attacks.Optimal_ALittleIsEnough}
+    optimal = {
+      "ipm": attacks.Optimal_InnerProductManipulation,
+      "alie": attacks.Optimal_ALittleIsEnough,
+    }
     for name, attack in optimal.items():
       for rule, how in (("mean", mean), ("trimmed_mean", trimmed)):
         keep(f"optimal_{name}_{rule}", attack(how, [], f)(honest))

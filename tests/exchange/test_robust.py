@@ -51,7 +51,9 @@ def check_golden(name, found, cases):
 def test_a_rule_is_that_of_byzfl_with_absent_rows_beside(name):
   cases = golden_cases(name)
   rule = RULES[name](settings().robust)
-  vectors, present, f = (jnp.asarray(x[cases]) for x in (GOLDEN["vectors"], presence(), GOLDEN["f"]))
+  vectors, present, f = (
+    jnp.asarray(x[cases]) for x in (GOLDEN["vectors"], presence(), GOLDEN["f"])
+  )
   joined = jax.jit(jax.vmap(rule.combine))
   zero = jnp.zeros(vectors.shape[::2])
   found = joined(vectors, present, f, zero)
@@ -65,7 +67,9 @@ def test_a_rule_is_that_of_byzfl_with_absent_rows_beside(name):
 def test_a_step_before_is_that_of_byzfl(name):
   cases = golden_cases(name)
   before = BEFORE[name](settings().robust)
-  vectors, present, f = (jnp.asarray(x[cases]) for x in (GOLDEN["vectors"], presence(), GOLDEN["f"]))
+  vectors, present, f = (
+    jnp.asarray(x[cases]) for x in (GOLDEN["vectors"], presence(), GOLDEN["f"])
+  )
   found, after = jax.jit(jax.vmap(lambda *one: before(*one, KEY)))(vectors, present, f)
   assert np.array_equal(after, present)
   check_golden(name, found, cases)

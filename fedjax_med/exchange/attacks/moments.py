@@ -1,4 +1,4 @@
-"""Attacks that follow from mean and deviation of the honest updates, of a given strength or the best.
+"""Attacks that follow from mean and deviation of the honest updates, of given strength or the best.
 
 Inner product manipulation (Xie et al. 2020), a little is enough (Baruch et al. 2019), and both with
 the strength that moves the aggregate farthest, as in ByzFL 0.0.11.
@@ -21,7 +21,7 @@ from fedjax_med.federated.algorithm import ClientDelta
 # (mean, deviation) of the honest messages and a strength -> the message of all hostile clients.
 Lie = Callable[[ClientDelta, ClientDelta, jax.Array], ClientDelta]
 
-# The search of ByzFL: evaluations, first step, and what a step becomes after each that is no better.
+# The search of ByzFL: evaluations, first step, and its part that is left after one in vain.
 EVALUATIONS, FIRST_STEP, RATIO = 20, 10.0, 0.8
 
 

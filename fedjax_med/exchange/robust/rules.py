@@ -12,7 +12,7 @@ from fedjax_med.core.exchange_sections import RobustConfig
 from fedjax_med.exchange.aggregator import Aggregator
 from fedjax_med.exchange.robust.centered_clipping import centered_clipping
 from fedjax_med.exchange.robust.clipping import adaptive_clipping, clipping
-from fedjax_med.exchange.robust.coordinates import median, meamed, trimmed_mean
+from fedjax_med.exchange.robust.coordinates import meamed, median, trimmed_mean
 from fedjax_med.exchange.robust.geometric_median import geometric_median
 from fedjax_med.exchange.robust.krum import krum, multi_krum
 from fedjax_med.exchange.robust.mixing import bucketing, nearest_neighbours
