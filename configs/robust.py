@@ -4,8 +4,8 @@
 
 The first hospital sends minus ten times the mean update of the others. With
 --config.server.aggregator=mean the model learns nothing (AUROC 0.500). Scores are of the other four
-hospitals' test images; the attacker stands apart in summary.json. One attack says little; the report
-of a sweep over several has the worst: --grid=attack.kind=ipm,alie,sign_flip,mimic
+hospitals' test images; the attacker stands apart in summary.json. One attack says little; the worst
+of several stands in the report of a sweep: --grid=attack.kind=ipm,alie,sign_flip,mimic
 --grid=server.aggregator=mean,geometric_median
 
 To expect on two CPU cores: 1 minute (37 s measured on one), test AUROC 0.930, no ε.

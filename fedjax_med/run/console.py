@@ -239,11 +239,8 @@ def results(console: Console, experiment: Experiment, outcome: Outcome) -> None:
 
   attacked = any("hostile" in line for line in point.clients)
   for k, line in enumerate(point.clients[:MOST_ROWS]):
-    add(
-      f"{line['name']}{' (hostile)' if 'hostile' in line else ''}",
-      line,
-      point.epsilons[k] if point.epsilons else None,
-    )
+    name = f"{line['name']} (hostile)" if "hostile" in line else line["name"]
+    add(name, line, point.epsilons[k] if point.epsilons else None)
   table.add_section()
   add(
     "all honest" if attacked else "all",

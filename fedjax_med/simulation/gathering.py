@@ -83,10 +83,7 @@ def _in_order(gathered: Gathered, num_clients: int) -> Gathered:
   Draws and ties of rules and attacks then do not depend on who trained beside whom.
   """
   order = jnp.argsort(gathered.numbers, stable=True)[:num_clients]
-  messages, weights, numbers = jax.tree.map(
-    lambda leaf: jnp.take(leaf, order, axis=0), tuple(gathered)
-  )
-  return Gathered(messages=messages, weights=weights, numbers=numbers)
+  return jax.tree.map(lambda leaf: jnp.take(leaf, order, axis=0), gathered)
 
 
 def join(
@@ -114,7 +111,8 @@ def join(
     out, since a number was not finite.
   """
   aggregator, attack = exchange.aggregator, exchange.attack
-  messages, weights, numbers = _in_order(gathered, len(clients.number))
+  gathered = _in_order(gathered, len(clients.number))
+  messages, weights, numbers = gathered.messages, gathered.weights, gathered.numbers
   joint = Joint(key=key_for(key, Stream.EXCHANGE, 4, round), last=memory)
   if attack is not None:
     assert clients.hostile is not None

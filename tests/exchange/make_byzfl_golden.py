@@ -12,6 +12,7 @@ import pathlib
 import sys
 import types
 import unittest.mock
+from typing import Any
 
 import numpy as np
 
@@ -54,7 +55,8 @@ def main():
 
   def keep(name, values):
     values = np.asarray(values, np.float32)
-    wide = [(0, most - size) for most, size in zip((MOST, WIDEST)[-values.ndim :], values.shape)]
+    most = (MOST, WIDEST)[-values.ndim :]
+    wide = [(0, end - size) for end, size in zip(most, values.shape, strict=True)]
     rows.setdefault(name, []).append(np.pad(values, wide))
 
   for case in range(CASES):
@@ -75,10 +77,10 @@ def main():
     centered = aggregators.CenteredClipping(tau=0.5)
     keep("centered_clipping", centered(vectors.copy()))
     keep("centered_clipping_again", centered(vectors.copy()))  # from its memory
-    np.random.seed(case)
+    np.random.seed(case)  # noqa: NPY002
     keep("bucketing", before.Bucketing(2)(vectors.copy()))
-    np.random.seed(case)  # a permutation of rows is one of their numbers
-    order = np.random.permutation(len(vectors))
+    np.random.seed(case)  # noqa: NPY002
+    order = np.random.permutation(len(vectors))  # noqa: NPY002
     rows.setdefault("order", []).append(np.pad(order, (0, MOST - len(order))).astype(np.int32))
     keep("nnm", before.NNM(f)(vectors.copy()))
     keep("clipping", before.Clipping(1.0)(vectors.copy()))
@@ -89,15 +91,14 @@ def main():
     keep("mimic", attacks.Mimic()(honest))
     keep("alie", attacks.ALittleIsEnough(1.5)(honest))
     mean, trimmed = aggregators.Average(), aggregators.TrMean(f)
-    optimal = {
-      "ipm": attacks.Optimal_InnerProductManipulation,
-      "alie": attacks.Optimal_ALittleIsEnough,
-    }
+    ipm, alie = attacks.Optimal_InnerProductManipulation, attacks.Optimal_ALittleIsEnough
+    optimal = {"ipm": ipm, "alie": alie}
     for name, attack in optimal.items():
       for rule, how in (("mean", mean), ("trimmed_mean", trimmed)):
         keep(f"optimal_{name}_{rule}", attack(how, [], f)(honest))
   place = pathlib.Path(__file__).with_name("byzfl_golden.npz")
-  np.savez_compressed(place, **{name: np.stack(values) for name, values in rows.items()})
+  stacked: Any = {name: np.stack(values) for name, values in rows.items()}
+  np.savez_compressed(place, **stacked)
   print(f"{place}: {place.stat().st_size / 1e3:.0f} kB")
 
 

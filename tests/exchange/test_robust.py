@@ -41,6 +41,11 @@ def presence():
   return np.arange(GOLDEN["vectors"].shape[1]) < GOLDEN["n"][:, None]
 
 
+def arguments_of(cases):
+  """Vectors, presence and f of the cases, stacked."""
+  return [jnp.asarray(x[cases]) for x in (GOLDEN["vectors"], presence(), GOLDEN["f"])]
+
+
 def check_golden(name, found, cases):
   expected = GOLDEN[name][cases]
   scale = np.abs(GOLDEN["vectors"][cases]).max((1, 2)).reshape((-1,) + (1,) * (expected.ndim - 1))
@@ -51,9 +56,7 @@ def check_golden(name, found, cases):
 def test_a_rule_is_that_of_byzfl_with_absent_rows_beside(name):
   cases = golden_cases(name)
   rule = RULES[name](settings().robust)
-  vectors, present, f = (
-    jnp.asarray(x[cases]) for x in (GOLDEN["vectors"], presence(), GOLDEN["f"])
-  )
+  vectors, present, f = arguments_of(cases)
   joined = jax.jit(jax.vmap(rule.combine))
   zero = jnp.zeros(vectors.shape[::2])
   found = joined(vectors, present, f, zero)
@@ -67,10 +70,8 @@ def test_a_rule_is_that_of_byzfl_with_absent_rows_beside(name):
 def test_a_step_before_is_that_of_byzfl(name):
   cases = golden_cases(name)
   before = BEFORE[name](settings().robust)
-  vectors, present, f = (
-    jnp.asarray(x[cases]) for x in (GOLDEN["vectors"], presence(), GOLDEN["f"])
-  )
-  found, after = jax.jit(jax.vmap(lambda *one: before(*one, KEY)))(vectors, present, f)
+  vectors, present, f = arguments_of(cases)
+  found, after = jax.jit(jax.vmap(lambda x, here, f: before(x, here, f, KEY)))(vectors, present, f)
   assert np.array_equal(after, present)
   check_golden(name, found, cases)
 
@@ -80,7 +81,7 @@ def test_buckets_are_those_of_byzfl_in_the_same_order():
   present, order = presence(), GOLDEN["order"].copy()
   for row, n in zip(order, GOLDEN["n"], strict=True):
     row[n:] = np.arange(n, len(row))
-  found, held = jax.jit(jax.vmap(lambda *one: in_buckets(*one, 2)))(
+  found, held = jax.jit(jax.vmap(lambda x, here, order: in_buckets(x, here, order, 2)))(
     GOLDEN["vectors"], present, order
   )
   assert np.array_equal(held.sum(1), -(-GOLDEN["n"] // 2))
