@@ -47,6 +47,8 @@ def built(**changes):
 EXCHANGES |= {
   "grid": built(secure__protocol="grid"),
   "grid-16": built(secure__protocol="grid", secure__bits=16),
+  "krum": built(server__aggregator="krum", robust__assumed_byzantine=1),
+  "buckets": built(server__aggregator="geometric_median", robust__pre="bucketing"),
 }
 every = pytest.mark.parametrize("name", EXCHANGES)
 
