@@ -75,12 +75,17 @@ def with_seconds(frame: pd.DataFrame, timing: pd.DataFrame) -> pd.DataFrame:
 
 
 # Columns that say something of one hospital, and of which a row a point has nothing.
-OF_HOSPITALS = ("hospital", "num_train", "num_test", "epsilon", "delta", "sigma")
+OF_HOSPITALS = ("hospital", "hostile", "num_train", "num_test", "epsilon", "delta", "sigma")
 # Prefixes of metrics: of the run's model on the hospital's test images and on all, of the one that
 # the hospital trained alone on both, and of the one trained on pooled data on all.
 PREFIXES = ("", "all.", "alone.", "alone.all.", "pooled.all.")
 # Prefixes of metrics that differ from hospital to hospital, and what their mean begins with.
 REDUCED = {"": "mean.", "alone.": "alone.", "alone.all.": "alone.all."}
+
+
+def honest(frame: pd.DataFrame) -> pd.DataFrame:
+  """The rows of honest hospitals: all of them where no point has an attack."""
+  return frame[frame["hostile"].ne(True)] if "hostile" in frame else frame
 
 
 def by_point(frame: pd.DataFrame) -> pd.DataFrame:
@@ -96,6 +101,7 @@ def by_point(frame: pd.DataFrame) -> pd.DataFrame:
   Raises:
     UserError: another column has several values in one point.
   """
+  frame = honest(frame)
   grouped, metrics = frame.groupby("point", sort=True), metrics_of(frame)
   reduced = {
     f"{prefix}{metric}": (f"{name}{metric}", f"worst.{prefix}{metric}", metric)

@@ -221,6 +221,42 @@ SENDS_MORE = Condition(
 )
 ENCRYPTED = one_of("secure.protocol", "ckks")
 ENCRYPTS = one_of("secure.he", "run")
+# Names of exchange/robust/rules.py, which lies above.
+ROBUST_RULES = (
+  "median",
+  "trimmed_mean",
+  "geometric_median",
+  "krum",
+  "multi_krum",
+  "centered_clipping",
+  "meamed",
+)
+COUNTS_HOSTILE = Condition(
+  wording="server.aggregator=trimmed_mean, krum, multi_krum or meamed, or robust.pre=nnm or arc",
+  holds=lambda config: (
+    config.server.aggregator in ("trimmed_mean", "krum", "multi_krum", "meamed")
+    or config.robust.pre in ("nnm", "arc")
+  ),
+  fields=("server.aggregator", "robust.pre"),
+  remedy="use one of those",
+)
+WEISZFELD = one_of("server.aggregator", "geometric_median")
+CENTERED_CLIPPING = one_of("server.aggregator", "centered_clipping")
+BUCKETS = one_of("robust.pre", "bucketing")
+STATIC_CLIPPING = one_of("robust.pre", "clipping")
+ATTACKED = Condition(
+  wording="an attack.kind other than none",
+  holds=lambda config: config.attack.kind != "none",
+  fields=("attack.kind",),
+  remedy="use another",
+)
+HOSTILE_UNNAMED = Condition(
+  wording="an empty attack.hospitals",
+  holds=lambda config: config.attack.hospitals == "",
+  fields=("attack.hospitals",),
+  remedy="use an empty attack.hospitals",
+)
+STRONG = one_of("attack.kind", "ipm", "alie", "gaussian")
 CHUNKS = one_of("execution.layout", "chunk")
 CHUNK_OPEN = one_of("execution.layout", "auto")
 

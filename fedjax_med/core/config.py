@@ -15,7 +15,13 @@ import types
 from typing import Any
 
 from fedjax_med.core.errors import require
-from fedjax_med.core.exchange_sections import CompressionConfig, CostConfig, SecureConfig
+from fedjax_med.core.exchange_sections import (
+  AttackConfig,
+  CompressionConfig,
+  CostConfig,
+  RobustConfig,
+  SecureConfig,
+)
 from fedjax_med.core.execution_sections import EvalConfig, ExecutionConfig
 from fedjax_med.core.fields import Field, always, field, fields_of, least, never, one_of, undeclared
 from fedjax_med.core.privacy_sections import ClientPrivacyConfig, PrivacyConfig
@@ -81,6 +87,8 @@ class Config:
   client_privacy: ClientPrivacyConfig = dataclasses.field(default_factory=ClientPrivacyConfig)
   compression: CompressionConfig = dataclasses.field(default_factory=CompressionConfig)
   secure: SecureConfig = dataclasses.field(default_factory=SecureConfig)
+  robust: RobustConfig = dataclasses.field(default_factory=RobustConfig)
+  attack: AttackConfig = dataclasses.field(default_factory=AttackConfig)
   cost: CostConfig = dataclasses.field(default_factory=CostConfig)
   execution: ExecutionConfig = dataclasses.field(default_factory=ExecutionConfig)
   eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)

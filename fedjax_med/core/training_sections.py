@@ -552,7 +552,11 @@ class ServerConfig:
   )
   aggregator: str = field(
     "mean",
-    doc="how clients' updates become one: mean, or a registered aggregator (docs/extending.md).",
+    doc=(
+      "how clients' updates become one: mean, or a robust rule, which ignores server.weighting:"
+      " median, trimmed_mean, geometric_median (to be preferred, docs/exchange.md), krum,"
+      " multi_krum, centered_clipping or meamed; or a registered aggregator (docs/extending.md)."
+    ),
   )
   transforms: str = field(
     "",

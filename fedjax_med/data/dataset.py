@@ -170,6 +170,7 @@ class Hospitals:
       between the class mixture that was drawn for it and the one that it holds.
     visiting: under scheme=site the sites that train nowhere, each of one unit that is in test, and
       the hospital that tests it.
+    poisoned: of each hostile hospital that trains on wrong labels the number of them.
   """
 
   dataset: Dataset
@@ -181,6 +182,7 @@ class Hospitals:
   num_elsewhere: int = 0
   mixture_shifts: dict[str, float] = dataclasses.field(default_factory=dict)
   visiting: dict[str, str] = dataclasses.field(default_factory=dict)
+  poisoned: dict[str, int] = dataclasses.field(default_factory=dict)
 
   @property
   def by_site(self) -> bool:

@@ -13,13 +13,15 @@ from fedjax_med.data.dataset import Dataset, Hospitals, Split, client_rows, clie
 from fedjax_med.data.duplicates import find_contradictions, join_groups
 from fedjax_med.data.modality import modality_named
 from fedjax_med.data.patients import apart_by_site
+from fedjax_med.data.poisoning import poisoned
 from fedjax_med.data.sources import load_dataset
 from fedjax_med.tasks.registry import task_named
 
 
 def load_hospitals(config: Config) -> Hospitals:
   """Reads the data and deals them to the hospitals; raises UserError for anything amiss."""
-  return build_hospitals(load_dataset(config.data), config.data, config.partition)
+  dealt = build_hospitals(load_dataset(config.data), config.data, config.partition)
+  return poisoned(config, dealt)
 
 
 def build_hospitals(dataset: Dataset, data: DataConfig, partition: PartitionConfig) -> Hospitals:

@@ -13,6 +13,7 @@ from fedjax_med.core.registered import add_name
 from fedjax_med.core.sources import read_again, source_digest
 from fedjax_med.exchange.aggregator import Aggregator, equal_sum, mean
 from fedjax_med.exchange.attack import Attack
+from fedjax_med.exchange.attacks.registry import ATTACKS, attack_strength, forges_updates
 from fedjax_med.exchange.ckks import PRESETS, ciphertexts, encrypted_sum, require_ckks
 from fedjax_med.exchange.clip_and_noise import clip_and_noise
 from fedjax_med.exchange.compression.registry import (
@@ -29,10 +30,11 @@ from fedjax_med.exchange.masks import (
   may_miss,
   require_masking,
 )
+from fedjax_med.exchange.robust.rules import RULES, is_robust, robust_aggregator
 from fedjax_med.exchange.transform import SUM, Transform, chain
 
 TRANSFORMS: dict[str, Callable[[], Transform]] = {"identity": chain}
-AGGREGATORS: dict[str, Callable[[], Aggregator]] = {"mean": mean}
+AGGREGATORS: dict[str, Callable[[], Aggregator]] = {"mean": mean}  # besides RULES
 
 
 class Exchange(NamedTuple):
@@ -64,6 +66,11 @@ class Exchange(NamedTuple):
     return self.loss > 0 or self.deadline
 
   @property
+  def gathers(self) -> bool:
+    """Whether all messages of a round are in memory at once."""
+    return not self.aggregator.linear or self.attack is not None
+
+  @property
   def goes_on(self) -> bool:
     """Whether a message that is not finite is left out, and the run goes on."""
     return self.aggregator.tolerant or self.attack is not None
@@ -79,7 +86,7 @@ def register_transform(name: str, make: Callable[[], Transform]) -> None:
 
 def register_aggregator(name: str, make: Callable[[], Aggregator]) -> None:
   """Adds an aggregator that configs can name; UserError if the name is taken by another one."""
-  _require_free("aggregator", name, AGGREGATORS.get(name, make), make)
+  _require_free("aggregator", name, (RULES | AGGREGATORS).get(name, make), make)
   AGGREGATORS[name] = make
   add_name("server.aggregator", name)
 
@@ -101,7 +108,7 @@ def exchange_code(config: Config) -> list[str]:
     (f"transform '{name}'", TRANSFORMS[name]) for name in transform_names(config)
   ]
   name = config.server.aggregator
-  parts.append((f"aggregator '{name}'", AGGREGATORS[name]))
+  parts.append((f"aggregator '{name}'", (RULES | AGGREGATORS)[name]))
   return [source_digest(make, what) for what, make in parts]
 
 
@@ -109,7 +116,15 @@ def require_parts(config: Config) -> None:
   """Raises UserError where a name is unknown, or parts go together with no hospitals."""
   for name in transform_names(config):
     require_choice("server.transforms", name, TRANSFORMS)
-  require_choice("server.aggregator", config.server.aggregator, AGGREGATORS)
+  require_choice("server.aggregator", config.server.aggregator, AGGREGATORS | RULES)
+  require(
+    config.robust.pre == "none" or config.server.aggregator in (*RULES, "mean"),
+    f"robust.pre='{config.robust.pre}' with server.aggregator='{config.server.aggregator}', which"
+    " is a registered one",
+    "let the aggregator do it, or use robust.pre=none",
+  )
+  if config.attack.kind != "none":
+    _require_attack(config)
   if config.client_privacy.mechanism != "none":
     _require_private(config)
   if config.secure.protocol != "none":
@@ -135,7 +150,10 @@ def make_exchange(config: Config, num_clients: int) -> Exchange:
     grid = choose_grid(config, num_clients)
   parts = [TRANSFORMS[name]() for name in transform_names(config)]
   parts += compression_parts(config.compression, counted=not private)
-  aggregator = AGGREGATORS[config.server.aggregator]()
+  if is_robust(config):
+    require_robust(config, num_clients)
+  rule = robust_aggregator(config) if is_robust(config) else AGGREGATORS[config.server.aggregator]()
+  aggregator = rule
   if private:
     step = 1 / grid.scale if grid else 0.0
     clip = clip_and_noise(config.client_privacy.clip_norm, step)
@@ -154,20 +172,22 @@ def make_exchange(config: Config, num_clients: int) -> Exchange:
   transform = chain(*parts)
   # The rule that is asked for: the host that encrypts needs every message, and its server none.
   require(
-    AGGREGATORS[config.server.aggregator]().linear or transform.trust != SUM,
+    rule.linear or transform.trust != SUM,
     f"server.aggregator='{config.server.aggregator}' needs every update, and with"
     f" server.transforms='{config.server.transforms}' the server sees sums only",
     "use server.aggregator=mean, or leave out the transform that hides single updates",
   )
   require(
-    AGGREGATORS[config.server.aggregator]().linear or config.compression.kind != "sketch",
+    rule.linear or config.compression.kind != "sketch",
     f"server.aggregator='{config.server.aggregator}' with compression.kind='sketch': the server"
     " gets tables, which stand for updates in their sum only",
     "use server.aggregator=mean, or another compression.kind",
   )
+  attack = ATTACKS[config.attack.kind]() if forges_updates(config) else None
   return Exchange(
     transform=transform,
     aggregator=aggregator,
+    attack=attack,
     download=download_of(config.compression),
     loss=config.secure.dropout if masked else 0.0,
     deadline=DEADLINE.holds(config),
@@ -203,6 +223,35 @@ def _ckks_sum(config: Config, modelled: Aggregator, equal: bool) -> Aggregator:
   return encrypted_sum(preset, secure.bits, every=secure.encrypt_every, equal=equal)
 
 
+def exchange_numbers(config: Config) -> dict[str, float]:
+  """Numbers of the exchange that a program takes as data, by name: ``Hyper.exchange``."""
+  return {"strength": attack_strength(config)} if forges_updates(config) else {}
+
+
+def _require_attack(config: Config) -> None:
+  """Raises UserError where hostile hospitals do not go with another part."""
+  attack = f"attack.kind='{config.attack.kind}'"
+  private, protocol = config.client_privacy.mechanism != "none", config.secure.protocol
+  require(
+    not (private and forges_updates(config)),
+    f"{attack} with client_privacy.mechanism='dp_fedavg': an update that is forged after the clip"
+    " is longer than the sensitivity that ε is computed from",
+    "use attack.kind=label_flip, which trains and clips honestly, or client_privacy.mechanism=none",
+  )
+  require(
+    protocol == "none" or not forges_updates(config),
+    f"{attack} with secure.protocol='{protocol}': what is forged are updates, and whole numbers"
+    " travel",
+    "use attack.kind=label_flip, or secure.protocol=none",
+  )
+  require(
+    not config.eval.local_baselines,
+    f"{attack} with eval.local_baselines: hospitals by themselves have no attackers among them, and"
+    " scores of the federation are of the honest ones",
+    "run the baselines with attack.kind=none",
+  )
+
+
 def _require_private(config: Config) -> None:
   """Raises UserError where a part does not go with DP-FedAvg."""
   require(
@@ -210,6 +259,12 @@ def _require_private(config: Config) -> None:
     f"server.aggregator='{config.server.aggregator}' with client_privacy.mechanism='dp_fedavg':"
     " its sensitivity to one hospital's update is not known",
     "use server.aggregator=mean",
+  )
+  require(
+    config.robust.pre == "none",
+    f"robust.pre='{config.robust.pre}' with client_privacy.mechanism='dp_fedavg': the sensitivity"
+    " of what it makes of one hospital's update is not known, and updates are clipped already",
+    "use robust.pre=none and client_privacy.clip_norm",
   )
   open_ones = [name for name in transform_names(config) if not TRANSFORMS[name]().clients]
   require(
@@ -229,6 +284,12 @@ def _require_sums(config: Config) -> None:
     f" secure.protocol='{config.secure.protocol}': a rule that looks at single updates needs what"
     " the protocol hides",
     "use server.aggregator=mean, or secure.protocol=none",
+  )
+  require(
+    config.robust.pre == "none",
+    f"robust.pre='{config.robust.pre}' with secure.protocol='{config.secure.protocol}': a step that"
+    " looks at single updates needs what the protocol hides",
+    "use robust.pre=none, or secure.protocol=none",
   )
 
 

@@ -7,7 +7,13 @@ import numpy as np
 
 from fedjax_med.core.config import ClientPrivacyConfig, Config
 from fedjax_med.core.errors import require
-from fedjax_med.core.exchange_sections import CompressionConfig, CostConfig, SecureConfig
+from fedjax_med.core.exchange_sections import (
+  AttackConfig,
+  CompressionConfig,
+  CostConfig,
+  RobustConfig,
+  SecureConfig,
+)
 from fedjax_med.data.dataset import (
   ClientTable,
   Hospitals,
@@ -17,6 +23,7 @@ from fedjax_med.data.dataset import (
 )
 from fedjax_med.data.modality import modality_named
 from fedjax_med.data.patients import described
+from fedjax_med.data.poisoning import POISONS, hostile_hospitals
 from fedjax_med.exchange.registry import make_exchange
 from fedjax_med.federated.registry import require_rules
 from fedjax_med.folder import secret as secrets
@@ -77,6 +84,9 @@ def federation(config: Config, hospitals: Hospitals, secret: bytes | None = None
   require_rules(config)
   make_exchange(config, len(hospitals.names))
   links_of(config, len(hospitals.names))
+  hostile_hospitals(config, hospitals.names)  # raises UserError for a name that is unknown
+  # Data that another caller dealt must not pass for poisoned ones.
+  assert bool(hospitals.poisoned) == (config.attack.kind in POISONS)
   _require_single_losses(config, task_named(hospitals.dataset.task))
   modality = modality_named(hospitals.dataset.modality)
   require(
@@ -232,4 +242,6 @@ def with_plain_server(config: Config) -> Config:
     compression=CompressionConfig(),
     secure=SecureConfig(),
     cost=CostConfig(),
+    robust=RobustConfig(),
+    attack=AttackConfig(),
   )

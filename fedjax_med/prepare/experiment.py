@@ -16,7 +16,8 @@ from fedjax_med.data.dataset import (
   Hospitals,
   real_counts,
 )
-from fedjax_med.exchange.registry import make_exchange
+from fedjax_med.data.poisoning import hostile_hospitals
+from fedjax_med.exchange.registry import exchange_numbers, make_exchange
 from fedjax_med.federated.algorithm import Client, Hyper, Pool, Units
 from fedjax_med.prepare.accounted_arrays import differences, require_accounted
 from fedjax_med.prepare.case import Case, baselines, federation
@@ -125,6 +126,7 @@ def _hyper(config: Config, protection: Protection) -> Hyper:
     participation_rate=scalar(config.server.participation_rate),
     algorithm={name: scalar(value) for name, value in options.items()},
     client_level=level,
+    exchange={name: scalar(value) for name, value in exchange_numbers(config).items()},
   )
 
 
@@ -146,6 +148,9 @@ def _stack_clients(case: Case, shapes: Shapes) -> Client:
   coefficients = None
   if config.privacy.bands > 1:
     coefficients = jnp.asarray([m.coefficients for m in private], jnp.float32)
+  hostile = None
+  if exchange_numbers(config):
+    hostile = jnp.asarray(hostile_hospitals(config, case.names))
   units = None
   if table is not None:
     units = Units(
@@ -169,6 +174,7 @@ def _stack_clients(case: Case, shapes: Shapes) -> Client:
     units=units,
     coefficients=coefficients,
     batch_cap=jnp.asarray([m.batch_cap for m in private], jnp.int32) if private else None,
+    hostile=hostile,
   )
 
 

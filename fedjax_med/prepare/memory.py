@@ -11,6 +11,7 @@ import numpy as np
 from fedjax_med.core.config import algorithm_options
 from fedjax_med.core.keys import base_key
 from fedjax_med.data.dataset import Dataset
+from fedjax_med.exchange.registry import exchange_numbers
 from fedjax_med.federated.algorithm import Client, Hyper, Pool, Units, plain_hyper
 from fedjax_med.models.model import Model
 from fedjax_med.prepare.plan import Choice
@@ -18,6 +19,9 @@ from fedjax_med.prepare.recipe import Recipe
 from fedjax_med.privacy.client_level import ClientLevel
 from fedjax_med.simulation.processes import least
 from fedjax_med.simulation.rounds import SimulationState
+
+# All messages of a round: as they came, in order, as vectors, and sorted or forged.
+GATHERED_COPIES = 4
 
 
 class Budget(NamedTuple):
@@ -124,7 +128,12 @@ def _values(program: Any) -> int:
 
 
 def rough_bytes(
-  choice: Choice, model: Footprint, num_clients: int, data: int, client_state: int = 0
+  choice: Choice,
+  model: Footprint,
+  num_clients: int,
+  data: int,
+  client_state: int = 0,
+  gathered: int = 0,
 ) -> float:
   """Upper estimate from shapes of the memory of one device in a round, bytes.
 
@@ -134,6 +143,7 @@ def rough_bytes(
     num_clients: K.
     data: bytes of the pool and the index rows.
     client_state: bytes of the persistent state of a client.
+    gathered: bytes of all messages of a round, of a rule that needs them at once; else 0.
   """
   weights = 4 * model.parameters
   copies = 7  # local weights, gradient, noise and its sum, up to two moments, delta
@@ -144,6 +154,7 @@ def rough_bytes(
   examples = 2 * choice.microbatch * model.activations
   # A client's state is there before and after the round, and twice more while the client trains.
   at_rest = data + 4 * weights + num_clients * (1024 + 2 * client_state)
+  at_rest += GATHERED_COPIES * gathered
   return at_rest + choice.chunk * (copies * weights + examples + 2 * client_state)
 
 
@@ -193,6 +204,9 @@ def block_arguments(
     clients = clients._replace(coefficients=shape((recipe.num_clients, recipe.bands), jnp.float32))
   if recipe.exchange.deadline:
     clients = clients._replace(late=shape((recipe.num_clients,), bool))
+  numbers = exchange_numbers(recipe.config)
+  if numbers:
+    clients = clients._replace(hostile=shape((recipe.num_clients,), jnp.bool_))
   level, options = None, algorithm_options(recipe.config, traced=True)
   if recipe.client_level:
     level = ClientLevel(
@@ -208,7 +222,9 @@ def block_arguments(
     clients=clients,
     pool=jax.tree.map(lambda leaf: shape(leaf.shape, leaf.dtype), pool),
     hyper=jax.eval_shape(plain_hyper)._replace(
-      algorithm=dict.fromkeys(options, scalar), client_level=level
+      algorithm=dict.fromkeys(options, scalar),
+      client_level=level,
+      exchange=dict.fromkeys(numbers, scalar),
     ),
     key=jax.eval_shape(lambda: base_key(0)),
     rounds=shape((), jnp.int32),

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 
 from fedjax_med.core.config import Config
+from fedjax_med.core.errors import require
 from fedjax_med.prepare.memory import (
   BlockArguments,
   Budget,
@@ -40,6 +41,7 @@ class PlanProblem(NamedTuple):
     arguments: shapes of the arguments of a block.
     may_remat: whether the network has blocks to compute again.
     may_share_less: whether fewer devices may be used than ``start`` names.
+    gathers: whether all messages of a round are in memory at once.
     uncovered: (remat, microbatch) -> reasons not to trust each clipping method, by method.
   """
 
@@ -56,6 +58,7 @@ class PlanProblem(NamedTuple):
   arguments: BlockArguments
   may_remat: bool
   may_share_less: bool
+  gathers: bool
   uncovered: Callable[[bool, int], dict[str, tuple[str, ...]]]
 
   @property
@@ -104,6 +107,7 @@ def decide(
       not cover it.
   """
   execution, steps = problem.config.execution, problem.steps
+  _require_room(problem)
   _, chunk, layout_reason = choose_layout(
     execution.layout,
     execution.chunk_size,
@@ -186,7 +190,29 @@ def _needs(problem: PlanProblem, choice: Choice) -> float:
   data = tree_bytes(arguments.pool) + 4 * arguments.clients.indices.size
   state = arguments.state
   kept = tree_bytes((state.client_states, state.transform_states)) // num_clients
-  return rough_bytes(choice, problem.model, num_clients, data, kept)
+  return rough_bytes(choice, problem.model, num_clients, data, kept, _gathered(problem, choice))
+
+
+def _gathered(problem: PlanProblem, choice: Choice) -> int:
+  """Bytes of all messages of a round where they are in memory at once, else 0."""
+  if not problem.gathers:
+    return 0
+  slots = choice.devices * choice.chunk
+  return 4 * problem.model.parameters * (problem.cohort + -problem.cohort % slots)
+
+
+def _require_room(problem: PlanProblem) -> None:
+  """Raises UserError where the messages of a round alone are over the budget."""
+  size, needed = problem.budget.size, _gathered(problem, problem.start)
+  require(
+    size is None or needed <= size,
+    f"server.aggregator='{problem.config.server.aggregator}' with"
+    f" attack.kind='{problem.config.attack.kind}' needs the updates of {problem.cohort} hospitals"
+    f" at once, {needed / 2**30:.3g} GiB, over the budget of {(size or 0) / 2**30:.3g} GiB of a"
+    " device",
+    "use server.aggregator=mean without robust.pre or attack, a smaller model, or raise"
+    " execution.memory_gib",
+  )
 
 
 def _estimate(problem: PlanProblem, choice: Choice) -> float:

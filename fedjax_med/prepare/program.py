@@ -198,6 +198,7 @@ def _plan_problem(
     arguments=arguments,
     may_remat=has_remat(config.model, recipe.num_columns),
     may_share_less=may_share_less,
+    gathers=recipe.exchange.gathers,
     uncovered=functools.cache(problems),
   )
 

@@ -8,9 +8,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fedjax_med.report import figure_labels as texts
+from fedjax_med.report.attack_table import AttackTable
 from fedjax_med.report.figures import QUIET, WIDTH, add_legend, new_figure
 from fedjax_med.tasks.task import Figure, Metric
 
+MARKERS = ("o", "s", "D", "P")
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7A5195", "#444444")
 
 
@@ -121,6 +123,27 @@ def draw_spread(
                    label="worst" if first else None)  # fmt: skip
     rows = [textwrap.fill(texts.drawable(label), 52) for label in labels]
     axis.set_yticks(range(len(labels)), rows)
+    axis.invert_yaxis()
+    axis.set(xlabel=metric.axis)
+    axis.grid(visible=False, axis="y")
+    add_legend(figure, axis)
+
+
+def draw_attacks(path: pathlib.Path, attacks: AttackTable, metric: Metric) -> None:
+  """Draws a mark for every attack on each rule, and a triangle at the worst of the rule."""
+  size = WIDTH, 2.2 + 0.34 * len(attacks.rules)
+  with new_figure(path, size, f"{metric.heading} of honest hospitals under attack") as figure:
+    axis = figure.subplots()
+    rows = np.arange(len(attacks.rules))
+    for column, attack in enumerate(attacks.attacks):
+      colour, marker = (
+        PALETTE[column % len(PALETTE)],
+        MARKERS[column // len(PALETTE) % len(MARKERS)],
+      )
+      axis.scatter(attacks.values[:, column], rows, s=26, color=colour, marker=marker, alpha=0.8,
+                   label=texts.drawable(attack))  # fmt: skip
+    axis.scatter(attacks.worst, rows + 0.3, s=40, marker="^", color=QUIET, label="worst")
+    axis.set_yticks(rows, [textwrap.fill(texts.drawable(label), 52) for label in attacks.rules])
     axis.invert_yaxis()
     axis.set(xlabel=metric.axis)
     axis.grid(visible=False, axis="y")

@@ -18,6 +18,7 @@ from fedjax_med.folder.data_notes import Note, data_notes
 from fedjax_med.folder.writing import read_metrics, write_text, write_whole
 from fedjax_med.privacy import claims
 from fedjax_med.report import latex, sweep_figures
+from fedjax_med.report.attack_table import attack_table
 from fedjax_med.report.figure_labels import stand_ins
 from fedjax_med.report.figures import MAX_BARS, draw_partition
 from fedjax_med.report.run_page import embedded, environment
@@ -131,8 +132,15 @@ def write(runs: ComparedRuns, target: pathlib.Path) -> pathlib.Path:
   folder = target / "figures"
   folder.mkdir(parents=True, exist_ok=True)
   _draw(runs, axes, arms, folder)
+  attacks = attack_table(arms, _telling, _label, task.headline)
+  if attacks is not None:
+    for suffix in (".png", ".pdf"):
+      sweep_figures.draw_attacks(folder / f"attacks{suffix}", attacks, task.headline)
+    write_whole(
+      target / "worst_attacks.csv", lambda place: attacks.frame.to_csv(place, index=False)
+    )
   of_task = [f"{drawn.name}s" for drawn in task.figures]
-  names = ("frontier", "spread", "curves", "traffic", *of_task, "partition")
+  names = ("frontier", "attacks", "spread", "curves", "traffic", *of_task, "partition")
   shown = _table(arms, axes, task.metrics_in(Place.SWEEP))
   write_whole(target / "table.csv", lambda place: shown.to_csv(place, index=False))
   write_text(target / "table.tex", latex.table_of(shown, axes, runs.task))
@@ -164,6 +172,7 @@ def write(runs: ComparedRuns, target: pathlib.Path) -> pathlib.Path:
       ],
       most={"lines": MOST_LINES, "arms": MOST_ARMS},
       arms=arms,
+      attacks=attacks,
       images=embedded(folder, names),
       config=table.read_json(first / "config.json"),
       split=held["split"],
@@ -258,7 +267,7 @@ def _draw(
   labels = [arm["short"] for arm in some]
   by_point = {int(number): place for number, place in _places(runs).items()}
   values = [
-    runs.frame[runs.frame["point"].isin(arm["points"])][headline.name].to_numpy(float)
+    study.honest(runs.frame[runs.frame["point"].isin(arm["points"])])[headline.name].to_numpy(float)
     for arm in some
   ]
   curves = [

@@ -263,11 +263,13 @@ def results(console: Console, experiment: Experiment, outcome: Outcome) -> None:
     row = [escape(name), str(line["n"]), *map(number, values)]
     table.add_row(*row, *([number(spent)] if point.epsilons else []))
 
+  attacked = any("hostile" in line for line in point.clients)
   for k, line in enumerate(point.clients[:MOST_ROWS]):
-    add(line["name"], line, point.epsilons[k] if point.epsilons else None)
+    name = f"{line['name']} (hostile)" if "hostile" in line else line["name"]
+    add(name, line, point.epsilons[k] if point.epsilons else None)
   table.add_section()
   add(
-    "all",
+    "all honest" if attacked else "all",
     point.test,
     float(np.max(point.epsilons)) if point.epsilons else None,
   )

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 
 from fedjax_med.data.dataset import Hospitals, client_rows
+from fedjax_med.data.poisoning import hostile_hospitals
 from fedjax_med.data.recordings import of_recordings
 from fedjax_med.federated.algorithm import RoundMetrics
 from fedjax_med.prepare.experiment import Experiment
@@ -23,8 +24,9 @@ class LogPoint(NamedTuple):
 
   Attributes:
     rounds: finished rounds.
-    test: metrics on the whole test set.
-    clients: the same for each hospital's test set, with its ε where its records are protected.
+    test: metrics on the whole test set, under an attack on that of the honest hospitals.
+    clients: the same for each hospital's test set, with its ε where its records are protected, and
+      "hostile": True of an attacker.
     probabilities: [n_test, classes] of the test examples, in the order of ``evaluation_rows``.
     epsilons: ε of each training client's records or patients (empty where none protects them).
     client_epsilon: ε of whole hospitals, None where none protects them.
@@ -66,6 +68,16 @@ def evaluated(parts: Parts, state: SimulationState) -> EvaluatedModel:
   )
 
 
+def honest_examples(experiment: Experiment) -> np.ndarray | slice:
+  """The test examples that scores of all are of: those of honest hospitals.
+
+  They index arrays in the order of ``evaluation_rows``; without an attack they are all.
+  """
+  hospitals = experiment.hospitals
+  hostile = hostile_hospitals(experiment.config, hospitals.names)
+  return np.repeat(~hostile, hospitals.test.counts) if hostile.any() else slice(None)
+
+
 def measure(
   experiment: Experiment,
   rounds: int,
@@ -78,17 +90,22 @@ def measure(
   targets = jax.tree.map(lambda leaf: leaf[rows], task.targets(experiment.hospitals.dataset))
   by_name = dict(zip(experiment.names, epsilons, strict=False))
   ends = np.cumsum(experiment.hospitals.test.counts)
+  hostile = hostile_hospitals(experiment.config, experiment.hospitals.names)
   clients = []
-  for name, part in zip(
-    experiment.hospitals.names, np.split(np.arange(len(rows)), ends[:-1]), strict=True
+  for name, part, bad in zip(
+    experiment.hospitals.names, np.split(np.arange(len(rows)), ends[:-1]), hostile, strict=True
   ):
     part_targets = jax.tree.map(lambda leaf, part=part: leaf[part], targets)
     line = {"name": name, **task.measure(probabilities[part], part_targets)}
+    line |= {"hostile": True} if bad else {}
     clients.append({**line, "epsilon": by_name.get(name)} if by_name else line)
-  across = {} if task.across is None else task.across(clients)
+  honest = [line for line in clients if "hostile" not in line]
+  across = {} if task.across is None else task.across(honest)
+  shown = honest_examples(experiment)
+  shown_targets = jax.tree.map(lambda leaf: leaf[shown], targets)
   return LogPoint(
     rounds=rounds,
-    test={**task.measure(probabilities, targets), **across},
+    test={**task.measure(probabilities[shown], shown_targets), **across},
     clients=clients,
     probabilities=probabilities,
     epsilons=epsilons,
@@ -104,8 +121,9 @@ def _of_recordings(
   dataset = experiment.hospitals.dataset
   if dataset.series is None:
     return None
-  rows = evaluation_rows(experiment)
-  means, first = of_recordings(probabilities, dataset.series.recordings[rows])
+  shown = honest_examples(experiment)
+  rows, targets = evaluation_rows(experiment)[shown], jax.tree.map(lambda x: x[shown], targets)
+  means, first = of_recordings(probabilities[shown], dataset.series.recordings[rows])
   return task_named(dataset.task).measure(means, jax.tree.map(lambda leaf: leaf[first], targets))
 
 

@@ -128,6 +128,7 @@ def _exchange_sentences(exchange: dict[str, Any], private: bool) -> str:
     "## What the server sees\n\n"
     f"{how}The server sees {exchange['server_sees']} and joins them by {exchange['aggregator']}.\n"
     f"{_grid_sentences(exchange)}{_mask_sentences(exchange)}{_ckks_sentences(exchange)}"
+    f"{_robust_sentences(exchange)}"
   )
 
 
@@ -196,3 +197,24 @@ def _ckks_sentences(exchange: dict[str, Any]) -> str:
   if not ckks["executed"]:
     sentences.append("In this simulation encryption was modelled: nothing was encrypted.")
   return "\n" + "\n\n".join(sentences) + "\n"
+
+
+def _robust_sentences(exchange: dict[str, Any]) -> str:
+  """What a robust rule, and hostile hospitals, mean for the promise; "" without them."""
+  sentences = []
+  if "pre" in exchange:
+    sentences.append(f"Before that the server applies {exchange['pre']} to all updates.")
+  if exchange.get("weights_ignored"):
+    sentences.append(
+      "Every hospital counts the same, whatever its weight. What the rule does with updates that"
+      " carry noise is computed from them alone, so that the ε of records and patients stays as it"
+      " is."
+    )
+  if "attack" in exchange:
+    names = ", ".join(exchange["attack"]["hospitals"])
+    sentences.append(
+      f"The run simulates an attack ({exchange['attack']['kind']}) of {names}. An attacker's own"
+      " records are protected as far as it runs the mechanism; what it does with the updates of"
+      " others costs those no ε."
+    )
+  return f"\n{' '.join(sentences)}\n" if sentences else ""

@@ -9,15 +9,19 @@ import jax
 import numpy as np
 
 from fedjax_med import __version__
+from fedjax_med.core.conditions import COUNTS_HOSTILE
 from fedjax_med.core.config import Config, to_dict
 from fedjax_med.data.dataset import Hospitals, array_leaves, client_rows
+from fedjax_med.data.poisoning import hostile_hospitals
 from fedjax_med.data.recordings import Series, overlapping
 from fedjax_med.data.table_manifest import Table, manifest_record
+from fedjax_med.exchange.attacks.registry import STRENGTHS, attack_strength
 from fedjax_med.exchange.ckks import PRESETS
 from fedjax_med.exchange.compression.registry import compression_notes, compression_words
 from fedjax_med.exchange.fixed_point import choose_grid
 from fedjax_med.exchange.masks import fewest_answers
 from fedjax_med.exchange.registry import make_exchange, transform_names
+from fedjax_med.exchange.robust.rules import is_robust
 from fedjax_med.folder import writing as files
 from fedjax_med.folder.secret import is_private
 from fedjax_med.models.registry import network_record
@@ -28,7 +32,7 @@ from fedjax_med.prepare.synthetic_images import digest as synthetic_digest
 from fedjax_med.prepare.synthetic_images import left_out
 from fedjax_med.run.checkpoints import digest
 from fedjax_med.run.drive import Outcome
-from fedjax_med.run.measure import evaluated, evaluation_rows
+from fedjax_med.run.measure import evaluated, evaluation_rows, honest_examples
 from fedjax_med.simulation.evaluation import EvaluatedModel
 from fedjax_med.tasks.registry import task_named
 from fedjax_med.tasks.task import Targets
@@ -65,6 +69,7 @@ def config_record(experiment: Experiment, command: str) -> dict[str, Any]:
       " outside the privacy statement."
     )
   notes += compression_notes(experiment.config.compression)
+  notes += _attack_notes(experiment.config)
   return {
     "run_id": experiment.run_id,
     "command": command,
@@ -81,6 +86,20 @@ def config_record(experiment: Experiment, command: str) -> dict[str, Any]:
   }
 
 
+def _attack_notes(config: Config) -> list[str]:
+  """Sentences on an attack that every result of the run stands under."""
+  kind = config.attack.kind
+  if kind == "none":
+    return []
+  notes = [f"Hostile hospitals are simulated (attack.kind={kind}): scores are of the others."]
+  if COUNTS_HOSTILE.holds(config) and config.robust.assumed_byzantine == 0:
+    notes.append(
+      "The rule that joins updates is made for no hostile hospital"
+      " (robust.assumed_byzantine=0): it withstands none."
+    )
+  return notes
+
+
 def exchange_record(experiment: Experiment) -> dict[str, Any]:
   """Transforms and aggregator of updates, and the messages that the server sees."""
   config = experiment.config
@@ -94,6 +113,21 @@ def exchange_record(experiment: Experiment) -> dict[str, Any]:
     **_secure_record(config, len(experiment.names)),
     "compression": compression_words(config.compression),
     **_encryption(config),
+    **({"pre": config.robust.pre} if config.robust.pre != "none" else {}),
+    **({"weights_ignored": True} if is_robust(config) else {}),
+    **({"attack": _attack_record(experiment)} if config.attack.kind != "none" else {}),
+  }
+
+
+def _attack_record(experiment: Experiment) -> dict[str, Any]:
+  """Kind and strength of the attack, and the hostile hospitals."""
+  config, names = experiment.config, experiment.hospitals.names
+  hostile = hostile_hospitals(config, names)
+  strength = {"strength": attack_strength(config)} if config.attack.kind in STRENGTHS else {}
+  return {
+    "kind": config.attack.kind,
+    **strength,
+    "hospitals": [name for name, bad in zip(names, hostile, strict=True) if bad],
   }
 
 
@@ -184,6 +218,7 @@ def hospital_record(hospitals: Hospitals, names: bool = True) -> dict[str, Any]:
     },
     "patients": dataset.patient_counts and dataset.patient_counts._asdict(),
     **({"visiting": hospitals.visiting} if hospitals.visiting else {}),
+    **({"poisoned": hospitals.poisoned} if hospitals.poisoned else {}),
     **({} if dataset.table or dataset.series else {"grey": dataset.grey.record}),
     "skipped": skipped,
     "hospitals": [holds(k, name) for k, name in enumerate(hospitals.names)],
@@ -318,7 +353,8 @@ def summary_record(experiment: Experiment, outcome: Outcome, name: str) -> dict[
   """Results only, no times: an interrupted and an unbroken run write the same bytes."""
   hospitals = experiment.hospitals
   task = task_named(hospitals.dataset.task)
-  rows = evaluation_rows(experiment)
+  shown = honest_examples(experiment)
+  rows = evaluation_rows(experiment)[shown]
   targets = jax.tree.map(lambda leaf: leaf[rows], task.targets(hospitals.dataset))
   plan = experiment.program.plan
   weights = evaluated(experiment.program.parts, outcome.state)
@@ -337,7 +373,7 @@ def summary_record(experiment: Experiment, outcome: Outcome, name: str) -> dict[
     "test": outcome.last.test,
     **({} if outcome.last.recordings is None else {"recordings": outcome.last.recordings}),
     "clients": outcome.last.clients,
-    **task.details(outcome.last.probabilities, targets),
+    **task.details(outcome.last.probabilities[shown], targets),
     "num_parameters": num_parameters(experiment),
     **_cost(experiment, outcome),
     "split": hospitals.split.scheme,

@@ -77,6 +77,15 @@ def sent_down(
   return server._replace(params=params), held
 
 
+def _in_order(gathered: Gathered, num_clients: int) -> Gathered:
+  """The same messages by client number, whatever the layout; empty slots come last.
+
+  Draws and ties of rules and attacks then do not depend on who trained beside whom.
+  """
+  order = jnp.argsort(gathered.numbers, stable=True)[:num_clients]
+  return jax.tree.map(lambda leaf: jnp.take(leaf, order, axis=0), gathered)
+
+
 def join(
   exchange: Exchange,
   gathered: Gathered,
@@ -102,6 +111,7 @@ def join(
     out, since a number was not finite.
   """
   aggregator, attack = exchange.aggregator, exchange.attack
+  gathered = _in_order(gathered, len(clients.number))
   messages, weights, numbers = gathered.messages, gathered.weights, gathered.numbers
   joint = Joint(key=key_for(key, Stream.EXCHANGE, 4, round), last=memory)
   if attack is not None:

@@ -103,7 +103,7 @@ class Setup(NamedTuple):
   @property
   def gathers(self) -> bool:
     """Whether all messages are in memory at once."""
-    return not self.exchange.aggregator.linear or self.exchange.attack is not None
+    return self.exchange.gathers
 
 
 class Cohort(NamedTuple):

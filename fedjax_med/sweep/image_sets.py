@@ -1,5 +1,6 @@
 """Digests of a sweep's sets of images, kept in its folder so that no two data sets mix."""
 
+import dataclasses
 import hashlib
 import json
 import pathlib
@@ -11,6 +12,7 @@ import numpy as np
 from fedjax_med.core.config import fingerprint
 from fedjax_med.core.errors import UserError, require
 from fedjax_med.data.dataset import Dataset, array_leaves
+from fedjax_med.data.poisoning import POISONS
 from fedjax_med.folder import writing as files
 from fedjax_med.sweep.points import Planned, image_fields
 from fedjax_med.tasks.registry import task_named
@@ -112,10 +114,13 @@ def join(folders: Sequence[pathlib.Path]) -> dict[str, dict[str, Any]]:
 
 def _key(run: Planned) -> str:
   """Names a set of images by the fields that make it. A place is one if it is an axis."""
-  fields = image_fields(run.case.config.data)
-  return fingerprint(
-    {k: v for k, v in fields.items() if k not in PLACES or f"data.{k}" in run.point}
-  )
+  config = run.case.config
+  fields = image_fields(config.data)
+  fields = {k: v for k, v in fields.items() if k not in PLACES or f"data.{k}" in run.point}
+  if config.attack.kind in POISONS:  # who holds what decides which targets are wrong
+    fields["poisoned"] = [dataclasses.asdict(part) for part in (config.attack, config.partition)]
+    fields["split"] = dataclasses.asdict(config.data)
+  return fingerprint(fields)
 
 
 def _require_same(workdir: pathlib.Path, known: dict[str, Any], record: dict[str, Any]) -> None:

@@ -26,6 +26,7 @@ from fedjax_med.core.unread import shown as shown_value
 from fedjax_med.core.validation import validate
 from fedjax_med.data.dataset import Dataset, Hospitals, array_leaves, input_bytes
 from fedjax_med.data.hospitals import build_hospitals
+from fedjax_med.data.poisoning import POISONS, poisoned
 from fedjax_med.data.sources import load_dataset, source_named
 from fedjax_med.exchange.ckks import require_modelled
 from fedjax_med.exchange.registry import require_parts
@@ -202,6 +203,11 @@ def hospital_loader() -> Callable[[Config], Hospitals]:
       if images not in datasets:
         datasets[images] = load_dataset(config.data)
       dealt[key] = build_hospitals(datasets[images], config.data, config.partition)
+    if config.attack.kind in POISONS:
+      harmed = key + _text(dataclasses.asdict(config.attack))
+      if harmed not in dealt:
+        dealt[harmed] = poisoned(config, dealt[key])
+      key = harmed
     if config.client.synthetic == "none":
       return dealt[key]
     more = key + _text([config.client.synthetic, config.client.synthetic_share])

@@ -155,6 +155,7 @@ def rows_of(folder: pathlib.Path, number: int, point: Point) -> list[dict[str, A
   nothing: dict[str, Any] = {"own": {}, "all": {}}
   solo = summary.get("baselines", {}).get("alone", [nothing] * len(summary["clients"]))
   pooled = summary.get("baselines", {}).get("pooled", {})
+  attacked = config["config"].get("attack", {}).get("kind", "none") != "none"
   rows = []
   columns = zip(hospitals["hospitals"], summary["clients"], solo, strict=True)
   for holds, own, by_itself in columns:
@@ -165,6 +166,7 @@ def rows_of(folder: pathlib.Path, number: int, point: Point) -> list[dict[str, A
       {
         **shared,
         "hospital": holds["name"],
+        **({"hostile": bool(own.get("hostile"))} if attacked else {}),
         "task": task.name,
         "positive_class": task.positive(hospitals["class_names"]),
         "num_train": sum(holds["train"]),

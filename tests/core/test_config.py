@@ -56,7 +56,7 @@ def test_every_number_has_a_range_and_every_name_its_choices_unless_a_registry_h
   free = {"data.path", "data.cache_dir", "data.patient_pattern", "model.name", "server.algorithm"}
   free |= {"server.personal_layers", "data.layout", "data.positive", "data.window", "data.columns"}
   free |= {"data.fold", "data.target_columns", "data.signals", "data.time_column", "data.ranges"}
-  free |= {"data.test_persons"}
+  free |= {"data.test_persons", "attack.hospitals"}
   free |= {"execution.compilation_cache", "model.pretrained", "data.source"}
   free |= {"cost.uplink_mbps", "cost.downlink_mbps", "cost.client_speed"}
   free |= {"server.aggregator", "server.transforms", "data.group_columns", "data.slices"}

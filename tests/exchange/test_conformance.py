@@ -68,6 +68,8 @@ EXCHANGES |= {
     compression__share=0.2,
     compression__error_feedback="ef",
   ),
+  "krum": built(server__aggregator="krum", robust__assumed_byzantine=1),
+  "buckets": built(server__aggregator="geometric_median", robust__pre="bucketing"),
 }
 if importlib.util.find_spec("tenseal"):
   EXCHANGES["ckks"] = built(secure__protocol="ckks")

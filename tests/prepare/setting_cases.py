@@ -173,6 +173,9 @@ CENTRAL = {**UNIFORM, "client_privacy.noise_multiplier": 1.0}
 GRID = {"secure.protocol": "grid"}
 LINKED = {"cost.uplink_mbps": "10", "cost.step_seconds": 0.5}
 ADAPTIVE = {**CENTRAL, "client_privacy.clipping": "adaptive"}
+TRIMMED = {"server.aggregator": "trimmed_mean"}
+MEDIAN = {"server.aggregator": "geometric_median"}
+ATTACK = {"attack.kind": "ipm"}
 ONE = {"partition.num_clients": 1}
 FIVE = {"partition.num_clients": 5, "partition.min_client_size": 8}
 CNN = {"model.name": "cnn_small"}
@@ -352,6 +355,18 @@ CASES: dict[str, Case] = {
   "compression.columns": Case(12, "program", SKETCH, ({}, TOPK)),
   "compression.error_feedback": Case("ef", "program", TOPK, ({},)),
   "compression.download": Case("int", "program"),
+  "robust.pre": Case("nnm", "program"),
+  "robust.assumed_byzantine": Case(1, "program", TRIMMED, ({}, MEDIAN)),
+  "robust.bucket_size": Case(3, "program", {"robust.pre": "bucketing"}, ({},)),
+  "robust.max_norm": Case(1e-3, "program", {"robust.pre": "clipping"}, ({},)),
+  "robust.weiszfeld": Case("byzfl", "program", MEDIAN, ({},)),
+  "robust.smoothing": Case(0.5, "program", MEDIAN, ({},)),
+  "robust.weiszfeld_steps": Case(4, "program", MEDIAN, ({},)),
+  "robust.radius": Case(0.1, "program", {"server.aggregator": "centered_clipping"}, ({},)),
+  "attack.kind": Case("ipm", "program"),
+  "attack.hospitals": Case("hospital 2", "hostile", ATTACK, ({},)),
+  "attack.number": Case(2, "hostile", ATTACK, ({}, {**ATTACK, "attack.hospitals": "hospital 1"})),
+  "attack.strength": Case(3.0, "traced", ATTACK, ({}, {"attack.kind": "mimic"})),
   "execution.layout": Case("vmap", "layout", why=LAYOUT),
   "execution.chunk_size": Case(
     2, "layout", {"execution.layout": "chunk", "execution.chunk_size": 1}, ({},), why=LAYOUT

@@ -123,6 +123,11 @@ def traced(one: Config, other: Config) -> bool:
   return differ(experiment_of(one).hyper, experiment_of(other).hyper)
 
 
+def hostile(one: Config, other: Config) -> bool:
+  """Which hospitals forge their messages."""
+  return differ(experiment_of(one).clients.hostile, experiment_of(other).clients.hostile)
+
+
 @kept
 def shared(config: Config) -> Any:
   return make_shared_program([federation(config, dealt(config))])

@@ -1,0 +1,1 @@
+"""Attacks on the aggregation of updates: what hostile clients send instead of their update."""
