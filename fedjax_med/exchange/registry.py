@@ -13,9 +13,15 @@ from fedjax_med.core.sources import read_again, source_digest
 from fedjax_med.exchange.aggregator import Aggregator, equal_sum, mean
 from fedjax_med.exchange.attack import Attack
 from fedjax_med.exchange.clip_and_noise import clip_and_noise
+from fedjax_med.exchange.distributed_noise import (
+  distributed_noise,
+  is_distributed,
+  require_distributed,
+)
 from fedjax_med.exchange.download import Download
 from fedjax_med.exchange.fixed_point import choose_grid, fixed_point, modular_sum
 from fedjax_med.exchange.transform import SUM, Transform, chain
+from fedjax_med.privacy.distributed import require_honest
 
 TRANSFORMS: dict[str, Callable[[], Transform]] = {"identity": chain}
 AGGREGATORS: dict[str, Callable[[], Aggregator]] = {"mean": mean}
@@ -89,6 +95,8 @@ def require_parts(config: Config) -> None:
   require_choice("server.aggregator", config.server.aggregator, AGGREGATORS)
   if config.client_privacy.mechanism != "none":
     _require_private(config)
+  if is_distributed(config):
+    require_distributed(config)
   if config.secure.protocol != "none":
     _require_sums(config)
 
@@ -101,11 +109,17 @@ def make_exchange(config: Config, num_clients: int) -> Exchange:
   """
   require_parts(config)
   private, grid = config.client_privacy.mechanism != "none", None
-  if config.secure.protocol != "none":
+  shared = is_distributed(config)
+  if config.secure.protocol != "none" and not shared:
     grid = choose_grid(config, num_clients)
   parts = [TRANSFORMS[name]() for name in transform_names(config)]
   aggregator = AGGREGATORS[config.server.aggregator]()
-  if private:
+  if shared:
+    client, bits = config.client_privacy, config.secure.bits
+    require_honest(client.colluders, num_clients)
+    parts = [*map(_without_side_channels, parts), distributed_noise(client.clip_norm, bits)]
+    aggregator = modular_sum(bits, equal=True)
+  elif private:
     step = 1 / grid.scale if grid else 0.0
     clip = clip_and_noise(config.client_privacy.clip_norm, step)
     parts, aggregator = [*map(_without_side_channels, parts), clip], equal_sum()

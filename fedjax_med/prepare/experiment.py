@@ -18,13 +18,14 @@ from fedjax_med.data.dataset import (
 )
 from fedjax_med.exchange.registry import make_exchange
 from fedjax_med.federated.algorithm import Client, Hyper, Pool, Units
-from fedjax_med.prepare.accounted_arrays import differences, require_accounted
+from fedjax_med.prepare.accounted_arrays import differences, larger_updates, require_accounted
 from fedjax_med.prepare.case import Case, baselines, federation
 from fedjax_med.prepare.program import Program, make_program
 from fedjax_med.prepare.protection import Protection, cohort_cap, require_a_round
 from fedjax_med.prepare.recipe import Shapes
 from fedjax_med.prepare.run_id import Identity, identify
 from fedjax_med.privacy.client_level import ClientLevel
+from fedjax_med.privacy.distributed import DistributedGaussian, make_shares
 from fedjax_med.privacy.guarantees import Guarantee
 from fedjax_med.simulation.mesh import Devices, choose_devices, replicate
 from fedjax_med.tasks.registry import task_named
@@ -113,6 +114,7 @@ def _hyper(config: Config, protection: Protection) -> Hyper:
       count_noise=scalar(mechanism.count_noise),
       quantile=scalar(client.quantile),
       clip_learning_rate=scalar(client.clip_learning_rate if adaptive else 0.0),
+      shares=make_shares(mechanism) if isinstance(mechanism, DistributedGaussian) else None,
     )
   options = algorithm_options(config, traced=True)
   return Hyper(
@@ -206,7 +208,9 @@ def make_experiment(
   Its images begin at row ``start`` of the pool.
   """
   clients, hyper = _stack_clients(case, shapes), _hyper(case.config, case.protection)
-  require_accounted(differences(case.protection, case.numbers, case.rows, clients, hyper))
+  found = differences(case.protection, case.numbers, case.rows, clients, hyper)
+  size = program.arguments.state.server.params.size
+  require_accounted(found + larger_updates(case.protection, size))
   return Experiment(
     case=case,
     clients=replicate(clients._replace(indices=clients.indices + start), mesh),

@@ -25,7 +25,7 @@ from fedjax_med.folder.data_notes import data_notes
 from fedjax_med.folder.secret import is_private
 from fedjax_med.prepare.experiment import Experiment
 from fedjax_med.prepare.synthetic_images import left_out
-from fedjax_med.privacy.guarantees import SEVERAL_IMAGES, UNITS
+from fedjax_med.privacy.guarantees import SEVERAL_IMAGES, UNITS, shared_noise
 from fedjax_med.run.drive import BUDGET, Outcome
 from fedjax_med.run.measure import Listener, LogPoint
 from fedjax_med.run.summaries import FILES, hospital_record
@@ -129,8 +129,10 @@ def describe(
     )
   if experiment.central:
     (mechanism,) = experiment.central.mechanisms
+    shared = shared_noise(experiment.central)
+    whom = f"against the server and {shared.colluders} hospitals" if shared else ""
     console.print(
-      f"Privacy of {UNITS['client'].protects}, with a trusted server, DP-FedAvg:"
+      f"Privacy of {UNITS['client'].protects}, {whom or 'with a trusted server'}, DP-FedAvg:"
       f" q {mechanism.sampling_probability:g}, σ {mechanism.noise_multiplier:.3f}, clip norm"
       f" {mechanism.clip_norm:g}, δ {experiment.central.deltas[0]:.1e}; {rounds} of {total} rounds"
       f" would spend ε = {client_epsilon:.3f}{end}"
