@@ -9,8 +9,8 @@ from δ, see ``STEP_ERROR``.
 Two accountants. ``pld`` composes dp-accounting's privacy loss distribution of the truncated
 Poisson Gaussian (arXiv 2508.15089; connect-the-dots, arXiv 2207.04380); where its rounding would
 take much of δ it is the smaller of what is left of it and ``rdp``, an independent and looser bound,
-see ``_rdp_epsilon``. Noise of hospitals together (``DistributedGaussian``) has no such distribution:
-there ``pld`` stands for dp-accounting's Rényi accountant, and ``rdp`` for the same sum written out.
+see ``_rdp_epsilon``. Noise of hospitals together (``DistributedGaussian``) has no PLD: there
+``pld`` stands for dp-accounting's Rényi accountant, and ``rdp`` for the same sum written out.
 """
 
 import decimal

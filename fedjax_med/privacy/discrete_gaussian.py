@@ -97,7 +97,7 @@ def make_sampler(sigma: float) -> Sampler:
   """
   base, multipliers = levels_of(sigma)
   require(
-    4 <= sigma and len(multipliers) <= MOST_LEVELS,
+    sigma >= 4 and len(multipliers) <= MOST_LEVELS,
     f"discrete Gaussian noise of standard deviation {sigma:g} is outside 4 to 4e9",
     "use another scale",
   )

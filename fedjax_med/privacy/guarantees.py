@@ -227,13 +227,13 @@ def readers(guarantee: Guarantee) -> tuple[tuple[str, ...], tuple[str, ...]]:
   some = f"any {count} other hospitals" if count > 1 else "any one other hospital"
   return (
     (f"the server, which sees sums over all hospitals only, together with {some}", some, model),
-    (f"more than {count} hospitals that tell each other or the server their noise",),
+    (f"{count + 1} or more other hospitals that tell each other or the server their noise",),
   )
 
 
 _SHARED = (
-  "DP-FedAvg with noise of the hospitals' own, under secure aggregation: in each round the update of"
-  " every hospital, clipped to clip_norm, times scale, rounded by chance to whole numbers; to them"
+  "DP-FedAvg with noise of the hospitals' own, under secure aggregation: in each round the update"
+  " of every hospital, clipped to clip_norm, times scale, rounded by chance to whole numbers; to them"
   " each hospital adds discrete Gaussian noise of noise_multiplier * clip_norm * scale /"
   " sqrt({honest}), so that the noise of {honest} of the {hospitals} hospitals, which ε counts, is"
   " noise_multiplier * clip_norm; the sum modulo a power of two; a fixed denominator"

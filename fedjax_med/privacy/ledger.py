@@ -40,7 +40,9 @@ KEYS = {
   "patient": _LOCAL.format(stream="1 (sample) or 2 (noise)"),
   "client": "threefry2x32, folded from the run's key: 3 (sample) or 6 (noise), round",
 }
-SHARED_SAMPLER = "all hospitals in every round; whole numbers of noise by the alias method from 96 random bits each"
+SHARED_SAMPLER = (
+  "all hospitals in every round; noise of whole numbers, by the alias method from 96 bits a draw"
+)
 SHARED_KEYS = (
   "threefry2x32, folded from the run's key: 9 (exchange), 0, client, round, place among the"
   " transforms, 1 (noise), level of draws"
