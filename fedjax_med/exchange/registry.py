@@ -109,17 +109,14 @@ def make_exchange(config: Config, num_clients: int) -> Exchange:
   """
   require_parts(config)
   private, grid = config.client_privacy.mechanism != "none", None
-  shared = is_distributed(config)
-  if config.secure.protocol != "none" and not shared:
+  if is_distributed(config):
+    require_honest(config.client_privacy.colluders, num_clients)
+    return shared_exchange(config)
+  if config.secure.protocol != "none":
     grid = choose_grid(config, num_clients)
   parts = [TRANSFORMS[name]() for name in transform_names(config)]
   aggregator = AGGREGATORS[config.server.aggregator]()
-  if shared:
-    client, bits = config.client_privacy, config.secure.bits
-    require_honest(client.colluders, num_clients)
-    parts = [*map(_without_side_channels, parts), distributed_noise(client.clip_norm, bits)]
-    aggregator = modular_sum(bits, equal=True)
-  elif private:
+  if private:
     step = 1 / grid.scale if grid else 0.0
     clip = clip_and_noise(config.client_privacy.clip_norm, step)
     parts, aggregator = [*map(_without_side_channels, parts), clip], equal_sum()
@@ -134,6 +131,18 @@ def make_exchange(config: Config, num_clients: int) -> Exchange:
     "use server.aggregator=mean, or leave out the transform that hides single updates",
   )
   return Exchange(transform=transform, aggregator=aggregator)
+
+
+def shared_exchange(config: Config) -> Exchange:
+  """Updates to which hospitals add noise themselves, and their sum; of any number of hospitals.
+
+  As in ``private_exchange`` the clip comes after every transform of the run.
+  """
+  covered = [_without_side_channels(TRANSFORMS[name]()) for name in transform_names(config)]
+  noise = distributed_noise(config.client_privacy.clip_norm, config.secure.bits)
+  return Exchange(
+    transform=chain(*covered, noise), aggregator=modular_sum(config.secure.bits, equal=True)
+  )
 
 
 def _require_private(config: Config) -> None:

@@ -10,10 +10,10 @@ from fedjax_med.data.dataset import ClientTable
 from fedjax_med.federated.algorithm import Client, Hyper
 from fedjax_med.prepare.protection import Protection
 from fedjax_med.privacy.distributed import DistributedGaussian, make_shares
-from fedjax_med.privacy.mechanism import PoissonGaussian
+from fedjax_med.privacy.mechanism import Mechanism
 
 # Field of Client -> what a party's mechanism says of it.
-_FIELDS: dict[str, Callable[[PoissonGaussian], Any]] = {
+_FIELDS: dict[str, Callable[[Mechanism], Any]] = {
   "sampling_probability": lambda mechanism: mechanism.sampling_probability,
   "expected_batch_size": lambda mechanism: mechanism.expected_batch_size,
   "noise_multiplier": lambda mechanism: mechanism.noise_multiplier,

@@ -62,19 +62,18 @@ def levels_of(sigma: float) -> tuple[float, tuple[int, ...]]:
   return sigma / math.sqrt(squares), tuple(multipliers)
 
 
-def draw_distance(sigma: float) -> float:
+def draw_distance(base: float, multipliers: tuple[int, ...]) -> float:
   """Bound on |log(P(z) / Q(z))|, P as it is drawn from exact tables and Q the discrete Gaussian.
 
   Let a² be the variance so far and b that of the base. exp(-(z - k j)² / 2a² - j² / 2b²) is
   exp(-z² / 2s²) exp(-(j - m)² / 2v) with s² = a² + k² b², v = a² b² / s² and some m. The sum over j
-  is the same for every m but for a factor of 1 ± 2.01 exp(-2 π² v) (Poisson), and P is normalised:
-  5 exp(-2 π² v) a level. Bounds of levels add up, as a convolution keeps them.
+  is the same for every m but for a factor of 1 ± 2.01 exp(-2 π² v) (Poisson, v of 1/2 or more), and
+  P is normalised: 5 exp(-2 π² v) a level. Bounds of levels add up, as a convolution keeps them.
   """
-  base, multipliers = levels_of(sigma)
   squares, total = 1, 0.0
   for k in multipliers[1:]:
     spread = base**2 * squares / (squares + k**2)
-    assert spread >= 4, spread  # 2.01 exp(-2 π² v) is then far under the 1/10 that 5 allows for
+    assert spread >= 0.5, spread
     total += 5 * math.exp(-2 * math.pi**2 * spread)
     squares += k**2
   return total

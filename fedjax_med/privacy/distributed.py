@@ -24,6 +24,7 @@ from fedjax_med.core.rounding import MIN_CLIP_NORM, NORM_SLACK
 from fedjax_med.privacy.discrete_gaussian import (
   Sampler,
   draw_distance,
+  levels_of,
   make_sampler,
   sum_distance,
 )
@@ -139,7 +140,7 @@ class DistributedGaussian:
 
     Far under 1e-50 from ``LEAST_SHARE`` on, so that no constant in its derivation matters.
     """
-    drawn = 2 * self.honest * draw_distance(self.share)
+    drawn = 2 * self.honest * draw_distance(*levels_of(self.share))
     return self.num_parameters * (sum_distance(self.share, self.honest) + drawn)
 
   @property

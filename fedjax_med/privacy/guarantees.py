@@ -233,8 +233,8 @@ def readers(guarantee: Guarantee) -> tuple[tuple[str, ...], tuple[str, ...]]:
 
 _SHARED = (
   "DP-FedAvg with noise of the hospitals' own, under secure aggregation: in each round the update"
-  " of every hospital, clipped to clip_norm, times scale, rounded by chance to whole numbers; to them"
-  " each hospital adds discrete Gaussian noise of noise_multiplier * clip_norm * scale /"
+  " of every hospital, clipped to clip_norm, times scale, rounded by chance to whole numbers; to"
+  " them each hospital adds discrete Gaussian noise of noise_multiplier * clip_norm * scale /"
   " sqrt({honest}), so that the noise of {honest} of the {hospitals} hospitals, which ε counts, is"
   " noise_multiplier * clip_norm; the sum modulo a power of two; a fixed denominator"
 )
