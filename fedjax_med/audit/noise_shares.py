@@ -82,7 +82,7 @@ def check_shares(
   )
   shares = [noise / mechanism.share for noise in noises.values()]
   pairs = itertools.combinations(shares, 2) if size > 1 else ()
-  alike = [uncorrelated_p_value(*pair) for pair in pairs]
+  alike = [uncorrelated_p_value(*pair) if all(map(np.any, pair)) else 0.0 for pair in pairs]
   checks = [
     (
       "whole numbers of an update stay within the accounted sensitivity",

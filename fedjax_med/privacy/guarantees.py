@@ -8,7 +8,7 @@ import numpy as np
 
 from fedjax_med.core.errors import require
 from fedjax_med.core.rounding import NORM_SLACK
-from fedjax_med.privacy.accounting import accountant_of, discretization_interval, epsilon
+from fedjax_med.privacy.accounting import discretization_interval, epsilon
 from fedjax_med.privacy.discrete_gaussian import TABLE_DISTANCE
 from fedjax_med.privacy.distributed import DistributedGaussian
 from fedjax_med.privacy.mechanism import Mechanism
@@ -320,7 +320,7 @@ def describe(
     "holds_against": list(holds_against),
     "not_against": list(not_against),
     "accountant": {
-      "name": accountant_of(guarantee.mechanisms[0]),
+      "name": "PLD",
       "library": "dp-accounting",
       "version": version or accountant_version(),
       "value_discretization_interval": max(intervals, default=0.0),

@@ -81,20 +81,52 @@ def renyi(mechanism, releases, delta):
     DistributedGaussian(3, 0, 4.1, 0.25, 2.0**6, 100),  # the sum is not quite Gaussian
   ],
 )
-def test_epsilon_is_an_independent_sum_of_renyi_divergences(mechanism, releases, delta):
+def test_the_second_bound_is_an_independent_sum_of_renyi_divergences(mechanism, releases, delta):
   wanted = renyi(mechanism, releases, delta)
-  assert epsilon(mechanism, releases, delta) == pytest.approx(wanted, rel=1e-6)
   assert epsilon(mechanism, releases, delta, "rdp") == pytest.approx(wanted, rel=1e-6)
+  assert epsilon(mechanism, releases, delta) < wanted
+
+
+def exact_delta(sigma, shift, releases, value):
+  """δ(ε) of a discrete Gaussian in one dimension and its shift, each seen so often."""
+  reach = 40 * round(sigma)
+  law = np.exp(-(np.arange(-reach, reach + 1.0) ** 2) / (2 * sigma**2))
+  # Sums are sufficient: that of all releases, with a shift so many times as large.
+  together = functools.reduce(np.convolve, [law / law.sum()] * releases)
+  middle, moved = len(together) // 2, shift * releases
+  z = np.arange(middle - 6 * reach // 10, middle + 6 * reach // 10)
+  return np.maximum(together[z] - math.exp(value) * together[z + moved], 0).sum()
+
+
+@pytest.mark.parametrize(("share", "honest", "shift"), [(4.0, 4, 4), (16.0, 4, 24), (4.5, 2, 3)])
+def test_epsilon_is_above_the_exact_one_of_a_single_number_and_near_it(share, honest, shift):
+  sigma, slack = share * math.sqrt(honest), 1 + NORM_SLACK
+  # A record whose sensitivity is the shift, its one number's rounding included.
+  scale = (shift - 1) / slack
+  mechanism = DistributedGaussian(honest, 0, sigma / scale, 1.0, scale, 1)
+  assert mechanism.share == pytest.approx(share)
+  assert mechanism.sensitivity * scale == pytest.approx(shift)
+  for delta in (1e-2, 1e-4):
+    found = epsilon(mechanism, 1, delta)
+    assert exact_delta(sigma, shift, 1, found) <= delta
+    narrower = math.sqrt(1 - 4 / sigma**2)  # what r = 2 takes of the noise
+    assert exact_delta(sigma, shift, 1, 0.97 * narrower**2 * found) > delta
 
 
 @pytest.mark.parametrize(("z", "rounds"), [(1.0, 10), (2.0, 20), (8.0, 100)])
-@pytest.mark.parametrize("delta", [1e-2, 1e-5])
-def test_distributed_noise_costs_under_nine_percent_of_epsilon(z, rounds, delta):
+@pytest.mark.parametrize("delta", [2e-2, 1e-5])
+def test_distributed_noise_costs_under_one_percent_of_epsilon_on_the_coarsest_grid(
+  z, rounds, delta
+):
   size = 75_000
   scale = 256 * math.sqrt(size)
   mechanism = dataclasses.replace(FIVE, noise_multiplier=z, scale=scale, num_parameters=size)
   server = epsilon(PoissonGaussian(5, 1.0, 5, z, 1.0), rounds, delta)
-  assert server < epsilon(mechanism, rounds, delta) <= 1.09 * server
+  assert server < epsilon(mechanism, rounds, delta) <= 1.01 * server
+  fine = dataclasses.replace(mechanism, scale=2.0**25)
+  assert epsilon(fine, rounds, delta) <= 1.0002 * server
+  by_zcdp = epsilon(mechanism, rounds, delta, "rdp")
+  assert by_zcdp <= (1.09 if delta == 1e-5 else 1.25) * server
 
 
 def test_colluders_rounding_and_the_size_of_an_update_enter_epsilon():
@@ -149,7 +181,6 @@ def test_the_guarantee_names_the_server_and_the_hospitals_that_may_collude(
   assert any(holds in reader for reader in found["holds_against"])
   (weak,) = found["not_against"]
   assert not_against in weak
-  assert found["accountant"]["name"] == "RDP"
   assert f"the noise of {5 - colluders} of the 5 hospitals" in found["mechanism"]
   (party,) = found["parties"]
   assert party["rho"] == pytest.approx(party["sensitivity"] ** 2 / 8)
@@ -199,9 +230,8 @@ def test_an_edited_number_is_refused_though_the_digests_were_made_again(tmp_path
     party[name] = party[name] * 2 + 1
 
   resigned(tmp_path, change)
-  with pytest.raises(UserError, match="is not a ledger .*restore|tells ε|the ledger gives"):
+  with pytest.raises(UserError, match=r"is not a ledger .*restore|the ledger gives"):
     claims.read(tmp_path)
-    claims.require_epsilons(tmp_path, ledger.read(tmp_path))
 
 
 @pytest.mark.parametrize("name", [*FIELDS, "num_parameters", "epsilon"])
@@ -338,21 +368,20 @@ def test_the_sum_of_four_shares_is_the_discrete_gaussian_of_eight_steps():
   assert values.std() == pytest.approx(8.0, rel=0.01)
 
 
-@pytest.mark.parametrize("number", [3, 17, 64])
-@pytest.mark.parametrize("bits", [16, 32])
-def test_the_sum_wraps_at_twice_the_largest_scale_and_not_at_it(number, bits):
-  z = 1.5
+@pytest.mark.parametrize(("number", "bits"), [(3, 16), (64, 32)])
+def test_the_largest_scale_leaves_room_for_everybody_and_noise_and_twice_it_does_not(number, bits):
+  z, half = 1.5, 2.0 ** (bits - 1)
   scale = largest_scale(bits, 1.0, number, 1, z)
+  most = number + 8 * z * math.sqrt(number / (number - 1))  # of a sum, in clip norms
+  assert most * scale + number < half <= most * 2 * scale + number
   mechanism = DistributedGaussian(number, 1, z, 1.0, scale, 4)
   updates = np.zeros((number, 4))
-  updates[:, 1], half = -1, 2.0 ** (bits - 1)
+  updates[:, 1] = -1
   _, found = send(mechanism, updates, bits=bits)
-  noise = ROOM = 8 * z * math.sqrt(number / (number - 1))
-  assert (number + ROOM) * scale <= half
-  assert 4 * (number + noise) * scale > half
-  assert abs(float(found.params[1]) + 1) < noise / number
-  twice = np.full(4, (number + noise) * 2 * scale + 1)  # a sum that noise of 8 σ allows
-  assert (twice >= half).all()
+  assert abs(float(found.params[1]) + 1) < 6 * z * math.sqrt(2) / number
+  wrapping = dataclasses.replace(mechanism, scale=2 * half / number)
+  _, found = send(wrapping, updates, bits=bits, noise=False)
+  assert abs(float(found.params[1]) + 1) > 0.5
 
 
 # Refusals
@@ -397,9 +426,11 @@ def test_settings_that_nothing_reads_or_no_choice_allows_are_refused(changes, me
 
 def test_a_grid_that_could_wrap_or_is_too_coarse_is_refused_with_the_remedy():
   template = coarsest(5, 1, 1.0, 75_000)
-  with pytest.raises(UserError, match=r"secure.scale=1.34218e\+08: .*wrap modulo 2\^32 above .*0 or"):
+  with pytest.raises(
+    UserError, match=r"secure.scale=1.34218e\+08: .*wrap modulo 2\^32 above .*0 or"
+  ):
     on_grid(template, 2.0, 32, 2.0**27)
   with pytest.raises(UserError, match=r"secure.bits=16: .*1024 steps.* 256 sqrt\(P\) .*bits=32"):
     on_grid(template, 2.0, 16, 0.0)
-  with pytest.raises(UserError, match=r"0.0022 steps of the grid, under 4"):
+  with pytest.raises(UserError, match=r"0.00224 steps of the grid, under 4"):
     DistributedGaussian(5, 0, 5e-6, 1.0, 1000.0, 1)
