@@ -170,6 +170,7 @@ PATIENTS = {**PRIVATE, "privacy.unit": "group"}
 UNIFORM = {"client_privacy.mechanism": "dp_fedavg", "server.weighting": "uniform"}
 CENTRAL = {**UNIFORM, "client_privacy.noise_multiplier": 1.0}
 ADAPTIVE = {**CENTRAL, "client_privacy.clipping": "adaptive"}
+SHARED = {**CENTRAL, "client_privacy.noise": "distributed", "secure.protocol": "grid"}
 ONE = {"partition.num_clients": 1}
 FIVE = {"partition.num_clients": 5, "partition.min_client_size": 8}
 CNN = {"model.name": "cnn_small"}
@@ -304,6 +305,10 @@ CASES: dict[str, Case] = {
   "privacy.adjacency": Case("zero_out", "nothing", PRIVATE, ({},), why=ONE_VALUE),
   "privacy.sampling": Case("poisson", "nothing", PRIVATE, ({},), why=ONE_VALUE),
   "client_privacy.mechanism": Case("dp_fedavg", "plan", besides=CENTRAL),
+  "client_privacy.noise": Case(
+    "distributed", "plan", {**CENTRAL, "secure.protocol": "grid"}, ({},)
+  ),
+  "client_privacy.colluders": Case(0, "plan", SHARED, ({}, CENTRAL)),
   "client_privacy.noise_multiplier": Case(2.0, "plan", CENTRAL, ({},)),
   "client_privacy.target_epsilon": Case(
     4.0, "plan", {**UNIFORM, "client_privacy.target_epsilon": 8.0}, ({},)
