@@ -17,7 +17,7 @@ norm Δ·scale = C·scale + sqrt(P) at most, whatever is drawn. Let s = σ·C·s
   made from g looks at no update: PLD counts a Gaussian of noise multiplier sqrt(s² - r²) /
   (Δ·scale), and what all factors of a release add, ``DistributedGaussian.distance``.
 - By themselves the same shifts have Rényi divergence ξ + ρ·α with ρ = (Δ·scale)² / 2 s², ξ = τ·P
-  (proposition 14): zCDP, the second bound, looser by 7% of ε at δ = 1e-5 and 15% at 1e-2.
+  (proposition 14): zCDP, the second bound, looser by about 7% of ε at δ = 1e-5 and 15% at 1e-2.
 
 What is done to the sum, modulo and division included, looks at no update either: wrapping costs
 utility and no ε.
