@@ -2,6 +2,7 @@
 
 import jax
 import numpy as np
+import pytest
 
 from fedjax_med.exchange.registry import make_exchange
 from fedjax_med.exchange.transform import Wire
@@ -19,6 +20,7 @@ def test_rounds_go_on_as_if_there_had_been_no_break():
   check_resumed_rounds(EXCHANGE, hyper_of(LITTLE))
 
 
+@pytest.mark.slow
 def test_layouts_and_devices_agree_and_share_the_noise():
   check_layouts(EXCHANGE, hyper_of(LITTLE))
 
