@@ -17,7 +17,8 @@ from fedjax_med.federated.algorithm import (
   ServerState,
   no_metrics,
 )
-from fedjax_med.privacy.mechanism import PoissonGaussian
+from fedjax_med.privacy.distributed import DistributedGaussian
+from fedjax_med.privacy.mechanism import Mechanism
 from fedjax_med.simulation.mesh import local_devices, map_over_devices
 from fedjax_med.simulation.rounds import init_state, make_round
 
@@ -55,7 +56,7 @@ def _algorithm(clip_norm: float) -> FederatedAlgorithm:
 
 
 def hospital_trials(
-  mechanism: PoissonGaussian,
+  mechanism: Mechanism,
   hyper: Hyper,
   rounds: int,
   number: int,
@@ -64,7 +65,9 @@ def hospital_trials(
 ) -> Scores:
   """Attack scores of independent runs in which one hospital speaks, or sends nothing.
 
-  The attacker sees the model after every round, and the clip norm of the round.
+  The attacker sees the model after every round, and the clip norm of the round. Where hospitals add
+  the noise themselves, it is the server with the colluders: it takes off what they sent, so that
+  only the others are run.
 
   Args:
     mechanism: accounted mechanism of a round over K hospitals, which the attacker knows.
@@ -74,9 +77,13 @@ def hospital_trials(
     key: key of the trials.
     exchange: the run's exchange, in which a transform clips; None for clip and noise alone.
   """
+  shared = isinstance(mechanism, DistributedGaussian)
   num_clients, q = mechanism.num_units, mechanism.sampling_probability
+  if shared:
+    num_clients = mechanism.honest
   algorithm = _algorithm(mechanism.clip_norm)
-  exchange = exchange or private_exchange(mechanism.clip_norm)
+  if exchange is None:
+    exchange = private_exchange(mechanism.clip_norm)
   run_round = make_round(
     algorithm,
     num_clients=num_clients,
@@ -109,7 +116,8 @@ def hospital_trials(
       state, scores = carry
       after, _ = run_round(state, clients, pool, hyper, key)
       moved = (after.server.params - state.server.params)[0]
-      seen = moved * expected / state.exchange[exchange.clip_place]
+      clip_norm = mechanism.clip_norm if shared else state.exchange[exchange.clip_place]
+      seen = moved * expected / clip_norm
       return after, scores + ratio(seen, q, sigma)
 
     start = (state, jnp.zeros(len(ATTACKS), jnp.float32))

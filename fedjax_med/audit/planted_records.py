@@ -23,7 +23,7 @@ from fedjax_med.federated.vector import spec_of, unravel
 from fedjax_med.models.networks.canary import canary_model
 from fedjax_med.privacy.banded import empty_memory
 from fedjax_med.privacy.guarantees import Guarantee
-from fedjax_med.privacy.mechanism import PoissonGaussian
+from fedjax_med.privacy.mechanism import Mechanism
 from fedjax_med.simulation.mesh import map_over_devices
 from fedjax_med.tasks.classification import cross_entropy
 
@@ -269,7 +269,7 @@ def key_of(key: jax.Array, use: int, seed: int) -> jax.Array:
   return jax.random.fold_in(jax.random.fold_in(key, 2**31 + use), seed)
 
 
-def num_canaries(mechanism: PoissonGaussian) -> int:
+def num_canaries(mechanism: Mechanism) -> int:
   """Number of a hospital's records that are canaries in a run with many."""
   return min(mechanism.num_units, MAX_CANARIES)
 

@@ -15,6 +15,7 @@ from fedjax_med.audit.likelihood_ratio import (
   thresholds_of,
   wanted_trials,
 )
+from fedjax_med.audit.noise_shares import check_shares
 from fedjax_med.audit.planted_hospital import hospital_trials
 from fedjax_med.audit.planted_records import (
   AuditedRun,
@@ -25,10 +26,11 @@ from fedjax_med.audit.planted_records import (
 )
 from fedjax_med.audit.replay import replay_checks
 from fedjax_med.exchange.ckks import modelled
-from fedjax_med.exchange.registry import make_exchange
+from fedjax_med.exchange.registry import make_exchange, shared_exchange
 from fedjax_med.federated.algorithm import Hyper
 from fedjax_med.prepare.accounted_arrays import differences
 from fedjax_med.prepare.experiment import Experiment
+from fedjax_med.privacy.distributed import DistributedGaussian
 from fedjax_med.privacy.guarantees import Guarantee, spent
 from fedjax_med.run.budget import planned_rounds
 from fedjax_med.simulation.mesh import local_devices
@@ -184,6 +186,8 @@ def _central(
   places = thresholds_of(epsilon, delta)
   hyper, key = jax.device_get(experiment.hyper), key_of(_on_host(experiment.key), 3, seed)
   exchange = make_exchange(modelled(experiment.config), len(experiment.names))
+  if isinstance(mechanism, DistributedGaussian):
+    exchange = shared_exchange(experiment.config)
 
   def bound(hyper: Hyper) -> float:
     return best_threshold(
@@ -208,7 +212,10 @@ def _central(
       canaries=0,
     )
   ]
-  return _result(central.unit, parties, [_arrays(experiment)], power)
+  checks = [_arrays(experiment)]
+  if isinstance(mechanism, DistributedGaussian):
+    checks += check_shares(mechanism, hyper, exchange.transform, key)
+  return _result(central.unit, parties, checks, power)
 
 
 def _result(

@@ -183,10 +183,17 @@ FINDS_CLIP_NORM = one_of("privacy.solve_for", "clip_norm")
 GIVEN_ROUNDS, GIVEN_BATCH_SIZE = _not_solved("rounds"), _not_solved("batch_size")
 GIVEN_CLIP_NORM = _not_solved("clip_norm")
 DP_FEDAVG = one_of("client_privacy.mechanism", "dp_fedavg")
+SHARED_NOISE = one_of("client_privacy.noise", "distributed")
 ADAPTIVE = one_of("client_privacy.clipping", "adaptive")
 WHOLE_NUMBERS, SPARSE = _compresses("int"), _compresses("topk", "randk", "sketch")
 TOPK, SKETCH = _compresses("topk"), one_of("compression.kind", "sketch")
 COMPRESSED = one_of("compression.kind", "int", "sign", "topk", "randk", "sketch")
+OWN_RANGE = Condition(
+  wording="noise that hospitals do not add themselves, whose clip norm is the range",
+  holds=lambda config: not (DP_FEDAVG.holds(config) and SHARED_NOISE.holds(config)),
+  fields=("client_privacy.mechanism", "client_privacy.noise"),
+  remedy="use client_privacy.noise=server",
+)
 ON_GRID = one_of("secure.protocol", "grid", "masking", "ckks")
 LINKS = Condition(
   wording="links between hospitals and server",

@@ -83,13 +83,13 @@ class SecureConfig:
     4.0,
     doc="largest absolute value of a number of an update; larger ones are cut and counted.",
     bounds=least(1e-6, 1e6, remedy="use 1 to 8"),
-    read=(when.ON_GRID,),
+    read=(when.ON_GRID, when.OWN_RANGE),
   )
   extra_range: float = field(
     1024.0,
     doc="the same for what an algorithm sends besides (control variates, numbers of steps).",
     bounds=least(1e-6, 1e6, remedy="use the most local steps a round"),
-    read=(when.ON_GRID, when.SENDS_MORE),
+    read=(when.ON_GRID, when.SENDS_MORE, when.OWN_RANGE),
   )
   scale: float = field(
     0.0,

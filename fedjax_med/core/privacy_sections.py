@@ -141,7 +141,7 @@ class PrivacyConfig:
 
 @dataclasses.dataclass
 class ClientPrivacyConfig:
-  """Differential privacy of whole hospitals, by a trusted server (DP-FedAvg)."""
+  """Differential privacy of whole hospitals (DP-FedAvg)."""
 
   mechanism: str = field(
     "none",
@@ -149,6 +149,24 @@ class ClientPrivacyConfig:
       "none or dp_fedavg; runs together with privacy.mechanism=dp_sgd, and both ε are reported."
     ),
     choices=("none", "dp_fedavg"),
+  )
+  noise: str = field(
+    "server",
+    doc=(
+      "who adds the noise: server (which has to be trusted) or distributed (each hospital a share"
+      " of it, so that ε holds against the server too; needs secure aggregation)."
+    ),
+    choices=("server", "distributed"),
+    read=(when.DP_FEDAVG,),
+  )
+  colluders: int = field(
+    1,
+    doc=(
+      "hospitals that may tell the server, or each other, their share of the noise: ε holds against"
+      " it and any so many. With 0 it holds against no other hospital."
+    ),
+    bounds=least(0, 100_000, remedy="use 1"),
+    read=(when.DP_FEDAVG, when.SHARED_NOISE),
   )
   noise_multiplier: float = field(
     0.0,

@@ -114,7 +114,7 @@ def choose_grid(config: Config, num_clients: int) -> Grid:
   )
 
 
-def to_grid(values: jax.Array, range: float, scale: float, key: jax.Array) -> jax.Array:
+def to_grid(values: jax.Array, range: float, scale: float | jax.Array, key: jax.Array) -> jax.Array:
   """int32 whole numbers of ``values`` · scale, each rounded up with the probability of its rest.
 
   A value that is not finite becomes 0.

@@ -21,6 +21,11 @@ from fedjax_med.exchange.compression.registry import (
   download_of,
   require_compression,
 )
+from fedjax_med.exchange.distributed_noise import (
+  distributed_noise,
+  is_distributed,
+  require_distributed,
+)
 from fedjax_med.exchange.download import Download
 from fedjax_med.exchange.fixed_point import choose_grid, fixed_point, modular_sum
 from fedjax_med.exchange.masks import (
@@ -30,8 +35,9 @@ from fedjax_med.exchange.masks import (
   may_miss,
   require_masking,
 )
-from fedjax_med.exchange.robust.rules import RULES, is_robust, robust_aggregator
+from fedjax_med.exchange.robust.rules import RULES, is_robust, require_robust, robust_aggregator
 from fedjax_med.exchange.transform import SUM, Transform, chain
+from fedjax_med.privacy.distributed import require_honest
 
 TRANSFORMS: dict[str, Callable[[], Transform]] = {"identity": chain}
 AGGREGATORS: dict[str, Callable[[], Aggregator]] = {"mean": mean}  # besides RULES
@@ -127,6 +133,8 @@ def require_parts(config: Config) -> None:
     _require_attack(config)
   if config.client_privacy.mechanism != "none":
     _require_private(config)
+  if is_distributed(config):
+    require_distributed(config)
   if config.secure.protocol != "none":
     _require_sums(config)
   require(
@@ -146,6 +154,9 @@ def make_exchange(config: Config, num_clients: int) -> Exchange:
   """
   require_parts(config)
   private, grid = config.client_privacy.mechanism != "none", None
+  if is_distributed(config):
+    require_honest(config.client_privacy.colluders, num_clients)
+    return _under_masks(shared_exchange(config), config, num_clients)
   if config.secure.protocol != "none":
     grid = choose_grid(config, num_clients)
   parts = [TRANSFORMS[name]() for name in transform_names(config)]
@@ -250,6 +261,27 @@ def _require_attack(config: Config) -> None:
     " scores of the federation are of the honest ones",
     "run the baselines with attack.kind=none",
   )
+
+
+def shared_exchange(config: Config) -> Exchange:
+  """Updates to which hospitals add noise themselves, and their sum; of any number of hospitals.
+
+  As in ``private_exchange`` the clip comes after every transform of the run.
+  """
+  parts = [TRANSFORMS[name]() for name in transform_names(config)]
+  parts += compression_parts(config.compression, counted=False)
+  covered = [_without_side_channels(part) for part in parts]
+  noise = distributed_noise(config.client_privacy.clip_norm, config.secure.bits)
+  return Exchange(
+    transform=chain(*covered, noise),
+    aggregator=modular_sum(config.secure.bits, equal=True),
+    download=download_of(config.compression),
+  )
+
+
+def _under_masks(exchange: Exchange, config: Config, num_clients: int) -> Exchange:
+  """The exchange of whole numbers whose single updates masks hide."""
+  return exchange._replace(transform=chain(exchange.transform, _masks(config, num_clients)))
 
 
 def _require_private(config: Config) -> None:

@@ -9,10 +9,11 @@ import numpy as np
 from fedjax_med.data.dataset import ClientTable
 from fedjax_med.federated.algorithm import Client, Hyper
 from fedjax_med.prepare.protection import Protection
-from fedjax_med.privacy.mechanism import PoissonGaussian
+from fedjax_med.privacy.distributed import DistributedGaussian, make_shares
+from fedjax_med.privacy.mechanism import Mechanism
 
 # Field of Client -> what a party's mechanism says of it.
-_FIELDS: dict[str, Callable[[PoissonGaussian], Any]] = {
+_FIELDS: dict[str, Callable[[Mechanism], Any]] = {
   "sampling_probability": lambda mechanism: mechanism.sampling_probability,
   "expected_batch_size": lambda mechanism: mechanism.expected_batch_size,
   "noise_multiplier": lambda mechanism: mechanism.noise_multiplier,
@@ -75,9 +76,34 @@ def differences(
     compare("the server's noise_multiplier", level.noise_multiplier, mechanism.sum_noise_multiplier)
     compare("the server's denominator", level.expected_cohort, mechanism.expected_batch_size)
     compare("the server's count_noise", level.count_noise, mechanism.count_noise)
+    due, own = None, level.shares
+    if isinstance(mechanism, DistributedGaussian):
+      due = jax.device_get(make_shares(mechanism))
+    if due is None or own is None:
+      if due is not own:
+        found.append("the hospitals' own noise is not on the device as in the account")
+    else:
+      compare("scale of the hospitals' whole numbers", own.scale, due.scale)
+      for name, drawn in due.sampler._asdict().items():
+        if not np.array_equal(getattr(own.sampler, name), drawn):
+          found.append(f"the hospitals' noise has another {name} on the device than accounted for")
     if mechanism.sampling_probability < 1:  # with full participation it is not read
       compare("participation_rate", hyper.participation_rate, mechanism.sampling_probability)
   return found
+
+
+def larger_updates(protection: Protection, size: int) -> list[str]:
+  """A sentence where updates have more numbers than ε counts the rounding of.
+
+  Args:
+    protection: the accounted mechanisms.
+    size: numbers of an update.
+  """
+  central = protection.central
+  if central is None or not isinstance(central.mechanisms[0], DistributedGaussian):
+    return []
+  due = central.mechanisms[0].num_parameters
+  return [f"updates have {size} numbers and {due} in the account"] if size > due else []
 
 
 def _same_units(protection: Protection, clients: Client, k: int) -> bool:

@@ -1,8 +1,11 @@
 """Everything that defines one run, and its baselines, before anything is compiled."""
 
 import dataclasses
+import math
 from typing import NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from fedjax_med.core.config import ClientPrivacyConfig, Config
@@ -14,8 +17,10 @@ from fedjax_med.core.exchange_sections import (
   RobustConfig,
   SecureConfig,
 )
+from fedjax_med.core.keys import base_key
 from fedjax_med.data.dataset import (
   ClientTable,
+  Dataset,
   Hospitals,
   UnitTable,
   client_rows,
@@ -24,9 +29,11 @@ from fedjax_med.data.dataset import (
 from fedjax_med.data.modality import modality_named
 from fedjax_med.data.patients import described
 from fedjax_med.data.poisoning import POISONS, hostile_hospitals
+from fedjax_med.exchange.distributed_noise import is_distributed
 from fedjax_med.exchange.registry import make_exchange
 from fedjax_med.federated.registry import require_rules
 from fedjax_med.folder import secret as secrets
+from fedjax_med.models.registry import create_model, require_inputs
 from fedjax_med.prepare.deployment import links_of
 from fedjax_med.prepare.protection import Protection, protect
 from fedjax_med.prepare.run_id import Identity, identify
@@ -144,9 +151,21 @@ def _case(
   steps: np.ndarray | None = None,  # None: as configured
   place: str = "federation",
 ) -> Case:
-  protection = protect(config, names, rows, hospitals.split.units, steps, place)
+  size = _update_size(config, hospitals.dataset) if is_distributed(config) else 0
+  protection = protect(config, names, rows, hospitals.split.units, steps, place, size)
   rows = rows if protection.units is None else protection.units.rows
   return _identified(hospitals, names, rows, numbers, protection, secret)
+
+
+def _update_size(config: Config, dataset: Dataset) -> int:
+  """Numbers of an update at most: all weights of the network."""
+  require_inputs(
+    config.model.name, dataset.inputs.shape[1:], modality_named(dataset.modality).nouns
+  )
+  model = create_model(config.model, task_named(dataset.task).columns(dataset))
+  image = jax.ShapeDtypeStruct((1, *dataset.inputs.shape[1:]), jnp.float32)
+  params, _ = jax.eval_shape(model.init, base_key(0), image)
+  return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
 
 
 def _identified(

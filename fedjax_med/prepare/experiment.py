@@ -17,9 +17,10 @@ from fedjax_med.data.dataset import (
   real_counts,
 )
 from fedjax_med.data.poisoning import hostile_hospitals
+from fedjax_med.exchange.fixed_point import Grid, choose_grid
 from fedjax_med.exchange.registry import exchange_numbers, make_exchange
 from fedjax_med.federated.algorithm import Client, Hyper, Pool, Units
-from fedjax_med.prepare.accounted_arrays import differences, require_accounted
+from fedjax_med.prepare.accounted_arrays import differences, larger_updates, require_accounted
 from fedjax_med.prepare.case import Case, baselines, federation
 from fedjax_med.prepare.deployment import late
 from fedjax_med.prepare.program import Program, make_program
@@ -27,6 +28,7 @@ from fedjax_med.prepare.protection import Protection, cohort_cap, require_a_roun
 from fedjax_med.prepare.recipe import Shapes
 from fedjax_med.prepare.run_id import Identity, identify
 from fedjax_med.privacy.client_level import ClientLevel
+from fedjax_med.privacy.distributed import DistributedGaussian, make_shares
 from fedjax_med.privacy.guarantees import Guarantee
 from fedjax_med.simulation.mesh import Devices, choose_devices, replicate
 from fedjax_med.tasks.registry import task_named
@@ -84,6 +86,24 @@ class Experiment(NamedTuple):
     return self.case.protection.central
 
   @property
+  def grid(self) -> Grid | None:
+    """The whole numbers that updates are sent as; None if they are sent as they are."""
+    config, central = self.config, self.central
+    if config.secure.protocol == "none":
+      return None
+    if central is None or not isinstance(central.mechanisms[0], DistributedGaussian):
+      return choose_grid(config, len(self.names))
+    shares = central.mechanisms[0]
+    return Grid(
+      bits=config.secure.bits,
+      range=shares.clip_norm,
+      scale=shares.scale,
+      extra_range=0.0,
+      extra_scale=0.0,
+      num_clients=shares.num_units,
+    )
+
+  @property
   def goes_on(self) -> bool:
     """Whether the run goes on after a message that is not finite, which then counts nothing."""
     exchange = make_exchange(self.config, len(self.names))
@@ -115,6 +135,7 @@ def _hyper(config: Config, protection: Protection) -> Hyper:
       count_noise=scalar(mechanism.count_noise),
       quantile=scalar(client.quantile),
       clip_learning_rate=scalar(client.clip_learning_rate if adaptive else 0.0),
+      shares=make_shares(mechanism) if isinstance(mechanism, DistributedGaussian) else None,
     )
   options = algorithm_options(config, traced=True)
   return Hyper(
@@ -216,7 +237,9 @@ def make_experiment(
   behind = late(case.config, case.names, program.parts.message, case.protection.steps)
   if behind is not None:
     clients = clients._replace(late=jnp.asarray(behind))
-  require_accounted(differences(case.protection, case.numbers, case.rows, clients, hyper))
+  found = differences(case.protection, case.numbers, case.rows, clients, hyper)
+  size = program.arguments.state.server.params.size
+  require_accounted(found + larger_updates(case.protection, size))
   return Experiment(
     case=case,
     clients=replicate(clients._replace(indices=clients.indices + start), mesh),

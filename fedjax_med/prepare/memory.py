@@ -11,12 +11,14 @@ import numpy as np
 from fedjax_med.core.config import algorithm_options
 from fedjax_med.core.keys import base_key
 from fedjax_med.data.dataset import Dataset
+from fedjax_med.exchange.distributed_noise import is_distributed
 from fedjax_med.exchange.registry import exchange_numbers
 from fedjax_med.federated.algorithm import Client, Hyper, Pool, Units, plain_hyper
 from fedjax_med.models.model import Model
 from fedjax_med.prepare.plan import Choice
 from fedjax_med.prepare.recipe import Recipe
 from fedjax_med.privacy.client_level import ClientLevel
+from fedjax_med.privacy.distributed import share_shapes
 from fedjax_med.simulation.processes import least
 from fedjax_med.simulation.rounds import SimulationState
 
@@ -215,6 +217,7 @@ def block_arguments(
       count_noise=scalar,
       quantile=scalar,
       clip_learning_rate=scalar,
+      shares=share_shapes() if is_distributed(recipe.config) else None,
     )
   pool = Pool(inputs=dataset.inputs, labels=recipe.task.targets(dataset))
   return BlockArguments(

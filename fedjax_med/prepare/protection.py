@@ -14,8 +14,10 @@ from fedjax_med.privacy.calibration import (
   PrivacyTarget,
   affordable_steps,
   calibrate_noise,
+  calibrate_shares,
   plan_mechanisms,
 )
+from fedjax_med.privacy.distributed import DistributedGaussian, coarsest, on_grid
 from fedjax_med.privacy.guarantees import SEVERAL_IMAGES, Guarantee
 from fedjax_med.privacy.mechanism import PoissonGaussian, batch_size_bound, smallest_cap
 
@@ -74,6 +76,7 @@ def protect(
   groups: np.ndarray,
   steps: np.ndarray | None = None,
   place: str = "federation",
+  update_size: int = 0,
 ) -> Protection:
   """Mechanisms of every client and of the server.
 
@@ -84,6 +87,7 @@ def protect(
     groups: [N] patient or near-duplicate group of each example.
     steps: [K] local steps a round, None as configured.
     place: federation, or the name of a baseline (see ``Guarantee``).
+    update_size: numbers of an update at most, where hospitals add the noise themselves.
 
   Raises:
     UserError: a rule that needs the sizes is broken, or a target cannot be reached.
@@ -108,7 +112,7 @@ def protect(
     units=units,
     rows_per_unit=rows_per_unit,
     local=local,
-    central=_central(config, len(names)),
+    central=_central(config, len(names), update_size),
   )
 
 
@@ -252,14 +256,24 @@ def _solve_clip_norm(config: Config, counts: np.ndarray) -> Config:
   return dataclasses.replace(config, privacy=privacy)
 
 
-def _central(config: Config, num_clients: int) -> Guarantee | None:
+def _central(config: Config, num_clients: int, update_size: int) -> Guarantee | None:
   """The client-level guarantee, if there is one."""
-  client, server = config.client_privacy, config.server
+  client = config.client_privacy
   if client.mechanism == "none":
     return None
+  (delta,) = resolve_deltas([num_clients], client.delta)
+  make = _distributed if client.noise == "distributed" else _at_server
+  mechanism = make(config, num_clients, delta, update_size)
+  return Guarantee(
+    unit="client", names=("all hospitals",), mechanisms=(mechanism,), deltas=(delta,)
+  )
+
+
+def _at_server(config: Config, num_clients: int, delta: float, update_size: int) -> PoissonGaussian:
+  """The mechanism of a round whose noise the server adds."""
+  client, server = config.client_privacy, config.server
   cap = cohort_cap(config, num_clients) or num_clients
   rate = 1.0 if server.participation == "full" else server.participation_rate
-  (delta,) = resolve_deltas([num_clients], client.delta)
   sigma = client.noise_multiplier or calibrate_noise(
     num_clients, rate, cap, server.num_rounds, delta, client.target_epsilon
   )
@@ -273,6 +287,17 @@ def _central(config: Config, num_clients: int) -> Guarantee | None:
   if client.clipping == "adaptive":
     count_noise = client.count_noise or max(mechanism.expected_batch_size / 20, sigma)
     mechanism = dataclasses.replace(mechanism, count_noise=count_noise)
-  return Guarantee(
-    unit="client", names=("all hospitals",), mechanisms=(mechanism,), deltas=(delta,)
+  return mechanism
+
+
+def _distributed(
+  config: Config, num_clients: int, delta: float, update_size: int
+) -> DistributedGaussian:
+  """The mechanism of a round in which each hospital adds its share of the noise."""
+  client, secure = config.client_privacy, config.secure
+  template = coarsest(num_clients, client.colluders, client.clip_norm, update_size)
+  if client.noise_multiplier:
+    return on_grid(template, client.noise_multiplier, secure.bits, secure.scale)
+  return calibrate_shares(
+    template, secure.bits, secure.scale, config.server.num_rounds, delta, client.target_epsilon
   )

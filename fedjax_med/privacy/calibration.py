@@ -10,7 +10,8 @@ import numpy as np
 
 from fedjax_med.core.errors import UserError, require, require_whole
 from fedjax_med.privacy.accounting import MAX_STEPS, check_delta, epsilon, resolve_deltas
-from fedjax_med.privacy.mechanism import PoissonGaussian, batch_size_bound
+from fedjax_med.privacy.distributed import DistributedGaussian, coarsest, on_grid
+from fedjax_med.privacy.mechanism import Mechanism, PoissonGaussian, batch_size_bound
 from fedjax_med.privacy.strategy import toeplitz_strategy
 
 # calibrate_noise looks for σ in this range.
@@ -113,10 +114,6 @@ def calibrate_noise(
   Raises:
     UserError: the target is not above 0, or no σ up to 1e5 reaches it.
   """
-  require(
-    0 < target_epsilon < math.inf, f"target_epsilon={target_epsilon} must be above 0", "use 8"
-  )
-  require_whole("steps", steps, 1, "calibrate for at least one step")
   # The clip norm does not enter ε.
   template = PoissonGaussian(
     num_units=num_units,
@@ -125,6 +122,16 @@ def calibrate_noise(
     noise_multiplier=1.0,
     clip_norm=1.0,
   )
+  return noise_of(template, steps, delta, target_epsilon)
+
+
+def noise_of(template: Mechanism, steps: int, delta: float, target_epsilon: float) -> float:
+  """As ``calibrate_noise``, for mechanisms that differ from ``template`` in σ alone."""
+  require(
+    0 < target_epsilon < math.inf, f"target_epsilon={target_epsilon} must be above 0", "use 8"
+  )
+  require_whole("steps", steps, 1, "calibrate for at least one step")
+  num_units, sampling_probability = template.num_units, template.sampling_probability
   check_delta(delta, num_units)
 
   def epsilon_at(inverse: float) -> float:
@@ -146,8 +153,36 @@ def calibrate_noise(
   return 1 / inverse
 
 
+def calibrate_shares(
+  template: DistributedGaussian,
+  bits: int,
+  scale: float,
+  steps: int,
+  delta: float,
+  target_epsilon: float,
+) -> DistributedGaussian:
+  """The mechanism of hospitals' own noise whose ε is 0.995 to 1 of a target.
+
+  The grid follows from σ, and ε from the grid: σ is found on the coarsest grid that is allowed, and
+  once more on the grid of that σ, whose noise is no larger and can wrap no more.
+
+  Args:
+    template: numbers of hospitals, clip norm and size of an update; its σ and scale are not read.
+    bits: of the modulus of sums.
+    scale: whole numbers to 1; 0 takes the largest at which no sum can wrap.
+    steps: rounds.
+    delta: δ.
+    target_epsilon: the target.
+  """
+  size, colluders, bound = template.num_units, template.colluders, template.clip_norm
+  sigma = noise_of(coarsest(size, colluders, bound), steps, delta, target_epsilon)
+  chosen = on_grid(template, sigma, bits, scale)
+  sigma = noise_of(chosen, steps, delta, target_epsilon)
+  return dataclasses.replace(chosen, noise_multiplier=sigma)
+
+
 @functools.lru_cache(maxsize=4096)
-def affordable_steps(mechanism: PoissonGaussian, delta: float, budget: float) -> int:
+def affordable_steps(mechanism: Mechanism, delta: float, budget: float) -> int:
   """Largest number of steps with PLD ε ≤ ``budget``, from 0 to 10 million.
 
   Raises:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from fedjax_med.core.keys import Stream, key_for
 from fedjax_med.core.rounding import MAX_CLIP_NORM, MIN_CLIP_NORM
 from fedjax_med.privacy.clipping import evaluated_once
+from fedjax_med.privacy.distributed import Shares
 from fedjax_med.privacy.noise import private_mean
 
 
@@ -26,6 +27,7 @@ class ClientLevel(NamedTuple):
       an update was within the clip norm.
     quantile: share of the updates that the clip norm shall let pass unclipped.
     clip_learning_rate: geometric step of the clip norm; 0 keeps it as it is.
+    shares: what hospitals draw their noise with; None where the server adds it.
   """
 
   noise_multiplier: jax.Array
@@ -33,6 +35,7 @@ class ClientLevel(NamedTuple):
   count_noise: jax.Array
   quantile: jax.Array
   clip_learning_rate: jax.Array
+  shares: Shares | None = None
 
 
 def clip_update(update: jax.Array, clip_norm: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -9,7 +9,9 @@ import numpy as np
 from fedjax_med.core.errors import require
 from fedjax_med.core.rounding import NORM_SLACK
 from fedjax_med.privacy.accounting import discretization_interval, epsilon
-from fedjax_med.privacy.mechanism import PoissonGaussian
+from fedjax_med.privacy.discrete_gaussian import TABLE_DISTANCE
+from fedjax_med.privacy.distributed import DistributedGaussian
+from fedjax_med.privacy.mechanism import Mechanism
 
 # Where a mechanism stands in privacy.json when there is none.
 NO_PRIVACY: dict[str, Any] = {"mechanism": "none", "epsilon_max": None, "guarantees": []}
@@ -158,7 +160,7 @@ class Guarantee(NamedTuple):
 
   unit: str
   names: tuple[str, ...]
-  mechanisms: tuple[PoissonGaussian, ...]
+  mechanisms: tuple[Mechanism, ...]
   deltas: tuple[float, ...]
   place: str = "federation"
 
@@ -205,8 +207,52 @@ _COUNTED = (
 )
 
 
+def shared_noise(guarantee: Guarantee) -> DistributedGaussian | None:
+  """The mechanism of hospitals that add the noise themselves; None where they do not."""
+  first = guarantee.mechanisms[0] if guarantee.mechanisms else None
+  return first if isinstance(first, DistributedGaussian) else None
+
+
+def readers(guarantee: Guarantee) -> tuple[tuple[str, ...], tuple[str, ...]]:
+  """Readers against whom ε holds, and those against whom it does not."""
+  unit, shared = UNITS[guarantee.unit], shared_noise(guarantee)
+  if shared is None:
+    return BASELINES.get(guarantee.place, (unit.holds_against, unit.not_against))
+  model, count = _MODEL[0], shared.colluders
+  if count == 0:
+    return (
+      ("the server, which sees sums over all hospitals only", model),
+      ("any other hospital, which sees the models and can take its own noise off them",),
+    )
+  some = f"any {count} other hospitals" if count > 1 else "any one other hospital"
+  return (
+    (f"the server, which sees sums over all hospitals only, together with {some}", some, model),
+    (f"{count + 1} or more other hospitals that tell each other or the server their noise",),
+  )
+
+
+_SHARED = (
+  "DP-FedAvg with noise of the hospitals' own, under secure aggregation: in each round the update"
+  " of every hospital, clipped to clip_norm, times scale, rounded by chance to whole numbers; to"
+  " them each hospital adds discrete Gaussian noise of noise_multiplier * clip_norm * scale /"
+  " sqrt({honest}), so that the noise of {honest} of the {hospitals} hospitals, which ε counts, is"
+  " noise_multiplier * clip_norm; the sum modulo a power of two; a fixed denominator"
+)
+# What ε against the server rests on.
+SHARED_GAP = (
+  "The noise of hospitals hides an update in the sum alone: ε against the server rests on a secure"
+  " aggregation that shows it nothing else, which this simulator computes the result and the bytes"
+  " of, and on hospitals that add their noise, all of them in every round. The whole numbers of"
+  f" noise are drawn from tables whose total variation distance from the discrete Gaussian is up to"
+  f" {TABLE_DISTANCE:.1e} a draw; ε counts none of it."
+)
+
+
 def mechanism_of(guarantee: Guarantee) -> str:
   """A sentence or two on the protection of a unit."""
+  shared = shared_noise(guarantee)
+  if shared is not None:
+    return _SHARED.format(honest=shared.honest, hospitals=shared.num_units)
   bands, unit = max(mechanism.bands for mechanism in guarantee.mechanisms), guarantee.unit
   counted = any(mechanism.count_noise for mechanism in guarantee.mechanisms)
   place = "where the images are pooled" if guarantee.place == "pooled" else "at the hospital"
@@ -228,10 +274,22 @@ def mechanism_of(guarantee: Guarantee) -> str:
   )
 
 
-def _noises(mechanism: PoissonGaussian) -> dict[str, float]:
+def _noises(mechanism: Mechanism) -> dict[str, float]:
   return {
     "sum_noise_multiplier": mechanism.sum_noise_multiplier,
     "count_noise": mechanism.count_noise,
+  }
+
+
+def shares_of(mechanism: DistributedGaussian) -> dict[str, float]:
+  """Numbers that ε of hospitals' own noise is computed from, beside σ, C and K."""
+  return {
+    "colluders": mechanism.colluders,
+    "scale": mechanism.scale,
+    "num_parameters": mechanism.num_parameters,
+    "sensitivity": mechanism.sensitivity,
+    "rho": mechanism.rho,
+    "xi": mechanism.xi,
   }
 
 
@@ -252,8 +310,7 @@ def describe(
   """
   epsilons = spent(guarantee, counts) if epsilons is None else epsilons
   unit = UNITS[guarantee.unit]
-  everybody = (unit.holds_against, unit.not_against)
-  holds_against, not_against = BASELINES.get(guarantee.place, everybody)
+  holds_against, not_against = readers(guarantee)
   intervals = [discretization_interval(m) for m in guarantee.mechanisms if m.noise_multiplier > 0]
   return {
     "unit": guarantee.unit,
@@ -279,6 +336,7 @@ def describe(
         "noise_multiplier": mechanism.noise_multiplier,
         "coefficients": list(mechanism.coefficients),
         **(_noises(mechanism) if mechanism.count_noise else {}),
+        **(shares_of(mechanism) if isinstance(mechanism, DistributedGaussian) else {}),
         "clip_norm": mechanism.clip_norm,
         "steps": int(count),
         "delta": float(delta),
@@ -337,6 +395,8 @@ def privacy_record(
   described = [describe(*each, version) for each in zip(guarantees, counts, known, strict=True)]
   if any(mechanism.bands > 1 for guarantee in guarantees for mechanism in guarantee.mechanisms):
     gaps = [BANDS_GAP, *gaps]
+  if any(map(shared_noise, guarantees)):
+    gaps = [SHARED_GAP, *gaps]
   units = {guarantee.unit for guarantee in guarantees}
   return {
     "mechanism": "; ".join(map(mechanism_of, guarantees)),

@@ -23,8 +23,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from fedjax_med.core.errors import UserError, require
-from fedjax_med.privacy.guarantees import UNITS, Guarantee, spent
-from fedjax_med.privacy.mechanism import PoissonGaussian
+from fedjax_med.privacy.distributed import DistributedGaussian
+from fedjax_med.privacy.guarantees import UNITS, Guarantee, shared_noise, shares_of, spent
+from fedjax_med.privacy.mechanism import Mechanism, PoissonGaussian
 
 FILE = "ledger.jsonl"
 RESTORE = "restore the file; without it no ε can be claimed for this run"
@@ -39,6 +40,13 @@ KEYS = {
   "patient": _LOCAL.format(stream="1 (sample) or 2 (noise)"),
   "client": "threefry2x32, folded from the run's key: 3 (sample) or 6 (noise), round",
 }
+SHARED_SAMPLER = (
+  "all hospitals in every round; noise of whole numbers, by the alias method from 96 bits a draw"
+)
+SHARED_KEYS = (
+  "threefry2x32, folded from the run's key: 9 (exchange), 0, client, round, place among the"
+  " transforms, 1 (noise), level of draws"
+)
 
 Counts = tuple[tuple[int, ...], ...]
 Epsilons = tuple[tuple[float, ...], ...]
@@ -467,14 +475,15 @@ def _shown(counts: Counts) -> str:
 
 def _to_json(guarantee: Guarantee) -> dict[str, Any]:
   rows = zip(guarantee.names, guarantee.mechanisms, guarantee.deltas, strict=True)
+  shared = shared_noise(guarantee) is not None
   return {
     "unit": guarantee.unit,
     "place": guarantee.place,
     "adjacency": UNITS[guarantee.unit].adjacency,
-    "sampler": SAMPLER,
-    "keys": KEYS[guarantee.unit],
+    "sampler": SHARED_SAMPLER if shared else SAMPLER,
+    "keys": SHARED_KEYS if shared else KEYS[guarantee.unit],
     "parties": [
-      {"name": name, **dataclasses.asdict(mechanism), "delta": float(delta)}
+      {"name": name, **_numbers(mechanism), "delta": float(delta)}
       for name, mechanism, delta in rows
     ],
   }
@@ -491,11 +500,29 @@ def _from_json(value: dict[str, Any]) -> Guarantee:
   )
 
 
-def _mechanism(party: dict[str, Any]) -> PoissonGaussian:
+def _numbers(mechanism: Mechanism) -> dict[str, Any]:
+  """Fields of a mechanism, and what follows from those of hospitals' own noise."""
+  fields = dataclasses.asdict(mechanism)
+  return fields | shares_of(mechanism) if isinstance(mechanism, DistributedGaussian) else fields
+
+
+def _mechanism(party: dict[str, Any]) -> Mechanism:
+  if "colluders" in party:
+    return _shared(party)
   # Ledgers of before there was correlated noise, or a count among the mechanisms.
   party = {"coefficients": [1.0], "count_noise": 0.0, **party}
   values = {field.name: party[field.name] for field in dataclasses.fields(PoissonGaussian)}
   return PoissonGaussian(**{**values, "coefficients": tuple(values["coefficients"])})
+
+
+def _shared(party: dict[str, Any]) -> DistributedGaussian:
+  """Hospitals' own noise; ValueError where ρ, ξ or Δ do not follow from the other numbers."""
+  names = [field.name for field in dataclasses.fields(DistributedGaussian)]
+  mechanism = DistributedGaussian(**{name: party[name] for name in names})
+  for name, truth in shares_of(mechanism).items():
+    if not math.isclose(party[name], truth, rel_tol=1e-9):
+      raise ValueError(f"{name} is {party[name]}, the other numbers give {truth}")
+  return mechanism
 
 
 def _digest(previous: str, content: dict[str, Any]) -> str:

@@ -1,7 +1,8 @@
 """The private mechanism: one object gives the sampler and the accounted event.
 
-Everything a release does that matters to privacy stands in ``PoissonGaussian``: the device sampler
-is called with its numbers, and the accountant sees nothing but its ``event``.
+Everything a release does that matters to privacy stands in ``PoissonGaussian``, or where hospitals
+add the noise in ``distributed.DistributedGaussian``: the device sampler is called with its numbers,
+and the accountant sees nothing but its ``event``.
 """
 
 import dataclasses
@@ -13,6 +14,7 @@ import numpy as np
 
 from fedjax_med.core.errors import require, require_whole
 from fedjax_med.core.rounding import MIN_CLIP_NORM, NORM_SLACK
+from fedjax_med.privacy.distributed import DistributedGaussian
 
 if TYPE_CHECKING:
   import dp_accounting
@@ -167,10 +169,20 @@ class PoissonGaussian:
       noise_multiplier=self.accounted_noise_multiplier,
     )
 
+  def untruncated_event(self) -> "dp_accounting.DpEvent":
+    """The event if no unit is ever pushed out of a batch."""
+    import dp_accounting
+
+    noise = dp_accounting.GaussianDpEvent(self.accounted_noise_multiplier)
+    return dp_accounting.PoissonSampledDpEvent(self.drawn_probability, noise)
+
   def compositions(self, steps: int) -> int:
     """Compositions of the event in ``steps`` steps: ceil(steps / b), the first subset's."""
     require_whole("steps", steps, 0, "count the steps executed")
     return -(-int(steps) // self.bands)
+
+
+Mechanism = PoissonGaussian | DistributedGaussian
 
 
 def smallest_cap(num_units: int, sampling_probability: float) -> int:

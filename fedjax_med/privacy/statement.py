@@ -6,8 +6,9 @@ import math
 from typing import Any
 
 from fedjax_med.privacy.accounting import ceil_digits, epsilon, round_up
+from fedjax_med.privacy.distributed import DistributedGaussian
 from fedjax_med.privacy.guarantees import UNITS
-from fedjax_med.privacy.mechanism import PoissonGaussian
+from fedjax_med.privacy.mechanism import Mechanism, PoissonGaussian
 from fedjax_med.privacy.tuning import tuned_epsilon
 
 # Mean numbers of runs that the cost of choosing the best is told for.
@@ -23,8 +24,17 @@ ASSUMPTIONS = (
 )
 
 
-def mechanism_of(party: dict[str, Any]) -> PoissonGaussian:
+def mechanism_of(party: dict[str, Any]) -> Mechanism:
   """One release of a party of privacy.json."""
+  if "colluders" in party:
+    return DistributedGaussian(
+      num_units=party["n"],
+      colluders=party["colluders"],
+      noise_multiplier=party["noise_multiplier"],
+      clip_norm=party["clip_norm"],
+      scale=party["scale"],
+      num_parameters=party["num_parameters"],
+    )
   return PoissonGaussian(
     num_units=party["n"],
     sampling_probability=party["sampling_probability"],
@@ -213,6 +223,21 @@ def participation_sentence(guarantee: dict[str, Any]) -> str:
   )
 
 
+def _shares(guarantee: dict[str, Any]) -> list[str]:
+  """Lines on what ε of hospitals' own noise is computed from; none where the server adds it."""
+  (party, *_) = guarantee["parties"]
+  if "colluders" not in party:
+    return []
+  return [
+    "",
+    f"**Noise of the hospitals:** σ is that of {party['n'] - party['colluders']} of the"
+    f" {party['n']} hospitals together, as up to {party['colluders']} may tell their own. Whole"
+    f" numbers: {party['scale']:g} to 1, of {party['num_parameters']:,} numbers of an update;"
+    f" rounding counted, a hospital moves the sum by {party['sensitivity']:.6g} at most. Rényi"
+    f" divergence of order α of a release: {party['rho']:.6g} α + {party['xi']:.2g}.",
+  ]
+
+
 def _guarantee(guarantee: dict[str, Any]) -> list[str]:
   sampled = participation_sentence(guarantee)
   unit = UNITS[guarantee["unit"]]
@@ -240,6 +265,7 @@ def _guarantee(guarantee: dict[str, Any]) -> list[str]:
       f" | {party['batch_cap']} | {party['noise_multiplier']:.3f} | {party['clip_norm']:.3g}"
       f" | {party['steps']} | {ceil_digits(party['delta'])} | {round_up(party['epsilon'])} |"
     )
+  lines += _shares(guarantee)
   accountant = guarantee["accountant"]
   lines += [
     "",

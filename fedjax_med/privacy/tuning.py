@@ -2,11 +2,11 @@
 
 from fedjax_med.core.errors import require
 from fedjax_med.privacy.accounting import RDP_ORDERS, check_delta, cut_probability
-from fedjax_med.privacy.mechanism import PoissonGaussian
+from fedjax_med.privacy.mechanism import Mechanism
 
 
 def tuned_epsilon(
-  mechanism: PoissonGaussian, steps: int, delta: float, mean_runs: float
+  mechanism: Mechanism, steps: int, delta: float, mean_runs: float
 ) -> tuple[float, float] | None:
   """ε and δ of publishing the best of N such runs and nothing of the others.
 
@@ -39,10 +39,7 @@ def tuned_epsilon(
   total = delta + mean_runs * compositions * cut_probability(mechanism)
   if total >= 1 / mechanism.num_units or mechanism.noise_multiplier == 0:
     return None
-  step = dp_accounting.PoissonSampledDpEvent(
-    mechanism.drawn_probability, dp_accounting.GaussianDpEvent(mechanism.accounted_noise_multiplier)
-  )
-  run = dp_accounting.SelfComposedDpEvent(step, compositions)
+  run = dp_accounting.SelfComposedDpEvent(mechanism.untruncated_event(), compositions)
   accountant = rdp.RdpAccountant(RDP_ORDERS, dp_accounting.NeighboringRelation.REPLACE_SPECIAL)
   accountant.compose(dp_event.RepeatAndSelectDpEvent(run, mean_runs, 0.0))
   return float(accountant.get_epsilon(delta)), total

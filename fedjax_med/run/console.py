@@ -20,18 +20,17 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from fedjax_med.core.config import Config
 from fedjax_med.core.text import encodable, visible
 from fedjax_med.data.modality import modality_named, worded
 from fedjax_med.exchange.ckks import estimate
 from fedjax_med.exchange.compression.registry import compression_notes
-from fedjax_med.exchange.fixed_point import choose_grid
+from fedjax_med.exchange.fixed_point import Grid
 from fedjax_med.exchange.masks import fewest_answers
 from fedjax_med.folder.data_notes import data_notes
 from fedjax_med.folder.secret import is_private
 from fedjax_med.prepare.experiment import Experiment
 from fedjax_med.prepare.synthetic_images import left_out
-from fedjax_med.privacy.guarantees import SEVERAL_IMAGES, UNITS
+from fedjax_med.privacy.guarantees import SEVERAL_IMAGES, UNITS, shared_noise
 from fedjax_med.run.drive import BUDGET, Outcome
 from fedjax_med.run.measure import Listener, LogPoint
 from fedjax_med.run.summaries import FILES, hospital_record
@@ -125,8 +124,9 @@ def describe(
     console.print(f"[yellow]{escape(note)}[/]")
   if experiment.program.origin:
     console.print(f"  starts from {escape(experiment.program.origin)}")
-  if config.secure.protocol != "none":
-    console.print(f"  {_secure_line(config, len(experiment.names))}")
+  grid = experiment.grid
+  if grid is not None:
+    console.print(f"  {_secure_line(experiment, grid)}")
   for reason in experiment.program.plan.reasons:
     console.print(f"  plan: {escape(reason)}")
   console.print(_hospital_table(experiment, planned))
@@ -140,8 +140,10 @@ def describe(
     )
   if experiment.central:
     (mechanism,) = experiment.central.mechanisms
+    shared = shared_noise(experiment.central)
+    whom = f"against the server and {shared.colluders} hospitals" if shared else ""
     console.print(
-      f"Privacy of {UNITS['client'].protects}, with a trusted server, DP-FedAvg:"
+      f"Privacy of {UNITS['client'].protects}, {whom or 'with a trusted server'}, DP-FedAvg:"
       f" q {mechanism.sampling_probability:g}, σ {mechanism.noise_multiplier:.3f}, clip norm"
       f" {mechanism.clip_norm:g}, δ {experiment.central.deltas[0]:.1e}; {rounds} of {total} rounds"
       f" would spend ε = {client_epsilon:.3f}{end}"
@@ -150,9 +152,10 @@ def describe(
     console.print("Privacy: none (privacy.mechanism=none)")
 
 
-def _secure_line(config: Config, num_clients: int) -> str:
+def _secure_line(experiment: Experiment, grid: Grid) -> str:
   """The grid of whole numbers that updates are sent as, and why no sum of them wraps."""
-  grid, equal = choose_grid(config, num_clients), config.client_privacy.mechanism != "none"
+  config, num_clients = experiment.config, len(experiment.names)
+  equal = config.client_privacy.mechanism != "none"
   largest = (num_clients if equal else 1) * grid.range * grid.scale + num_clients
   text = (
     f"updates travel by protocol {config.secure.protocol} as whole numbers of {grid.bits} bits:"

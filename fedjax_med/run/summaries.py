@@ -18,7 +18,6 @@ from fedjax_med.data.table_manifest import Table, manifest_record
 from fedjax_med.exchange.attacks.registry import STRENGTHS, attack_strength
 from fedjax_med.exchange.ckks import PRESETS
 from fedjax_med.exchange.compression.registry import compression_notes, compression_words
-from fedjax_med.exchange.fixed_point import choose_grid
 from fedjax_med.exchange.masks import fewest_answers
 from fedjax_med.exchange.registry import make_exchange, transform_names
 from fedjax_med.exchange.robust.rules import is_robust
@@ -110,7 +109,7 @@ def exchange_record(experiment: Experiment) -> dict[str, Any]:
     "aggregator": "a sum in which each counts 1" if summed else config.server.aggregator,
     "server_sees": exchange.transform.trust,
     "protocol": config.secure.protocol,
-    **_secure_record(config, len(experiment.names)),
+    **_secure_record(experiment),
     "compression": compression_words(config.compression),
     **_encryption(config),
     **({"pre": config.robust.pre} if config.robust.pre != "none" else {}),
@@ -148,11 +147,11 @@ def _encryption(config: Config) -> dict[str, Any]:
   }
 
 
-def _secure_record(config: Config, num_clients: int) -> dict[str, Any]:
+def _secure_record(experiment: Experiment) -> dict[str, Any]:
   """The grid of whole numbers, and how their masks work, where there are any."""
-  if config.secure.protocol == "none":
+  config, grid = experiment.config, experiment.grid
+  if grid is None:
     return {}
-  grid = choose_grid(config, num_clients)
   record: dict[str, Any] = {
     "grid": {**grid._asdict(), "rounding_error_bound": grid.rounding_error_bound}
   }
@@ -160,7 +159,7 @@ def _secure_record(config: Config, num_clients: int) -> dict[str, Any]:
     record |= {
       "masks": config.secure.masks,
       "dropout": config.secure.dropout,
-      "fewest": fewest_answers(config, num_clients),
+      "fewest": fewest_answers(config, len(experiment.names)),
     }
   return record
 

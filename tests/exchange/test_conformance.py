@@ -105,11 +105,11 @@ def joined(name, values, weights):
   )
 
 
-def check_resumed_rounds(exchange):
+def check_resumed_rounds(exchange, hyper=None):
   federation = make_federation(exchange=exchange)
-  whole, _ = rounds(federation, 10)
-  half, _ = rounds(federation, 5)
-  chex.assert_trees_all_equal(whole, rounds(federation, 5, state=half)[0])
+  whole, _ = rounds(federation, 10, hyper=hyper)
+  half, _ = rounds(federation, 5, hyper=hyper)
+  chex.assert_trees_all_equal(whole, rounds(federation, 5, state=half, hyper=hyper)[0])
 
 
 @every
@@ -117,15 +117,18 @@ def test_five_rounds_and_five_more_equal_ten_bit_for_bit(name):
   check_resumed_rounds(EXCHANGES[name])
 
 
-@every
-def test_layouts_devices_and_a_cohort_of_everyone_agree_to_rounding(name):
-  exchange = EXCHANGES[name]
-  expected, _ = rounds(make_federation(exchange=exchange), 3)
+def check_layouts(exchange, hyper=None):
+  expected, _ = rounds(make_federation(exchange=exchange), 3, hyper=hyper)
   for settings in ({"chunk": 1}, {"chunk": 2, "devices": 2}, {"chunk": 2, "cohort_cap": 3}):
-    found, _ = rounds(make_federation(exchange=exchange, **settings), 3)
+    found, _ = rounds(make_federation(exchange=exchange, **settings), 3, hyper=hyper)
     chex.assert_trees_all_close(
       jax.device_get(expected), jax.device_get(found), rtol=2e-5, atol=1e-6
     )
+
+
+@every
+def test_layouts_devices_and_a_cohort_of_everyone_agree_to_rounding(name):
+  check_layouts(EXCHANGES[name])
 
 
 def check_absent_clients(exchange):
@@ -144,10 +147,10 @@ def test_a_round_without_anyone_changes_nothing_but_its_number(name):
   check_absent_clients(EXCHANGES[name])
 
 
-def check_learning(exchange):
+def check_learning(exchange, hyper=None):
   federation = make_federation(exchange=exchange)
-  trained, _ = rounds(federation, 40)
-  _, last = rounds(federation, 5, state=trained)
+  trained, _ = rounds(federation, 40, hyper=hyper)
+  _, last = rounds(federation, 5, state=trained, hyper=hyper)
   assert float(last.clients.tally.sum() / last.clients.examples.sum()) > 0.9
 
 

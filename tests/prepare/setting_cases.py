@@ -176,6 +176,7 @@ ADAPTIVE = {**CENTRAL, "client_privacy.clipping": "adaptive"}
 TRIMMED = {"server.aggregator": "trimmed_mean"}
 MEDIAN = {"server.aggregator": "geometric_median"}
 ATTACK = {"attack.kind": "ipm"}
+SHARED = {**CENTRAL, "client_privacy.noise": "distributed", "secure.protocol": "masking"}
 ONE = {"partition.num_clients": 1}
 FIVE = {"partition.num_clients": 5, "partition.min_client_size": 8}
 CNN = {"model.name": "cnn_small"}
@@ -320,6 +321,10 @@ CASES: dict[str, Case] = {
   "privacy.adjacency": Case("zero_out", "nothing", PRIVATE, ({},), why=ONE_VALUE),
   "privacy.sampling": Case("poisson", "nothing", PRIVATE, ({},), why=ONE_VALUE),
   "client_privacy.mechanism": Case("dp_fedavg", "plan", besides=CENTRAL),
+  "client_privacy.noise": Case(
+    "distributed", "plan", {**CENTRAL, "secure.protocol": "grid"}, ({},)
+  ),
+  "client_privacy.colluders": Case(0, "plan", SHARED, ({}, CENTRAL)),
   "client_privacy.noise_multiplier": Case(2.0, "plan", CENTRAL, ({},)),
   "client_privacy.target_epsilon": Case(
     4.0, "plan", {**UNIFORM, "client_privacy.target_epsilon": 8.0}, ({},)

@@ -11,6 +11,7 @@ from fedjax_med.core.errors import UserError
 from fedjax_med.data.dataset import client_table
 from fedjax_med.prepare.protection import protect, require_a_round
 from fedjax_med.privacy.accounting import epsilon
+from fedjax_med.privacy.distributed import DistributedGaussian
 from fedjax_med.privacy.guarantees import spent
 
 COUNTS = (80, 40, 120)
@@ -174,6 +175,34 @@ def test_an_adaptive_clip_norm_takes_its_noise_out_of_the_same_epsilon():
   assert together == pytest.approx(2.0**-2)
   with pytest.raises(UserError, match=r"count_noise=0.5 must be above half"):
     protection(**changes, client_privacy__count_noise=0.5)
+
+
+def test_noise_of_the_hospitals_own_is_calibrated_on_the_grid_that_it_runs_on():
+  changes = {
+    "privacy__mechanism": "none",
+    "client_privacy__mechanism": "dp_fedavg",
+    "client_privacy__noise": "distributed",
+    "secure__protocol": "grid",
+  }
+
+  def mechanism(**more):
+    config = config_with(**changes, **more)
+    found = protect(config, NAMES, table(), np.arange(sum(COUNTS)), update_size=514)
+    (only,) = central(found).mechanisms
+    assert isinstance(only, DistributedGaussian)
+    assert (only.num_units, only.num_parameters) == (3, 514)
+    assert spent(central(found), [found.config.server.num_rounds])[0] > 0
+    return only, epsilon(only, found.config.server.num_rounds, 1 / 30)
+
+  found, spends = mechanism(client_privacy__target_epsilon=6.0)
+  assert 0.995 * 6 <= spends <= 6
+  assert found.colluders == 1
+  given, _ = mechanism(client_privacy__noise_multiplier=2.0, client_privacy__colluders=0)
+  assert (given.noise_multiplier, given.colluders, given.scale) == (2.0, 0, 2.0**26)
+  coarser, _ = mechanism(client_privacy__noise_multiplier=2.0, secure__scale=2.0**16)
+  assert coarser.scale == 2.0**16
+  with pytest.raises(UserError, match=r"256 sqrt\(P\) for the P = 514 numbers"):
+    mechanism(client_privacy__noise_multiplier=2.0, secure__scale=1024.0)
 
 
 def test_poisson_participation_is_the_sampling_of_whole_hospitals_only():

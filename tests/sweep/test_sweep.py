@@ -111,6 +111,22 @@ def test_whole_hospitals_and_drawn_cohorts_equal_the_runs_by_themselves(
   assert ledger.read(folder).counts == ledger.read(tmp_path / "alone").counts
 
 
+@pytest.mark.slow
+def test_points_whose_hospitals_add_unlike_noise_share_a_program_and_equal_their_runs(tmp_path):
+  points = [{Z: 2.0}, {Z: 0.5}, {Z: 0.0, f"{CLIENT}.target_epsilon": 9.0}]
+  config = central()
+  config.server.participation, config.server.participation_rate = "full", 1.0
+  config.client_privacy.noise, config.secure.protocol = "distributed", "grid"
+  sweep(tmp_path, points, config)
+  assert len(groups(plan(points, config))) == 1
+  for number in range(len(points)):
+    expected, _ = alone(tmp_path / f"alone{number}", configure(config, points[number], AXES))
+    folder = table.folder_of(tmp_path, number)
+    close(json.loads((folder / "summary.json").read_text()), expected)
+    own, other = ledger.read(folder), ledger.read(tmp_path / f"alone{number}")
+    assert (own.counts, own.guarantees) == (other.counts, other.guarantees)
+
+
 @pytest.fixture(scope="module")
 def swept(tmp_path_factory):
   folder = tmp_path_factory.mktemp("swept")
