@@ -94,11 +94,12 @@ def test_bytes_a_parameter_are_those_of_the_library(name):
 
 
 @encrypts
-def test_a_sum_that_would_round_to_another_one_ends_the_run():
-  keys = ckks.make_keys(ckks.PRESETS["sum"])
-  messages = [[np.arange(9, dtype=np.int32)]] * 2
+def test_a_sum_that_would_round_to_another_one_ends_the_program():
+  cramped = ckks.PRESETS["sum"]._replace(room=2.0**-12)
   with pytest.raises(RuntimeError, match="steps of the grid off the true one"):
-    ckks.add_encrypted(messages, keys, 2.0**-40)
+    jax.block_until_ready(
+      sum_of(ckks.encrypted_sum(cramped, 32), whole_numbers(9), [0.2, 0.5, 0.3])
+    )
 
 
 @encrypts
