@@ -336,8 +336,13 @@ CASES: dict[str, Case] = {
   "client_privacy.clip_learning_rate": Case(0.5, "traced", ADAPTIVE, ({}, CENTRAL)),
   "client_privacy.count_noise": Case(4.0, "plan", ADAPTIVE, ({}, CENTRAL)),
   "secure.protocol": Case("grid", "program"),
-  "secure.range": Case(1.0, "program", GRID, ({},)),
-  "secure.extra_range": Case(16.0, "program", {**GRID, "server.algorithm": "scaffold"}, ({}, GRID)),
+  "secure.range": Case(1.0, "program", GRID, ({}, SHARED)),
+  "secure.extra_range": Case(
+    16.0,
+    "program",
+    {**GRID, "server.algorithm": "scaffold"},
+    ({}, GRID, {**SHARED, "server.algorithm": "scaffold"}),
+  ),
   "secure.scale": Case(1024.0, "program", GRID, ({},)),
   "secure.bits": Case(16, "program", GRID, ({},)),
   "secure.masks": Case(

@@ -149,5 +149,5 @@ def test_what_moves_the_plan_moves_nothing_where_it_is_not_read(path, files):
 
 
 def test_what_moves_no_result_says_why():
-  silent = ("layout", "probe", "compiled", "prediction", "nothing", "cache", "masked")
+  silent = ("layout", "probe", "compiled", "prediction", "nothing", "cache", "masked", "encryption")
   assert [path for path, case in CASES.items() if bool(case.why) != (case.moves in silent)] == []
