@@ -274,14 +274,14 @@ def test_the_statement_says_who_holds_the_key_and_what_publishing_would_leak():
       "noise": False,
     },
   }
-  text = _exchange_sentences(record)
+  text = _exchange_sentences(record, private=False)
   assert "All CKKS keys are shared" in text
   assert "the key holder, who is neither the server nor a hospital" in text
   assert "leaks noise of the key (Li and Micciancio 2021)" in text
   assert "where only one does" not in text
   assert "nothing was encrypted" not in text
   record["ckks"] |= {"executed": False, "may_be_one": True, "noise": True}
-  text = _exchange_sentences(record)
+  text = _exchange_sentences(record, private=False)
   assert "has to add the noise before anybody else" in text
   assert "nothing was encrypted" in text
   assert "where only one does, the sum of the round is its update" in text
