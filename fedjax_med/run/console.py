@@ -141,7 +141,7 @@ def describe(
   if experiment.central:
     (mechanism,) = experiment.central.mechanisms
     shared = shared_noise(experiment.central)
-    whom = f"against the server and {shared.colluders} hospitals" if shared else ""
+    whom = f"against the server and up to {shared.colluders} colluders" if shared else ""
     console.print(
       f"Privacy of {UNITS['client'].protects}, {whom or 'with a trusted server'}, DP-FedAvg:"
       f" q {mechanism.sampling_probability:g}, σ {mechanism.noise_multiplier:.3f}, clip norm"

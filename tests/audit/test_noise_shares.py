@@ -15,8 +15,8 @@ from fedjax_med.exchange import registry
 from fedjax_med.exchange.registry import shared_exchange
 from fedjax_med.privacy.accounting import epsilon
 from fedjax_med.privacy.discrete_gaussian import draw, make_sampler
-from fedjax_med.privacy.distributed import DistributedGaussian
-from tests.privacy.test_distributed import config_of, hyper_of
+from fedjax_med.privacy.distributed import DistributedGaussian, make_shares
+from tests.privacy.test_distributed import config_of, hyper_of, quiet
 
 ROUNDS, DELTA, LEVEL, TRIALS = 5, 1e-2, 0.05, 3000
 SIX = DistributedGaussian(
@@ -49,7 +49,8 @@ def failed(mechanism, hyper):
 def with_share(mechanism, share):
   """Hyperparameters of a run that executes the mechanism with another share."""
   hyper = hyper_of(mechanism)
-  shares = hyper.client_level.shares._replace(sampler=make_sampler(share))
+  shares = make_shares(mechanism)._replace(sampler=make_sampler(share))
+  assert hyper.client_level is not None
   return hyper._replace(client_level=hyper.client_level._replace(shares=shares))
 
 
@@ -57,9 +58,7 @@ def test_the_bound_from_below_stays_under_the_claim_and_exceeds_it_without_noise
   lower, claimed, wrong = found(SIX)
   assert 0.3 < lower <= claimed
   assert wrong == []
-  hyper = hyper_of(SIX)
-  level = hyper.client_level._replace(noise_multiplier=jnp.float32(0))
-  silent, _, _ = found(SIX, hyper._replace(client_level=level))
+  silent, _, _ = found(SIX, quiet(hyper_of(SIX)))
   assert silent > claimed
 
 

@@ -1,11 +1,13 @@
 """Noise that hospitals add themselves keeps the promises of every exchange, round by round."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from fedjax_med.exchange.registry import make_exchange
 from fedjax_med.exchange.transform import Wire
+from fedjax_med.federated.algorithm import ClientDelta
 from fedjax_med.privacy.distributed import DistributedGaussian
 from tests.exchange.test_conformance import check_layouts, check_learning, check_resumed_rounds
 from tests.federated.test_conformance import rounds
@@ -36,7 +38,7 @@ def test_noise_and_scale_are_data_of_one_program():
   for mechanism in (LITTLE, DistributedGaussian(3, 1, 2.0, 4.0, 2.0**24, 34)):
     after, _ = rounds(federation, 1, hyper=hyper_of(mechanism))
     ends.append(np.asarray(after.server.params))
-  assert block._cache_size() == 1
+  assert block._cache_size() == 1  # pyright: ignore[reportAttributeAccessIssue]
   assert np.linalg.norm(ends[0] - ends[1]) > 1
 
 
@@ -44,4 +46,5 @@ def test_a_message_is_as_long_as_its_whole_numbers():
   assert EXCHANGE.transform.wire(Wire(dense=7, sent=7)).size == 28
   short = make_exchange(config_of(secure__bits=16), 3)
   assert short.transform.wire(Wire(dense=7, sent=7)).size == 14
-  assert jax.tree.leaves(EXCHANGE.transform.init_server(None)) == []
+  blank = ClientDelta(params=jnp.zeros(7), state=jnp.zeros(0))
+  assert jax.tree.leaves(EXCHANGE.transform.init_server(blank)) == []

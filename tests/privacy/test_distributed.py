@@ -15,6 +15,7 @@ from fedjax_med.core.errors import UserError
 from fedjax_med.core.keys import Stream, key_for
 from fedjax_med.core.rounding import NORM_SLACK
 from fedjax_med.core.validation import validate
+from fedjax_med.exchange.aggregator import Joint
 from fedjax_med.exchange.registry import make_exchange, shared_exchange
 from fedjax_med.exchange.transform import Receiver, Sender
 from fedjax_med.federated.algorithm import ClientDelta
@@ -293,9 +294,11 @@ def _round(updates, hyper, round, *, clip_norm, bits, number):
   messages = jax.vmap(encode)(updates, jnp.arange(number))
   weights = exchange.aggregator.weigh(jnp.full(number, 1 / number))
   total = exchange.aggregator.finish(
-    exchange.aggregator.combine(messages, weights, None), weights.sum()
+    exchange.aggregator.combine(messages, weights, Joint(key=KEY, last=())), weights.sum()
   )
-  receiver = Receiver(weight=weights.sum(), key=KEY, arrived=None, run_key=KEY, **common)
+  receiver = Receiver(
+    weight=weights.sum(), key=KEY, arrived=common["seated"], run_key=KEY, **common
+  )
   return messages, exchange.transform.decode(total, ((),), ((),), receiver)[0]
 
 
