@@ -1,6 +1,10 @@
 """Five hospitals send the largest 1% of each update, about 100 times fewer bytes, on phantoms.
 
 python -m fedjax_med.train --config=configs/compressed.py --workdir=runs/compressed
+
+To expect on two CPU cores: two minutes at most (114 s measured on one busy core, 40 of them to
+compile), test AUROC 0.90 (0.895), no ε. Without compression it is 0.908, and with the largest 1%
+without error feedback 0.832: experiments/exchange.
 """
 
 from fedjax_med.core.config import (

@@ -43,8 +43,8 @@ def test_noise_and_scale_are_data_of_one_program():
 
 
 def test_a_message_is_as_long_as_its_whole_numbers():
-  assert EXCHANGE.transform.wire(Wire(dense=7, sent=7)).size == 28
-  short = make_exchange(config_of(secure__bits=16), 3)
-  assert short.transform.wire(Wire(dense=7, sent=7)).size == 14
+  for bits, size in ((32, 28), (16, 14)):
+    wire = make_exchange(config_of(secure__bits=bits), 3).transform.wire(Wire(dense=7, sent=7))
+    assert wire.size == size + wire.beside  # keys and shares of the masks stand beside
   blank = ClientDelta(params=jnp.zeros(7), state=jnp.zeros(0))
   assert jax.tree.leaves(EXCHANGE.transform.init_server(blank)) == []
