@@ -22,7 +22,7 @@ run() {
 
 mkdir -p "$runs"
 whole="--config.client_privacy.mechanism=dp_fedavg --config.client_privacy.clip_norm=0.5"
-own="--config.client_privacy.noise=distributed --config.secure.protocol=grid"
+own="--config.client_privacy.noise=distributed --config.secure.protocol=masking"
 for seed in $seeds; do
   run "none_$seed" --config.seed="$seed"
   for sigma in 2 4; do

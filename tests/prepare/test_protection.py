@@ -182,7 +182,7 @@ def test_noise_of_the_hospitals_own_is_calibrated_on_the_grid_that_it_runs_on():
     "privacy__mechanism": "none",
     "client_privacy__mechanism": "dp_fedavg",
     "client_privacy__noise": "distributed",
-    "secure__protocol": "grid",
+    "secure__protocol": "masking",
   }
 
   def mechanism(**more):

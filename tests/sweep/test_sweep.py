@@ -116,7 +116,7 @@ def test_points_whose_hospitals_add_unlike_noise_share_a_program_and_equal_their
   points = [{Z: 2.0}, {Z: 0.5}, {Z: 0.0, f"{CLIENT}.target_epsilon": 9.0}]
   config = central()
   config.server.participation, config.server.participation_rate = "full", 1.0
-  config.client_privacy.noise, config.secure.protocol = "distributed", "grid"
+  config.client_privacy.noise, config.secure.protocol = "distributed", "masking"
   sweep(tmp_path, points, config)
   assert len(groups(plan(points, config))) == 1
   for number in range(len(points)):
