@@ -20,10 +20,10 @@ def correlations(made: np.ndarray, records: np.ndarray) -> np.ndarray:
 
 
 def psnr(made: np.ndarray, record: np.ndarray) -> float:
-  """Peak signal-to-noise ratio, dB, whose peak is the range of the record; inf if both are equal."""
+  """Peak signal-to-noise ratio, dB, whose peak is the range of the record; at most 200."""
   error = float(np.mean(np.square(np.asarray(made, np.float64) - record)))
   span = float(record.max() - record.min())
-  return math.inf if error == 0 else 10 * math.log10(max(span**2, 1e-300) / error)
+  return min(200.0, 10 * math.log10(max(span**2, 1e-300) / max(error, 1e-300)))
 
 
 def ssim(made: np.ndarray, record: np.ndarray) -> float:
