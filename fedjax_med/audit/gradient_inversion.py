@@ -4,12 +4,14 @@ The first layer of a linear network gives them exactly. For others Geiping et al
 2003.14053): inputs are moved until their gradient points where the observed one does.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from numpy.linalg import norm
 
 # Places of the steps at which the step size falls to a tenth (Geiping et al. 2020).
 FALLS = (3 / 8, 5 / 8, 7 / 8)
@@ -69,6 +71,9 @@ def exact_inputs(kernel: np.ndarray, bias: np.ndarray, count: int) -> np.ndarray
     count: records of the batch.
   """
   kernel, bias = np.asarray(kernel, np.float64), np.asarray(bias, np.float64)
+  if not bias.any():  # not sent: a unit tells the direction, and neither sign nor size
+    largest = kernel[:, np.argmax(np.square(kernel).sum(0))]
+    return np.stack([largest, -largest]) * math.sqrt(len(kernel)) / max(norm(largest), 1e-300)
   if count == 1:
     return (kernel @ bias / max(bias @ bias, 1e-300))[None]
   found: list[np.ndarray] = []

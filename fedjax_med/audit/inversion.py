@@ -1,7 +1,8 @@
 """Inversion: records of a hospital made again from its first update, under each protection.
 
 The attacker is the server. It knows the network, its initial weights, the learning rate and how
-many records a step has, and gets the first update of a hospital, or the sum of all.
+many records a step has, and gets the first update of a hospital, or the sum of all. The learned
+attack also has the records of the other hospitals, as one has who colludes with them.
 """
 
 import dataclasses
@@ -23,6 +24,7 @@ from fedjax_med.audit.gradient_inversion import (
   make_matching,
   within,
 )
+from fedjax_med.audit.learned_inversion import features_of, fit
 from fedjax_med.audit.likeness import correlations, named, psnr, ssim
 from fedjax_med.core.config import Config, PrivacyConfig
 from fedjax_med.core.errors import UserError, require
@@ -38,6 +40,7 @@ from fedjax_med.privacy.mechanism import PoissonGaussian
 EPSILONS = (8.0, 1.0)
 LEAST_HOSPITALS = 3  # that a sum hides one of
 MOST_SOUGHT = 8  # images that a search makes at once
+MOST_LEARNED = 2000  # records of other hospitals that an attack is learned from
 PICTURED = 6  # records of the figure
 
 
@@ -152,23 +155,28 @@ def invert(
   random = np.random.default_rng(settings.seed)
   chosen = random.permutation(federation.rows[0])[: settings.records]
   ways, left_out = _ways(experiment, federation, settings)
+  exact = experiment.config.model.name in ROWS
   attack = _attack_of(federation, settings)
+  plain = first_updates.unprotected(federation)
   entries, pictures = [], {}
   for way in ways:
-    found = _attacked(federation, way, chosen, attack, random)
-    entries.append(found.entry)
-    pictures[way.name] = found.pictures
-    tell(_line(found.entry))
+    seen = _observe(federation, way, chosen, random)
+    attacks = {"first layer" if exact else "search": attack}
+    if not exact and way.batch == 1 and len(federation.rows) > 1:
+      attacks["learned"] = _learned(federation, way, plain, settings.seed)
+    for name, one in attacks.items():
+      found = _scored(federation, seen, name, one)
+      entries.append(found.entry)
+      pictures[way.name if exact else f"{way.name}: {name}"] = found.pictures
+      tell(_line(found.entry))
   for name, reason in left_out.items():
     tell(f"{name}: left out, {reason}")
-  exact = experiment.config.model.name in ROWS
   result = {
     "attack": "inversion",
     "run_id": experiment.run_id,
     "hospital": experiment.names[0],
     "training_records": len(federation.rows[0]),
     "network": experiment.config.model.name,
-    "method": "first layer" if exact else "cosine matching",
     "input_shape": list(np.shape(federation.inputs(chosen[:1]))[1:]),
     "seed": settings.seed,
     **({} if exact else {"steps": settings.search.steps, "restarts": settings.search.restarts}),
@@ -180,7 +188,7 @@ def invert(
 
 def _line(entry: dict[str, Any]) -> str:
   identified, chance = entry["identified"]["mean"], entry["chance"]
-  return f"{entry['name']}: {100 * identified:.0f}% identified (chance: {100 * chance:.1f}%)"
+  return f"{entry['name']} ({entry['attack']}): {100 * identified:.0f}% identified (chance: {100 * chance:.1f}%)"
 
 
 def _ways(
@@ -271,47 +279,102 @@ def _attack_of(federation: Federation, settings: Settings) -> Attack:
   return matching
 
 
-def _attacked(
-  federation: Federation,
-  way: Way,
-  chosen: np.ndarray,
-  attack: Attack,
-  random: np.random.Generator,
-) -> Attacked:
-  """Attacks the records ``chosen`` (rows of the pool), batch by batch."""
-  own, number = federation.rows[0], len(chosen) // way.batch
+class Observation(NamedTuple):
+  """What the server got in one way.
+
+  Attributes:
+    way: the way.
+    batches: [M, b] rows of the pool of the first hospital's batches.
+    sought: records in an update, or in a sum of them.
+    gradients: [M, P] what it read off.
+    keys: [M] keys of the attack's draws.
+  """
+
+  way: Way
+  batches: np.ndarray
+  sought: int
+  gradients: np.ndarray
+  keys: jax.Array
+
+
+def _observe(
+  federation: Federation, way: Way, chosen: np.ndarray, random: np.random.Generator
+) -> Observation:
+  """Sends the records ``chosen`` (rows of the pool), batch by batch."""
+  number = len(chosen) // way.batch
   batches = chosen[: number * way.batch].reshape(number, way.batch)
   rows = batches
   if way.hospitals > 1:
     others = [random.choice(held, batches.shape) for held in federation.rows[1:]]
     rows = np.concatenate([batches, *others], axis=1)
   keys = jax.random.split(federation.key, number)
-  observed = jax.jit(lambda each: jax.lax.map(lambda one: way.observed(*one), each))
-  gradients = np.asarray(observed((jnp.asarray(rows, jnp.int32), keys)))
+  return Observation(
+    way=way,
+    batches=batches,
+    sought=rows.shape[1],
+    gradients=_gradients(way.observed, rows, keys),
+    keys=keys,
+  )
+
+
+def _gradients(observed: Observed, rows: np.ndarray, keys: jax.Array) -> np.ndarray:
+  """[M, P] gradients read off the updates of ``rows`` [M, b]."""
+  many = jax.jit(lambda each: jax.lax.map(lambda one: observed(*one), each))
+  return np.asarray(many((jnp.asarray(rows, jnp.int32), keys)))
+
+
+def _learned(federation: Federation, way: Way, plain: Observed, seed: int) -> Attack:
+  """The attack learned from records of the other hospitals, which went the same way.
+
+  From sums nothing is learned; what was learned from single updates is tried on them.
+  """
+  random = np.random.default_rng([seed, 1])
+  rows = random.permutation(np.concatenate(federation.rows[1:]))[:MOST_LEARNED]
+  keys = jax.random.split(jax.random.fold_in(federation.key, 3), len(rows))
+  observed = way.observed if way.hospitals == 1 else plain
+  spec = federation.spec.params
+  start = sum(spec.sizes[: spec.names.index("head/bias")])
+  bias = slice(start, start + spec.sizes[spec.names.index("head/bias")])
+  inputs = np.asarray(federation.inputs(rows), np.float64)
+  features = features_of(_gradients(observed, rows[:, None], keys), bias, spec.sizes)
+  learned = fit(features, inputs.reshape(len(rows), -1))
+
+  def attack(gradient: np.ndarray, count: int, key: jax.Array) -> np.ndarray:
+    features = features_of(gradient[None], bias, spec.sizes)
+    return learned.inputs(features).reshape(-1, *inputs.shape[1:])
+
+  return attack
+
+
+def _scored(federation: Federation, seen: Observation, name: str, attack: Attack) -> Attacked:
+  """Attacks each batch, and compares what comes out with the records."""
+  own, way = federation.rows[0], seen.way
   held = np.asarray(federation.inputs(own))
   scores: dict[str, list[float]] = {"correlation": [], "psnr": [], "ssim": [], "identified": []}
   pictures = []
-  for batch, gradient, key in zip(batches, gradients, keys, strict=True):
-    made = attack(gradient, rows.shape[1], jax.random.fold_in(key, 2))
+  for batch, gradient, key in zip(seen.batches, seen.gradients, seen.keys, strict=True):
+    made = attack(gradient, seen.sought, jax.random.fold_in(key, 2))
     right = np.flatnonzero(np.isin(own, batch))
-    similar = correlations(made, held)
-    scores["identified"].append(float(np.isin(named(similar, way.batch), right).mean()))
-    likeness = correlations(made, np.asarray(federation.inputs(batch)))
-    nearest, originals = made[likeness.argmax(0)], np.asarray(federation.inputs(batch))
+    guesses = named(correlations(made, held), way.batch)
+    scores["identified"].append(float(np.isin(guesses, right).mean()))
+    originals = np.asarray(federation.inputs(batch))
+    likeness = correlations(made, originals)
+    nearest = made[likeness.argmax(0)]
     pictures.extend(nearest)
     scores["correlation"].append(float(likeness.max(0).mean()))
-    pairs = list(zip(nearest, originals, strict=True))
     if federation.modality.name == "pictures":
+      pairs = list(zip(nearest, originals, strict=True))
       scores["psnr"].append(float(np.mean([psnr(*pair) for pair in pairs])))
       scores["ssim"].append(float(np.mean([ssim(*pair) for pair in pairs])))
   entry = {
     "name": way.name,
+    "attack": name,
     "batch": way.batch,
     "hospitals": way.hospitals,
     **way.facts,
-    "records": int(batches.size),
+    "records": int(seen.batches.size),
     "chance": way.batch / len(own),
-    **{name: _summary(values) for name, values in scores.items()},
+    **{score: _summary(values) for score, values in scores.items()},
   }
   return Attacked(entry=entry, pictures=np.stack(pictures))
 
