@@ -147,13 +147,14 @@ def _invert(config: Config) -> None:
   from fedjax_med.simulation.mesh import split_cpu
 
   exact = config.model.name in ROWS
-  for name in ("steps", "restarts"):
+  search = Search(steps=_STEPS.value, restarts=_RESTARTS.value)
+  for name, given in (("steps", search.steps), ("restarts", search.restarts)):
     require_company(name, not exact, "a network whose inputs are searched for (not linear, mlp)")
-    require(flags.FLAGS[name].value >= 1, f"--{name}={flags.FLAGS[name].value} is under 1", "use 4")
+    require(given >= 1, f"--{name}={given} is under 1", "use 4")
   settings = inversion.Settings(
     records=_RECORDS.value,
     batches=_sizes(_BATCHES.value),
-    search=Search(steps=_STEPS.value, restarts=_RESTARTS.value),
+    search=search,
     seed=_SEED.value,
   )
   split_cpu(1)

@@ -17,9 +17,9 @@ from fedjax_med.core.exchange_sections import SecureConfig
 from fedjax_med.core.keys import Stream, key_for
 from fedjax_med.data.dataset import client_rows
 from fedjax_med.data.modality import Modality, modality_named, scaling_of
+from fedjax_med.exchange.aggregator import Joint
 from fedjax_med.exchange.registry import make_exchange
 from fedjax_med.exchange.transform import Receiver, Sender
-from fedjax_med.exchange.aggregator import Joint
 from fedjax_med.federated.algorithm import Client, ClientDelta, Hyper, Pool, plain_hyper
 from fedjax_med.federated.local import (
   BatchShape,

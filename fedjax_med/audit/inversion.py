@@ -8,7 +8,8 @@ attack also has the records of the other hospitals, as one has who colludes with
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -41,6 +42,7 @@ EPSILONS = (8.0, 1.0)
 LEAST_HOSPITALS = 3  # that a sum hides one of
 MOST_SOUGHT = 8  # images that a search makes at once
 MOST_LEARNED = 2000  # records of other hospitals that an attack is learned from
+NO_FACTS: Mapping[str, float] = MappingProxyType({})
 PICTURED = 6  # records of the figure
 
 
@@ -75,7 +77,7 @@ class Way(NamedTuple):
   observed: Observed
   batch: int = 1
   hospitals: int = 1
-  facts: dict[str, float] = {}
+  facts: Mapping[str, float] = NO_FACTS
 
 
 class Attacked(NamedTuple):
@@ -135,9 +137,7 @@ def require_attackable(config: Config, hospitals: Hospitals, settings: Settings)
   )
 
 
-def invert(
-  experiment: Experiment, settings: Settings, tell: Callable[[str], None]
-) -> Inversion:
+def invert(experiment: Experiment, settings: Settings, tell: Callable[[str], None]) -> Inversion:
   """Attacks first updates of the run's first hospital in every way.
 
   Raises:
@@ -183,12 +183,15 @@ def invert(
     "ways": entries,
     "left_out": left_out,
   }
-  return Inversion(result=result, originals=np.asarray(federation.inputs(chosen)), pictures=pictures)
+  return Inversion(
+    result=result, originals=np.asarray(federation.inputs(chosen)), pictures=pictures
+  )
 
 
 def _line(entry: dict[str, Any]) -> str:
   identified, chance = entry["identified"]["mean"], entry["chance"]
-  return f"{entry['name']} ({entry['attack']}): {100 * identified:.0f}% identified (chance: {100 * chance:.1f}%)"
+  scores = f"{100 * identified:.0f}% identified (chance: {100 * chance:.1f}%)"
+  return f"{entry['name']} ({entry['attack']}): {scores}"
 
 
 def _ways(
@@ -196,9 +199,7 @@ def _ways(
 ) -> tuple[list[Way], dict[str, str]]:
   """The ways of an update, and those that the run cannot take, with the reason."""
   plain, left_out = first_updates.unprotected(federation), {}
-  ways = [
-    Way(name=f"none, b = {size}", observed=plain, batch=size) for size in settings.batches
-  ]
+  ways = [Way(name=f"none, b = {size}", observed=plain, batch=size) for size in settings.batches]
   for name, compress in (("int8", compressed.int8), ("top-k, 1%", compressed.top_k)):
     ways.append(Way(name=name, observed=first_updates.compressed(federation, compress)))
   hospitals = len(federation.rows)

@@ -13,9 +13,10 @@ from fedjax_med.data.dataset import Hospitals
 from fedjax_med.data.sources import shown_as
 from fedjax_med.folder.writing import write_json
 
+TABLE_WIDTH = 96  # columns of a terminal, at least: a number must not be cut
 NOT_DRAWN = (
-  "No figure was drawn, for it would show records of patients: add --show_patients=true for pictures"
-  " that stay where the images are, or use data.source=phantoms."
+  "No figure was drawn, for it would show records of patients: add --show_patients=true for"
+  " pictures that stay where the images are, or use data.source=phantoms."
 )
 
 
@@ -48,6 +49,7 @@ def show(result: dict[str, Any]) -> None:
   from rich.table import Table
 
   console = Console()
+  console.width = max(console.width, TABLE_WIDTH)
   title = (
     f"First update of {visible(result['hospital'])}, {result['training_records']} training records,"
     f" {visible(result['network'])}"
@@ -71,7 +73,9 @@ def show(result: dict[str, Any]) -> None:
   for name, reason in result["left_out"].items():
     print(visible(f"Left out: {name}: {reason}"))
   print("n is records; named is the share that the attacker tells by the most similar record.")
-  print("± is the standard error over batches; an attack that fails is no proof that none succeeds.")
+  print(
+    "± is the standard error over batches; an attack that fails is no proof that none succeeds."
+  )
 
 
 def _number(summary: dict[str, float | None], digits: int) -> str:

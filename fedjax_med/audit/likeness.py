@@ -39,7 +39,7 @@ def ssim(made: np.ndarray, record: np.ndarray) -> float:
   count, span = size**2, float(record.max() - record.min()) or 1.0
 
   def mean(values: np.ndarray) -> np.ndarray:
-    return uniform_filter(values, (size, size, 1))
+    return uniform_filter(values, size, axes=(0, 1))
 
   x, y = np.asarray(made, np.float64), np.asarray(record, np.float64)
   x_mean, y_mean, factor = mean(x), mean(y), count / max(count - 1, 1)
@@ -64,9 +64,7 @@ def named(similarity: np.ndarray, count: int) -> np.ndarray:
   while len(found) < min(count, left.shape[1]):
     if free == 0:
       taken[:], free = False, len(taken)
-    row, column = np.unravel_index(
-      np.argmax(np.where(taken[:, None], -np.inf, left)), left.shape
-    )
+    row, column = np.unravel_index(np.argmax(np.where(taken[:, None], -np.inf, left)), left.shape)
     found.append(int(column))
     left[:, column], taken[row], free = -np.inf, True, free - 1
   return np.array(found)
