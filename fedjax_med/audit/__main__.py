@@ -1,8 +1,8 @@
 """Attacks a run's privacy mechanism as it is executed, and prints lower bounds on its ε.
 
 With --attack=inversion it shows instead what one update tells without such a mechanism: records of
-the first hospital are made again from its first step of SGD, as it is, compressed, summed with those
-of the other hospitals, and under DP-SGD.
+the first hospital are made again from its first step of SGD, as it is, compressed, summed with
+those of the other hospitals, and under DP-SGD.
 
 Examples:
   python -m fedjax_med.audit --config=configs/quickstart.py --workdir=runs/quickstart
@@ -61,7 +61,9 @@ _BATCHES = flags.DEFINE_list(
   "batch_sizes", ["1", "2", "4", "8"], "Inversion: records of an unprotected step, several sizes."
 )
 _STEPS = flags.DEFINE_integer(
-  "steps", 1500, "Inversion: steps of the search for pictures; linear and mlp need none."
+  "steps",
+  1500,
+  "Inversion: steps of the search for pictures; 0 leaves it out. linear and mlp need none.",
 )
 _RESTARTS = flags.DEFINE_integer(
   "restarts", 4, "Inversion: searches from random pictures, of which the best counts."
@@ -150,7 +152,8 @@ def _invert(config: Config) -> None:
   search = Search(steps=_STEPS.value, restarts=_RESTARTS.value)
   for name, given in (("steps", search.steps), ("restarts", search.restarts)):
     require_company(name, not exact, "a network whose inputs are searched for (not linear, mlp)")
-    require(given >= 1, f"--{name}={given} is under 1", "use 4")
+    least = int(name == "restarts")
+    require(given >= least, f"--{name}={given} is under {least}", "use 4, or 1500 steps")
   settings = inversion.Settings(
     records=_RECORDS.value,
     batches=_sizes(_BATCHES.value),

@@ -135,6 +135,11 @@ def require_attackable(config: Config, hospitals: Hospitals, settings: Settings)
     f" --records={settings.records}",
     "use --batch_sizes=1, or more records",
   )
+  require(
+    exact or settings.search.steps > 0 or (settings.batches == (1,) and len(hospitals.names) > 1),
+    "--steps=0 leaves the attack that is learned from other hospitals' single records",
+    "use --batch_sizes=1 and several hospitals, or search with --steps=1500",
+  )
 
 
 def invert(experiment: Experiment, settings: Settings, tell: Callable[[str], None]) -> Inversion:
@@ -161,7 +166,9 @@ def invert(experiment: Experiment, settings: Settings, tell: Callable[[str], Non
   entries, pictures = [], {}
   for way in ways:
     seen = _observe(federation, way, chosen, random)
-    attacks = {"first layer" if exact else "search": attack}
+    attacks: dict[str, Attack] = {}
+    if exact or settings.search.steps:
+      attacks["first layer" if exact else "search"] = attack
     if not exact and way.batch == 1 and len(federation.rows) > 1:
       attacks["learned"] = _learned(federation, way, plain, settings.seed)
     for name, one in attacks.items():
