@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # What a first update tells: inversion of phantoms at 16 px, a linear network, an mlp and cnn_small.
-# Some minutes on one core; cnn_small is attacked by the learned map alone. Writes inversion/NETWORK/inversion.json and .png beside itself.
+# Some minutes on one core; cnn_small is attacked by the learned map alone. Writes
+# inversion/NETWORK/inversion.json and inversion.png beside itself; keeps those that are there.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 python=${PYTHON:-python}
