@@ -29,7 +29,7 @@ from fedjax_med.prepare.experiment import build
 from fedjax_med.prepare.memory import block_memory
 from fedjax_med.run.single import block_arguments
 
-REPEATS = 7
+REPEATS = 5
 
 
 def config_of(rule: str) -> Config:
