@@ -247,7 +247,8 @@ def _rows(run: dict[str, Any]) -> list[dict[str, Any]]:
   alone = run["baselines"]["alone"] if run["baselines"] else [None] * count
   return [
     {
-      "name": holds["name"],
+      "name": f"{holds['name']} (hostile)" if metrics.get("hostile") else holds["name"],
+      "honest": not metrics.get("hostile"),
       "train": holds["train"],
       "synthetic": holds.get("synthetic"),
       "test": holds["test"],

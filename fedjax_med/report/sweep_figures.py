@@ -147,7 +147,8 @@ def draw_attacks(path: pathlib.Path, attacks: AttackTable, metric: Metric) -> No
     axis.invert_yaxis()
     axis.set(xlabel=metric.axis)
     axis.grid(visible=False, axis="y")
-    add_legend(figure, axis)
+    handles, labels = axis.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(labels)))
 
 
 def draw_curves(

@@ -119,7 +119,8 @@ def _key(run: Planned) -> str:
   fields = {k: v for k, v in fields.items() if k not in PLACES or f"data.{k}" in run.point}
   if config.attack.kind in POISONS:  # who holds what decides which targets are wrong
     fields["poisoned"] = [dataclasses.asdict(part) for part in (config.attack, config.partition)]
-    fields["split"] = dataclasses.asdict(config.data)
+    split = dataclasses.asdict(config.data)
+    fields["split"] = {k: v for k, v in split.items() if k not in PLACES}
   return fingerprint(fields)
 
 
