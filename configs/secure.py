@@ -7,8 +7,8 @@ not bound what the sum, and so the model, tells of a patient. DP-SGD bounds that
 in ten is lost after masking, and the masks that others share with it are recovered. Each number
 takes 24 bits instead of 32. Masks are really drawn here (executed); elided ones give the same bits.
 
-To expect on two CPU cores: 1 minute (42 s of processor time measured), test AUROC 0.97 (0.965), ε
-7.98, 9 of 80 updates lost and no round failed. The noise of each run is another one.
+To expect on two CPU cores: 1 minute (42 s of processor time measured), test AUROC 0.97 (0.965),
+ε 7.98, 9 of 80 updates lost and no round failed. The noise of each run is another one.
 """
 
 from configs import quickstart
