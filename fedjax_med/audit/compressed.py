@@ -1,27 +1,18 @@
-"""Compressed updates as the attacks of ``inversion`` see them."""
+"""Compressed updates as the attacks of ``inversion`` see them: as the server decodes them."""
+
+import functools
 
 import jax
-import jax.numpy as jnp
 
-# Numbers that share a scale, and the share of an update that top-k sends.
-BLOCK, TOP_SHARE = 512, 0.01
-
-
-def int8(update: jax.Array, key: jax.Array) -> jax.Array:
-  """An update [P] in 8 bits, decoded: rounded by chance, without bias, to 255 levels of a block."""
-  size, levels = update.shape[0], 127
-  blocks = jnp.pad(update, (0, -size % BLOCK)).reshape(-1, BLOCK)
-  scales = jnp.abs(blocks).max(1)
-  units = (blocks / jnp.where(scales > 0, scales, 1)[:, None] * levels).reshape(-1)[:size]
-  below = jnp.floor(units)
-  up = jax.random.uniform(key, (size,)) < units - below
-  whole = below + up.astype(jnp.float32)
-  return whole / levels * jnp.repeat(scales, BLOCK)[:size]
+from fedjax_med.exchange.compression.compressor import Compressor
+from fedjax_med.exchange.compression.quantise import quantise
+from fedjax_med.exchange.compression.topk import topk
 
 
-def top_k(update: jax.Array, key: jax.Array) -> jax.Array:
-  """An update [P] of which the largest hundredth is sent, at least one number; the rest is 0."""
-  del key
-  kept = max(1, round(TOP_SHARE * update.shape[0]))
-  _, places = jax.lax.top_k(jnp.abs(update), kept)
-  return jnp.zeros_like(update).at[places].set(update[places])
+def decoded(compressor: Compressor, update: jax.Array, key: jax.Array) -> jax.Array:
+  """An update [P] as the server decodes the message of it."""
+  return compressor.decode(compressor.encode(update, key), update.shape[0], key)
+
+
+int8 = functools.partial(decoded, quantise(8))
+top_k = functools.partial(decoded, topk(0.01, 16))

@@ -35,7 +35,7 @@ def functions(path: pathlib.Path, *names: str) -> dict[str, Any]:
     for argument in node.args.args:
       argument.annotation = None
   space: dict[str, Any] = {"jax": jax, "jnp": jnp}
-  exec(compile(ast.Module(found, []), str(path), "exec"), space)
+  exec(compile(ast.Module([*found], []), str(path), "exec"), space)
   return space
 
 

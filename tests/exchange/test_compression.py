@@ -267,7 +267,7 @@ def client_rounds(transform, updates):
   encode = jax.jit(transform.encode)
   for round, update in enumerate(updates):
     message, kept, _ = encode(update_of(update), kept, state, sender(round))
-    assert float(message.extra) == 17
+    assert float(np.asarray(message.extra)) == 17
     np.testing.assert_array_equal(message.state, np.float32([0.1, 0.2]))
     sent.append(np.asarray(message.params))
     memories.append(np.asarray(kept))
@@ -388,6 +388,7 @@ def test_the_way_down_sends_differences_as_its_numpy_loop_does():
     expected = expected + numpy_topk(params - expected, 6)
     np.testing.assert_array_equal(got, expected)
     np.testing.assert_array_equal(held, expected)
+  got = jnp.zeros(())
   for _ in range(10):  # the model stands still, and clients catch up
     got, held = send(jnp.asarray(weights[-1]), held, KEY)
   np.testing.assert_allclose(got, weights[-1], rtol=1e-5)
