@@ -247,7 +247,9 @@ def _mechanism(experiment: Experiment, epsilon: float) -> PoissonGaussian:
   first = ClientTable(hospitals.train.indices[:1], hospitals.train.counts[:1])
   local = protect(config, hospitals.names[:1], first, hospitals.split.units).local
   assert local is not None
-  return local.mechanisms[0]
+  (mechanism,) = local.mechanisms
+  assert isinstance(mechanism, PoissonGaussian)
+  return mechanism
 
 
 # (observed gradient [P], records of the batch, key) -> reconstructed inputs [R, ...].

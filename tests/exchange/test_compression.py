@@ -267,7 +267,7 @@ def client_rounds(transform, updates):
   encode = jax.jit(transform.encode)
   for round, update in enumerate(updates):
     message, kept, _ = encode(update_of(update), kept, state, sender(round))
-    assert float(np.asarray(message.extra)) == 17
+    np.testing.assert_array_equal(message.extra, np.float32(17))
     np.testing.assert_array_equal(message.state, np.float32([0.1, 0.2]))
     sent.append(np.asarray(message.params))
     memories.append(np.asarray(kept))
