@@ -268,7 +268,7 @@ def client_rounds(transform, updates):
   for round, update in enumerate(updates):
     message, kept, _ = encode(update_of(update), kept, state, sender(round))
     np.testing.assert_array_equal(message.extra, np.float32(17))
-    np.testing.assert_array_equal(message.state, np.float32([0.1, 0.2]))
+    np.testing.assert_array_equal(np.asarray(message.state), np.asarray([0.1, 0.2], np.float32))
     sent.append(np.asarray(message.params))
     memories.append(np.asarray(kept))
   return np.stack(sent), np.stack(memories)
