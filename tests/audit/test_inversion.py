@@ -2,6 +2,9 @@
 
 import functools
 import json
+import re
+from types import SimpleNamespace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +12,7 @@ import numpy as np
 import pytest
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
-from fedjax_med.audit import compressed, first_updates
+from fedjax_med.audit import compressed, first_updates, inversion
 from fedjax_med.audit.first_updates import Federation
 from fedjax_med.audit.gradient_inversion import (
   Search,
@@ -22,6 +25,7 @@ from fedjax_med.audit.gradient_inversion import (
 from fedjax_med.audit.learned_inversion import features_of, fit
 from fedjax_med.audit.likeness import correlations, named, psnr, ssim
 from fedjax_med.core.config import ClientConfig, Config, ModelConfig
+from fedjax_med.core.errors import UserError
 from fedjax_med.core.keys import base_key
 from fedjax_med.data.modality import PICTURES
 from fedjax_med.federated.algorithm import Pool
@@ -280,6 +284,32 @@ def test_an_attacker_names_as_many_records_as_a_batch_has_and_each_once():
   assert named(similar, 2).tolist() == [0, 2]  # the second cannot name the first's
   assert named(similar, 3).tolist() == [0, 2, 1]
   assert named(similar[:1], 4).tolist() == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize(
+  ("task", "modality", "name", "settings", "sentence"),
+  [
+    ("survival", "table", "linear", {}, "the task is 'survival'"),
+    ("classification", "series", "cnn1d", {}, "searches for pictures, and these are of"),
+    ("classification", "table", "linear", {"records": 21}, "which has 20 training records"),
+    ("classification", "table", "mlp", {"batches": ()}, "--batch_sizes= must be from 1 to"),
+    ("classification", "pictures", "cnn_small", {"search": Search(steps=0)}, "--steps=0 leaves"),
+  ],
+)
+def test_what_the_attack_is_not_defined_for_is_refused(task, modality, name, settings, sentence):
+  config: Any = Config(model=ModelConfig(name=name))
+  hospitals: Any = SimpleNamespace(
+    dataset=SimpleNamespace(task=task, modality=modality),
+    train=SimpleNamespace(counts=np.array([20, 20])),
+    names=("one", "two"),
+  )
+  with pytest.raises(UserError, match=re.escape(sentence)):
+    inversion.require_attackable(config, hospitals, inversion.Settings(**settings))
+  fine = SimpleNamespace(
+    **{**vars(hospitals), "dataset": SimpleNamespace(task="classification", modality="series")}
+  )
+  other: Any = fine
+  inversion.require_attackable(Config(model=ModelConfig(name="mlp")), other, inversion.Settings())
 
 
 audit = functools.partial(smoke, ("-m", "fedjax_med.audit"))
