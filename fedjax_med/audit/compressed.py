@@ -15,4 +15,4 @@ def decoded(compressor: Compressor, update: jax.Array, key: jax.Array) -> jax.Ar
 
 
 int8 = functools.partial(decoded, quantise(8))
-top_k = functools.partial(decoded, topk(0.01, 16))
+top_k = functools.partial(decoded, topk(0.01, 32))
