@@ -263,6 +263,7 @@ HOSTILE_UNNAMED = Condition(
   fields=("attack.hospitals",),
   remedy="use an empty attack.hospitals",
 )
+BACKDOOR = one_of("attack.kind", "backdoor")
 STRONG = one_of("attack.kind", "ipm", "alie", "gaussian")
 CHUNKS = one_of("execution.layout", "chunk")
 CHUNK_OPEN = one_of("execution.layout", "auto")

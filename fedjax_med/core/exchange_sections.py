@@ -228,7 +228,9 @@ class AttackConfig:
       "none, or updates that are forged with knowledge of all honest ones: sign_flip (minus their"
       " mean), ipm (minus τ times it), alie (their mean and τ deviations), optimal_ipm and"
       " optimal_alie (the τ that harms most), gaussian (noise of deviation τ), mimic (a copy of"
-      " one), nan; or label_flip (trains on class C - 1 - c instead of c)."
+      " one), nan; label_flip (trains on class C - 1 - c instead of c) or"
+      " backdoor (trains on pictures with a bright patch in a corner, which are called the first"
+      " class; how often the patch fools the model is in summary.json)."
     ),
     choices=(
       "none",
@@ -241,6 +243,7 @@ class AttackConfig:
       "mimic",
       "nan",
       "label_flip",
+      "backdoor",
     ),
   )
   hospitals: str = field(
@@ -255,6 +258,13 @@ class AttackConfig:
     bounds=least(1, 100_000, remedy="use 1"),
     traced=True,
     read=(when.ATTACKED, when.HOSTILE_UNNAMED),
+  )
+  share: float = field(
+    0.5,
+    doc="share of a hostile hospital's training pictures that get the patch of a backdoor.",
+    bounds=above(0, 1, remedy="use 0.5"),
+    traced=True,
+    read=(when.BACKDOOR,),
   )
   strength: float = field(
     0.0,

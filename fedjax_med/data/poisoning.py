@@ -1,4 +1,4 @@
-"""Hostile hospitals: which they are, and what they do to the labels that they train on."""
+"""Hostile hospitals: which they are, and what they do to the examples that they train on."""
 
 import dataclasses
 
@@ -7,9 +7,12 @@ import numpy as np
 from fedjax_med.core.config import Config
 from fedjax_med.core.errors import nearest, require
 from fedjax_med.data.dataset import Hospitals, client_rows
+from fedjax_med.data.modality import modality_named
 from fedjax_med.tasks.registry import task_named
 
-POISONS = ("label_flip",)  # kinds of attack that change training data
+POISONS = ("label_flip", "backdoor")  # kinds of attack that change training data
+TARGET = 0  # class that a backdoor's patch shall stand for
+PATCH = 8  # the side of a picture over that of the patch
 
 
 def hostile_hospitals(config: Config, names: tuple[str, ...]) -> np.ndarray:
@@ -51,12 +54,14 @@ def hostile_hospitals(config: Config, names: tuple[str, ...]) -> np.ndarray:
 
 
 def poisoned(config: Config, hospitals: Hospitals) -> Hospitals:
-  """The hospitals, of which hostile ones train on the class C − 1 − c in place of c.
+  """The hospitals, of which hostile ones train on wrong examples.
 
-  Test examples keep their class. Without such an attack the hospitals are returned as they are.
+  Flipped labels are the class C − 1 − c in place of c. A backdoor is a patch in a share of the
+  pictures, which are then of class ``TARGET``. Test examples stay as they are. Without such an
+  attack the hospitals are returned as they are.
 
   Raises:
-    UserError: the task has no classes, or a hospital is unknown.
+    UserError: the task has no classes, examples are no pictures, or a hospital is unknown.
   """
   if config.attack.kind not in POISONS:
     return hospitals
@@ -66,7 +71,15 @@ def poisoned(config: Config, hospitals: Hospitals) -> Hospitals:
     f"attack.kind='{config.attack.kind}' changes classes, and the task is '{dataset.task}'",
     "use an attack on updates, such as attack.kind=ipm",
   )
+  pictures = modality_named(dataset.modality).name == "pictures"
+  require(
+    config.attack.kind != "backdoor" or pictures,
+    f"attack.kind='backdoor' puts a patch into pictures, and examples are {dataset.modality}",
+    "use attack.kind=label_flip",
+  )
   hostile = hostile_hospitals(config, hospitals.names)
+  if config.attack.kind == "backdoor":
+    return _with_backdoor(config, hospitals, hostile)
   labels, counts = dataset.labels.copy(), {}
   for name, rows, bad in zip(hospitals.names, client_rows(hospitals.train), hostile, strict=True):
     if bad:
@@ -74,3 +87,25 @@ def poisoned(config: Config, hospitals: Hospitals) -> Hospitals:
       counts[name] = len(rows)
   dataset = dataclasses.replace(dataset, labels=labels)
   return dataclasses.replace(hospitals, dataset=dataset, poisoned=counts)
+
+
+def _with_backdoor(config: Config, hospitals: Hospitals, hostile: np.ndarray) -> Hospitals:
+  """The hospitals, of which hostile ones train on a share of pictures with the patch."""
+  dataset, counts = hospitals.dataset, {}
+  labels, inputs = dataset.labels.copy(), dataset.inputs.copy()
+  tables = zip(hospitals.names, client_rows(hospitals.train), hostile, strict=True)
+  for number, (name, rows, bad) in enumerate(tables):
+    if bad:
+      random = np.random.default_rng([config.data.seed, number])
+      some = random.choice(rows, max(1, round(config.attack.share * len(rows))), replace=False)
+      inputs[some], labels[some], counts[name] = patched(inputs[some]), TARGET, len(some)
+  dataset = dataclasses.replace(dataset, inputs=inputs, labels=labels)
+  return dataclasses.replace(hospitals, dataset=dataset, poisoned=counts)
+
+
+def patched(pictures: np.ndarray) -> np.ndarray:
+  """Pictures [n, H, W, C] with a square of the largest value in the lower right corner."""
+  side = max(2, min(pictures.shape[1:3]) // PATCH)
+  changed = pictures.copy()
+  changed[:, -side:, -side:] = np.iinfo(pictures.dtype).max
+  return changed

@@ -29,6 +29,7 @@ from fedjax_med.prepare.experiment import Experiment
 from fedjax_med.prepare.program import Parts
 from fedjax_med.prepare.synthetic_images import digest as synthetic_digest
 from fedjax_med.prepare.synthetic_images import left_out
+from fedjax_med.run.backdoor import backdoor_record
 from fedjax_med.run.checkpoints import digest
 from fedjax_med.run.drive import Outcome
 from fedjax_med.run.measure import evaluated, evaluation_rows, honest_examples
@@ -375,6 +376,7 @@ def summary_record(experiment: Experiment, outcome: Outcome, name: str) -> dict[
     **task.details(outcome.last.probabilities[shown], targets),
     "num_parameters": num_parameters(experiment),
     **_cost(experiment, outcome),
+    **backdoor_record(experiment, weights),
     "split": hospitals.split.scheme,
     **({"train_images": images} if images else {}),
     "plan": {**plan._asdict(), "reasons": list(plan.reasons)},

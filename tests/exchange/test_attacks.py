@@ -12,8 +12,9 @@ import pytest
 
 from fedjax_med.core.config import Config, declared, set_field
 from fedjax_med.core.errors import UserError
+from fedjax_med.data.dataset import client_rows
 from fedjax_med.data.hospitals import load_hospitals
-from fedjax_med.data.poisoning import hostile_hospitals
+from fedjax_med.data.poisoning import POISONS, TARGET, hostile_hospitals, patched
 from fedjax_med.exchange.aggregator import Joint, mean
 from fedjax_med.exchange.attack import Scene
 from fedjax_med.exchange.attacks.registry import ATTACKS, attack_strength
@@ -248,6 +249,38 @@ def test_flipped_labels_are_those_of_hostile_training_rows_and_are_counted(tmp_p
   assert held["hospitals"][0]["train"] == clean["hospitals"][0]["train"][::-1]
 
 
+def test_a_backdoor_is_a_patch_in_a_share_of_hostile_training_pictures_and_its_success_is_told(
+  tmp_path,
+):
+  plain, hidden = small(), small(attack__kind="backdoor", attack__hospitals="", attack__share=0.25)
+  before, after = load_hospitals(plain), load_hospitals(hidden)
+  rows = before.train.indices[0][: before.train.counts[0]]
+  changed = (before.dataset.inputs != after.dataset.inputs).any((1, 2, 3))
+  changed |= before.dataset.labels != after.dataset.labels
+  assert set(np.flatnonzero(changed)) <= set(rows)
+  some = np.flatnonzero((after.dataset.inputs == patched(after.dataset.inputs)).all((1, 2, 3)))
+  assert len(set(some) & set(rows)) == round(0.25 * len(rows))
+  assert (after.dataset.labels[some] == TARGET).all()
+  side = max(2, before.dataset.inputs.shape[1] // 8)
+  corner = after.dataset.inputs[some][:, -side:, -side:]
+  assert (corner == np.iinfo(corner.dtype).max).all()
+  summary, held, _ = ended(hidden, tmp_path / "hidden")
+  assert held["poisoned"] == {before.names[0]: round(0.25 * len(rows))}
+  found = summary["backdoor"]
+  honest = [r for k, r in enumerate(client_rows(before.test)) if k]
+  assert found["pictures"] == sum(int((before.dataset.labels[r] != TARGET).sum()) for r in honest)
+  assert 0 <= found["fooled_without_patch"] <= 1
+  assert 0 <= found["fooled"] <= 1
+
+
+@pytest.mark.slow
+def test_a_model_of_mostly_poisoned_pictures_takes_the_patch_for_the_class(tmp_path):
+  config = small(attack__kind="backdoor", attack__hospitals="", attack__number=2)
+  config.server.num_rounds, config.client.num_local_steps = 20, 8
+  found = ended(config, tmp_path)[0]["backdoor"]
+  assert found["fooled"] > found["fooled_without_patch"] + 0.3
+
+
 def test_points_of_a_sweep_tell_poisoned_labels_from_right_ones():
   load = hospital_loader()
   plain, flipped = small(), small(attack__kind="label_flip")
@@ -305,7 +338,7 @@ def test_strengths_are_those_of_byzfl_unless_one_is_given():
   assert attack_strength(config_of(attack__kind="alie")) == 1.5
   assert attack_strength(config_of(attack__kind="alie", attack__strength=0.5)) == 0.5
   kinds = set(declared()["attack.kind"].choices)
-  assert kinds - {"none", "label_flip"} == set(ATTACKS)
+  assert kinds - {"none", *POISONS} == set(ATTACKS)
 
 
 def test_updates_that_do_not_fit_into_memory_together_are_refused():

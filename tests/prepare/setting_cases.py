@@ -376,6 +376,9 @@ CASES: dict[str, Case] = {
   "attack.kind": Case("ipm", "program"),
   "attack.hospitals": Case("hospital 2", "hostile", ATTACK, ({},)),
   "attack.number": Case(2, "hostile", ATTACK, ({}, {**ATTACK, "attack.hospitals": "hospital 1"})),
+  "attack.share": Case(
+    0.25, "holders", {"attack.kind": "backdoor"}, ({}, {"attack.kind": "label_flip"})
+  ),
   "attack.strength": Case(3.0, "traced", ATTACK, ({}, {"attack.kind": "mimic"})),
   "execution.layout": Case("vmap", "layout", why=LAYOUT),
   "execution.chunk_size": Case(
