@@ -88,6 +88,12 @@ def require_distributed(config: Config) -> None:
     " the server",
     "use client_privacy.clipping=fixed, or client_privacy.noise=server",
   )
+  require(
+    config.compression.kind != "sketch",
+    "client_privacy.noise='distributed' with compression.kind='sketch': a table may hold more"
+    " numbers than rounding is counted for",
+    "use compression.kind=none",
+  )
   missing = {"secure.dropout": config.secure.dropout, "cost.deadline_s": config.cost.deadline_s}
   for path, value in missing.items():
     require(

@@ -398,6 +398,9 @@ def test_the_largest_scale_leaves_room_for_everybody_and_noise_and_twice_it_does
     ({"client_privacy__clipping": "adaptive"}, r"client_privacy.clipping='adaptive': the noised"),
     ({"client_privacy__colluders": 4}, r"colluders=4 of 5 hospitals .*; use at most 3"),
     ({"server__aggregator": "middle"}, r"server.aggregator='middle'"),
+    ({"compression__kind": "sketch"}, r"compression.kind='sketch': a table may hold more"),
+    ({"secure__dropout": 0.1}, r"secure.dropout=0.1: the share of a hospital whose message"),
+    ({"cost__deadline_s": 5.0}, r"cost.deadline_s=5: the share of a hospital whose message"),
   ],
 )
 def test_what_does_not_go_with_noise_of_hospitals_is_refused(changes, message):
