@@ -270,7 +270,7 @@ def shared_exchange(config: Config) -> Exchange:
   """
   parts = [TRANSFORMS[name]() for name in transform_names(config)]
   parts += compression_parts(config.compression, counted=False)
-  covered = [_without_side_channels(part) for part in parts]
+  covered = [_not_larger(_without_side_channels(part)) for part in parts]
   noise = distributed_noise(config.client_privacy.clip_norm, config.secure.bits)
   return Exchange(
     transform=chain(*covered, noise),
@@ -337,6 +337,26 @@ def private_exchange(clip_norm: float, *transforms: Transform) -> Exchange:
   """
   covered = [_without_side_channels(transform) for transform in transforms]
   return Exchange(transform=chain(*covered, clip_and_noise(clip_norm)), aggregator=equal_sum())
+
+
+def _not_larger(transform: Transform) -> Transform:
+  """The transform, whose message must not have more numbers than rounding is counted for.
+
+  Tracing ``encode`` raises UserError where it has.
+  """
+
+  def encode(message, kept, state, sender):
+    size = message.params.size
+    message, kept, tally = transform.encode(message, kept, state, sender)
+    require(
+      message.params.size <= size,
+      f"client_privacy.noise='distributed' with a transform that makes {message.params.size}"
+      f" numbers of {size}: rounding is counted for so many",
+      "leave it out of server.transforms, or use client_privacy.noise=server",
+    )
+    return message, kept, tally
+
+  return transform._replace(encode=encode)
 
 
 def _without_side_channels(transform: Transform) -> Transform:

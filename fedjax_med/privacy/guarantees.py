@@ -239,10 +239,17 @@ _SHARED = (
   " noise_multiplier * clip_norm; the sum modulo a power of two; a fixed denominator"
 )
 # What ε against the server rests on.
+SHARED_ADJACENCY = (
+  "zero-out (one hospital's update replaced by 0, to which it adds its noise all the same; the"
+  " number of hospitals is public, and staying away is not covered)"
+)
 SHARED_GAP = (
   "The noise of hospitals hides an update in the sum alone: ε against the server rests on a secure"
   " aggregation that shows it nothing else, which this simulator computes the result and the bytes"
-  " of, and on hospitals that add their noise, all of them in every round. The whole numbers of"
+  " of, and on hospitals that add their noise, all of them in every round. Losses, scores and the"
+  " count of hospitals whose update was not finite must not reach the server either. In this"
+  " simulator all noise follows from one secret (noise.key), which neither the server nor a"
+  " hospital may hold; in a deployment each hospital draws from its own. The whole numbers of"
   f" noise are drawn from tables whose total variation distance from the discrete Gaussian is up to"
   f" {TABLE_DISTANCE:.1e} a draw; ε counts none of it."
 )
@@ -290,6 +297,7 @@ def shares_of(mechanism: DistributedGaussian) -> dict[str, float]:
     "sensitivity": mechanism.sensitivity,
     "rho": mechanism.rho,
     "xi": mechanism.xi,
+    "share": mechanism.share,
   }
 
 
@@ -315,7 +323,7 @@ def describe(
   return {
     "unit": guarantee.unit,
     "protects": unit.protects,
-    "adjacency": unit.adjacency,
+    "adjacency": SHARED_ADJACENCY if shared_noise(guarantee) else unit.adjacency,
     "mechanism": mechanism_of(guarantee),
     "holds_against": list(holds_against),
     "not_against": list(not_against),

@@ -44,8 +44,8 @@ SHARED_SAMPLER = (
   "all hospitals in every round; noise of whole numbers, by the alias method from 96 bits a draw"
 )
 SHARED_KEYS = (
-  "threefry2x32, folded from the run's key: 9 (exchange), 0, client, round, place among the"
-  " transforms, 1 (noise), level of draws"
+  "threefry2x32, folded from the run's key: 9 (exchange), 0, client, round, 0, place among the"
+  " transforms before the masks, 1 (noise), level of draws"
 )
 
 Counts = tuple[tuple[int, ...], ...]

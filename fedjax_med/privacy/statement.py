@@ -16,8 +16,9 @@ RUNS = (5, 20, 100)
 ASSUMPTIONS = (
   "The number of hospitals, and how many records or patients each of them holds, may be known to"
   " everybody.",
-  "Hospitals run this program as it is and do not look at the random numbers.",
-  "The random numbers are those of a simulation (float32 normals, threefry): good enough to study"
+  "Hospitals run this program as it is and do not look at the random numbers, but for colluders"
+  " that a guarantee names.",
+  "The random numbers are those of a simulation (threefry): good enough to study"
   " what privacy costs, not certified for protecting patients in a deployment.",
   "No record lies in two hospitals.",
   "Which images are one patient or near-duplicate group is taken as given.",
@@ -188,7 +189,7 @@ def _found(found: dict[str, Any], confidence: float) -> str:
   ).rstrip()
 
 
-def _strength(epsilon: float, delta: float, protects: str) -> str:
+def _strength(epsilon: float, delta: float, protects: str, given: str) -> str:
   if math.isinf(epsilon):
     return "not at all (ε = ∞): a party trained without noise, and nothing bounds what is revealed."
   factor = f"10^{ceil_digits(epsilon / math.log(10), 3)}"
@@ -200,7 +201,7 @@ def _strength(epsilon: float, delta: float, protects: str) -> str:
   )
   return (
     f"ε ≤ {round_up(epsilon)} at δ ≤ {ceil_digits(delta)}, for every party at its own δ (table)."
-    " Whatever can be computed from the models that this run gives out (not from its logs and"
+    f" Whatever can be computed from the {given} that this run gives out (not from its logs and"
     f" scores, see below), its probability changes by at most a factor of e^ε = {factor} if"
     f" {protects} is taken away, but for a probability of δ."
     " ε = 0 would be perfect; values up to 1 are strong, up to about 10 in common use, above that"
@@ -242,12 +243,13 @@ def _guarantee(guarantee: dict[str, Any]) -> list[str]:
   sampled = participation_sentence(guarantee)
   unit = UNITS[guarantee["unit"]]
   delta = max(party["delta"] for party in guarantee["parties"])
+  given = "sums and models" if "colluders" in guarantee["parties"][0] else "models"
   lines = [
     f"## Unit of protection: {guarantee['unit']}",
     "",
     f"**What is protected:** {unit.protects}.",
     "",
-    f"**How strongly:** {_strength(guarantee['epsilon_max'], delta, unit.protects)}",
+    f"**How strongly:** {_strength(guarantee['epsilon_max'], delta, unit.protects, given)}",
     *(["", f"**For whom sees who took part:** {sampled}"] if sampled else []),
     "",
     "**Against whom:**",

@@ -160,8 +160,11 @@ def _secure_line(experiment: Experiment, grid: Grid) -> str:
   text = (
     f"updates travel by protocol {config.secure.protocol} as whole numbers of {grid.bits} bits:"
     f" ±{grid.range:g}, 2^{math.log2(grid.scale):g} steps to 1; a sum of {num_clients} is"
-    f" at most {largest:.10g}, under 2^{grid.bits - 1}, so that it cannot wrap"
   )
+  if experiment.central and shared_noise(experiment.central):
+    text += f" at most {largest:.10g} and the noise, of which 8 standard deviations have room"
+  else:
+    text += f" at most {largest:.10g}, under 2^{grid.bits - 1}, so that it cannot wrap"
   if config.secure.protocol == "masking":
     fewest = fewest_answers(config, num_clients)
     text += f"; masks {config.secure.masks}, a round needs {fewest} answers"

@@ -137,9 +137,18 @@ def _grid_sentences(exchange: dict[str, Any]) -> str:
   grid = exchange.get("grid")
   if grid is None:
     return ""
+  step = f"2^{-math.log2(grid['scale']):g}"
+  if "shared_noise" in exchange:
+    return (
+      f"\nEvery update is clipped to the l2 norm {grid['range']:g}, rounded by chance to multiples"
+      f" of {step} and noised at its hospital. Sums are taken modulo 2^{grid['bits']}; with room for 8"
+      " standard deviations of the noise a sum hardly ever wraps, which would cost utility and no"
+      " ε.\n"
+    )
+  weighed = "weighed and " if exchange["counted"] else ""
   return (
-    f"\nEvery number of an update is cut to ±{grid['range']:g}, weighed and rounded by chance to"
-    f" a multiple of 2^{-math.log2(grid['scale']):g}; sums are taken modulo 2^{grid['bits']} and"
+    f"\nEvery number of an update is cut to ±{grid['range']:g}, {weighed}rounded by chance to"
+    f" a multiple of {step}; sums are taken modulo 2^{grid['bits']} and"
     " cannot wrap.\n"
   )
 
@@ -154,13 +163,26 @@ def _mask_sentences(exchange: dict[str, Any]) -> str:
     if exchange["masks"] == "executed"
     else "The run left them out, since they cancel exactly in the sum."
   )
+  told = (
+    " It also learns which hospitals took part and the weight of each, and of all together how many"
+    " numbers were cut."
+    if exchange["counted"]
+    else " It also learns which hospitals took part."
+  )
+  alone = (
+    " If all hospitals of a sum but one put their updates together, they know the last one's. The"
+    " sum is exact: it may tell of a patient what any model tells, and only noise bounds that."
+  )
+  if "shared_noise" in exchange:
+    alone = (
+      " All hospitals but one together see the last one's update under its own share of the noise"
+      " alone, for which no ε is stated; ε holds against the server and"
+      f" {exchange['shared_noise']['colluders']} of them."
+    )
   return (
     "\nMasks hide each update (secure aggregation, Bonawitz et al. 2017). The server, and whoever"
-    f" reads its messages, learns sums over at least {fewest} of {hospitals} hospitals. It also"
-    " learns which hospitals took part and the weight of each, and of all together how many numbers"
-    " were cut. If all hospitals of a sum but one put their updates together, they know the last"
-    " one's. The sum is exact: it may tell of a patient what any model tells, and only noise"
-    " bounds that.\n"
+    f" reads its messages, learns sums over at least {fewest} of {hospitals} hospitals."
+    f"{told}{alone}\n"
     f"\nThe masks are those of a simulation. {drawn} Their generator (threefry) is not certified"
     " for secrecy, the process that simulates the hospitals has all updates, and the server is"
     " taken to follow the protocol.\n"

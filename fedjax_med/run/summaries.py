@@ -29,6 +29,7 @@ from fedjax_med.prepare.experiment import Experiment
 from fedjax_med.prepare.program import Parts
 from fedjax_med.prepare.synthetic_images import digest as synthetic_digest
 from fedjax_med.prepare.synthetic_images import left_out
+from fedjax_med.privacy.guarantees import shared_noise
 from fedjax_med.run.backdoor import backdoor_record
 from fedjax_med.run.checkpoints import digest
 from fedjax_med.run.drive import Outcome
@@ -156,6 +157,11 @@ def _secure_record(experiment: Experiment) -> dict[str, Any]:
   record: dict[str, Any] = {
     "grid": {**grid._asdict(), "rounding_error_bound": grid.rounding_error_bound}
   }
+  central = experiment.central
+  record["counted"] = central is None  # under DP-FedAvg nothing is counted of a hospital
+  shared = central and shared_noise(central)
+  if shared:
+    record["shared_noise"] = {"colluders": shared.colluders}
   if config.secure.protocol == "masking":
     record |= {
       "masks": config.secure.masks,

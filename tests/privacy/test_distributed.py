@@ -220,7 +220,16 @@ def test_the_ledger_gives_back_what_it_was_told(tmp_path):
   claims.require_epsilons(tmp_path, book)
 
 
-FIELDS = ("rho", "xi", "noise_multiplier", "scale", "sensitivity", "num_units", "colluders")
+FIELDS = (
+  "rho",
+  "xi",
+  "share",
+  "noise_multiplier",
+  "scale",
+  "sensitivity",
+  "num_units",
+  "colluders",
+)
 
 
 @pytest.mark.parametrize("name", [*FIELDS, "num_parameters", "clip_norm"])
