@@ -141,9 +141,9 @@ def _grid_sentences(exchange: dict[str, Any]) -> str:
   if "shared_noise" in exchange:
     return (
       f"\nEvery update is clipped to the l2 norm {grid['range']:g}, rounded by chance to multiples"
-      f" of {step} and noised at its hospital. Sums are taken modulo 2^{grid['bits']}; with room for"
-      " 8 standard deviations of the noise a sum hardly ever wraps, which would cost utility and no"
-      " ε.\n"
+      f" of {step} and noised at its hospital. Sums are taken modulo 2^{grid['bits']}; with room"
+      " for 8 standard deviations of the noise a sum hardly ever wraps, which would cost utility"
+      " and no ε.\n"
     )
   weighed = "weighed and " if exchange["counted"] else ""
   return (

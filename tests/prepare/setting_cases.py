@@ -322,7 +322,7 @@ CASES: dict[str, Case] = {
   "privacy.sampling": Case("poisson", "nothing", PRIVATE, ({},), why=ONE_VALUE),
   "client_privacy.mechanism": Case("dp_fedavg", "plan", besides=CENTRAL),
   "client_privacy.noise": Case(
-    "distributed", "plan", {**CENTRAL, "secure.protocol": "grid"}, ({},)
+    "distributed", "plan", {**CENTRAL, "secure.protocol": "masking"}, ({},)
   ),
   "client_privacy.colluders": Case(0, "plan", SHARED, ({}, CENTRAL)),
   "client_privacy.noise_multiplier": Case(2.0, "plan", CENTRAL, ({},)),
