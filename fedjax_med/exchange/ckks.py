@@ -27,7 +27,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental.buffer_callback import buffer_callback
 
 from fedjax_med.core.config import Config
 from fedjax_med.core.errors import require
@@ -415,6 +414,8 @@ def on_host(work: Callable[..., np.ndarray], size: int, *arrays: jax.Array) -> j
   # core, messages of 16 M numbers never arrived. This one reads them where they lie.
   def fill(context, result, *given):
     np.asarray(result)[...] = work(*map(np.asarray, given))
+
+  from jax.experimental.buffer_callback import buffer_callback  # may move: needed for CKKS alone
 
   return buffer_callback(fill, shape, vmap_method="sequential")(*arrays)
 
