@@ -18,7 +18,8 @@ ASSUMPTIONS = (
   " everybody.",
   "Hospitals run this program as it is and do not look at the random numbers, but for colluders"
   " that a guarantee names.",
-  "The random numbers are those of a simulation (threefry): good enough to study"
+  "The random numbers are those of a simulation (float32 normals, threefry; whole numbers from"
+  " tables where hospitals add the noise): good enough to study"
   " what privacy costs, not certified for protecting patients in a deployment.",
   "No record lies in two hospitals.",
   "Which images are one patient or near-duplicate group is taken as given.",

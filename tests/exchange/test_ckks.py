@@ -152,6 +152,7 @@ def test_an_encrypted_training_of_drawn_cohorts_is_that_on_the_grid_bit_for_bit(
   np.testing.assert_array_equal(found, trained(plain, 6, **settings))
 
 
+@pytest.mark.slow
 @encrypts
 def test_the_devices_of_a_mesh_share_one_encryption_a_round():
   before = len(ckks.measured())
@@ -294,6 +295,7 @@ def encrypted_run(folder, num_rounds):
   return run(folder, **plain, server__num_rounds=num_rounds, secure=config_of().secure)
 
 
+@pytest.mark.slow
 @encrypts
 def test_an_encrypted_run_writes_bytes_and_seconds_apart_and_states_who_holds_the_key(tmp_path):
   summary = encrypted_run(tmp_path, 2)

@@ -74,7 +74,7 @@ EXCHANGES |= {
 if importlib.util.find_spec("tenseal"):
   EXCHANGES["ckks"] = built(secure__protocol="ckks")
 # Draws of masks take long to compile; the other kinds are as int and topk-ef are.
-SLOW = {"masking-executed", "sign-ef21", "randk-ef", "sketch-ef"}
+SLOW = {"masking-executed", "sign-ef21", "randk-ef", "sketch-ef", "grid-16", "krum", "ckks"}
 every = pytest.mark.parametrize(
   "name",
   [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in EXCHANGES],

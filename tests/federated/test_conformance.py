@@ -104,6 +104,7 @@ def test_eight_devices_resume_from_one_and_go_on_bit_for_bit_by_themselves(name,
   chex.assert_trees_all_close(whole, resumed, rtol=2e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 @thorough
 def test_compiled_equals_interpreted(name, private):
   initial, block, run_round = make_federation(name, private=private, chunk=1, shared_steps=1)

@@ -45,7 +45,8 @@ def test_eight_devices_end_where_one_does(one_device, changes, tmp_path):
   assert_close(results(tmp_path), one_device)
 
 
-@pytest.mark.parametrize(("first", "second"), [pytest.param(1, 8, marks=pytest.mark.slow), (8, 1)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("first", "second"), [(1, 8), (8, 1)])
 def test_a_run_resumes_on_another_number_of_devices(one_device, first, second, tmp_path):
   run(tmp_path, server__num_rounds=4, execution__devices=first)
   run(tmp_path, execution__devices=second)

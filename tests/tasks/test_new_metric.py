@@ -164,6 +164,7 @@ def shown_on_terminal(values):
   return line, stream.getvalue()[len(line) :]
 
 
+@pytest.mark.slow
 def test_the_terminal_shows_a_new_metric(folders):
   line, results = shown_on_terminal({"auroc": 0.5, "gap": 0.125})
   assert "Squared gap 0.125" in line
@@ -190,6 +191,7 @@ def test_a_metric_that_an_old_run_lacks_is_a_dash_in_its_report(folders):
   assert all(cell != "–" for cell in column_of(page, "results", "Accuracy"))
 
 
+@pytest.mark.slow
 def test_a_metric_that_an_old_sweep_lacks_is_a_dash_on_its_page_and_missing_in_study(folders):
   page = sweep_page.write(sweep_page.read_sweep(folders[0]), folders[0]).read_text(encoding="utf-8")
   assert column_of(page, "arms", "Squared gap") == ["–", "–"]
