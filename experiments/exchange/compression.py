@@ -23,6 +23,7 @@ def row_of(folder: pathlib.Path) -> dict:
     "data": folder.parents[2].name,
     "setting": folder.parents[1].name,
     "seed": config["config"]["seed"],
+    "tested_on": config["config"]["data"].get("test_persons", ""),
     "rounds": summary["rounds"],
     "auroc_after_a_quarter": by_round[summary["rounds"] // 4],
     "auroc": summary["test"]["auroc"],

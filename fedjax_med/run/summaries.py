@@ -314,6 +314,8 @@ def _cost(experiment: Experiment, outcome: Outcome) -> dict[str, Any]:
   size = int(visits.sum()) * (down + up) - lost * up
   exchange = make_exchange(experiment.config, len(experiment.names))
   facts = exchange.transform.facts(jax.device_get(outcome.state.exchange))
+  if experiment.config.secure.protocol != "none":
+    facts = {"protocol": experiment.config.secure.protocol, **facts}
   if exchange.may_lose:
     names = zip(experiment.names, traffic.lost.tolist(), strict=True)
     facts |= {"lost": {name: count for name, count in names if count}}
