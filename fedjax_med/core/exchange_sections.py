@@ -89,7 +89,7 @@ class SecureConfig:
     1024.0,
     doc="the same for what an algorithm sends besides (control variates, numbers of steps).",
     bounds=least(1e-6, 1e6, remedy="use the most local steps a round"),
-    read=(when.ON_GRID, when.SENDS_MORE, when.OWN_RANGE),
+    read=(when.ON_GRID, when.SENDS_MORE),
   )
   scale: float = field(
     0.0,

@@ -94,7 +94,7 @@ def join(
   hyper: Hyper,
   key: jax.Array,
   round: jax.Array,
-) -> tuple[Tree, jax.Array, jax.Array]:
+) -> tuple[Tree, jax.Array]:
   """Forges the messages of hostile clients, and joins all.
 
   Args:
@@ -107,8 +107,8 @@ def join(
     round: [] int32.
 
   Returns:
-    The aggregator's partial result, the total weight, and [K] bool clients whose message was left
-    out, since a number was not finite.
+    The aggregator's partial result, and [K] bool clients whose message was left out, since a
+    number was not finite.
   """
   aggregator, attack = exchange.aggregator, exchange.attack
   gathered = _in_order(gathered, len(clients.number))
@@ -133,4 +133,4 @@ def join(
       finite &= jnp.isfinite(leaf).reshape(len(weights), -1).all(1)
     bad = bad.at[numbers].set(~finite & (weights > 0), mode="drop")
     weights = jnp.where(finite, weights, 0)
-  return aggregator.combine(messages, weights, joint), weights.sum(), bad
+  return aggregator.combine(messages, weights, joint), bad

@@ -125,12 +125,10 @@ class Sent(NamedTuple):
 
   Attributes:
     partial: partial result of the aggregator, or a blank one where messages are gathered.
-    weight: [] total weight.
     tally: of the transforms.
   """
 
   partial: Tree
-  weight: jax.Array
   tally: Tree
 
 
@@ -141,7 +139,6 @@ class Chunk(NamedTuple):
     client_states: persistent states after the round.
     transform_states: the clients' states of the transforms.
     metrics: RoundMetrics of each client.
-    weight: [] their total weight.
     tally: sums of the transforms' tallies.
     messages: (updates, weights [chunk]) where the aggregator needs all of them at once, else ().
   """
@@ -149,7 +146,6 @@ class Chunk(NamedTuple):
   client_states: Tree
   transform_states: Tree
   metrics: RoundMetrics
-  weight: jax.Array
   tally: Tree
   messages: Tree
 
@@ -226,12 +222,12 @@ def make_round(
     if setup.gathers:
       messages, weights = jax.tree.map(_joined, left.messages)
       gathered = Gathered(messages=messages, weights=weights, numbers=cohort.numbers.reshape(-1))
-      partial, weight, bad = join(
-        setup.exchange, gathered, traffic.rule, clients, hyper, key, server.round
-      )
-      sent, arrived = sent._replace(partial=partial, weight=weight), arrived & ~bad
+      partial, bad = join(setup.exchange, gathered, traffic.rule, clients, hyper, key, server.round)
+      sent, arrived = sent._replace(partial=partial), arrived & ~bad
+    # In the order of clients, whatever the layout.
+    weight = jnp.where(arrived, aggregator.weigh(clients.weight), 0).sum()
     receiver = Receiver(
-      weight=sent.weight,
+      weight=weight,
       hyper=hyper,
       key=key_for(key, Stream.EXCHANGE, 1, server.round),
       common_key=key_for(key, Stream.EXCHANGE, 2, server.round),
@@ -240,9 +236,9 @@ def make_round(
       run_key=key,
       round=server.round,
     )
-    joined = aggregator.finish(sent.partial, sent.weight)
+    joined = aggregator.finish(sent.partial, weight)
     aggregate, shared = transform.decode(joined, state.exchange, sent.tally, receiver)
-    share = aggregator.share(sent.weight, num_clients)
+    share = aggregator.share(weight, num_clients)
 
     def scatter(old, new):
       return old.at[cohort.numbers].set(new, mode="drop")
@@ -262,7 +258,7 @@ def make_round(
         held=held,
       ),
     )
-    return _unless_void(setup, state, after, arrived, sent.weight), metrics
+    return _unless_void(setup, state, after, arrived, weight), metrics
 
   return run_round
 
@@ -389,7 +385,6 @@ def _train_chunks(
       client_states=client_state,
       transform_states=kept,
       metrics=metrics,
-      weight=weights.sum(),
       tally=_total(present, tally),
       messages=(message, weights) if setup.gathers else (),
     )
@@ -409,7 +404,7 @@ def _train_chunks(
     blank = _zeros(jax.eval_shape(aggregator.combine, *some, joint))
   partial, left = jax.lax.scan(body, blank, numbers)
   tally = jax.tree.map(lambda leaf: leaf.sum(0), left.tally)
-  return Sent(partial=partial, weight=left.weight.sum(), tally=tally), left
+  return Sent(partial=partial, tally=tally), left
 
 
 def _sender(
@@ -434,7 +429,6 @@ def _skipped(
     client_states=client_states,
     transform_states=transform_states,
     metrics=no_metrics((setup.chunk,)),
-    weight=weights.sum(),
     tally=_zeros(tally),
     messages=(_zeros(message, setup.chunk), weights) if setup.gathers else (),
   )

@@ -341,7 +341,7 @@ CASES: dict[str, Case] = {
     16.0,
     "program",
     {**GRID, "server.algorithm": "scaffold"},
-    ({}, GRID, {**SHARED, "server.algorithm": "scaffold"}),
+    ({}, GRID),
   ),
   "secure.scale": Case(1024.0, "program", GRID, ({},)),
   "secure.bits": Case(16, "program", GRID, ({},)),
