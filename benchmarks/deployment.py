@@ -120,7 +120,7 @@ def measure(case: dict[str, Any], rounds: int) -> dict[str, Any]:
   ]  # fmt: skip
   seconds = serve(each, rounds)
   names = [f"hospital {k}" for k in range(len(steps))]
-  record = deployment_record(config, names, case["message"], steps, 1, case["step"])
+  record = deployment_record(config, names, case["message"], steps, 1, case["step"], 0)
   assert record is not None
   assert record["round_seconds"] == told.max()
   measured = statistics.median(seconds)

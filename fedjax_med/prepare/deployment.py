@@ -123,9 +123,12 @@ def deployment_record(
   steps: np.ndarray,
   rounds: int,
   step_seconds: float,
+  sent: float,
   more: float = 0.0,
 ) -> dict[str, Any] | None:
   """deployment.json: seconds, gigabytes and money of ``rounds`` rounds; None without links.
+
+  A round waits for the slowest of all hospitals, also where cohorts are drawn.
 
   Args:
     config: with the links.
@@ -134,6 +137,7 @@ def deployment_record(
     steps: [K] local steps a round.
     rounds: finished rounds.
     step_seconds: of a local step, as measured; one that the config gives goes before it.
+    sent: bytes that all hospitals and the server have sent.
     more: as in ``client_seconds``.
   """
   links = links_of(config, len(names))
@@ -144,8 +148,7 @@ def deployment_record(
   behind = seconds > links.deadline if links.deadline else np.zeros(len(names), bool)
   slowest = links.deadline if behind.any() else float(seconds.max())
   down, up = message
-  sent = [down + (0 if is_late else up) for is_late in behind]
-  gigabytes = rounds * sum(sent) / 1e9
+  gigabytes = sent / 1e9
   return {
     "rounds": rounds,
     "step_seconds": given or step_seconds,

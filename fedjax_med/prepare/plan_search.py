@@ -204,14 +204,16 @@ def _gathered(problem: PlanProblem, choice: Choice) -> int:
 def _require_room(problem: PlanProblem) -> None:
   """Raises UserError where the messages of a round alone are over the budget."""
   size, needed = problem.budget.size, _gathered(problem, problem.start)
+  config = problem.config
+  encrypted = config.secure.protocol == "ckks"
+  remedy = "secure.he=model" if encrypted else "server.aggregator=mean without robust.pre or attack"
+  what = f"server.aggregator='{config.server.aggregator}' with attack.kind='{config.attack.kind}'"
   require(
     size is None or needed <= size,
-    f"server.aggregator='{problem.config.server.aggregator}' with"
-    f" attack.kind='{problem.config.attack.kind}' needs the updates of {problem.cohort} hospitals"
+    f"{'secure.he=run' if encrypted else what} needs the updates of {problem.cohort} hospitals"
     f" at once, {needed / 2**30:.3g} GiB, over the budget of {(size or 0) / 2**30:.3g} GiB of a"
     " device",
-    "use server.aggregator=mean without robust.pre or attack, a smaller model, or raise"
-    " execution.memory_gib",
+    f"use {remedy}, a smaller model, or raise execution.memory_gib",
   )
 
 

@@ -305,13 +305,17 @@ def _without_detail(reason: str) -> str:
   return unreadable if reason.startswith(f"{unreadable} (") else reason
 
 
+def _sent(experiment: Experiment, outcome: Outcome) -> int:
+  """Bytes that all hospitals and the server have sent; messages that were lost do not count."""
+  visits = int((np.asarray(outcome.state.steps) // experiment.steps).sum())
+  down, up = experiment.program.parts.message
+  return visits * (down + up) - int(np.asarray(outcome.state.traffic.lost).sum()) * up
+
+
 def _cost(experiment: Experiment, outcome: Outcome) -> dict[str, Any]:
   """Local steps of all hospitals, bytes of packed messages, and what became of messages."""
-  steps, traffic = np.asarray(outcome.state.steps), jax.device_get(outcome.state.traffic)
-  visits = steps // experiment.steps
+  traffic = jax.device_get(outcome.state.traffic)
   down, up = experiment.program.parts.message
-  lost, refused = int(traffic.lost.sum()), traffic.refused
-  size = int(visits.sum()) * (down + up) - lost * up
   exchange = make_exchange(experiment.config, len(experiment.names))
   facts = exchange.transform.facts(jax.device_get(outcome.state.exchange))
   if experiment.config.secure.protocol != "none":
@@ -322,11 +326,11 @@ def _cost(experiment: Experiment, outcome: Outcome) -> dict[str, Any]:
   if exchange.least:
     facts |= {"failed_rounds": int(traffic.failed)}
   if exchange.goes_on:
-    names = zip(experiment.names, refused.tolist(), strict=True)
+    names = zip(experiment.names, traffic.refused.tolist(), strict=True)
     facts["left_out"] = {name: count for name, count in names if count}
   return {
-    "steps": int(steps.sum()),
-    "megabytes": round(size / 1e6, 6),
+    "steps": int(np.asarray(outcome.state.steps).sum()),
+    "megabytes": round(_sent(experiment, outcome) / 1e6, 6),
     "bytes_up": up,
     "bytes_down": down,
     **({"exchange": facts} if facts else {}),
@@ -353,6 +357,7 @@ def deployment_of(
     experiment.steps,
     outcome.last.rounds,
     max(outcome.seconds["train"] - at_hospitals - at_server, 0.0) / max(done, 1),
+    _sent(experiment, outcome),
     more=at_hospitals / max(spent.get("messages", 0), 1),
   )
 

@@ -100,11 +100,6 @@ class Setup(NamedTuple):
     """Whether a slot may have no client."""
     return self.cohort_cap is not None or self.seats.size > self.num_clients
 
-  @property
-  def gathers(self) -> bool:
-    """Whether all messages are in memory at once."""
-    return self.exchange.gathers
-
 
 class Cohort(NamedTuple):
   """Clients of a round.
@@ -219,7 +214,7 @@ def make_round(
     begun = state._replace(server=broadcast)
     sent, left = train(begun, clients, pool, hyper, key, cohort, cohort.numbers)
     arrived, bad = cohort.arrived, jnp.zeros((num_clients,), bool)
-    if setup.gathers:
+    if setup.exchange.gathers:
       messages, weights = jax.tree.map(_joined, left.messages)
       gathered = Gathered(messages=messages, weights=weights, numbers=cohort.numbers.reshape(-1))
       partial, bad = join(setup.exchange, gathered, traffic.rule, clients, hyper, key, server.round)
@@ -275,7 +270,7 @@ def _unless_void(
   That is the number of the round, local steps, and counts of messages.
   """
   exchange = setup.exchange
-  may_be_void = setup.cohort_cap is not None or exchange.may_lose or setup.gathers
+  may_be_void = setup.cohort_cap is not None or exchange.may_lose or setup.exchange.gathers
   if exchange.least:
     whole = arrived.sum() >= exchange.least
   elif may_be_void and not exchange.transform.answers_nobody:
@@ -379,14 +374,14 @@ def _train_chunks(
       client_state, kept = _where(arrives, (client_state, kept), take(numbers)[:2])
       present = present & arrives
     weights = jnp.where(present, aggregator.weigh(client.weight), 0)
-    if not setup.gathers:
+    if not setup.exchange.gathers:
       total = jax.tree.map(jnp.add, total, aggregator.combine(message, weights, joint))
     chunk = Chunk(
       client_states=client_state,
       transform_states=kept,
       metrics=metrics,
       tally=_total(present, tally),
-      messages=(message, weights) if setup.gathers else (),
+      messages=(message, weights) if setup.exchange.gathers else (),
     )
     return total, chunk
 
@@ -399,7 +394,7 @@ def _train_chunks(
 
   body = run_if_any if setup.may_be_empty else run_chunk
   blank: Tree = ()
-  if not setup.gathers:
+  if not setup.exchange.gathers:
     some = _zeros(shapes(numbers[0])[0], setup.chunk), jnp.zeros((setup.chunk,), jnp.float32)
     blank = _zeros(jax.eval_shape(aggregator.combine, *some, joint))
   partial, left = jax.lax.scan(body, blank, numbers)
@@ -430,7 +425,7 @@ def _skipped(
     transform_states=transform_states,
     metrics=no_metrics((setup.chunk,)),
     tally=_zeros(tally),
-    messages=(_zeros(message, setup.chunk), weights) if setup.gathers else (),
+    messages=(_zeros(message, setup.chunk), weights) if setup.exchange.gathers else (),
   )
 
 

@@ -16,6 +16,8 @@ SECURE = {
   "secure__bits": 24,
   "server__num_rounds": 6,
   "eval__every": 6,
+  "cost__uplink_mbps": "20",
+  "cost__step_seconds": 0.1,
 }
 
 
@@ -29,7 +31,7 @@ def masked(tmp_path_factory):
 
 
 def test_the_summary_counts_messages_rounds_cut_numbers_and_bytes(masked):
-  _, summary, _ = masked
+  folder, summary, _ = masked
   facts = summary["exchange"]
   assert facts["bits"] == 24
   assert facts["scale"] == 2.0**20  # ±4 and 3 roundings under 2^23
@@ -45,6 +47,8 @@ def test_the_summary_counts_messages_rounds_cut_numbers_and_bytes(masked):
   assert summary["bytes_down"] == 4 * summary["num_parameters"] + 2 * 2 * (32 + 32)
   sent = 6 * 3 * (summary["bytes_up"] + summary["bytes_down"])
   assert summary["megabytes"] * 1e6 == pytest.approx(sent - lost * summary["bytes_up"])
+  deployment = json.loads((folder / "deployment.json").read_text())
+  assert deployment["gigabytes"] == pytest.approx(summary["megabytes"] / 1e3)
 
 
 def test_config_and_statement_say_who_sees_what(masked):

@@ -164,7 +164,7 @@ def results(config: Config) -> str:
 def deployment(one: Config, other: Config) -> bool:
   """What the rounds would cost, beside a measured time of a local step."""
   steps, names = np.full(3, 2), ("A", "B", "C")
-  records = [deployment_record(c, names, (1000, 2000), steps, 5, 0.1) for c in (one, other)]
+  records = [deployment_record(c, names, (1000, 2000), steps, 5, 0.1, 1e6) for c in (one, other)]
   return records[0] != records[1]
 
 

@@ -37,7 +37,7 @@ def test_a_round_takes_as_long_as_the_slowest_hospital_by_hand():
   more = client_seconds(links, (1_000_000, 2_000_000), steps, 0.3, more=1.0)
   np.testing.assert_allclose(more - found, [1, 0.5, 1], rtol=1e-12)
   made.cost.price_gb = 0.5
-  record = known(deployment_record(made, NAMES, (1_000_000, 2_000_000), steps, 100, 0.3))
+  record = known(deployment_record(made, NAMES, (1_000_000, 2_000_000), steps, 100, 0.3, 9e8))
   assert record["round_seconds"] == pytest.approx(10.3)
   assert record["waits_for"] == "C"
   assert record["hours"] == pytest.approx(1030 / 3600)
@@ -46,21 +46,20 @@ def test_a_round_takes_as_long_as_the_slowest_hospital_by_hand():
   assert json.loads(json.dumps(record)) == record
 
 
-def test_a_deadline_bounds_the_round_and_leaves_out_the_bytes_of_who_is_late():
+def test_a_deadline_bounds_the_round_and_names_who_is_late():
   made = config(uplink_mbps="8", latency_ms=0.0, client_speed="1,1,0.1", step_seconds=1.0)
   made.cost.deadline_s = 5.0
   steps, message = np.full(3, 2), (0, 1_000_000)  # 3, 3 and 21 s
   assert known(late(made, NAMES, message, steps)).tolist() == [False, False, True]
-  record = known(deployment_record(made, NAMES, message, steps, 10, 99.0))
+  record = known(deployment_record(made, NAMES, message, steps, 10, 99.0, 2e7))
   assert record["round_seconds"] == 5
-  assert record["gigabytes"] == pytest.approx(10 * 2e6 / 1e9)
   assert [row["late"] for row in record["hospitals"]] == [False, False, True]
   made.cost.deadline_s = 0.0
   assert late(made, NAMES, message, steps) is None
 
 
 def test_without_links_nothing_is_said():
-  assert deployment_record(Config(), NAMES, (1, 1), np.ones(3), 1, 1.0) is None
+  assert deployment_record(Config(), NAMES, (1, 1), np.ones(3), 1, 1.0, 0) is None
 
 
 @pytest.mark.parametrize(

@@ -353,7 +353,7 @@ def with_deployment(path):
   cost = config.cost
   cost.uplink_mbps, cost.deadline_s, cost.step_seconds = "20", 60.0, 1.0
   cost.client_speed, cost.price_gb = "1,0.1,1,1,1", 2.0
-  found = deployment_record(config, names, (1_200_000, 306_000), np.full(5, 20), 4, 0.0)
+  found = deployment_record(config, names, (1_200_000, 306_000), np.full(5, 20), 4, 0.0, 28.9e6)
   assert found is not None
   (path / "deployment.json").write_text(json.dumps(found))
   return found
